@@ -1,0 +1,46 @@
+# make demo   a real model answers from a compressed cache, beside its plain one (fetches the demo model on first use)
+# make test   everything that this machine can run, both backends
+# make lint   formatting and static checks      make bench   speed beside the plain cache
+VENV   := .venv
+PYTHON := $(VENV)/bin/python
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+# the backend of this machine: MLX on Apple silicon, PyTorch elsewhere
+BACKEND := $(if $(filter Darwin-arm64,$(shell uname -sm | tr ' ' -)),mlx,torch)
+
+# MLX's Linux wheel brings a slow BLAS; Debian's OpenBLAS makes its tests several times faster where it is installed
+OPENBLAS := $(firstword $(wildcard /usr/lib/*/openblas-pthread/libopenblas.so.0))
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.installed-$(BACKEND)
+	$(PYTHON) -m spectral_kv_core.cli generate --demo
+
+test: $(VENV)/.installed-all
+	$(PYTHON) -m pytest -q --ignore-glob='*test_mlx*'
+	LD_PRELOAD=$(OPENBLAS) $(PYTHON) -m pytest -q tests/test_mlx*.py
+
+lint: $(VENV)/.installed-all
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+
+bench: $(VENV)/.installed-$(BACKEND)
+	$(PYTHON) -m spectral_kv_core.cli generate --model demo --demo --json
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+$(VENV)/.installed-all: EXTRAS := mlx,torch,dev
+$(VENV)/.installed-mlx: EXTRAS := mlx
+$(VENV)/.installed-torch: EXTRAS := torch
+$(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)
+	@echo "Installing spectralkv[$(EXTRAS)] into $(VENV)"
+	$(PYTHON) -m pip install -q -c constraints.txt -e ".[$(EXTRAS)]"
+	@touch $@
+
+$(VENV):
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "spectralkv needs Python 3.11 or newer, python3 here is older: install it and make again." >&2; exit 1; }
+	@echo "Creating $(VENV)"
+	python3 -m venv $(VENV)

@@ -1,0 +1,53 @@
+"""Attention as partial softmaxes that are merged: the exact part, and every sealed chunk.
+
+A partial is (o, m, l): o [B, H, M, D] = sum of exp(s - m) v, m [B, H, M, 1] = max score, l [B, H, M, 1] = sum of
+exp(s - m). M counts the query rows of one KV head: query heads of its group times query tokens (Dao et al. 2022,
+FlashAttention, algorithm 1; the merge is exact).
+"""
+
+from __future__ import annotations
+
+
+def group_queries(queries, kv_heads: int):
+    """[B, Hq, L, D] -> [B, Hkv, Hq / Hkv * L, D]: the query heads of a KV head become rows, nothing is repeated."""
+    batch, q_heads, length, dim = queries.shape
+    return queries.reshape(batch, kv_heads, q_heads // kv_heads * length, dim)
+
+
+def partial_from_scores(xp, scores):
+    """Scores [B, H, M, T] (-inf where masked) -> exp(s - m), m, l; a row without any key gets weight 0."""
+    m = xp.maximum(xp.max(scores, axis=-1, keepdims=True), -1e30)
+    p = xp.exp(scores - m)
+    return p, m, xp.sum(p, axis=-1, keepdims=True)
+
+
+def dense_partial(xp, queries, keys, values, scale: float, mask=None):
+    """Partial over dense `keys`, `values` [B, H, T, D] for grouped `queries` [B, H, M, D], all float32.
+
+    `mask` [M, T] bool, True where a row may look.
+    """
+    scores = xp.matmul(queries, xp.permute_dims(keys, (0, 1, 3, 2))) * scale
+    if mask is not None:
+        scores = xp.where(mask, scores, float("-inf"))
+    p, m, l = partial_from_scores(xp, scores)
+    return xp.matmul(p, values), m, l
+
+
+def merge_partials(xp, partials):
+    """Softmax-weighted mean over all partials -> [B, H, M, D]."""
+    o, m, l = partials[0]
+    for next_o, next_m, next_l in partials[1:]:
+        top = xp.maximum(m, next_m)
+        old, new = xp.exp(m - top), xp.exp(next_m - top)
+        o, m, l = o * old + next_o * new, top, l * old + next_l * new
+    return o / l
+
+
+def causal_rows(xp, group: int, length: int, exact: int, like):
+    """Mask [group * length, exact] for `length` new tokens at the end of `exact` keys; None for a single token."""
+    if length == 1:
+        return None
+    import numpy as np
+
+    rows = np.tile(np.arange(exact - length, exact), group)[:, None]
+    return xp.asarray(rows >= np.arange(exact)[None, :], like=like)

@@ -1,0 +1,275 @@
+"""The live cache of one attention layer: exact sinks, sealed chunks of packed codes, an exact recent window.
+
+Rows of a batch that start at the same slot form a *lane* and are stored and attended together; left padding is never
+stored, so every row has its own sinks and block alignment and comes out as if it were alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from . import attention
+from .codec import Chunk, select_rows
+
+SEAL = 16  # tokens are sealed in multiples of this
+CHUNK_TOKENS = 1024  # tokens of a full chunk: the unit that is decoded at a time
+LATENT_QUERIES = 16  # up to so many new tokens attend to the codes; more are a prefill and use the host's fused kernel
+
+
+class CacheSize(int):
+    """Bytes of every array held for the sequences of a cache, with what they stand for.
+
+    dense_nbytes: what the plain cache needs for the same tokens at 16 bits; table_nbytes: arrays that all sequences
+    share; compression: dense_nbytes / this; bits_per_element: 16 / compression.
+    """
+
+    dense_nbytes: int
+    table_nbytes: int
+
+    def __new__(cls, stored: int, dense_nbytes: int, table_nbytes: int):
+        size = super().__new__(cls, stored)
+        size.dense_nbytes, size.table_nbytes = dense_nbytes, table_nbytes
+        return size
+
+    @property
+    def compression(self) -> float:
+        return self.dense_nbytes / self if self else 1.0
+
+    @property
+    def bits_per_element(self) -> float:
+        return 16 / self.compression if self.dense_nbytes else 0.0
+
+
+@dataclass
+class Lane:
+    """State of batch rows `rows` that share their left padding `pad` (slots)."""
+
+    rows: list[int]
+    pad: int
+    exact_keys: Any = None  # [b, H, sinks + window, D], sinks first
+    exact_values: Any = None
+    chunks: list[Chunk] = field(default_factory=list)
+
+    @property
+    def exact(self) -> int:
+        return 0 if self.exact_keys is None else self.exact_keys.shape[2]
+
+    @property
+    def sealed(self) -> int:
+        return sum(chunk.tokens for chunk in self.chunks)
+
+
+class LayerCache:
+    """Keys and values of one layer; `codec` None keeps everything exact.
+
+    sinks, window: first and last tokens kept exactly. Up to 15 further tokens wait until their block is full.
+    """
+
+    def __init__(self, xp, codec, sinks: int, window: int):
+        self.xp, self.codec, self.sinks, self.window = xp, codec, sinks, window
+        self.lanes: list[Lane] = []
+        self.seen = 0  # slots seen, padding included
+
+    def start(self, batch: int, padding=None) -> None:
+        """Open the lanes of an empty cache for `batch` rows; `padding` [batch] counts left padding in slots."""
+        pads = [0] * batch if padding is None else [int(p) for p in padding]
+        if len(pads) != batch:
+            raise ValueError(f"Expected left padding for {batch} rows, received {len(pads)} numbers.")
+        self.lanes = [Lane([i for i, p in enumerate(pads) if p == pad], pad) for pad in sorted(set(pads))]
+
+    def attend(self, queries, keys, values, scale: float, fused):
+        """Append L tokens and attend to everything up to each of them.
+
+        `queries` [B, Hq, L, D], `keys`, `values` [B, H, L, D]; `fused(q, k, v, scale)` is the host's dense attention
+        for L queries at the end of k, causal, in any dtype. Returns [B, Hq, L, D] in the dtype of `queries`.
+        """
+        if not self.lanes:
+            self.start(keys.shape[0])
+        outputs = []
+        for lane in self.lanes:
+            q, k, v = (self._lane_slice(lane, x) for x in (queries, keys, values))
+            missing = queries.shape[2] - q.shape[2]
+            if not q.shape[2]:
+                outputs.append(self.xp.zeros(self._take(lane, queries).shape, dtype=queries.dtype, like=queries))
+                continue
+            out = self._attend_lane(lane, q, k, v, scale, fused)
+            self._append_lane(lane, k, v)
+            if missing:
+                blank = self.xp.zeros((*out.shape[:2], missing, out.shape[3]), dtype=out.dtype, like=out)
+                out = self.xp.concat([blank, out], axis=2)
+            outputs.append(out)
+        self.seen += keys.shape[2]
+        return self._join(outputs)
+
+    def append(self, keys, values) -> None:
+        """Append L tokens without attending."""
+        if not self.lanes:
+            self.start(keys.shape[0])
+        for lane in self.lanes:
+            k, v = self._lane_slice(lane, keys), self._lane_slice(lane, values)
+            if k.shape[2]:
+                self._append_lane(lane, k, v)
+        self.seen += keys.shape[2]
+
+    def dense(self, dtype=None):
+        """Keys and values [B, H, seen, D] of everything held, decoded; padded slots are zero. None when empty."""
+        if not self.seen:
+            return None
+        sides = ([], [])
+        for lane in self.lanes:
+            if not lane.exact:
+                return None
+            for side, x in zip(sides, self._lane_dense(lane, dtype or lane.exact_keys.dtype)):
+                missing = self.seen - x.shape[2]
+                if missing:
+                    blank = self.xp.zeros((*x.shape[:2], missing, x.shape[3]), dtype=x.dtype, like=x)
+                    x = self.xp.concat([blank, x], axis=2)
+                side.append(x)
+        return self._join(sides[0]), self._join(sides[1])
+
+    def crop(self, tokens: int) -> None:
+        """Forget the last `tokens` tokens; a sealed block that the cut splits is decoded back into the window."""
+        tokens = min(tokens, self.seen)
+        self.seen -= tokens
+        if not self.seen:
+            self.lanes = []
+            return
+        for lane in self.lanes:
+            self._crop_lane(lane, tokens)
+            lane.pad = min(lane.pad, self.seen)
+
+    def select(self, rows) -> None:
+        """Make the batch out of the old rows `rows` (ints, in the new order, repeats allowed)."""
+        rows = [int(r) for r in rows]
+        lanes = []
+        for lane in self.lanes:
+            new = [i for i, old in enumerate(rows) if old in lane.rows]
+            if not new:
+                continue
+            local = np.array([lane.rows.index(rows[i]) for i in new], np.int32)
+            kept = Lane(new, lane.pad)
+            if lane.exact_keys is not None:
+                index = self.xp.asarray(local, like=lane.exact_keys)
+                kept.exact_keys = self.xp.take(lane.exact_keys, index, axis=0)
+                kept.exact_values = self.xp.take(lane.exact_values, index, axis=0)
+                kept.chunks = [select_rows(self.xp, chunk, index) for chunk in lane.chunks]
+            lanes.append(kept)
+        self.lanes = lanes
+
+    def arrays(self) -> list:
+        """Every array held for the sequences."""
+        held = []
+        for lane in self.lanes:
+            held += [x for x in (lane.exact_keys, lane.exact_values) if x is not None]
+            held += [a for chunk in lane.chunks for a in chunk.arrays]
+        return held
+
+    def tokens(self) -> int:
+        """Tokens held, summed over the rows, padding not counted."""
+        return sum((lane.exact + lane.sealed) * len(lane.rows) for lane in self.lanes)
+
+    def _take(self, lane: Lane, x):
+        if len(lane.rows) == x.shape[0]:
+            return x
+        return self.xp.take(x, self.xp.asarray(np.array(lane.rows, np.int32), like=x), axis=0)
+
+    def _lane_slice(self, lane: Lane, x):
+        """The rows of a lane, without the slots of `x` that are padding for it."""
+        skip = min(max(lane.pad - self.seen, 0), x.shape[2])
+        x = self._take(lane, x)
+        return x[:, :, skip:] if skip else x
+
+    def _join(self, parts: list):
+        if len(parts) == 1:
+            return parts[0]
+        order = np.argsort([row for lane in self.lanes for row in lane.rows]).astype(np.int32)
+        joined = self.xp.concat(parts, axis=0)
+        return self.xp.take(joined, self.xp.asarray(order, like=joined), axis=0)
+
+    def _attend_lane(self, lane: Lane, q, k, v, scale, fused):
+        xp = self.xp
+        if not lane.chunks:
+            if lane.exact:
+                k, v = xp.concat([lane.exact_keys, k], axis=2), xp.concat([lane.exact_values, v], axis=2)
+            return fused(q, k, v, scale)
+        if q.shape[2] > LATENT_QUERIES:
+            old_k, old_v = self._lane_dense(lane, k.dtype)
+            return fused(q, xp.concat([old_k, k], axis=2), xp.concat([old_v, v], axis=2), scale)
+        heads, length = k.shape[1], q.shape[2]
+        rows = xp.astype(attention.group_queries(q, heads), xp.float32)
+        exact_k = xp.astype(xp.concat([lane.exact_keys, k], axis=2), xp.float32)
+        exact_v = xp.astype(xp.concat([lane.exact_values, v], axis=2), xp.float32)
+        mask = attention.causal_rows(xp, q.shape[1] // heads, length, exact_k.shape[2], like=q)
+        partials = [self.codec.attend(chunk, rows, scale) for chunk in lane.chunks]
+        partials.append(attention.dense_partial(xp, rows, exact_k, exact_v, scale, mask))
+        return xp.astype(attention.merge_partials(xp, partials).reshape(*q.shape[:3], v.shape[3]), q.dtype)
+
+    def _append_lane(self, lane: Lane, k, v) -> None:
+        xp = self.xp
+        if lane.exact:
+            k, v = xp.concat([lane.exact_keys, k], axis=2), xp.concat([lane.exact_values, v], axis=2)
+        total, ready = k.shape[2], 0
+        if self.codec is not None:
+            ready = max(total - self.sinks - self.window, 0) // SEAL * SEAL
+        if not ready:
+            # what came in may be a view of the projection of all heads
+            lane.exact_keys, lane.exact_values = (k, v) if lane.exact else (xp.copy(k), xp.copy(v))
+            return
+        stop = self.sinks + ready
+        self._seal(lane, k[:, :, self.sinks : stop], v[:, :, self.sinks : stop])
+        lane.exact_keys = xp.concat([k[:, :, : self.sinks], k[:, :, stop:]], axis=2)
+        lane.exact_values = xp.concat([v[:, :, : self.sinks], v[:, :, stop:]], axis=2)
+
+    def _seal(self, lane: Lane, k, v) -> None:
+        done = 0
+        while done < k.shape[2]:
+            last = lane.chunks[-1] if lane.chunks and lane.chunks[-1].tokens < CHUNK_TOKENS else None
+            stop = min(done + CHUNK_TOKENS - (last.tokens if last else 0), k.shape[2])
+            part = k[:, :, done:stop], v[:, :, done:stop]
+            if last:
+                lane.chunks[-1] = self.codec.append(last, *part)
+            else:
+                lane.chunks.append(self.codec.encode(*part, self.sinks + lane.sealed))
+            done = stop
+
+    def _lane_dense(self, lane: Lane, dtype):
+        xp, sinks = self.xp, min(self.sinks, lane.exact)
+        parts = [[lane.exact_keys[:, :, :sinks]], [lane.exact_values[:, :, :sinks]]]
+        for chunk in lane.chunks:
+            for side, x in zip(parts, self.codec.decode(chunk)):
+                side.append(xp.astype(x, dtype))
+        parts[0].append(lane.exact_keys[:, :, sinks:])
+        parts[1].append(lane.exact_values[:, :, sinks:])
+        return tuple(xp.concat([xp.astype(x, dtype) for x in side], axis=2) for side in parts)
+
+    def _crop_lane(self, lane: Lane, tokens: int) -> None:
+        xp = self.xp
+        keep = lane.exact + lane.sealed - tokens
+        if keep <= 0:
+            lane.exact_keys = lane.exact_values = None
+            lane.chunks = []
+            return
+        recent = lane.exact - min(self.sinks, lane.exact)
+        if not lane.chunks or tokens <= recent:
+            lane.exact_keys = xp.copy(lane.exact_keys[:, :, : lane.exact - tokens])
+            lane.exact_values = xp.copy(lane.exact_values[:, :, : lane.exact - tokens])
+            return
+        sinks = [x[:, :, : min(self.sinks, keep)] for x in (lane.exact_keys, lane.exact_values)]
+        left = max(keep - self.sinks, 0)
+        chunks, tail = [], None
+        for chunk in lane.chunks:
+            whole = min(left, chunk.tokens) // SEAL * SEAL
+            if whole:
+                chunks.append(chunk if whole == chunk.tokens else self.codec.cut(chunk, whole))
+            if whole < min(left, chunk.tokens):
+                tail = [xp.astype(x[:, :, whole:left], lane.exact_keys.dtype) for x in self.codec.decode(chunk)]
+            left -= min(left, chunk.tokens)
+            if not left:
+                break
+        if tail:
+            sinks = [xp.concat([a, b], axis=2) for a, b in zip(sinks, tail)]
+        lane.exact_keys, lane.exact_values = xp.copy(sinks[0]), xp.copy(sinks[1])
+        lane.chunks = chunks

@@ -1,0 +1,232 @@
+"""From captured keys, values and score gradients to basis sets: one layer in memory at a time."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from . import ops
+from .basis import fit_basis
+from .methods import GROUPS
+from .profile import BasisSet, ModelShape
+from .quantizer import BIT_WIDTHS, empirical_tables, thresholds
+from .rope import unrotate
+from .statistics import Moments
+from .transform import band_sizes, octave_bands, time_matrix, to_frequency
+
+SKIP = 4  # attention sinks of a document: outliers that the cache keeps exactly
+HISTOGRAM_LIMIT, HISTOGRAM_BINS = 12.0, 6000  # of |coefficient| / sigma
+
+
+def split_documents(
+    texts: Iterable[str], encode: Callable[[str], list[int]], length: int, total: int
+) -> list[list[int]]:
+    """Token documents of at most `length` tokens, `total` tokens in all: first pieces of every text, then second ones.
+
+    Raises ValueError when the texts give fewer than 64 tokens.
+    """
+    pieces = []
+    for text in texts:
+        tokens = list(encode(text))
+        cut = [tokens[i : i + length] for i in range(0, len(tokens), length)]
+        pieces.append([c for i, c in enumerate(cut) if len(c) >= min(length // 2, 512) or i == 0])
+    documents, count = [], 0
+    for depth in range(max(map(len, pieces), default=0)):
+        for piece in pieces:
+            if depth < len(piece) and len(piece[depth]) >= 64 and count < total:
+                documents.append(piece[depth][: max(total - count, 64)])
+                count += len(documents[-1])
+    if not documents:
+        raise ValueError(
+            "Expected calibration texts of at least 64 tokens, received less. Give longer text with --text."
+        )
+    return documents
+
+
+class Spool:
+    """Captured vectors of every layer and document, on disk in float16 around each document's mean.
+
+    Use as a context manager; the folder goes away at the end. A document adds, per compressible layer, post-RoPE keys
+    and values [H, T, D] and their score gradients [S, H, T, D] for S label samples.
+    """
+
+    def __init__(self, folder: str | None = None):
+        self._folder = tempfile.TemporaryDirectory(prefix="spectralkv-", dir=folder)
+        self.documents = 0
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._folder.cleanup()
+
+    def add(self, row: int, document: int, keys, values, key_gradients, value_gradients) -> None:
+        """Store layer number `row` of one document; raises ValueError on NaN or infinity."""
+        x = np.concatenate([keys, values]).astype(np.float32)
+        gradients = np.concatenate([key_gradients, value_gradients], axis=1).astype(np.float32)
+        if not (np.isfinite(x).all() and np.isfinite(gradients).all()):
+            raise ValueError(
+                f"Expected finite activations, compressible layer {row} has NaN or infinity: check the weights and the dtype."
+            )
+        mean = x.mean(1, keepdims=True)
+        spread = max(float(np.abs(x - mean).max()), 1e-30)
+        peak = max(float(np.abs(gradients).max()), 1e-30)
+        np.savez(
+            self._path(row, document),
+            mean=mean,
+            x=((x - mean) / spread).astype(np.float16),
+            spread=np.float32(spread),
+            gradients=(gradients / peak).astype(np.float16),
+            peak=np.float32(peak),
+        )
+        self.documents = max(self.documents, document + 1)
+
+    def read(self, row: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Vectors [2H, T, D], keys first, and gradients [S, 2H, T, D] of layer number `row`, document by document."""
+        for document in range(self.documents):
+            with np.load(self._path(row, document)) as arrays:
+                x = arrays["x"].astype(np.float32) * arrays["spread"] + arrays["mean"]
+                yield x, arrays["gradients"].astype(np.float32) * arrays["peak"]
+
+    def _path(self, row: int, document: int) -> Path:
+        return Path(self._folder.name) / f"{row}-{document}.npz"
+
+
+def fit_basis_set(
+    spool: Spool,
+    shape: ModelShape,
+    group: str = "head",
+    rope: str = "post",
+    time: str = "dct",
+    block: int = 16,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> BasisSet:
+    """Means, bases, spectra, sensitivities and measured quantization costs of one way of grouping vectors.
+
+    The basis is the PCA of mean-removed vectors; in a shared basis every (side, head) is scaled by the root of its mean
+    squared gradient first, so that what matters more is better resolved (RATE_DISTORTION_2.md, section 1).
+    """
+    layers = len(shape.layers)
+    groups = {"head": 2 * shape.kv_heads, "side": 2, "layer": 1}[group] if group in GROUPS else 0
+    members = 2 * shape.kv_heads // groups
+    channels, bands = members * shape.head_dim, len(band_sizes(block))
+    result = BasisSet(
+        group,
+        rope,
+        time,
+        block,
+        mean=np.zeros((layers, groups, channels)),
+        weight=np.ones((layers, groups, members)),
+        basis=np.zeros((layers, groups, channels, channels)),
+        variance=np.zeros((layers, groups, channels, bands)),
+        sensitivity=np.zeros((layers, groups, channels, bands)),
+        cost=np.zeros((layers, groups, channels, bands, len(BIT_WIDTHS))),
+        levels={},
+    )
+    histogram = np.zeros(HISTOGRAM_BINS, np.int64)
+    work = progress(range(2 * layers))  # every layer is read twice: the tables need the spectra of all layers
+    for step in work:
+        row = step % layers
+        documents = [_grouped(x, g, shape, rope, groups, block) for x, g in spool.read(row)]
+        if step < layers:
+            _fit_spectrum(result, row, documents, members)
+            _add_histogram(histogram, result, row, documents)
+        else:
+            if step == layers:
+                result.levels = empirical_tables(histogram, HISTOGRAM_LIMIT)
+            _measure_costs(result, row, documents)
+    return result
+
+
+def _grouped(x, gradients, shape, rope, groups, block):
+    """Vectors [G, T, Dg] and gradients [S, G, T, Dg] of one document, sinks dropped, T a multiple of `block`."""
+    heads = shape.kv_heads
+    if rope == "pre" and shape.rope is not None:
+        scaling = shape.rope.scaling  # k_post = s R k_pre, hence the gradient turns back and is scaled by s
+        x = np.concatenate([unrotate(ops, x[:heads], shape.rope, 0), x[heads:]])
+        turned = unrotate(ops, gradients[:, :heads], shape.rope, 0) * scaling**2
+        gradients = np.concatenate([turned, gradients[:, heads:]], axis=1)
+    tokens = (x.shape[1] - SKIP) // block * block
+
+    def gather(a):
+        a = a[..., SKIP : SKIP + tokens, :]
+        a = a.reshape(*a.shape[:-3], groups, -1, tokens, shape.head_dim)
+        return np.moveaxis(a, -3, -2).reshape(*a.shape[:-4], groups, tokens, -1)
+
+    return gather(x), gather(gradients)
+
+
+def _coefficients(basis_set: BasisSet, row: int, x: np.ndarray) -> np.ndarray:
+    """[..., G, T, Dg] -> [..., G, block, R, n] with the basis and the time transform of `basis_set`."""
+    matrix = time_matrix(basis_set.time, basis_set.block)
+    return to_frequency(ops, x @ basis_set.basis[row].astype(np.float32), matrix)
+
+
+def _weights(basis_set: BasisSet, row: int) -> np.ndarray:
+    members = basis_set.weight.shape[-1]
+    return np.repeat(basis_set.weight[row], basis_set.mean.shape[-1] // members, axis=-1)[:, None, :]
+
+
+def _fit_spectrum(basis_set: BasisSet, row: int, documents: list, members: int) -> None:
+    if members > 1:
+        energy = np.mean([np.square(g, dtype=np.float64).mean(axis=(0, 2)) for _, g in documents], axis=0)  # [G, Dg]
+        weight = np.sqrt(energy.reshape(energy.shape[0], members, -1).mean(-1))
+        basis_set.weight[row] = weight / np.maximum(weight.mean(-1, keepdims=True), 1e-30)
+        basis_set.weight[row] = np.maximum(basis_set.weight[row], 1e-3)  # a head without gradient stays decodable
+    weights = _weights(basis_set, row)
+    moments = Moments()
+    for x, _ in documents:
+        moments.update(x)
+    basis_set.mean[row] = moments.mean
+    basis_set.basis[row], _ = fit_basis(moments.covariance * np.swapaxes(weights, -1, -2) * weights)
+    energy, slope, count = 0.0, 0.0, 0
+    bands = octave_bands(basis_set.block)
+    for x, g in documents:
+        y = _coefficients(basis_set, row, (x - basis_set.mean[row][:, None]).astype(np.float32) * weights)
+        gamma = _coefficients(basis_set, row, g / weights)
+        energy = energy + np.square(y, dtype=np.float64).sum(-1)
+        slope = slope + np.square(gamma, dtype=np.float64).mean(0).sum(-1)
+        count += y.shape[-1]
+    basis_set.variance[row] = _per_band(energy / count, bands)
+    basis_set.sensitivity[row] = _per_band(slope / count, bands)
+
+
+def _per_band(x: np.ndarray, bands: np.ndarray) -> np.ndarray:
+    """Mean over the frequencies of every band: [G, block, R] -> [G, R, F]."""
+    return np.stack([x[:, bands == f].mean(1) for f in range(bands.max() + 1)], axis=-1)
+
+
+def _sigma(basis_set: BasisSet, row: int) -> np.ndarray:
+    """[G, block, R, 1], 1 for a constant coefficient."""
+    sigma = np.sqrt(basis_set.variance[row])[..., octave_bands(basis_set.block)].transpose(0, 2, 1)[..., None]
+    return np.where(sigma > 0, sigma, 1.0).astype(np.float32)
+
+
+def _add_histogram(histogram: np.ndarray, basis_set: BasisSet, row: int, documents: list) -> None:
+    weights, sigma = _weights(basis_set, row), _sigma(basis_set, row)
+    for x, _ in documents:
+        y = _coefficients(basis_set, row, (x - basis_set.mean[row][:, None]).astype(np.float32) * weights) / sigma
+        index = np.minimum(np.abs(y) * (HISTOGRAM_BINS / HISTOGRAM_LIMIT), HISTOGRAM_BINS - 1).astype(np.int64)
+        histogram += np.bincount(index.reshape(-1), minlength=HISTOGRAM_BINS)
+
+
+def _measure_costs(basis_set: BasisSet, row: int, documents: list) -> None:
+    weights, sigma = _weights(basis_set, row), _sigma(basis_set, row)
+    bands = octave_bands(basis_set.block)
+    total, count = np.zeros((*basis_set.variance.shape[1:], len(BIT_WIDTHS))), 0
+    for x, g in documents:
+        y = _coefficients(basis_set, row, (x - basis_set.mean[row][:, None]).astype(np.float32) * weights)
+        importance = np.square(_coefficients(basis_set, row, g / weights)).mean(0)  # over label samples
+        normal = y / sigma
+        for i, bits in enumerate(BIT_WIDTHS):
+            if bits:
+                levels = basis_set.levels[bits]
+                error = y - levels[np.searchsorted(thresholds(levels), normal, side="right")] * sigma
+            else:
+                error = y
+            total[..., i] += _per_band(np.square(error).__imul__(importance).sum(-1, dtype=np.float64), bands)
+        count += y.shape[-1]
+    basis_set.cost[row] = total / count

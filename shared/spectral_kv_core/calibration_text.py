@@ -1,0 +1,71 @@
+"""Text to calibrate with: the mixture that ships with the package, or a user's own files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from importlib.resources import files
+from itertools import zip_longest
+from pathlib import Path
+
+#: Identifies the shipped text; a change to any of its files needs a new name.
+TEXT_NAME = "default-v1"
+KINDS = ("prose", "code", "dialogue")
+_DOCUMENT_BREAK = "\n\f\n"
+
+
+def load_kind(kind: str) -> list[str]:
+    """Documents of one shipped kind, in file order."""
+    if kind not in KINDS:
+        raise ValueError(f"expected a kind of calibration text out of {', '.join(KINDS)}, got {kind!r}")
+    resource = files("spectral_kv_core") / "data" / "calibration" / f"{kind}.txt"
+    text = resource.read_bytes().decode("utf-8").replace("\r\n", "\n")
+    return [document.strip("\n") + "\n" for document in text.split(_DOCUMENT_BREAK) if document.strip()]
+
+
+def load_default_texts() -> list[str]:
+    """The shipped documents, dealt out in turn (prose, code, dialogue, ...): any prefix is a mixture."""
+    rounds = zip_longest(*(load_kind(kind) for kind in KINDS))
+    return [document for one_round in rounds for document in one_round if document is not None]
+
+
+def load_texts(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[str]:
+    """Read UTF-8 files, one document for each, in the order given."""
+    if isinstance(paths, (str, os.PathLike)):
+        paths = [paths]
+    texts = [_read_text(Path(path)) for path in paths]
+    if not texts:
+        raise ValueError("expected at least one file of calibration text, got none; name one or use the default text")
+    return texts
+
+
+def _read_text(path: Path) -> str:
+    if path.is_dir():
+        raise ValueError(
+            f"expected a UTF-8 text file as calibration text, got the directory {path}; name the files in it"
+        )
+    if not path.exists():
+        raise FileNotFoundError(
+            f"expected a UTF-8 text file as calibration text, but {path} does not exist; check the path"
+        )
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"expected UTF-8 calibration text, but {path} has undecodable bytes at offset {error.start}; "
+            "convert the file to UTF-8 or leave it out"
+        ) from error
+    if not text.strip():
+        raise ValueError(f"expected calibration text, but {path} is empty or holds only white space; leave it out")
+    return text.replace("\r\n", "\n")
+
+
+def text_digest(texts: Iterable[str]) -> str:
+    """SHA-256 (hex) over the documents and where each ends; the order counts."""
+    digest = hashlib.sha256()
+    for text in texts:
+        data = text.encode("utf-8")
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()

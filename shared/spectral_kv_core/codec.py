@@ -1,0 +1,249 @@
+"""Codecs: keys and values of sealed tokens <-> packed codes, written once for every array library.
+
+A codec turns blocks of tokens into a `Chunk` and back; chunks grow by whole blocks until they are full and are never
+re-quantized. `xp` is `spectral_kv_core.ops` or a backend's module of the same names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from . import attention
+from .plan import Plan
+from .quantizer import (
+    append_rows,
+    dequantize,
+    dequantize_affine,
+    pack,
+    pack_rows,
+    quantize,
+    quantize_affine,
+    thresholds,
+    unpack,
+    unpack_rows,
+)
+from .rope import rotate, unrotate
+from .transform import octave_bands, time_matrix, to_frequency, to_time
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Packed codes of `tokens` consecutive tokens, the first of them at position `start`; arrays have the batch first."""
+
+    batch: int
+    start: int
+    tokens: int
+    arrays: tuple
+
+
+class SpectralCodec:
+    """Transform coding of one layer: basis across channels, transform over time blocks, one table entry per coefficient.
+
+    Coefficients with 0 bits are not stored. Rows (group, frequency, component) are sorted by width; codes of a row are
+    packed along time. A chunk holds, width by width, whole units [B, rows, units, bits] and then the codes that wait for
+    their unit to fill (`pack_rows`).
+    """
+
+    def __init__(self, xp, plan: Plan, row: int, like=None):
+        basis_set, method = plan.basis_set, plan.method
+        self.xp, self.method, self.block = xp, method, basis_set.block
+        self.rope = plan.shape.rope if method.rope == "pre" else None
+        self.kv_heads, self.head_dim = plan.shape.kv_heads, plan.shape.head_dim
+        self.groups, self.channels, self.rank = basis_set.basis.shape[1:]
+        weight = np.repeat(basis_set.weight[row].astype(np.float64), self.head_dim, axis=-1)[..., None]
+        basis = basis_set.basis[row].astype(np.float64)
+
+        def table(x):
+            return xp.asarray(np.ascontiguousarray(x), like=like)
+
+        self.mean = table(basis_set.mean[row][:, None, :].astype(np.float32))  # [G, 1, Dg]
+        self.basis = table((weight * basis).astype(np.float32))  # [G, Dg, R], encoder
+        self.inverse = self.basis if np.all(weight == 1) else table((basis / weight).astype(np.float32))
+        self.time = table(time_matrix(basis_set.time, basis_set.block))
+
+        bands = octave_bands(self.block)
+        widths = (
+            plan.widths[row][..., bands].transpose(0, 2, 1).reshape(-1)
+        )  # rows in the order (group, frequency, component)
+        sigma = np.sqrt(basis_set.variance[row])[..., bands].transpose(0, 2, 1).reshape(-1).astype(np.float32)
+        self.bits = [int(b) for b in np.unique(widths) if b]
+        rows = [np.flatnonzero(widths == b) for b in self.bits]
+        order = np.full(len(widths), sum(map(len, rows)), np.int32)  # dropped rows read the zero row at the end
+        if rows:
+            order[np.concatenate(rows)] = np.arange(len(order[widths > 0]))
+        self.order = table(order)
+        self.rows = [table(kept.astype(np.int32)) for kept in rows]
+        self.scale = [table(sigma[kept][:, None]) for kept in rows]
+        self.inverse_scale = [table((np.float32(1) / sigma[kept])[:, None]) for kept in rows]
+        self.levels = [table(basis_set.levels[b]) for b in self.bits]
+        self.edges = [table(thresholds(basis_set.levels[b])) for b in self.bits]
+
+    def coefficients(self, keys, values, start: int):
+        """Transform [B, H, T, D] keys and values (T a multiple of `block`) -> [B, G * block * R, T / block] float32."""
+        xp = self.xp
+        keys = unrotate(xp, keys, self.rope, start) if self.rope else xp.astype(keys, xp.float32)
+        x = xp.concat([keys, xp.astype(values, xp.float32)], axis=1)
+        batch, _, tokens, dim = x.shape
+        members = 2 * self.kv_heads // self.groups
+        x = x.reshape(batch, self.groups, members, tokens, dim)
+        x = xp.permute_dims(x, (0, 1, 3, 2, 4)).reshape(batch, self.groups, tokens, self.channels)
+        y = to_frequency(xp, xp.matmul(x - self.mean, self.basis), self.time)
+        return y.reshape(batch, -1, tokens // self.block)
+
+    def quantize(self, y):
+        """Coefficients [B, G * block * R, n] -> codes, one [B, rows, n] uint8 array per width of `bits`."""
+        xp = self.xp
+        return [
+            quantize(xp, xp.take(y, rows, axis=1) * inverse, edges)
+            for rows, inverse, edges in zip(self.rows, self.inverse_scale, self.edges)
+        ]
+
+    def encode(self, keys, values, start: int) -> Chunk:
+        """A new chunk from T tokens, T a multiple of `block`; raises ValueError on NaN or infinity."""
+        y = self.coefficients(keys, values, start)
+        _check_finite(self.xp, y)
+        packed = [pack_rows(self.xp, codes, b) for codes, b in zip(self.quantize(y), self.bits)]
+        return Chunk(keys.shape[0], start, keys.shape[2], _flatten(packed))
+
+    def append(self, chunk: Chunk, keys, values) -> Chunk:
+        """`chunk` with T more tokens behind its own."""
+        y = self.coefficients(keys, values, chunk.start + chunk.tokens)
+        _check_finite(self.xp, y)
+        n = chunk.tokens // self.block
+        packed = [
+            append_rows(self.xp, old, n, codes, b)
+            for old, codes, b in zip(_pairs(chunk.arrays), self.quantize(y), self.bits)
+        ]
+        return replace(chunk, tokens=chunk.tokens + keys.shape[2], arrays=_flatten(packed))
+
+    def cut(self, chunk: Chunk, tokens: int) -> Chunk:
+        """The first `tokens` tokens of `chunk`, a multiple of `block`; codes are copied, not decoded."""
+        xp, n = self.xp, chunk.tokens // self.block
+        codes = [unpack_rows(xp, packed, b, n) for packed, b in zip(_pairs(chunk.arrays), self.bits)]
+        packed = [pack_rows(xp, c[:, :, : tokens // self.block], b) for c, b in zip(codes, self.bits)]
+        return replace(chunk, tokens=tokens, arrays=_flatten(packed))
+
+    def spectrum(self, chunk: Chunk):
+        """Dequantized coefficients [B, G, block, R, n]."""
+        xp = self.xp
+        n = chunk.tokens // self.block
+        parts = [
+            dequantize(xp, unpack_rows(xp, packed, b, n), levels) * scale
+            for packed, b, levels, scale in zip(_pairs(chunk.arrays), self.bits, self.levels, self.scale)
+        ]
+        parts.append(xp.zeros((chunk.batch, 1, n), dtype=xp.float32, like=self.mean))
+        y = xp.take(xp.concat(parts, axis=1), self.order, axis=1)
+        return y.reshape(chunk.batch, self.groups, self.block, self.rank, n)
+
+    def decode(self, chunk: Chunk):
+        """Keys and values [B, H, T, D] float32 of a chunk; keys are rotated as the model had them."""
+        xp = self.xp
+        z = to_time(xp, self.spectrum(chunk), self.time)  # [B, G, T, R]
+        x = xp.matmul(z, xp.permute_dims(self.inverse, (0, 2, 1))) + self.mean
+        x = x.reshape(chunk.batch, self.groups, chunk.tokens, -1, self.head_dim)
+        x = xp.permute_dims(x, (0, 1, 3, 2, 4)).reshape(chunk.batch, 2 * self.kv_heads, chunk.tokens, self.head_dim)
+        keys, values = x[:, : self.kv_heads], x[:, self.kv_heads :]
+        return (rotate(xp, keys, self.rope, chunk.start) if self.rope else keys), values
+
+    def attend(self, chunk: Chunk, queries, scale: float):
+        """Partial softmax of grouped `queries` [B, H, M, D] float32 over a chunk.
+
+        On latents where the method allows it: with k = mu + U F^T y, q.k = q.mu + F^T (U^T q . y), and likewise the
+        output is one expansion of sum_t p_t z_t per query row, so that neither keys nor values are rebuilt.
+        """
+        xp, h = self.xp, self.kv_heads
+        if not self.method.latent:
+            keys, values = self.decode(chunk)
+            return attention.dense_partial(xp, queries, keys, values, scale)
+        y = self.spectrum(chunk)
+        batch, _, block, rank, n = y.shape
+        rows = queries.shape[2]
+        latent = xp.matmul(queries, self.basis[:h])  # [B, H, M, R]
+        by_frequency = xp.matmul(latent[:, :, None], y[:, :h])  # [B, H, block, M, n]
+        scores = xp.matmul(xp.permute_dims(by_frequency, (0, 1, 3, 4, 2)), self.time)  # [B, H, M, n, block]
+        offset = xp.matmul(queries, xp.permute_dims(self.mean[:h], (0, 2, 1)))  # q . mu, [B, H, M, 1]
+        scores = (scores.reshape(batch, h, rows, n * block) + offset) * scale
+        p, m, l = attention.partial_from_scores(xp, scores)
+        weights = xp.matmul(p.reshape(batch, h, rows, n, block), xp.permute_dims(self.time, (1, 0)))
+        weights = xp.permute_dims(weights, (0, 1, 4, 2, 3))  # [B, H, block, M, n]
+        pooled = xp.sum(xp.matmul(weights, xp.permute_dims(y[:, h:], (0, 1, 2, 4, 3))), axis=2)  # [B, H, M, R]
+        output = xp.matmul(pooled, xp.permute_dims(self.inverse[h:], (0, 2, 1))) + l * self.mean[h:]
+        return output, m, l
+
+    def tables(self) -> list:
+        """Every array that all sequences share."""
+        arrays = [self.mean, self.basis, self.time, self.order, *self.rows, *self.scale, *self.inverse_scale]
+        if self.inverse is not self.basis:
+            arrays.append(self.inverse)
+        return arrays + self.levels + self.edges
+
+
+class AffineCodec:
+    """Grouped affine quantization per token: codes [B, H, T, D / 8, bits], scale and bias [B, H, T, D / group]."""
+
+    block = 1
+
+    def __init__(self, xp, plan: Plan, row: int, like=None):
+        self.xp, self.bits, self.group_size = xp, plan.affine_bits, plan.method.group_size
+
+    def encode(self, keys, values, start: int) -> Chunk:
+        """A new chunk from T tokens; raises ValueError on NaN or infinity."""
+        xp, arrays = self.xp, []
+        for x in (keys, values):
+            _check_finite(xp, x)
+            codes, scale, bias = quantize_affine(xp, x, self.bits, self.group_size)
+            arrays += [pack(xp, codes, self.bits), scale, bias]
+        return Chunk(keys.shape[0], start, keys.shape[2], tuple(arrays))
+
+    def append(self, chunk: Chunk, keys, values) -> Chunk:
+        """`chunk` with T more tokens behind its own."""
+        new = self.encode(keys, values, chunk.start + chunk.tokens)
+        arrays = tuple(self.xp.concat([a, b], axis=2) for a, b in zip(chunk.arrays, new.arrays))
+        return replace(chunk, tokens=chunk.tokens + new.tokens, arrays=arrays)
+
+    def cut(self, chunk: Chunk, tokens: int) -> Chunk:
+        """The first `tokens` tokens of `chunk`."""
+        return replace(chunk, tokens=tokens, arrays=tuple(self.xp.copy(a[:, :, :tokens]) for a in chunk.arrays))
+
+    def decode(self, chunk: Chunk):
+        """Keys and values [B, H, T, D] float32 of a chunk."""
+        xp, sides = self.xp, []
+        for packed, scale, bias in (chunk.arrays[:3], chunk.arrays[3:]):
+            codes = unpack(xp, packed, self.bits, scale.shape[-1] * self.group_size)
+            sides.append(dequantize_affine(xp, codes, scale, bias))
+        return tuple(sides)
+
+    def attend(self, chunk: Chunk, queries, scale: float):
+        """Partial softmax of grouped `queries` [B, H, M, D] float32 over a chunk, decoded for this call only."""
+        keys, values = self.decode(chunk)
+        return attention.dense_partial(self.xp, queries, keys, values, scale)
+
+    def tables(self) -> list:
+        """No array is shared."""
+        return []
+
+
+def make_codec(xp, plan: Plan, row: int, like=None):
+    """Codec of compressible layer number `row`, or None for a plan that compresses nothing."""
+    kind = {"spectral": SpectralCodec, "affine": AffineCodec, "none": None}[plan.method.codec]
+    return kind(xp, plan, row, like) if kind else None
+
+
+def select_rows(xp, chunk: Chunk, rows) -> Chunk:
+    """The batch rows `rows` (int32 array) of a chunk."""
+    return replace(chunk, batch=rows.shape[0], arrays=tuple(xp.take(a, rows, axis=0) for a in chunk.arrays))
+
+
+def _pairs(arrays: tuple) -> list[tuple]:
+    return list(zip(arrays[0::2], arrays[1::2]))
+
+
+def _flatten(pairs: list[tuple]) -> tuple:
+    return tuple(array for pair in pairs for array in pair)
+
+
+def _check_finite(xp, x) -> None:
+    if not xp.all_finite(x):
+        raise ValueError("Expected finite keys and values, received NaN or infinity: check the weights and the dtype.")

@@ -1,0 +1,78 @@
+"""The method table: every compression recipe is one row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GROUPS = ("head", "side", "layer")  # vectors that share one basis: one head; all K heads or all V heads; all of both
+
+
+@dataclass(frozen=True)
+class Method:
+    """A recipe over shared parts.
+
+    codec: `none` keeps the host's precision, `affine` quantizes channels as they are, `spectral` quantizes latents.
+    rope: keys are coded before (`pre`) or after (`post`) the rotary embedding.
+    group: what shares one basis (`GROUPS`). block: tokens per time block. time: transform inside a block.
+    group_size: channels that share a scale, for `affine`.
+    """
+
+    name: str
+    codec: str
+    summary: str
+    source: str
+    rope: str = "post"
+    group: str = "head"
+    time: str = "none"
+    block: int = 1
+    group_size: int = 64
+
+    def __post_init__(self):
+        if self.codec not in ("none", "affine", "spectral"):
+            raise ValueError(f"Expected a codec none, affine or spectral, received {self.codec!r}.")
+        if self.rope not in ("pre", "post"):
+            raise ValueError(f"Expected rope pre or post, received {self.rope!r}.")
+        if self.group not in GROUPS:
+            raise ValueError(f"Expected a group in {GROUPS}, received {self.group!r}.")
+
+    @property
+    def basis_set(self) -> str | None:
+        """Name of the profile's basis set that this method reads, None for a method that needs no profile."""
+        return f"{self.group}.{self.rope}" if self.codec == "spectral" else None
+
+    @property
+    def latent(self) -> bool:
+        """Whether attention can run on the latents: a rotation after the codec, or a shared basis, rules it out."""
+        return self.codec == "spectral" and self.rope == "post" and self.group == "head"
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method(
+            "spectral",
+            "spectral",
+            "SVD latents per head, after RoPE, DCT over 16 tokens, bits by sensitivity; attended in the latent space",
+            "SVD of keys and values with one bit allocation for the model; transform coding as in KVTC (2511.01815)",
+            time="dct",
+            block=16,
+        ),
+        Method(
+            "affine",
+            "affine",
+            "grouped asymmetric quantization per token, as mlx-lm's QuantizedKVCache",
+            "mlx.core.quantize, affine mode",
+        ),
+        Method("identity", "none", "the plain cache: nothing is compressed", "reference"),
+    )
+}
+DEFAULT_METHOD = "spectral"
+
+
+def get_method(name: str | Method) -> Method:
+    """The row called `name`; raises ValueError that lists the names there are."""
+    if isinstance(name, Method):
+        return name
+    if name not in METHODS:
+        raise ValueError(f"Expected a method among {', '.join(METHODS)}, received {name!r}.")
+    return METHODS[name]

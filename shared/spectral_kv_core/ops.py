@@ -1,0 +1,63 @@
+"""The array operations that the core's runtime math uses, on NumPy; each backend has the same names in its `ops.py`.
+
+Array-API names and argument order; `like` gives the device of a new array where the library has devices.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy import (
+    astype,
+    clip,
+    concat,
+    cos,
+    exp,
+    float16,
+    float32,
+    int32,
+    matmul,
+    max,
+    maximum,
+    min,
+    permute_dims,
+    round,
+    sin,
+    stack,
+    sum,
+    take,
+    uint8,
+    where,
+    zeros,
+)
+
+__all__ = [
+    "all_finite", "asarray", "astype", "clip", "concat", "copy", "cos", "exp", "float16", "float32", "int32", "matmul",
+    "max", "maximum", "min", "permute_dims", "round", "searchsorted", "sin", "stack", "sum", "take", "to_numpy",
+    "uint8", "where", "zeros",
+]  # fmt: skip
+
+
+def asarray(x, like=None):
+    """`x` (a NumPy array) as an array of this library, on the device of `like`."""
+    return np.asarray(x)
+
+
+def to_numpy(x) -> np.ndarray:
+    """`x` as a NumPy array; floating types become float32 (NumPy has no bfloat16)."""
+    x = np.asarray(x)
+    return x.astype(np.float32) if x.dtype.kind == "f" else x
+
+
+def copy(x):
+    """A compact copy that shares no memory with `x`: a slice that stays must not keep its parent alive."""
+    return np.array(x)
+
+
+def searchsorted(edges, x):
+    """Number of `edges` (ascending) at or below each entry of `x`."""
+    return np.searchsorted(edges, x, side="right")
+
+
+def all_finite(x) -> bool:
+    """Whether no entry of `x` is NaN or infinite."""
+    return bool(np.isfinite(x).all())

@@ -1,0 +1,278 @@
+"""The profile: budget-independent facts about a model, in one safetensors file that both backends read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from . import __version__
+from .basis import effective_rank, rank_for_energy
+from .quantizer import BIT_WIDTHS
+from .rope import Rope
+from .transform import band_sizes
+
+FORMAT, FORMAT_VERSION = "spectralkv-profile", 1
+METADATA_KEY = "spectralkv"
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Architecture numbers of a model: what a profile must agree with, whatever the weights' precision.
+
+    layers: indices of the layers whose cache can be compressed; the others are passed through.
+    """
+
+    num_layers: int
+    hidden_size: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    layers: tuple[int, ...]
+    rope: Rope | None
+
+    @property
+    def fingerprint(self) -> str:
+        """File-name part: the integers of the architecture and the slowest RoPE frequency to two digits."""
+        slow = f"{self.rope.inv_freq[-1]:.1e}" if self.rope else "none"
+        text = f"{self.num_layers}/{self.hidden_size}/{self.q_heads}/{self.kv_heads}/{self.head_dim}/{slow}"
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def to_json(self) -> dict:
+        fields = {n: getattr(self, n) for n in ("num_layers", "hidden_size", "q_heads", "kv_heads", "head_dim")}
+        return {**fields, "layers": list(self.layers), "rope": self.rope.to_json() if self.rope else None}
+
+    @classmethod
+    def from_json(cls, fields: dict) -> ModelShape:
+        rope = Rope.from_json(fields["rope"]) if fields["rope"] else None
+        return cls(**{**fields, "layers": tuple(fields["layers"]), "rope": rope})
+
+    def mismatch(self, other: ModelShape) -> str | None:
+        """What differs from `other`, as words, or None."""
+        for name in ("num_layers", "hidden_size", "q_heads", "kv_heads", "head_dim", "layers"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                return f"{name} {theirs}, the profile has {mine}"
+        if (self.rope is None) != (other.rope is None):
+            return "no rotary embedding on one side"
+        if self.rope is not None and not self.rope.matches(other.rope):
+            return (
+                f"RoPE frequencies ending in {other.rope.inv_freq[-1]:.4g} rad/token (rotary_dim {other.rope.rotary_dim}), "
+                f"the profile has {self.rope.inv_freq[-1]:.4g} (rotary_dim {self.rope.rotary_dim}); a checkpoint saved by "
+                "transformers 5 keeps its RoPE base where mlx-lm does not look: load it with "
+                "spectral_kv_mlx.load_model"
+            )
+        return None
+
+
+@dataclass
+class BasisSet:
+    """Bases, spectra and sensitivities for one way of grouping vectors.
+
+    L compressible layers, G groups per layer of m (side, head) members each, in the order K heads then V heads;
+    Dg = m * head_dim channels, R components, F time bands, W = len(BIT_WIDTHS).
+
+    mean [L, G, Dg]; weight [L, G, m] scales every member before the basis; basis [L, G, Dg, R] orthonormal columns;
+    variance, sensitivity [L, G, R, F]: E[y^2] of the coefficients and E[g^2] of the score gradient along them;
+    cost [L, G, R, F, W]: E[g^2 (y - Q_b(y))^2] at every width b; levels: quantizer tables in units of sigma.
+    """
+
+    group: str
+    rope: str
+    time: str
+    block: int
+    mean: np.ndarray
+    weight: np.ndarray
+    basis: np.ndarray
+    variance: np.ndarray
+    sensitivity: np.ndarray
+    cost: np.ndarray
+    levels: dict[int, np.ndarray]
+
+    ARRAYS = ("mean", "weight", "basis", "variance", "sensitivity", "cost")
+
+    @property
+    def name(self) -> str:
+        return f"{self.group}.{self.rope}"
+
+    @property
+    def rank(self) -> int:
+        return self.basis.shape[-1]
+
+    def channel_variance(self) -> np.ndarray:
+        """Variance per component [L, G, R], averaged over the frequencies of a block."""
+        sizes = band_sizes(self.block)
+        return (self.variance * (sizes / self.block)).sum(-1)
+
+
+@dataclass
+class Profile:
+    """Facts about one model from which the plan of any method and budget follows; see README, "Profile file".
+
+    query_mean [L, Hq, D]: mean post-RoPE query of every head of the compressible layers.
+    """
+
+    shape: ModelShape
+    model: str
+    calibration: dict
+    basis_sets: dict[str, BasisSet]
+    query_mean: np.ndarray | None = None
+    weights_digest: str = ""
+    library_version: str = __version__
+    path: str | None = field(default=None, compare=False)
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write the profile to `path` (temporary name, then rename); returns the path."""
+        path = Path(path)
+        arrays, sets = {}, {}
+        for name, basis_set in self.basis_sets.items():
+            for key in BasisSet.ARRAYS:
+                dtype = np.float16 if key == "basis" else np.float32
+                arrays[f"{name}/{key}"] = np.ascontiguousarray(getattr(basis_set, key), dtype)
+            for bits, levels in basis_set.levels.items():
+                arrays[f"{name}/levels/{bits}"] = np.ascontiguousarray(levels, np.float32)
+            sets[name] = {k: getattr(basis_set, k) for k in ("group", "rope", "time", "block")}
+        if self.query_mean is not None:
+            arrays["query_mean"] = np.ascontiguousarray(self.query_mean, np.float32)
+        metadata = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "library_version": self.library_version,
+            "model": self.model,
+            "shape": self.shape.to_json(),
+            "calibration": self.calibration,
+            "weights_digest": self.weights_digest,
+            "basis_sets": sets,
+            "sha256": _digest(arrays),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+        os.close(handle)
+        try:
+            save_file(arrays, temporary, {METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Profile:
+        """Read and check a profile file.
+
+        Raises FileNotFoundError, or ValueError for a file that is truncated, altered, of another kind or too new.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"Expected a profile file, found nothing at {path}. Make one: spectralkv profile --model MODEL --output {path}"
+            )
+        try:
+            with safe_open(path, framework="numpy") as file:
+                header = (file.metadata() or {}).get(METADATA_KEY)
+                if header is None:
+                    raise ValueError(f"Expected a spectralkv profile, received another safetensors file: {path}.")
+                metadata = json.loads(header)
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(f"Expected a profile, received a {metadata.get('format')} file: {path}.")
+                if metadata["version"] > FORMAT_VERSION:
+                    raise ValueError(
+                        f"Expected profile version {FORMAT_VERSION} or older, received {metadata['version']} from {path}. "
+                        "Upgrade: pip install -U spectralkv"
+                    )
+                arrays = {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"Expected a whole profile file, {path} is truncated or damaged ({error}). Make it again."
+            ) from None
+        if _digest(arrays) != metadata["sha256"]:
+            raise ValueError(f"Expected the contents that the header's hash names, {path} was altered. Make it again.")
+        shape = ModelShape.from_json(metadata["shape"])
+        sets = {}
+        for name, fields in metadata["basis_sets"].items():
+            levels = {b: arrays[f"{name}/levels/{b}"] for b in BIT_WIDTHS if b}
+            sets[name] = BasisSet(**fields, **{k: arrays[f"{name}/{k}"] for k in BasisSet.ARRAYS}, levels=levels)
+            _check_sizes(sets[name], shape, path)
+        return cls(
+            shape,
+            metadata["model"],
+            metadata["calibration"],
+            sets,
+            arrays.get("query_mean"),
+            metadata["weights_digest"],
+            metadata["library_version"],
+            str(path),
+        )
+
+    def basis_set(self, name: str) -> BasisSet:
+        """The basis set `name`; raises ValueError with what to do when the profile lacks it."""
+        if name not in self.basis_sets:
+            raise ValueError(
+                f"Expected a profile with the basis set {name}, {self.path or 'this one'} has {', '.join(self.basis_sets)}. "
+                f"Calibrate again: spectralkv profile --model {self.model}"
+            )
+        return self.basis_sets[name]
+
+    def check(self, shape: ModelShape) -> None:
+        """Raise ValueError unless the profile was made for a model of this `shape`."""
+        difference = self.shape.mismatch(shape)
+        if difference:
+            raise ValueError(
+                f"Expected a profile of this model, {self.path or 'the one given'} is for {self.model}: the model has "
+                f"{difference}. Calibrate this model: spectralkv profile --model MODEL"
+            )
+
+    def summary(self, energy: float | None = None) -> str:
+        """A few lines about the spectra: effective rank and rank at `energy` (default: the profiler's target)."""
+        energy = energy or self.calibration.get("target_energy", 0.95)
+        shape = self.shape
+        lines = [
+            f"SpectralProfile: {self.model}",
+            f"  Architecture: {shape.num_layers} layers ({len(shape.layers)} compressible), {shape.q_heads} query heads, "
+            f"{shape.kv_heads} KV heads, head_dim {shape.head_dim}",
+            f"  Calibration: {self.calibration.get('tokens', 0):,} tokens of {self.calibration.get('text', 'unknown text')}",
+        ]
+        for basis_set in self.basis_sets.values():
+            variance = basis_set.channel_variance()
+            half = variance.shape[1] // 2
+            sides = {"keys": variance[:, :half], "values": variance[:, half:]} if half else {"both": variance}
+            for side, v in sides.items():
+                rank, effective = rank_for_energy(v, energy), effective_rank(v)
+                lines.append(
+                    f"  {basis_set.name} {side}: rank at {energy:.0%} energy median {int(np.median(rank))}, range "
+                    f"[{rank.min()}, {rank.max()}] of {v.shape[-1]}; effective rank median {np.median(effective):.1f}"
+                )
+        return "\n".join(lines)
+
+
+def _digest(arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(f"{name}{arrays[name].dtype}{arrays[name].shape}".encode())
+        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return digest.hexdigest()
+
+
+def _check_sizes(basis_set: BasisSet, shape: ModelShape, path: Path) -> None:
+    layers, groups, channels, rank = basis_set.basis.shape
+    bands = len(band_sizes(basis_set.block))
+    members = 2 * shape.kv_heads // groups
+    expected = {
+        "mean": (layers, groups, channels),
+        "weight": (layers, groups, members),
+        "variance": (layers, groups, rank, bands),
+        "sensitivity": (layers, groups, rank, bands),
+        "cost": (layers, groups, rank, bands, len(BIT_WIDTHS)),
+    }
+    found = {name: getattr(basis_set, name).shape for name in expected}
+    whole = layers == len(shape.layers) and groups * channels == 2 * shape.kv_heads * shape.head_dim
+    if found != expected or not whole:
+        raise ValueError(f"Expected arrays that fit the model shape in the header, {path} has {found}. Make it again.")

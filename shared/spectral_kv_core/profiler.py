@@ -1,0 +1,99 @@
+"""Calibration of a model, whatever the host: text -> captured vectors and gradients -> profile."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import numpy as np
+from tqdm import tqdm
+
+from .calibration import Spool, fit_basis_set, split_documents
+from .calibration_text import TEXT_NAME, load_default_texts, text_digest
+from .profile import ModelShape, Profile
+
+SCORED_SHARE = 16  # the last sixteenth of a document is scored: its gradients reach the tokens before it
+
+
+class ProfilerBase(ABC):
+    """Makes the profile of a model from one pass over calibration text; a backend adds the three abstract methods.
+
+    target_energy: what `Profile.summary` reports ranks at; tokens: calibration tokens in all; document: tokens of one
+    document, which bounds the memory needed; samples: label samples per document; seed: of the labels.
+    """
+
+    def __init__(
+        self,
+        target_energy: float = 0.95,
+        tokens: int = 16384,
+        document: int = 2048,
+        samples: int = 2,
+        seed: int = 0,
+        progress: bool = True,
+    ):
+        if not 0 < target_energy <= 1:
+            raise ValueError(f"Expected target_energy in (0, 1], received {target_energy}.")
+        if min(tokens, document) < 64:
+            raise ValueError(f"Expected at least 64 tokens, received {min(tokens, document)}.")
+        self.target_energy, self.tokens, self.document = target_energy, tokens, document
+        self.samples, self.seed, self.progress = samples, seed, progress
+
+    @abstractmethod
+    def load(self, name: str):
+        """Model and tokenizer of a directory or hub id."""
+
+    @abstractmethod
+    def describe(self, model) -> tuple[ModelShape, dict[int, str], str, str]:
+        """Shape, passed-through layers with reasons, weights digest, name."""
+
+    @abstractmethod
+    def vectors(self, model, shape: ModelShape, tokens: list[int], scored: int, seed: int) -> Iterator[tuple]:
+        """Per compressible layer, as float32 NumPy arrays, of all but the last `scored` tokens:
+
+        queries [Hq, T, D], keys and values [H, T, D], and the gradients [S, H, T, D] of the scored tokens' log
+        probability with respect to keys and values.
+        """
+
+    def profile_from_model(self, model, tokenizer=None, texts: list[str] | None = None, name: str = "") -> Profile:
+        """Calibrate `model` (an object, a directory or a hub id) on `texts` (default: the packaged ones).
+
+        Raises ValueError for a model without compressible layers, too little text, or NaN in activations.
+        """
+        if isinstance(model, (str, os.PathLike)):
+            name = name or str(model)
+            model, tokenizer = self.load(name)
+        shape, passed, digest, own_name = self.describe(model)
+        if not shape.layers:
+            raise ValueError(
+                f"Expected full-attention layers, received only: {', '.join(sorted(set(passed.values())))}."
+            )
+        text_name = TEXT_NAME if texts is None else "own text"
+        texts = load_default_texts() if texts is None else texts
+        documents = split_documents(texts, tokenizer.encode, self.document, self.tokens)
+        query_sum = np.zeros((len(shape.layers), shape.q_heads, shape.head_dim))
+        query_count = 0
+        with Spool() as spool:
+            for d, tokens in enumerate(self._bar(documents, "Reading text")):
+                scored = max(len(tokens) // SCORED_SHARE, 16)
+                vectors = self.vectors(model, shape, tokens, scored, self.seed * len(documents) + d)
+                for row, (queries, *captured) in enumerate(vectors):
+                    query_sum[row] += queries.sum(1, dtype=np.float64)
+                    spool.add(row, d, *captured)
+                query_count += len(tokens) - scored
+            basis_set = fit_basis_set(spool, shape, progress=lambda steps: self._bar(steps, "Fitting bases"))
+        calibration = {
+            "text": text_name,
+            "text_sha256": text_digest(texts),
+            "documents": len(documents),
+            "tokens": sum(map(len, documents)),
+            "document": self.document,
+            "samples": self.samples,
+            "seed": self.seed,
+            "target_energy": self.target_energy,
+        }
+        sets = {basis_set.name: basis_set}
+        return Profile(shape, name or own_name, calibration, sets, query_sum / query_count, digest)
+
+    def _bar(self, steps, what: str):
+        return tqdm(steps, desc=what, disable=not self.progress, leave=False)

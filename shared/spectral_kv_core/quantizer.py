@@ -1,0 +1,174 @@
+"""Scalar quantizers: Lloyd-Max tables, grouped affine quantization, and bit packing.
+
+Codes are unsigned integers of 1 to 8 bits. Eight codes of `bits` bits are stored in exactly `bits` bytes (a *unit*),
+split into planes of 4, 2 and 1 bits so that no code straddles a byte and unpacking is a few shifts on any backend.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+BIT_WIDTHS = (0, 1, 2, 3, 4, 5, 6, 8)  # widths that the allocation may choose; 7 buys nothing over 6 and 8
+UNIT = 8  # codes per packed unit
+
+
+def planes(bits: int) -> list[tuple[int, int]]:
+    """Split a code of `bits` bits into byte-aligned planes: list of (width, shift), low bits first."""
+    if not 1 <= bits <= 8:
+        raise ValueError(f"Expected bits between 1 and 8, received {bits}.")
+    if bits == 8:
+        return [(8, 0)]
+    split, shift = [], 0
+    for width in (4, 2, 1):
+        if bits & width:
+            split.append((width, shift))
+            shift += width
+    return split
+
+
+def pack(xp, codes, bits: int):
+    """Pack `codes` [..., n] uint8 < 2**bits into [..., ceil(n / 8), bits] uint8; the last unit is filled with zeros."""
+    *lead, n = codes.shape
+    units = -(-n // UNIT)
+    if units * UNIT != n:
+        codes = xp.concat([codes, xp.zeros((*lead, units * UNIT - n), dtype=xp.uint8, like=codes)], axis=-1)
+    packed = []
+    for width, shift in planes(bits):
+        if width == 8:
+            packed.append(codes.reshape(*lead, units, UNIT))
+            continue
+        per_byte = 8 // width
+        plane = ((codes >> shift) & (2**width - 1)).reshape(*lead, units, width, per_byte)
+        byte = plane[..., 0]
+        for i in range(1, per_byte):
+            byte = byte | (plane[..., i] << (i * width))
+        packed.append(byte)
+    return packed[0] if len(packed) == 1 else xp.concat(packed, axis=-1)
+
+
+def unpack(xp, packed, bits: int, n: int):
+    """Inverse of `pack`: [..., units, bits] uint8 -> codes [..., n] uint8."""
+    *lead, units, _ = packed.shape
+    codes, start = None, 0
+    for width, shift in planes(bits):
+        plane = packed[..., start : start + width]
+        start += width
+        if width < 8:
+            mask = 2**width - 1
+            plane = xp.stack([(plane >> (i * width)) & mask for i in range(8 // width)], axis=-1)
+        plane = plane.reshape(*lead, units * UNIT)
+        codes = plane if codes is None else codes | (plane << shift)
+    return codes if units * UNIT == n else codes[..., :n]
+
+
+def pack_rows(xp, codes, bits: int):
+    """Pack rows of codes [B, rows, n] that grow along n: whole units [B, rows, n // 8, bits], and the rest.
+
+    The n % 8 codes that do not fill a unit yet lie side by side for all rows, [B, ceil(rows * (n % 8) / 8), bits], so
+    that a short row wastes no bytes.
+    """
+    batch, rows, n = codes.shape
+    whole = n // UNIT * UNIT
+    rest = codes[:, :, whole:].reshape(batch, rows * (n - whole))
+    return pack(xp, codes[:, :, :whole], bits), pack(xp, rest, bits)
+
+
+def unpack_rows(xp, packed, bits: int, n: int):
+    """Inverse of `pack_rows` -> [B, rows, n] uint8."""
+    units, rest = packed
+    batch, rows, whole, _ = units.shape
+    codes = unpack(xp, units, bits, whole * UNIT)
+    if n == whole * UNIT:
+        return codes
+    left = n - whole * UNIT
+    rest = unpack(xp, rest, bits, rows * left).reshape(batch, rows, left)
+    return xp.concat([codes, rest], axis=2) if whole else rest
+
+
+def append_rows(xp, packed, n: int, codes, bits: int):
+    """Append `codes` [B, rows, m] behind the first `n` of `packed`; whole units are not touched."""
+    units, rest = packed
+    if n % UNIT:
+        batch, rows = codes.shape[:2]
+        codes = xp.concat([unpack(xp, rest, bits, rows * (n % UNIT)).reshape(batch, rows, n % UNIT), codes], axis=2)
+    more, rest = pack_rows(xp, codes, bits)
+    return (xp.concat([units, more], axis=2) if more.shape[2] else units), rest
+
+
+def lloyd_max(values: np.ndarray, weights: np.ndarray, bits: int, iterations: int = 200) -> np.ndarray:
+    """Levels [2**bits] float32, ascending, that minimise the mean squared error on a weighted sample.
+
+    Lloyd 1982 (IEEE Trans. IT 28(2), method I); the start is the quantizer of equal probability under density^(1/3)
+    (Panter and Dite). `values` [n] ascending, `weights` [n] >= 0.
+    """
+    values, weights = np.asarray(values, np.float64), np.asarray(weights, np.float64)
+    mass, moment = np.concatenate([[0.0], np.cumsum(weights)]), np.concatenate([[0.0], np.cumsum(weights * values)])
+    companded = np.cumsum(np.cbrt(weights))
+    quantiles = (np.arange(2**bits) + 0.5) / 2**bits * companded[-1]
+    levels = values[np.minimum(np.searchsorted(companded, quantiles), len(values) - 1)]
+    levels = np.maximum.accumulate(levels + np.arange(2**bits) * 1e-9)
+    for _ in range(iterations):
+        edges = np.concatenate([[0], np.searchsorted(values, (levels[1:] + levels[:-1]) / 2), [len(values)]])
+        cell = mass[edges[1:]] - mass[edges[:-1]]
+        # an empty cell keeps its level
+        mean = np.where(cell > 0, (moment[edges[1:]] - moment[edges[:-1]]) / np.where(cell > 0, cell, 1.0), levels)
+        if np.max(np.abs(mean - levels)) < 1e-7:
+            break
+        levels = mean
+    return levels.astype(np.float32)
+
+
+def gaussian_tables() -> dict[int, np.ndarray]:
+    """Lloyd-Max levels of the standard normal density for every width in `BIT_WIDTHS` above 0."""
+    grid = np.linspace(-8, 8, 64001)
+    density = np.exp(-(grid**2) / 2)
+    return {b: _symmetric(lloyd_max(grid, density, b)) for b in BIT_WIDTHS if b}
+
+
+def empirical_tables(histogram: np.ndarray, limit: float) -> dict[int, np.ndarray]:
+    """Lloyd-Max levels of a histogram of |x| over [0, limit), mirrored: the density is taken as symmetric."""
+    centres = (np.arange(len(histogram)) + 0.5) * (limit / len(histogram))
+    values = np.concatenate([-centres[::-1], centres])
+    weights = np.concatenate([histogram[::-1], histogram]).astype(np.float64)
+    return {b: _symmetric(lloyd_max(values, weights, b)) for b in BIT_WIDTHS if b}
+
+
+def _symmetric(levels: np.ndarray) -> np.ndarray:
+    return ((levels - levels[::-1]) / 2).astype(np.float32)
+
+
+def thresholds(levels: np.ndarray) -> np.ndarray:
+    """Decision thresholds [2**bits - 1] float32 between neighbouring levels."""
+    return ((levels[1:] + levels[:-1]) / np.float32(2)).astype(np.float32)
+
+
+def quantize(xp, x, edges):
+    """Codes uint8 of `x` (any shape, float32): the number of thresholds `edges` [2**bits - 1] at or below each entry."""
+    return xp.astype(xp.searchsorted(edges, x), xp.uint8)
+
+
+def dequantize(xp, codes, levels):
+    """Levels [2**bits] float32 looked up by `codes` (any shape) -> float32."""
+    return xp.take(levels, xp.astype(codes, xp.int32).reshape(-1), axis=0).reshape(*codes.shape)
+
+
+def quantize_affine(xp, x, bits: int, group_size: int):
+    """Asymmetric uniform quantization of groups of `group_size` channels, as `mlx.core.quantize` does it.
+
+    `x` [..., D] -> codes [..., D] uint8, scale and bias [..., D / group_size] float16; x ~ code * scale + bias.
+    """
+    grouped = xp.astype(x, xp.float32).reshape(*x.shape[:-1], x.shape[-1] // group_size, group_size)
+    low, high = xp.min(grouped, axis=-1, keepdims=True), xp.max(grouped, axis=-1, keepdims=True)
+    # rounding scale and bias first keeps encoder and decoder on the same grid; the floor guards a constant group
+    scale = xp.astype(xp.maximum((high - low) / (2**bits - 1), 1e-6), xp.float16)
+    bias = xp.astype(low, xp.float16)
+    codes = xp.round((grouped - xp.astype(bias, xp.float32)) / xp.astype(scale, xp.float32))
+    codes = xp.astype(xp.clip(codes, 0, 2**bits - 1), xp.uint8)
+    return codes.reshape(*x.shape), scale[..., 0], bias[..., 0]
+
+
+def dequantize_affine(xp, codes, scale, bias):
+    """Inverse of `quantize_affine` -> [..., D] float32."""
+    grouped = xp.astype(codes, xp.float32).reshape(*scale.shape, codes.shape[-1] // scale.shape[-1])
+    x = grouped * xp.astype(scale, xp.float32)[..., None] + xp.astype(bias, xp.float32)[..., None]
+    return x.reshape(*codes.shape)

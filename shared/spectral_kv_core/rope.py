@@ -1,0 +1,66 @@
+"""Rotary position embedding, applied and undone; its numbers are read from the host's model, never defaulted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Su et al. 2021 (arXiv 2104.09864), eq. 34, with whatever scaling the model's frequencies already contain.
+
+    inv_freq: radians per token of every rotated pair, [rotary_dim / 2].
+    interleaved: pairs are (2i, 2i + 1) as in GPT-J ("traditional" in MLX), else (i, i + rotary_dim / 2).
+    scaling: factor on rotated vectors (the `attention_scaling` of yarn and longrope), 1 for plain RoPE.
+    """
+
+    inv_freq: tuple[float, ...]
+    interleaved: bool = False
+    scaling: float = 1.0
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels that are rotated; the others pass through unchanged."""
+        return 2 * len(self.inv_freq)
+
+    def matches(self, other: Rope) -> bool:
+        """Whether two models rotate alike, to the precision that hosts store frequencies in."""
+        return (
+            self.rotary_dim == other.rotary_dim
+            and self.interleaved == other.interleaved
+            and np.allclose(self.inv_freq, other.inv_freq, rtol=1e-3)
+            and abs(self.scaling - other.scaling) < 1e-3
+        )
+
+    def to_json(self) -> dict:
+        return {"inv_freq": list(self.inv_freq), "interleaved": self.interleaved, "scaling": self.scaling}
+
+    @classmethod
+    def from_json(cls, fields: dict) -> Rope:
+        return cls(tuple(fields["inv_freq"]), bool(fields["interleaved"]), float(fields["scaling"]))
+
+
+def rotate(xp, x, rope: Rope, start: int, inverse: bool = False):
+    """Rotate `x` [..., T, D], whose tokens stand at positions `start`, `start` + 1, ...; float32 result."""
+    angle = np.arange(start, start + x.shape[-2], dtype=np.float64)[:, None] * np.array(rope.inv_freq)
+    sign, factor = (-1.0, 1.0 / rope.scaling) if inverse else (1.0, rope.scaling)
+    cos = xp.asarray((np.cos(angle) * factor).astype(np.float32), like=x)
+    sin = xp.asarray((np.sin(angle) * factor * sign).astype(np.float32), like=x)
+    x = xp.astype(x, xp.float32)
+    rotated, rest = x[..., : rope.rotary_dim], x[..., rope.rotary_dim :]
+    if rope.interleaved:
+        first, second = rotated[..., 0::2], rotated[..., 1::2]
+        pair = xp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        out = pair.reshape(*rotated.shape)
+    else:
+        half = rope.rotary_dim // 2
+        first, second = rotated[..., :half], rotated[..., half:]
+        out = xp.concat([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return xp.concat([out, rest], axis=-1) if rest.shape[-1] else out
+
+
+def unrotate(xp, x, rope: Rope, start: int):
+    """Inverse of `rotate`: post-RoPE vectors back to pre-RoPE ones."""
+    return rotate(xp, x, rope, start, inverse=True)

@@ -1,0 +1,69 @@
+"""The names of `spectral_kv_core.ops` on MLX."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+from mlx.core import (
+    clip,
+    cos,
+    exp,
+    float16,
+    float32,
+    int32,
+    matmul,
+    max,
+    maximum,
+    min,
+    permute_dims,
+    round,
+    sin,
+    stack,
+    sum,
+    take,
+    uint8,
+    where,
+)
+
+__all__ = [
+    "all_finite", "asarray", "astype", "clip", "concat", "copy", "cos", "exp", "float16", "float32", "int32", "matmul",
+    "max", "maximum", "min", "permute_dims", "round", "searchsorted", "sin", "stack", "sum", "take", "to_numpy",
+    "uint8", "where", "zeros",
+]  # fmt: skip
+
+
+def asarray(x, like=None):
+    """`x` (a NumPy array) as an MLX array; memory is unified, `like` has nothing to say."""
+    return mx.array(x)
+
+
+def to_numpy(x) -> np.ndarray:
+    """`x` as a NumPy array; floating types become float32 (NumPy has no bfloat16)."""
+    return np.array(x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x)
+
+
+def astype(x, dtype):
+    return x.astype(dtype)
+
+
+def concat(arrays, axis=0):
+    return mx.concatenate(list(arrays), axis=axis)
+
+
+def copy(x):
+    """A compact copy that shares no memory with `x`: a slice that stays must not keep its parent alive."""
+    return take(x, mx.arange(x.shape[0]), axis=0)
+
+
+def zeros(shape, dtype=float32, like=None):
+    return mx.zeros(tuple(shape), dtype=dtype)
+
+
+def searchsorted(edges, x):
+    """Number of `edges` (ascending) at or below each entry of `x`."""
+    return mx.searchsorted(edges, x, side="right")
+
+
+def all_finite(x) -> bool:
+    """Whether no entry of `x` is NaN or infinite; evaluates `x`."""
+    return bool(mx.isfinite(x).all())

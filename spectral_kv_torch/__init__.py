@@ -1,0 +1,20 @@
+"""spectralkv on PyTorch: compressed KV caches for Hugging Face `generate`."""
+
+from spectral_kv_core.profile import Profile as SpectralProfile
+
+from .cache import SpectralCache, cache_nbytes
+from .capture import capture
+from .generation import make_prompt_cache
+from .integration import load_model, restore
+from .profiler import SpectralProfiler
+
+__all__ = [
+    "SpectralCache",
+    "SpectralProfile",
+    "SpectralProfiler",
+    "cache_nbytes",
+    "capture",
+    "load_model",
+    "make_prompt_cache",
+    "restore",
+]

@@ -1,0 +1,168 @@
+"""The compressed cache as transformers sees it: a `Cache` whose full-attention layers are ours."""
+
+from __future__ import annotations
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+from spectral_kv_core.cache import CacheSize, LayerCache
+from spectral_kv_core.codec import make_codec
+from spectral_kv_core.plan import Plan, make_plan
+from spectral_kv_core.profile import Profile
+
+from . import ops
+from .handles import Pending
+
+
+class SpectralKVLayer(CacheLayerMixin):
+    """One compressed layer; row `row` of the plan's tables.
+
+    `update` gives handles back: our attention function attends to the codes through them, for anybody else they turn
+    into dense keys and values.
+    """
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, plan: Plan, row: int, sinks: int, window: int):
+        super().__init__()
+        self.plan, self.row, self.sinks, self.window = plan, row, sinks, window
+        self.store: LayerCache | None = None
+        self.pending: Pending | None = None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Put the codec's tables on the device of the first keys."""
+        shape = self.plan.shape
+        expected = (shape.kv_heads, shape.head_dim)
+        received = (key_states.shape[1], key_states.shape[3])
+        if expected != received:
+            raise ValueError(
+                f"Expected keys with (kv_heads, head_dim) {expected}, received {received}: the profile is of another model."
+            )
+        codec = make_codec(ops, self.plan, self.row, like=key_states.device)
+        self.store = LayerCache(ops, codec, self.sinks, self.window)
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Take in [B, H, L, D] post-RoPE keys and values; returns handles of shape [B, H, seen, D]."""
+        if self.store is None:
+            self.lazy_initialization(key_states, value_states)
+        self.commit()
+        self.pending = Pending(self, key_states, value_states)
+        return self.pending.handles()
+
+    def attend(self, pending: Pending, queries, scale: float, fused, padding=None):
+        """Attention [B, Hq, L, D] of the tokens of `pending`, which enter the cache; `padding` [B] at the first call."""
+        if not self.store.lanes:
+            self.store.start(queries.shape[0], padding)
+        self.pending = None
+        return self.store.attend(queries, pending.keys, pending.values, scale, fused)
+
+    def dense(self, pending: Pending):
+        """Keys and values [B, H, seen, D] including the tokens of `pending`, which enter the cache."""
+        held = self.store.dense(pending.keys.dtype)
+        if pending is self.pending:
+            self.commit()
+        if held is None:
+            return pending.keys, pending.values
+        return torch.cat([held[0], pending.keys], dim=2), torch.cat([held[1], pending.values], dim=2)
+
+    def commit(self) -> None:
+        """Let tokens that nobody attended to through us enter the cache."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            self.store.append(pending.keys, pending.values)
+
+    def get_seq_length(self) -> int:
+        """Slots seen, padding included."""
+        if self.store is None:
+            return 0
+        return self.store.seen + (self.pending.keys.shape[2] if self.pending is not None else 0)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens (a negative number or 0, as transformers 5 has it)."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"Expected a negative number of tokens to remove, received {tokens_to_remove}.")
+        if self.store is not None:
+            self.commit()
+            self.store.crop(-tokens_to_remove)
+
+    def reset(self) -> None:
+        self.store = self.pending = None
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.get_seq_length():
+            self.commit()
+            rows = sum(len(lane.rows) for lane in self.store.lanes)
+            self.store.select([row for row in range(rows) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self.get_seq_length():
+            self.commit()
+            if indices.dtype == torch.bool:
+                indices = indices.nonzero()[:, 0]
+            self.store.select(indices.tolist())
+
+    def arrays(self) -> list[torch.Tensor]:
+        """Every tensor held for the sequences."""
+        return self.store.arrays() if self.store is not None else []
+
+    def tables(self) -> list[torch.Tensor]:
+        """Every tensor that all sequences share."""
+        return self.store.codec.tables() if self.store is not None and self.store.codec else []
+
+
+class SpectralCache(Cache):
+    """A transformers `Cache` made of a plan, or of a profile and a budget.
+
+    layers: what the host would use for every layer of the model; the compressible ones are replaced.
+    """
+
+    def __init__(
+        self,
+        profile: Profile | None = None,
+        bits: float | None = None,
+        method: str = "spectral",
+        window: int = 64,
+        sinks: int = 4,
+        *,
+        plan: Plan | None = None,
+        layers: list | None = None,
+    ):
+        plan = plan or make_plan(profile.shape, profile, method, bits)
+        layers = list(layers) if layers is not None else [DynamicLayer() for _ in range(plan.shape.num_layers)]
+        for row, layer_idx in enumerate(plan.shape.layers):
+            layers[layer_idx] = SpectralKVLayer(plan, row, sinks, window)
+        super().__init__(layers=layers)
+        self.plan = plan
+
+
+def cache_nbytes(cache: Cache) -> CacheSize:
+    """Bytes of every tensor that `cache` holds for its sequences, window, sinks and passed-through layers included."""
+    stored = dense = tables = 0
+    for layer in cache.layers:
+        if isinstance(layer, SpectralKVLayer):
+            layer.commit()
+            stored += sum(map(_held, layer.arrays()))
+            tables += sum(map(_held, layer.tables()))
+            if layer.store is not None:
+                dense += layer.store.tokens() * 2 * 2 * layer.plan.shape.kv_heads * layer.plan.shape.head_dim
+        elif getattr(layer, "is_initialized", False):
+            held = [x for x in (layer.keys, layer.values) if x is not None]
+            stored += sum(map(_held, held))
+            dense += sum(2 * x.numel() for x in held)
+    return CacheSize(stored, dense, tables)
+
+
+def _held(x: torch.Tensor) -> int:
+    return x.untyped_storage().nbytes()

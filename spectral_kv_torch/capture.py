@@ -1,0 +1,102 @@
+"""Capture of the true queries, keys and values of a forward pass, and of score gradients, on any decoder of the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from .handles import Pending
+from .integration import host_layers, install, model_shape, restore
+
+
+class CaptureLayer(CacheLayerMixin):
+    """Keeps keys and values exactly and remembers the queries; `leaves` lets gradients reach what it keeps."""
+
+    is_sliding = False
+
+    def __init__(self):
+        super().__init__()
+        self.queries: torch.Tensor | None = None
+        self.leaves = False
+
+    def lazy_initialization(self, key_states, value_states) -> None:
+        self.is_initialized = True
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        if self.leaves:
+            return torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2)
+        return Pending(self, key_states, value_states).handles()
+
+    def attend(self, pending, queries, scale, fused, padding=None):
+        """Keep the queries [B, Hq, L, D], keys and values [B, H, L, D] of one forward pass and attend as usual."""
+        self.queries, self.keys, self.values = queries, pending.keys, pending.values
+        return fused(queries, pending.keys, pending.values, scale)
+
+    def get_seq_length(self) -> int:
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+@contextmanager
+def frozen(model) -> Iterator[None]:
+    """Keep gradients away from the weights of `model`, and route its attention through ours, for a while."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    ours = model.config._attn_implementation
+    for p in trained:
+        p.requires_grad_(False)
+    install(model)
+    try:
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
+        if ours != model.config._attn_implementation:
+            restore(model)
+            model.set_attn_implementation(ours)
+
+
+def capture(model, tokens: list[int]) -> Cache:
+    """Run `tokens` through `model`; the layers that can be compressed hold `queries`, `keys` and `values`, post-RoPE."""
+    layers = host_layers(model)
+    for i in model_shape(model)[0].layers:
+        layers[i] = CaptureLayer()
+    cache = Cache(layers=layers)
+    with frozen(model), torch.no_grad():
+        model(_batch(model, tokens), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
+
+
+def score_gradients(model, cache: Cache, tokens: list[int], samples: int, generator: torch.Generator) -> list[dict]:
+    """Gradients of log p(label) with respect to what `cache` holds, for labels drawn from the model itself.
+
+    `tokens` follow the captured ones; one dict per sample of layer index -> (key, value) gradients [H, T, D]. Their
+    second moment is the Fisher information of the cached vectors.
+    """
+    leaves = {i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, CaptureLayer)}
+    inputs = []
+    for layer in leaves.values():
+        layer.keys = layer.keys.detach().clone().requires_grad_(True)
+        layer.values = layer.values.detach().clone().requires_grad_(True)
+        layer.leaves = True
+        inputs += [layer.keys, layer.values]
+    result = []
+    with frozen(model), torch.enable_grad():
+        logits = model(_batch(model, tokens), past_key_values=cache, use_cache=True).logits[0].float()
+        log_p = torch.log_softmax(logits, dim=-1)
+        for sample in range(samples):
+            labels = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
+            gradients = torch.autograd.grad(log_p.gather(1, labels).sum(), inputs, retain_graph=sample + 1 < samples)
+            result.append({i: (gradients[2 * n][0], gradients[2 * n + 1][0]) for n, i in enumerate(leaves)})
+    return result
+
+
+def _batch(model, tokens: list[int]) -> torch.Tensor:
+    return torch.tensor([tokens], device=model.device)

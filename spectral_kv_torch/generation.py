@@ -1,0 +1,139 @@
+"""Caches for a model, and generation and scoring with them through transformers' own code."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from transformers import GenerationConfig
+from transformers.cache_utils import Cache, DynamicCache
+
+from spectral_kv_core.generation import Generated
+from spectral_kv_core.methods import get_method
+from spectral_kv_core.plan import plan_for
+from spectral_kv_core.profile import Profile
+from spectral_kv_core.profile_store import auto_profile, name_passed_layers, warn_if_other_weights
+
+from .cache import SpectralCache
+from .integration import host_layers, install, max_context, model_shape, weights_digest
+from .ops import to_numpy
+from .profiler import SpectralProfiler
+
+PREFILL_CHUNK = 2048
+
+
+def make_prompt_cache(
+    model,
+    profile: Profile | None = None,
+    bits: float | None = None,
+    *,
+    budget_bytes: int | None = None,
+    max_context: int | None = None,
+    method: str = "spectral",
+    window: int = 64,
+    sinks: int = 4,
+    tokenizer=None,
+) -> SpectralCache:
+    """An empty compressed cache for `model`, to be passed as `past_key_values`.
+
+    bits: average stored bits per sealed element, a ceiling (default 3); or budget_bytes for max_context tokens.
+    window, sinks: last and first tokens kept exactly. profile None looks for one, and calibrates (with `tokenizer`) if
+    there is none. Raises ValueError for a budget out of range, a profile of another model, or nothing to compress.
+    """
+    shape, passed = model_shape(model)
+    if not shape.layers:
+        raise ValueError(
+            f"Expected full-attention layers to compress, received only: {', '.join(set(passed.values()))}."
+        )
+    method = get_method(method)
+    if profile is None and method.basis_set:
+        profile = auto_profile(shape, method.basis_set, lambda: SpectralProfiler().profile_from_model(model, tokenizer))
+    layers = host_layers(model)
+    size = torch.empty((), dtype=model.dtype).element_size()
+    other = (
+        sum(getattr(layers[i], "sliding_window", 1) - 1 for i in passed) * 2 * shape.kv_heads * shape.head_dim * size
+    )
+    plan = plan_for(shape, profile, method, bits, budget_bytes, max_context, window, sinks, size, other)
+    name_passed_layers(passed)
+    if profile is not None:
+        warn_if_other_weights(profile, weights_digest(model))
+    install(model)
+    return SpectralCache(window=window, sinks=sinks, plan=plan, layers=layers)
+
+
+def plain_cache(model) -> Cache:
+    """The host's own cache, which keeps everything."""
+    return DynamicCache(config=model.config.get_text_config(decoder=True))
+
+
+class _Clock:
+    """A streamer: notes when prefill began and when every token came, and hands tokens on."""
+
+    def __init__(self, on_token: Callable[[int], None]):
+        self.on_token, self.tokens, self.times = on_token, [], []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+        if len(self.times) > 1:  # the first call brings the prompt
+            token = int(value.reshape(-1)[0])
+            self.tokens.append(token)
+            self.on_token(token)
+
+    def end(self) -> None:
+        pass
+
+
+@torch.inference_mode()
+def generate(
+    model,
+    tokenizer,
+    prompt: list[int],
+    cache: Cache,
+    max_tokens: int,
+    ignore_eos: bool,
+    on_token: Callable[[int], None],
+) -> Generated:
+    """Greedy tokens after `prompt` by `model.generate`, with times; `on_token` sees each as it comes."""
+    clock = _Clock(on_token)
+    config = GenerationConfig(
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        eos_token_id=None if ignore_eos else model.generation_config.eos_token_id,
+        pad_token_id=0,
+        prefill_chunk_size=PREFILL_CHUNK if len(prompt) > PREFILL_CHUNK else None,
+    )
+    batch = torch.tensor([prompt], device=model.device)
+    mask = torch.ones_like(batch)
+    model.generate(batch, attention_mask=mask, past_key_values=cache, generation_config=config, streamer=clock)
+    return Generated(clock.tokens, clock.times)
+
+
+@torch.inference_mode()
+def score(model, prompt: list[int], continuation: list[int], cache: Cache) -> np.ndarray:
+    """Logits [len(continuation), vocabulary] float32 for every token of `continuation`, fed one at a time after `prompt`."""
+
+    def feed(tokens):
+        batch = torch.tensor([tokens], device=model.device)
+        return to_numpy(model(batch, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1])
+
+    for start in range(0, len(prompt), PREFILL_CHUNK):
+        logits = [feed(prompt[start : start + PREFILL_CHUNK])]
+    for token in continuation[:-1]:
+        logits.append(feed([token]))
+    return np.stack(logits)
+
+
+def peak_bytes() -> int:
+    """Peak memory so far: of the card where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def context_limit(model) -> int | None:
+    """Tokens that `model` was made for, None when unknown."""
+    return max_context(model)

@@ -1,0 +1,179 @@
+"""Everything that knows the inside of transformers 5: model shape, attention and mask registration, loading."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from spectral_kv_core.profile import ModelShape
+from spectral_kv_core.rope import Rope
+
+from .handles import Handle
+
+ATTENTION = "spectralkv"
+
+
+def attention_forward(module, query, key, value, attention_mask=None, scaling=None, **kwargs):
+    """Attention function for `AttentionInterface`: our handles are attended as codes, anything else goes to sdpa."""
+    if not isinstance(key, Handle):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    pending = key.pending
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+
+    def fused(q, k, v, scale):
+        return _fused(module, q, k, v, scale)
+
+    out = pending.layer.attend(pending, query, scale, fused, left_padding(attention_mask, query.shape[2]))
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _fused(module, q, k, v, scale):
+    """The host's fused kernel for L queries at the end of N keys, causal: [B, Hq, L, D]."""
+    length, total, kv_heads = q.shape[2], k.shape[2], k.shape[1]
+    if length == 1:  # query heads of a KV head as rows: one row with enable_gqa is 1.6 to 3.5 times slower on CPU
+        rows = q.view(q.shape[0], kv_heads, -1, q.shape[3])
+        out = torch.nn.functional.scaled_dot_product_attention(rows, k, v, scale=scale)
+        return out.reshape(*q.shape[:3], v.shape[3])
+    mask = None
+    if length < total:
+        mask = torch.ones(length, total, dtype=torch.bool, device=q.device).tril(total - length)[None, None]
+    return sdpa_attention_forward(module, q, k, v, mask, scaling=scale)[0].transpose(1, 2)
+
+
+def left_padding(mask: torch.Tensor | None, length: int) -> list[int] | None:
+    """Left padding of every row, from a [B, 1, L, N] mask; None without one.
+
+    Raises ValueError for a mask that is not causal with left padding.
+    """
+    if mask is None:
+        return None
+    seen = mask if mask.dtype == torch.bool else mask >= 0
+    last = seen[:, 0, -1]
+    padding = (~last).sum(-1)
+    total = last.shape[-1]
+    expected = torch.arange(total, device=mask.device)[None] >= padding[:, None]
+    causal = torch.ones(length, total, dtype=torch.bool, device=mask.device).tril(total - length)
+    if seen.shape[1] != 1 or not torch.equal(seen[:, 0], expected[:, None] & causal):
+        raise ValueError(
+            "Expected a causal mask with padding on the left only, received another mask. Pad on the left."
+        )
+    return padding.tolist()
+
+
+def register() -> None:
+    """Make `attn_implementation="spectralkv"` known, for attention and for masks."""
+    AttentionInterface.register(ATTENTION, attention_forward)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def install(model) -> None:
+    """Let `model` attend to compressed caches as codes; plain caches keep going to sdpa."""
+    register()
+    if model.config._attn_implementation != ATTENTION:
+        model.set_attn_implementation(ATTENTION)
+
+
+def restore(model) -> None:
+    """Give `model` its host's attention back; compressed caches then decode for it."""
+    if model.config._attn_implementation == ATTENTION:
+        model.set_attn_implementation("sdpa")
+
+
+def host_layers(model) -> list:
+    """The cache layers that transformers would use for `model`."""
+    config = model.config.get_text_config(decoder=True)
+    layers = DynamicCache(config=config).layers
+    return layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]
+
+
+def model_shape(model) -> tuple[ModelShape, dict[int, str]]:
+    """Architecture numbers of `model`, and the layers that are passed through with the reason."""
+    config = model.config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    passed = {}
+    for i, layer in enumerate(host_layers(model)):
+        if type(layer) is not DynamicLayer:
+            passed[i] = "sliding window" if getattr(layer, "is_sliding", False) else type(layer).__name__
+    everywhere = _unsupported(model, config)
+    if everywhere:
+        passed = dict.fromkeys(range(config.num_hidden_layers), everywhere)
+    layers = tuple(i for i in range(config.num_hidden_layers) if i not in passed)
+    shape = ModelShape(
+        config.num_hidden_layers,
+        config.hidden_size,
+        heads,
+        getattr(config, "num_key_value_heads", None) or heads,
+        head_dim,
+        layers,
+        read_rope(model),
+    )
+    return shape, passed
+
+
+def _unsupported(model, config) -> str | None:
+    if getattr(config, "kv_lora_rank", None):
+        return "multi-head latent attention"
+    if getattr(config, "attn_logit_softcapping", None):
+        return "soft-capped attention scores"
+    if any(name.endswith(".sinks") for name, _ in model.named_parameters()):
+        return "attention sink logits"
+    return None
+
+
+def read_rope(model) -> Rope | None:
+    """Rotary embedding of the full-attention layers, read from the model's own buffers."""
+    rotary = next((m for name, m in model.named_modules() if name.endswith("rotary_emb")), None)
+    if rotary is None:
+        return None
+    prefix = "full_attention_" if hasattr(rotary, "full_attention_inv_freq") else ""
+    inv_freq = getattr(rotary, f"{prefix}inv_freq").detach().double().cpu().numpy()
+    scaling = float(getattr(rotary, f"{prefix}attention_scaling", 1.0) or 1.0)
+    rotate_half = getattr(sys.modules[type(rotary).__module__], "rotate_half", None)
+    probe = torch.arange(4.0)  # (0, 1, 2, 3) -> (-2, -3, 0, 1) when halves pair up, (-1, 0, -3, 2) when neighbours do
+    interleaved = rotate_half is not None and rotate_half(probe).tolist()[1] == 0.0
+    return Rope(tuple(float(w) for w in inv_freq), interleaved, scaling)
+
+
+def weights_digest(model) -> str:
+    """Digest of the first entries of the final norm, which no weight quantization touches, to two digits."""
+    norms = [p for name, p in model.named_parameters() if name.endswith("norm.weight") and ".layers." not in name]
+    if not norms:
+        return ""
+    values = norms[-1].detach().float().cpu().numpy().reshape(-1)[:256]
+    return hashlib.sha256(" ".join(f"{v:.1e}" for v in values).encode()).hexdigest()[:16]
+
+
+def load_model(name: str | os.PathLike, dtype: str | None = None):
+    """Model (in evaluation mode, on CUDA where there is a card) and tokenizer of a directory or hub id."""
+    if not Path(name).exists() and str(name).startswith((".", "/", "~")):
+        raise FileNotFoundError(f"Expected a model directory, found nothing at {name}.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"Expected a model directory, a hub id or demo, cannot load {name!r}: {reason}"
+        ) from None
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+def model_dtype(model) -> np.dtype | torch.dtype:
+    """Dtype in which the model keeps keys and values."""
+    return model.dtype
+
+
+def max_context(model) -> int | None:
+    """Tokens that the model was made for, None when unknown."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)

@@ -1,0 +1,82 @@
+"""The names of `spectral_kv_core.ops` on PyTorch."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import clip, cos, exp, float16, float32, int32, matmul, permute, round, sin, uint8
+
+__all__ = [
+    "all_finite", "asarray", "astype", "clip", "concat", "copy", "cos", "exp", "float16", "float32", "int32", "matmul",
+    "max", "maximum", "min", "permute_dims", "round", "searchsorted", "sin", "stack", "sum", "take", "to_numpy",
+    "uint8", "where", "zeros",
+]  # fmt: skip
+
+permute_dims = permute
+
+
+def asarray(x, like=None):
+    """`x` (a NumPy array) as a tensor on the device of `like` (a tensor or a device)."""
+    device = like.device if isinstance(like, torch.Tensor) else like
+    return torch.from_numpy(np.array(x)).to(device or "cpu")
+
+
+def to_numpy(x) -> np.ndarray:
+    """`x` as a NumPy array; floating types become float32 (NumPy has no bfloat16)."""
+    x = x.detach()
+    return (x.float() if x.is_floating_point() else x).cpu().numpy()
+
+
+def astype(x, dtype):
+    return x.to(dtype)
+
+
+def concat(arrays, axis=0):
+    return torch.cat(list(arrays), dim=axis)
+
+
+def stack(arrays, axis=0):
+    return torch.stack(list(arrays), dim=axis)
+
+
+def copy(x):
+    """A compact copy that shares no memory with `x`: a slice that stays must not keep its parent alive."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def take(x, indices, axis=0):
+    return torch.index_select(x, axis, indices)
+
+
+def where(condition, x, y):
+    return torch.where(condition, x, y)
+
+
+def maximum(x, y):
+    return torch.maximum(x, y) if isinstance(y, torch.Tensor) else torch.clamp(x, min=y)
+
+
+def max(x, axis, keepdims=False):
+    return torch.amax(x, dim=axis, keepdim=keepdims)
+
+
+def min(x, axis, keepdims=False):
+    return torch.amin(x, dim=axis, keepdim=keepdims)
+
+
+def sum(x, axis, keepdims=False):
+    return torch.sum(x, dim=axis, keepdim=keepdims)
+
+
+def zeros(shape, dtype=float32, like=None):
+    return torch.zeros(tuple(shape), dtype=dtype, device=like.device if like is not None else None)
+
+
+def searchsorted(edges, x):
+    """Number of `edges` (ascending) at or below each entry of `x`."""
+    return torch.searchsorted(edges, x.contiguous(), right=True, out_int32=True)
+
+
+def all_finite(x) -> bool:
+    """Whether no entry of `x` is NaN or infinite."""
+    return bool(torch.isfinite(x).all())

@@ -1,0 +1,34 @@
+"""Calibration of a transformers model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from spectral_kv_core.profile import ModelShape
+from spectral_kv_core.profiler import ProfilerBase
+
+from .capture import capture, score_gradients
+from .integration import load_model, model_shape, weights_digest
+from .ops import to_numpy
+
+
+class SpectralProfiler(ProfilerBase):
+    __doc__ = ProfilerBase.__doc__
+
+    def load(self, name: str):
+        return load_model(name)
+
+    def describe(self, model) -> tuple[ModelShape, dict[int, str], str, str]:
+        return *model_shape(model), weights_digest(model), model.config.name_or_path or type(model).__name__
+
+    def vectors(self, model, shape: ModelShape, tokens: list[int], scored: int, seed: int) -> Iterator[tuple]:
+        cache = capture(model, tokens[:-scored])
+        generator = torch.Generator().manual_seed(seed)
+        gradients = score_gradients(model, cache, tokens[-scored:], self.samples, generator)
+        for i in shape.layers:
+            layer = cache.layers[i]
+            sides = [np.stack([to_numpy(sample[i][side]) for sample in gradients]) for side in (0, 1)]
+            yield to_numpy(layer.queries[0]), to_numpy(layer.keys[0]), to_numpy(layer.values[0]), *sides
