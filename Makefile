@@ -15,7 +15,7 @@ OPENBLAS := $(firstword $(wildcard /usr/lib/*/openblas-pthread/libopenblas.so.0)
 .PHONY: demo test lint bench clean
 
 demo: $(VENV)/.installed-$(BACKEND)
-	$(PYTHON) -m spectral_kv_core.cli generate --demo
+	$(VENV)/bin/spectralkv generate --model demo --prompt-file shared/spectral_kv_core/data/demo_prompt.txt --bits 3 --max-tokens 64 --compare
 
 test: $(VENV)/.installed-all
 	$(PYTHON) -m pytest -q --ignore-glob='*test_mlx*'
@@ -26,7 +26,7 @@ lint: $(VENV)/.installed-all
 	$(PYTHON) -m ruff check .
 
 bench: $(VENV)/.installed-$(BACKEND)
-	$(PYTHON) -m spectral_kv_core.cli generate --model demo --demo --json
+	$(VENV)/bin/spectralkv generate --model demo --prompt-file shared/spectral_kv_core/data/demo_prompt.txt --bits 2 --max-tokens 64 --ignore-eos --compare --json
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -18,11 +18,23 @@ from spectral_kv_core.plan import plan_for
 from spectral_kv_core.profile import Profile
 from spectral_kv_core.profile_store import auto_profile, name_passed_layers, warn_if_other_weights
 
-from .cache import SpectralCache
-from .integration import host_layers, install, max_context, model_shape, weights_digest
+from .cache import SpectralCache, cache_nbytes
+from .integration import host_layers, install, load_model, max_context, model_shape, weights_digest
 from .ops import to_numpy
 from .profiler import SpectralProfiler
 
+__all__ = [
+    "SpectralProfiler",
+    "cache_nbytes",
+    "context_limit",
+    "generate",
+    "load_model",
+    "make_prompt_cache",
+    "peak_bytes",
+    "plain_cache",
+    "reset_peak",
+    "score",
+]
 PREFILL_CHUNK = 2048
 
 
@@ -125,6 +137,12 @@ def score(model, prompt: list[int], continuation: list[int], cache: Cache) -> np
     for token in continuation[:-1]:
         logits.append(feed([token]))
     return np.stack(logits)
+
+
+def reset_peak() -> None:
+    """Start a new measurement of peak memory, where the device counts its own."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def peak_bytes() -> int:

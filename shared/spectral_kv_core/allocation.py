@@ -60,4 +60,5 @@ def _hull_segments(cost: np.ndarray, widths: np.ndarray) -> tuple[np.ndarray, np
         start[:, step], stop[:, step] = at, np.where(move, best, at)
         gain[:, step] = np.where(move, value, 0.0)
         at = stop[:, step]
-    return start, stop, gain
+    # on a straight run rounding may make a later slope look steeper, which would take segments out of order
+    return start, stop, np.minimum.accumulate(gain, 1)

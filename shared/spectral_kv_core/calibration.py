@@ -18,6 +18,7 @@ from .statistics import Moments
 from .transform import band_sizes, octave_bands, time_matrix, to_frequency
 
 SKIP = 4  # attention sinks of a document: outliers that the cache keeps exactly
+RECENT = 64  # last tokens of a document, which the cache's window keeps exactly too
 HISTOGRAM_LIMIT, HISTOGRAM_BINS = 12.0, 6000  # of |coefficient| / sigma
 
 
@@ -142,14 +143,15 @@ def fit_basis_set(
 
 
 def _grouped(x, gradients, shape, rope, groups, block):
-    """Vectors [G, T, Dg] and gradients [S, G, T, Dg] of one document, sinks dropped, T a multiple of `block`."""
+    """Vectors [G, T, Dg] and gradients [S, G, T, Dg] of the tokens of a document that a cache would have sealed."""
     heads = shape.kv_heads
     if rope == "pre" and shape.rope is not None:
         scaling = shape.rope.scaling  # k_post = s R k_pre, hence the gradient turns back and is scaled by s
         x = np.concatenate([unrotate(ops, x[:heads], shape.rope, 0), x[heads:]])
         turned = unrotate(ops, gradients[:, :heads], shape.rope, 0) * scaling**2
         gradients = np.concatenate([turned, gradients[:, heads:]], axis=1)
-    tokens = (x.shape[1] - SKIP) // block * block
+    recent = RECENT if x.shape[1] >= 8 * RECENT else 0  # a short document is all there is
+    tokens = (x.shape[1] - SKIP - recent) // block * block
 
     def gather(a):
         a = a[..., SKIP : SKIP + tokens, :]

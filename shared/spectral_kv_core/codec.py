@@ -158,7 +158,7 @@ class SpectralCodec:
             keys, values = self.decode(chunk)
             return attention.dense_partial(xp, queries, keys, values, scale)
         y = self.spectrum(chunk)
-        batch, _, block, rank, n = y.shape
+        batch, _, block, _, n = y.shape
         rows = queries.shape[2]
         latent = xp.matmul(queries, self.basis[:h])  # [B, H, M, R]
         by_frequency = xp.matmul(latent[:, :, None], y[:, :h])  # [B, H, block, M, n]

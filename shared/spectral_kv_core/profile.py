@@ -188,7 +188,7 @@ class Profile:
                         f"Expected profile version {FORMAT_VERSION} or older, received {metadata['version']} from {path}. "
                         "Upgrade: pip install -U spectralkv"
                     )
-                arrays = {name: file.get_tensor(name) for name in file.keys()}
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"Expected a whole profile file, {path} is truncated or damaged ({error}). Make it again."

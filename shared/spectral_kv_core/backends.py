@@ -1,0 +1,55 @@
+"""Finding backends: packages that register themselves in the entry-point group `spectralkv.backends`."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import platform
+from importlib.metadata import entry_points
+from types import ModuleType
+
+log = logging.getLogger("spectralkv")
+GROUP = "spectralkv.backends"
+
+
+def backend_names() -> list[str]:
+    """Registered backends, the natural one of this machine first: mlx on Apple silicon, torch elsewhere."""
+    natural = "mlx" if (platform.system(), platform.machine()) == ("Darwin", "arm64") else "torch"
+    return sorted({point.name for point in entry_points(group=GROUP)}, key=lambda name: (name != natural, name))
+
+
+def load_backend(name: str = "auto") -> tuple[str, ModuleType]:
+    """Name and `generation` module of backend `name`; `auto` takes the natural one, or whichever is installed.
+
+    Raises ValueError for an unknown name and ImportError, which names the extra, when its packages are missing.
+    """
+    names = backend_names()
+    if not names:
+        raise ImportError(
+            "Expected an installed spectralkv, found no backend registered: pip install spectralkv[torch]"
+        )
+    if name != "auto":
+        if name not in names:
+            raise ValueError(f"Expected a backend among {', '.join(['auto', *names])}, received {name!r}.")
+        return name, _import(name)
+    missing = None
+    for candidate in names:
+        try:
+            module = _import(candidate)
+        except ImportError as error:
+            missing = missing or error
+            continue
+        if missing:
+            log.warning("%s Using %s instead.", missing, candidate)
+        return candidate, module
+    raise missing
+
+
+def _import(name: str) -> ModuleType:
+    package = next(point.value for point in entry_points(group=GROUP) if point.name == name)
+    try:
+        return importlib.import_module(f"{package}.generation")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f'Expected the packages of backend {name}, {error.name} is not installed: pip install "spectralkv[{name}]".'
+        ) from None

@@ -1,0 +1,95 @@
+"""The command `spectralkv`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+
+from . import __version__, commands
+from .methods import DEFAULT_METHOD
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Parser of all commands; wrong use exits with 2 and one line."""
+    parser = argparse.ArgumentParser(prog="spectralkv", description="KV-cache compression: real bytes, honest quality.")
+    parser.add_argument("--version", action="version", version=f"spectralkv {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print exactly one JSON object on stdout")
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("--model", required=True, help="a directory, a hub id, or demo")
+    model.add_argument("--backend", default="auto", help="auto (mlx on Apple silicon, else torch), mlx or torch")
+    model.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: as stored")
+
+    def command(name: str, run, help: str, *parents) -> argparse.ArgumentParser:
+        sub = subparsers.add_parser(name, help=help, description=help, parents=[*parents, common])
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("profile", commands.profile, "calibrate a model once and save its profile", model)
+    sub.add_argument("--text", nargs="+", metavar="FILE", help="calibration text (default: the packaged mixture)")
+    sub.add_argument("--tokens", type=int, default=16384, help="calibration tokens in all (default %(default)s)")
+    sub.add_argument("--document", type=int, default=2048, help="tokens per document, which bounds memory")
+    sub.add_argument("--target-energy", type=float, default=0.95, help="energy that the summary reports ranks at")
+    sub.add_argument("--output", metavar="FILE", help="where to save (default: the user cache folder)")
+    sub.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    sub = command("generate", commands.generate, "generate text from a compressed cache", model)
+    prompt = sub.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", help="the prompt")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="file with the prompt, - for standard input")
+    sub.add_argument("--raw", action="store_true", help="no chat template around the prompt")
+    sub.add_argument("--score-file", metavar="FILE", help="text after the prompt to compare the two caches on")
+    sub.add_argument("--max-tokens", type=int, default=128, help="tokens to generate (default %(default)s)")
+    sub.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-text token")
+    budget = sub.add_mutually_exclusive_group()
+    budget.add_argument("--bits", type=float, help="stored bits per sealed element (default 3)")
+    budget.add_argument("--budget-bytes", type=int, help="bytes that the whole cache may take at --max-context tokens")
+    sub.add_argument(
+        "--max-context", type=int, help="tokens that --budget-bytes must hold (default: what this run needs)"
+    )
+    sub.add_argument("--method", default=DEFAULT_METHOD, help="recipe, see: spectralkv methods (default %(default)s)")
+    sub.add_argument(
+        "--profile", default="auto", help="profile file; auto looks for one and calibrates if there is none"
+    )
+    sub.add_argument("--window", type=int, default=64, help="recent tokens kept exactly (default %(default)s)")
+    sub.add_argument("--sinks", type=int, default=4, help="first tokens kept exactly (default %(default)s)")
+    sub.add_argument("--budget-tokens", type=int, help="tokens to keep, for methods that drop tokens")
+    sub.add_argument("--protect", metavar="A:B", help="tokens never dropped, for methods that drop tokens")
+    sub.add_argument(
+        "--compare", action="store_true", help="run the plain cache too and compare bytes, quality and speed"
+    )
+
+    sub = command("inspect", commands.inspect, "show a profile and the plan a budget gets from it")
+    sub.add_argument("file", metavar="FILE", help="profile file")
+    sub.add_argument("--bits", type=float, help="budget of the plan (default 3)")
+    sub.add_argument("--method", default=DEFAULT_METHOD, help="recipe of the plan (default %(default)s)")
+
+    command("methods", commands.methods, "list the recipes")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command: 0 done, 2 wrong use, 1 anything else; errors are one line on stderr."""
+    args = build_parser().parse_args(arguments)
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="spectralkv: %(message)s")
+    try:
+        result = args.run(args)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if args.debug:
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        print(f"spectralkv: {text}", file=sys.stderr)
+        return 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
+    if args.json:
+        print(json.dumps(result, default=commands.to_plain))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+"""How far the predictions with a compressed cache are from those with the plain one."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """[..., V] float64, stable."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def compare_logits(reference: np.ndarray, test: np.ndarray, labels: list[int]) -> dict[str, float]:
+    """KL(reference || test) in nats per token, top-1 agreement and perplexities over `labels`.
+
+    `reference`, `test` [T, V] logits for the T tokens `labels`. `nd_ppl` is PPL(test) / PPL(reference) - 1. Raises
+    ValueError on NaN: a broken cache must not pass as a number.
+    """
+    if not (np.isfinite(reference).all() and np.isfinite(test).all()):
+        raise ValueError("Expected finite logits, received NaN or infinity: check the weights and the dtype.")
+    p, q = log_softmax(reference), log_softmax(test)
+    kl = (np.exp(p) * (p - q)).sum(-1)
+    rows = np.arange(len(labels))
+    ppl_ref, ppl = np.exp(-p[rows, labels].mean()), np.exp(-q[rows, labels].mean())
+    return {
+        "kl": float(max(kl.mean(), 0.0)),
+        "kl_p95": float(max(np.quantile(kl, 0.95), 0.0)),
+        "top1": float((p.argmax(-1) == q.argmax(-1)).mean()),
+        "ppl": float(ppl),
+        "nd_ppl": float(ppl / ppl_ref - 1),
+    }

@@ -1,0 +1,135 @@
+"""Tables and streamed text for the terminal."""
+
+from __future__ import annotations
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from .basis import effective_rank, rank_for_energy
+from .plan import Plan
+from .profile import BasisSet
+from .transform import band_sizes
+
+
+class Stream:
+    """Prints tokens as text as they come; a character that is still incomplete waits."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.tokens, self.shown = tokenizer, [], ""
+
+    def title(self, text: str) -> None:
+        Console(highlight=False).print(f"[bold]--- {text}[/bold]")
+
+    def token(self, token: int) -> None:
+        self.tokens.append(token)
+        text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+        if not text.endswith("�"):
+            print(text[len(self.shown) :], end="", flush=True)
+            self.shown = text
+
+    def end(self) -> None:
+        print(flush=True)
+        self.tokens, self.shown = [], ""
+
+
+def print_generation(result: dict) -> None:
+    """Bytes, quality and speed, beside the plain cache's where it ran."""
+    table = Table(box=None, pad_edge=False)
+    columns = [result["method"], *(["plain"] if "dense" in result else [])]
+    runs = [result, *([result["dense"]] if "dense" in result else [])]
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+
+    def row(label: str, key: str, form: str) -> None:
+        table.add_row(label, *(form.format(run[key]) if key in run else "" for run in runs))
+
+    row("prompt tokens", "prompt_tokens", "{:,}")
+    row("generated tokens", "generated_tokens", "{:,}")
+    row("cache bytes", "cache_bytes", "{:,}")
+    row("bits per element", "bits_per_element", "{:.2f}")
+    row("times smaller than 16 bits", "compression", "{:.2f}")
+    row("shared tables, bytes", "table_bytes", "{:,}")
+    row("prefill tokens/s", "prefill_tokens_per_s", "{:.1f}")
+    row("decode tokens/s", "decode_tokens_per_s", "{:.1f}")
+    console = Console(highlight=False)
+    console.print(table)
+    if "kl" in result:
+        console.print(
+            f"against the plain cache over {result['scored_tokens']} tokens: KL {result['kl']:.4f} nats/token, "
+            f"top-1 agreement {result['top1']:.1%}, perplexity {result['nd_ppl']:+.1%}"
+        )
+
+
+def basis_set_summary(basis_set: BasisSet) -> dict:
+    """Ranks and sizes of a basis set, for JSON."""
+    variance = basis_set.channel_variance()
+    return {
+        "group": basis_set.group,
+        "rope": basis_set.rope,
+        "time": basis_set.time,
+        "block": basis_set.block,
+        "channels": basis_set.mean.shape[-1],
+        "rank_95": rank_for_energy(variance, 0.95),
+        "effective_rank": np.round(effective_rank(variance), 2),
+    }
+
+
+def plan_summary(plan: Plan) -> dict:
+    """Bits per layer and side, and how many coefficients each width has, for JSON."""
+    summary = {
+        "method": plan.method.name,
+        "bits": plan.bits,
+        "bits_per_element": plan.bits_per_element,
+        "hash": plan.hash,
+    }
+    if plan.widths is None:
+        return summary
+    sizes = band_sizes(plan.basis_set.block)
+    per_group = (plan.widths * sizes).sum((-1, -2)) / (plan.basis_set.block * plan.basis_set.mean.shape[-1])  # [L, G]
+    half = max(per_group.shape[1] // 2, 1)
+    counts = np.bincount(np.repeat(plan.widths.reshape(-1, len(sizes)), sizes, axis=1).reshape(-1), minlength=9)
+    return {
+        **summary,
+        "layers": list(plan.shape.layers),
+        "key_bits": np.round(per_group[:, :half].mean(1), 3),
+        "value_bits": np.round(per_group[:, half:].mean(1), 3) if per_group.shape[1] > 1 else None,
+        "coefficients_by_width": {str(b): int(n) for b, n in enumerate(counts) if n},
+    }
+
+
+def print_plan(plan: Plan) -> None:
+    """The plan as a table, a row per layer."""
+    summary = plan_summary(plan)
+    console = Console(highlight=False)
+    console.print(
+        f"Plan: {summary['method']} at {summary['bits']:g} bits: {summary['bits_per_element']:.4f} stored bits per element"
+    )
+    if "layers" not in summary:
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in ("layer", "bits per key element", "bits per value element"):
+        table.add_column(name, justify="right")
+    values = summary["value_bits"] if summary["value_bits"] is not None else summary["key_bits"]
+    for layer, k, v in zip(summary["layers"], summary["key_bits"], values):
+        table.add_row(str(layer), f"{k:.2f}", f"{v:.2f}")
+    console.print(table)
+    total = sum(summary["coefficients_by_width"].values())
+    shares = ", ".join(f"{b} bits {n / total:.0%}" for b, n in summary["coefficients_by_width"].items())
+    console.print(f"Coefficients by width: {shares}")
+
+
+def print_methods(rows: list[dict]) -> None:
+    """The method table."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("method", "what it does", "profile", "attends to codes"):
+        table.add_column(name)
+    for row in rows:
+        table.add_row(
+            row["name"],
+            row["summary"],
+            "yes" if row["needs_profile"] else "no",
+            "yes" if row["latent_attention"] else "no",
+        )
+    Console(highlight=False).print(table)
