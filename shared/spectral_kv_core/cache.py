@@ -116,13 +116,16 @@ class LayerCache:
 
     def dense(self, dtype=None):
         """Keys and values [B, H, seen, D] of everything held, decoded; padded slots are zero. None when empty."""
-        if not self.seen:
+        like = next((lane.exact_keys for lane in self.lanes if lane.exact_keys is not None), None)
+        if like is None:
             return None
-        sides = ([], [])
+        sides, dtype = ([], []), dtype or like.dtype
         for lane in self.lanes:
-            if not lane.exact:
-                return None
-            for side, x in zip(sides, self._lane_dense(lane, dtype or lane.exact_keys.dtype)):
+            if lane.exact_keys is not None:
+                held = self._lane_dense(lane, dtype)
+            else:  # only padding so far
+                held = [self.xp.zeros((len(lane.rows), like.shape[1], 0, like.shape[3]), dtype=dtype, like=like)] * 2
+            for side, x in zip(sides, held):
                 missing = self.seen - x.shape[2]
                 if missing:
                     blank = self.xp.zeros((*x.shape[:2], missing, x.shape[3]), dtype=x.dtype, like=x)
@@ -143,7 +146,9 @@ class LayerCache:
 
     def select(self, rows) -> None:
         """Make the batch out of the old rows `rows` (ints, in the new order, repeats allowed)."""
-        rows = [int(r) for r in rows]
+        rows, batch = [int(r) for r in rows], sum(len(lane.rows) for lane in self.lanes)
+        if not all(0 <= r < batch for r in rows):
+            raise ValueError(f"Expected rows between 0 and {batch - 1}, received {rows}.")
         lanes = []
         for lane in self.lanes:
             new = [i for i, old in enumerate(rows) if old in lane.rows]
@@ -254,8 +259,8 @@ class LayerCache:
             return
         recent = lane.exact - min(self.sinks, lane.exact)
         if not lane.chunks or tokens <= recent:
-            lane.exact_keys = xp.copy(lane.exact_keys[:, :, : lane.exact - tokens])
-            lane.exact_values = xp.copy(lane.exact_values[:, :, : lane.exact - tokens])
+            left = lane.exact - tokens
+            lane.exact_keys, lane.exact_values = (xp.copy(x[:, :, :left]) for x in (lane.exact_keys, lane.exact_values))
             return
         sinks = [x[:, :, : min(self.sinks, keep)] for x in (lane.exact_keys, lane.exact_values)]
         left = max(keep - self.sinks, 0)

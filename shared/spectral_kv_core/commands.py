@@ -98,7 +98,7 @@ def generate(args: argparse.Namespace) -> dict:
     show = None if args.json else report.Stream(tokenizer)
     if show and compare:
         show.title(f"{method.name} cache")
-    result, tokens = _run(backend, model, tokenizer, prompt, cache, args, show)
+    result, _ = _run(backend, model, tokenizer, prompt, cache, args, show)
     del cache
     result = {
         **result,

@@ -35,7 +35,7 @@ def pack(xp, codes, bits: int):
     packed = []
     for width, shift in planes(bits):
         if width == 8:
-            packed.append(codes.reshape(*lead, units, UNIT))
+            packed.append(xp.copy(codes.reshape(*lead, units, UNIT)))  # a view would keep all codes alive
             continue
         per_byte = 8 // width
         plane = ((codes >> shift) & (2**width - 1)).reshape(*lead, units, width, per_byte)

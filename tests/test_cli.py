@@ -1,0 +1,241 @@
+"""The command line: contracts of the JSON output, and one clear line for every wrong use."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+from safetensors.numpy import load_file, save_file  # noqa: E402
+from spectral_kv_core import backends, cli  # noqa: E402
+from spectral_kv_core.profile import METADATA_KEY, Profile  # noqa: E402
+from tiny_checkpoint import save_tiny_checkpoint  # noqa: E402
+
+TEXT = "In the beginning there was a table, and on the table stood 23 cups; nobody knew whose they were. " * 30
+GENERATE_KEYS = {
+    "text", "prompt_tokens", "generated_tokens", "backend", "method", "bits_per_element", "cache_bytes", "table_bytes",
+    "dense_bytes", "compression", "peak_bytes", "prefill_tokens_per_s", "decode_tokens_per_s",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("cli")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache_folder(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPECTRALKV_CACHE", str(folder / "cache"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return str(save_tiny_checkpoint(folder / "model"))
+
+
+@pytest.fixture(scope="module")
+def other_model(folder):
+    return str(save_tiny_checkpoint(folder / "other", "qwen3"))
+
+
+@pytest.fixture(scope="module")
+def text_file(folder):
+    (folder / "text.txt").write_text(TEXT)
+    return str(folder / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def profile(folder, model, text_file):
+    path = str(folder / "profile.safetensors")
+    arguments = ["--text", text_file, "--tokens", "1024", "--document", "512", "--quiet", "--backend", "torch"]
+    assert cli.main(["profile", "--model", model, "--output", path, *arguments]) == 0
+    return path
+
+
+def run(capsys, *arguments):
+    """Exit code, standard output, standard error."""
+    try:
+        code = cli.main(list(arguments))
+    except SystemExit as stop:
+        code = stop.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def json_of(capsys, *arguments):
+    code, out, err = run(capsys, *arguments, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+def fails(capsys, code, message, *arguments):
+    """The command ends with `code` and a line that holds `message`, without a traceback."""
+    got, out, err = run(capsys, *arguments)
+    lines = [line for line in err.strip().splitlines() if line.startswith("spectralkv")]
+    assert got == code and message in lines[-1] and "Traceback" not in err and not out.strip(), (got, out, err)
+
+
+def test_profile_reports_what_it_made(capsys, folder, model, text_file):
+    arguments = ["--text", text_file, "--tokens", "300", "--document", "256", "--quiet", "--backend", "torch"]
+    result = json_of(capsys, "profile", "--model", model, "--output", str(folder / "own.safetensors"), *arguments)
+    assert result["tokens"] >= 256 and result["seconds"] > 0 and result["model"] == model
+    assert result["bytes"] == (folder / "own.safetensors").stat().st_size
+    assert Profile.load(result["profile"]).calibration["text"] == "own text"
+
+
+def test_generate_reports_bytes_quality_and_speed(capsys, model, profile, text_file):
+    result = json_of(
+        capsys, "generate", "--model", model, "--backend", "torch", "--prompt-file", text_file, "--profile", profile,
+        "--bits", "2", "--max-tokens", "20", "--ignore-eos", "--compare",
+    )  # fmt: skip
+    assert GENERATE_KEYS | {"dense", "kl", "top1"} <= set(result)
+    assert GENERATE_KEYS <= set(result["dense"])
+    assert result["generated_tokens"] == 20 and result["prompt_tokens"] > len(TEXT)  # the chat template adds some
+    assert result["method"] == "spectral" and result["backend"] == "torch"
+    assert result["cache_bytes"] < result["dense"]["cache_bytes"] / 4  # the plain one is float32
+    assert result["dense_bytes"] == result["dense"]["dense_bytes"] == result["dense"]["cache_bytes"] // 2
+    assert result["compression"] == pytest.approx(result["dense_bytes"] / result["cache_bytes"])
+    assert result["bits_per_element"] == pytest.approx(16 / result["compression"])
+    assert result["kl"] > 0 and 0 <= result["top1"] <= 1 and result["scored_tokens"] == 20
+
+
+def test_identity_has_no_divergence(capsys, model, folder, text_file):
+    (folder / "score.txt").write_text(TEXT[:50])
+    result = json_of(
+        capsys, "generate", "--model", model, "--backend", "torch", "--prompt-file", text_file, "--raw",
+        "--method", "identity", "--max-tokens", "0", "--score-file", str(folder / "score.txt"),
+    )  # fmt: skip
+    assert result["kl"] < 1e-6 and result["top1"] == 1.0 and result["compression"] == pytest.approx(0.5)
+    assert result["prompt_tokens"] == len(TEXT) and result["scored_tokens"] == 50
+
+
+def test_more_bits_less_divergence(capsys, model, profile, folder, text_file):
+    (folder / "after.txt").write_text("Then 40 more cups came, and nobody counted them.")
+    kl = [
+        json_of(
+            capsys, "generate", "--model", model, "--backend", "torch", "--prompt-file", text_file, "--profile", profile,
+            "--raw", "--bits", bits, "--max-tokens", "0", "--score-file", str(folder / "after.txt"),
+        )["kl"]
+        for bits in ("1", "3", "8")
+    ]  # fmt: skip
+    assert kl[0] > kl[1] > kl[2] >= 0
+
+
+def test_terminal_output_shows_both_caches(capsys, model, profile, text_file):
+    code, out, _ = run(
+        capsys, "generate", "--model", model, "--backend", "torch", "--prompt-file", text_file, "--profile", profile,
+        "--max-tokens", "5", "--ignore-eos", "--compare",
+    )  # fmt: skip
+    assert code == 0
+    for words in ("spectral cache", "plain cache", "cache bytes", "decode tokens/s", "top-1 agreement"):
+        assert words in out
+
+
+def test_inspect_and_methods(capsys, profile):
+    plan = json_of(capsys, "inspect", profile, "--bits", "2")["plan"]
+    assert plan["bits_per_element"] <= 2 and len(plan["key_bits"]) == 3
+    assert "Plan: spectral at 2 bits" in run(capsys, "inspect", profile, "--bits", "2")[1]
+    names = {row["name"] for row in json_of(capsys, "methods")["methods"]}
+    assert {"spectral", "affine", "identity"} <= names
+    assert "spectral" in run(capsys, "methods")[1]
+
+
+def test_profile_is_found_by_itself(capsys, model, profile):
+    cached = cli.commands.cached_profile_path(Profile.load(profile).shape)
+    Profile.load(profile).save(cached)
+    arguments = ["--backend", "torch", "--prompt", TEXT, "--max-tokens", "2", "--bits", "3"]
+    assert json_of(capsys, "generate", "--model", model, *arguments)["method"] == "spectral"
+
+
+def test_wrong_use(capsys, folder, model, profile, text_file, other_model):
+    def generate(*more, prompt=("--prompt", "Hello there")):
+        return ["generate", "--model", model, "--backend", "torch", "--max-tokens", "4", *prompt, *more]
+
+    given = ("--profile", profile)
+    fails(capsys, 2, "between 0.25 and 8", *generate(*given, "--bits", "12"))
+    fails(capsys, 2, "between", *generate(*given, "--budget-bytes", "10", "--max-context", "1000"))
+    fails(capsys, 2, "multiple of the group", *generate("--method", "affine", "--bits", "4.5"))
+    fails(capsys, 2, "method among", *generate("--method", "spectrel"))
+    fails(capsys, 2, "empty", *generate(*given, prompt=("--prompt", "  ")))
+    fails(capsys, 2, "nothing at", *generate(*given, prompt=("--prompt-file", "missing.txt")))
+    fails(capsys, 2, "the model's context", *generate(*given, prompt=("--prompt", "x" * 5000)))
+    fails(capsys, 2, "found nothing at", *generate("--profile", "missing.safetensors"))
+    fails(capsys, 2, "drops tokens", *generate(*given, "--budget-tokens", "100"))
+    fails(capsys, 2, "window", *generate(*given, "--window", "-1"))
+    fails(capsys, 2, "backend among", "generate", "--model", model, "--backend", "jax", "--prompt", "Hi")
+    fails(capsys, 2, "nothing", "generate", "--model", "./no-such-model", "--backend", "torch", "--prompt", "Hi")
+    fails(capsys, 2, "cannot load", "generate", "--model", "no/such-model", "--backend", "torch", "--prompt", "Hi")
+    fails(capsys, 2, "is for", "generate", "--model", other_model, "--backend", "torch", "--prompt", "Hi", *given)
+    fails(capsys, 2, "found nothing at", "inspect", "missing.safetensors")
+    fails(capsys, 2, "exist", "profile", "--model", model, "--backend", "torch", "--text", "missing.txt")
+    fails(capsys, 2, "folder", "profile", "--model", model, "--backend", "torch", "--output", str(folder))
+    assert run(capsys, "generate", "--model", model)[0] == 2
+    assert run(capsys, "generate", "--modle", model)[0] == 2
+
+
+def test_damaged_profiles(capsys, folder, model, profile):
+    whole = open(profile, "rb").read()
+    arrays = load_file(profile)
+    metadata = {METADATA_KEY: json.dumps(json.loads(_header(profile)[METADATA_KEY]) | {"version": 99})}
+    newer, altered, cut = (str(folder / f"{name}.safetensors") for name in ("newer", "altered", "cut"))
+    save_file(arrays, newer, metadata)
+    save_file({**arrays, "query_mean": np.zeros_like(arrays["query_mean"])}, altered, _header(profile))
+    open(cut, "wb").write(whole[: len(whole) // 2])
+    for path, message in ((newer, "Upgrade"), (altered, "altered"), (cut, "truncated")):
+        fails(
+            capsys, 2, message, "generate", "--model", model, "--backend", "torch", "--prompt", "Hi", "--profile", path
+        )
+        fails(capsys, 2, message, "inspect", path)
+
+
+def _header(path):
+    from safetensors import safe_open
+
+    with safe_open(path, "numpy") as file:
+        return file.metadata()
+
+
+def test_broken_weights_do_not_pass_as_numbers(capsys, folder, model, profile, text_file):
+    import shutil
+
+    from safetensors.torch import load_file as load_torch
+    from safetensors.torch import save_file as save_torch
+
+    broken = folder / "broken"
+    shutil.copytree(model, broken)
+    weights = load_torch(broken / "model.safetensors")
+    weights["model.layers.1.self_attn.k_proj.weight"][0, 0] = float("nan")
+    save_torch(weights, broken / "model.safetensors", {"format": "pt"})
+    common = ["--model", str(broken), "--backend", "torch"]
+    output = folder / "never.safetensors"
+    code, _, err = run(
+        capsys, "profile", *common, "--text", text_file, "--tokens", "256", "--document", "256", "--quiet",
+        "--output", str(output),
+    )  # fmt: skip
+    assert code == 2 and "NaN" in err and not output.exists() and not list(folder.glob("never*"))
+    fails(capsys, 2, "NaN", "generate", *common, "--prompt-file", text_file, "--profile", profile)
+
+
+def test_missing_backend_names_the_extra(capsys, monkeypatch):
+    def missing(name):
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    monkeypatch.setattr(backends.importlib, "import_module", missing)
+    code, _, err = run(capsys, "generate", "--model", "x", "--backend", "torch", "--prompt", "Hi")
+    assert code == 1 and 'pip install "spectralkv[torch]"' in err and len(err.strip().splitlines()) == 1
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(FileNotFoundError):
+        cli.main(["inspect", "missing.safetensors", "--debug"])
+
+
+def test_the_command_is_installed():
+    out = subprocess.run([sys.executable, "-m", "spectral_kv_core.cli", "--version"], capture_output=True, text=True)
+    assert out.returncode == 0 and out.stdout.startswith("spectralkv ")

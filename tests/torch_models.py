@@ -1,0 +1,71 @@
+"""Tiny random transformers models, seeded, built in memory."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PhiConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+SIZES = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+SCALING = {"rope_type": "llama3", "rope_theta": 5e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**SIZES, rope_parameters={"rope_type": "default", "rope_theta": 5e4}),
+    "llama3-rope": lambda: LlamaConfig(**SIZES, rope_parameters={**SCALING, "original_max_position_embeddings": 64}),
+    "qwen2": lambda: Qwen2Config(**SIZES),
+    "qwen3": lambda: Qwen3Config(**SIZES, head_dim=32),
+    "gemma3": lambda: Gemma3TextConfig(
+        **SIZES, head_dim=32, sliding_window=32, layer_types=["sliding_attention", "full_attention", "full_attention"]
+    ),
+    "mistral": lambda: MistralConfig(**SIZES, sliding_window=None, head_dim=16),
+    "phi": lambda: PhiConfig(**SIZES, partial_rotary_factor=0.5),
+    "phi3": lambda: Phi3Config(**SIZES),
+}
+
+
+def tiny_model(name: str):
+    """The model `name` with weights large enough that attention matters; Qwen2 gets strongly biased keys."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.data.normal_(0, 0.15)
+    if name == "qwen2":
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.bias.data.normal_(0, 5)
+    return model
+
+
+class ByteTokenizer:
+    """One token per byte, as much of a tokenizer as calibration needs."""
+
+    chat_template = None
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [3 + b % 253 for b in text.encode("latin-1", "replace")]
+
+    def decode(self, tokens, skip_special_tokens: bool = True) -> str:
+        return bytes(max(t - 3, 0) for t in tokens).decode("latin-1")
+
+
+def tokens(count: int, seed: int = 0, batch: int = 1) -> torch.Tensor:
+    """[batch, count] token ids above the special ones."""
+    return torch.randint(3, 256, (batch, count), generator=torch.Generator().manual_seed(seed))
