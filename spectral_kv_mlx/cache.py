@@ -1,0 +1,194 @@
+"""The compressed cache as mlx-lm sees it: one `SpectralKVCache` per full-attention layer, in the host's list."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import (
+    BatchRotatingKVCache,
+    KVCache,
+    RotatingKVCache,
+    create_attention_mask,
+    create_causal_mask,
+)
+
+from spectral_kv_core.cache import LATENT_QUERIES, CacheSize, Lane, LayerCache
+from spectral_kv_core.codec import Chunk, make_codec
+from spectral_kv_core.plan import Plan
+
+from . import ops
+from .handles import RoutedCache, caller_is_routed
+
+
+class SpectralKVCache(RoutedCache):
+    """One compressed layer; row `row` of the plan's tables. `left_padding` counts slots, row by row of the batch.
+
+    Where our dispatcher is installed, `update_and_fetch` gives back the new tokens only and the dispatcher attends to
+    the codes; for anybody else it gives back dense keys and values.
+    """
+
+    def __init__(self, plan: Plan, row: int, sinks: int, window: int, left_padding: list[int] | None = None):
+        self.plan, self.row = plan, row
+        self.left_padding = [int(p) for p in left_padding] if left_padding is not None else None
+        self.store = LayerCache(ops, make_codec(ops, plan, row), sinks, window)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Take in [B, H, L, D] post-RoPE keys and values."""
+        self._check(keys)
+        self.commit()
+        self.pending = keys, values
+        if caller_is_routed():
+            return self.pending
+        held = self.store.dense(keys.dtype)
+        self.commit()
+        if held is None:
+            return keys, values
+        return mx.concatenate([held[0], keys], axis=2), mx.concatenate([held[1], values], axis=2)
+
+    def attend(self, queries: mx.array, scale: float, fused) -> mx.array:
+        """Attention [B, Hq, L, D] of the pending tokens, which enter the cache."""
+        (keys, values), self.pending = self.pending, None
+        self._start(keys)
+        out = self.store.attend(queries, keys, values, scale, fused)
+        if queries.shape[2] > LATENT_QUERIES:  # else the dense keys and values of every layer live until the last one
+            mx.eval(out, self.store.arrays())
+        return out
+
+    def commit(self) -> None:
+        """Let tokens that nobody attended to through us enter the cache."""
+        if self.pending is not None:
+            (keys, values), self.pending = self.pending, None
+            self._start(keys)
+            self.store.append(keys, values)
+
+    def keys_and_values(self):
+        """Decoded keys and values [B, H, seen, D]; None twice when empty."""
+        self.commit()
+        return self.store.dense() or (None, None)
+
+    def size(self) -> int:
+        """Slots seen, padding included."""
+        return self.store.seen + (self.pending[0].shape[2] if self.pending is not None else 0)
+
+    @property
+    def offset(self) -> int | mx.array:
+        """Next RoPE position; an array [B] with left padding, as `BatchKVCache` has it."""
+        if self.left_padding is None:
+            return self.size()
+        return mx.array([self.size() - p for p in self.left_padding])
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None):
+        seen = self.size()
+        if self.left_padding is None:
+            return create_attention_mask(N, offset=seen, return_array=return_array, window_size=window_size)
+        return create_causal_mask(N, seen, window_size, left_padding=mx.array(self.left_padding))
+
+    def is_trimmable(self) -> bool:
+        return True
+
+    def trim(self, n: int) -> int:
+        """Forget the last `n` tokens; returns how many there were to forget."""
+        self.commit()
+        n = min(n, self.store.seen)
+        self.store.crop(n)
+        return n
+
+    def empty(self) -> bool:
+        return not self.size()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in self.arrays())
+
+    def arrays(self) -> list[mx.array]:
+        """Every array held for the sequences."""
+        self.commit()
+        return self.store.arrays()
+
+    def tables(self) -> list[mx.array]:
+        """Every array that all sequences share."""
+        return self.store.codec.tables() if self.store.codec else []
+
+    @property
+    def state(self) -> tuple:
+        """What tells this cache from an empty one of the same plan: the layout as JSON, then every array."""
+        arrays = self.arrays()
+        lanes = [
+            {
+                "rows": lane.rows,
+                "pad": lane.pad,
+                "exact": lane.exact_keys is not None,
+                "chunks": [[chunk.batch, chunk.start, chunk.tokens, len(chunk.arrays)] for chunk in lane.chunks],
+            }
+            for lane in self.store.lanes
+        ]
+        layout = {"seen": self.store.seen, "left_padding": self.left_padding, "plan": self.plan.hash, "lanes": lanes}
+        return json.dumps(layout), *arrays
+
+    @state.setter
+    def state(self, state: tuple) -> None:
+        layout, arrays = json.loads(state[0]), iter(state[1:])
+        if layout["plan"] != self.plan.hash:
+            raise ValueError(
+                f"Expected the state of a cache with plan {self.plan.hash}, received {layout['plan']}. Make the cache with "
+                "the same profile, method and bits."
+            )
+        self.pending, self.left_padding = None, layout["left_padding"]
+        self.store.seen, self.store.lanes = layout["seen"], []
+        for fields in layout["lanes"]:
+            lane = Lane(fields["rows"], fields["pad"])
+            if fields["exact"]:
+                lane.exact_keys, lane.exact_values = next(arrays), next(arrays)
+            for batch, start, tokens, count in fields["chunks"]:
+                lane.chunks.append(Chunk(batch, start, tokens, tuple(next(arrays) for _ in range(count))))
+            self.store.lanes.append(lane)
+
+    @classmethod
+    def from_state(cls, state):
+        raise ValueError(
+            "Expected a cache to restore into, received a state alone, which has no plan. Make the cache with "
+            "make_prompt_cache, then set its `state`."
+        )
+
+    def __deepcopy__(self, memo) -> SpectralKVCache:
+        """An independent cache; arrays are never changed in place, so both share them."""
+        self.commit()
+        new = copy.copy(self)
+        new.store = copy.copy(self.store)
+        new.store.lanes = [replace(lane, rows=list(lane.rows), chunks=list(lane.chunks)) for lane in self.store.lanes]
+        return new
+
+    def _start(self, keys: mx.array) -> None:
+        if not self.store.lanes:
+            self.store.start(keys.shape[0], self.left_padding)
+
+    def _check(self, keys: mx.array) -> None:
+        shape = self.plan.shape
+        expected, received = (shape.kv_heads, shape.head_dim), (keys.shape[1], keys.shape[3])
+        if expected != received:
+            raise ValueError(
+                f"Expected keys with (kv_heads, head_dim) {expected}, received {received}: the profile is of another model."
+            )
+
+
+def cache_nbytes(cache: list) -> CacheSize:
+    """Bytes of every array that `cache` holds for its sequences, window, sinks and passed-through layers included."""
+    stored = dense = tables = 0
+    for layer in cache:
+        if isinstance(layer, SpectralKVCache):
+            stored += layer.nbytes
+            tables += sum(x.nbytes for x in layer.tables())
+            dense += layer.store.tokens() * 2 * 2 * layer.plan.shape.kv_heads * layer.plan.shape.head_dim
+        elif not layer.empty():
+            exact = isinstance(layer, (KVCache, RotatingKVCache, BatchRotatingKVCache))
+            state = (layer.keys, layer.values) if exact else layer.state
+            held = [x for _, x in tree_flatten(state) if isinstance(x, mx.array)]
+            stored += sum(x.nbytes for x in held)
+            if exact:  # these allocate ahead, in steps of 256 tokens
+                held = [x[:, :, : layer.size()] for x in held]
+            dense += sum(2 * x.size for x in held)
+    return CacheSize(stored, dense, tables)

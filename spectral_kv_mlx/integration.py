@@ -1,0 +1,303 @@
+"""Everything that knows the inside of mlx-lm: model shape, attention dispatcher, loading."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.models import base
+from mlx_lm.models.cache import ArraysCache, BatchRotatingKVCache, KVCache, RotatingKVCache, create_causal_mask
+from mlx_lm.utils import _download, load_config
+
+from spectral_kv_core.profile import ModelShape
+from spectral_kv_core.rope import Rope
+
+from .handles import ATTENTION, is_dispatcher, make_dispatcher
+from .ops import to_numpy
+
+_users: dict[str, dict[int, weakref.ref]] = {}  # module of mlx-lm -> models whose attention in it goes through ours
+
+
+def install(model) -> None:
+    """Let `model` attend to compressed caches as codes; plain caches keep going to mlx-lm's own attention."""
+    for name in _attention_modules(model):
+        module = sys.modules[name]
+        if not is_dispatcher(getattr(module, ATTENTION)):
+            setattr(module, ATTENTION, make_dispatcher(getattr(module, ATTENTION), _fused, _check_mask))
+        _users.setdefault(name, {})[id(model)] = weakref.ref(model)
+
+
+def restore(model) -> None:
+    """Give `model` its host's attention back; compressed caches then decode for it.
+
+    Models of one family share their attention: it is given back when the last of them is restored.
+    """
+    for name in _attention_modules(model):
+        _users.get(name, {}).pop(id(model), None)
+        function = getattr(sys.modules[name], ATTENTION)
+        if not any(user() is not None for user in _users.get(name, {}).values()) and is_dispatcher(function):
+            setattr(sys.modules[name], ATTENTION, function.host)
+
+
+@contextmanager
+def routed(model) -> Iterator[None]:
+    """Route the attention of `model` through ours for a while."""
+    before = any(id(model) in _users.get(name, {}) for name in _attention_modules(model))
+    install(model)
+    try:
+        yield
+    finally:
+        if not before:
+            restore(model)
+
+
+def _attention_modules(model) -> set[str]:
+    """Modules of mlx-lm that `model` calls attention from."""
+    return set().union(*(_routable(layer) for layer in model.layers if layer is not None))
+
+
+def _routable(layer: nn.Module) -> set[str]:
+    """Modules of the classes in `layer` that have mlx-lm's attention, or our dispatcher, under its usual name."""
+    names = {cls.__module__ for _, module in layer.named_modules() for cls in type(module).__mro__}
+    found = {name: getattr(sys.modules.get(name), ATTENTION, None) for name in names if name != base.__name__}
+    return {name for name, f in found.items() if f is base.scaled_dot_product_attention or is_dispatcher(f)}
+
+
+def _fused(q, k, v, scale):
+    """The host's fused kernel for L queries at the end of N keys, causal: [B, Hq, L, D]."""
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal" if q.shape[2] > 1 else None)
+
+
+_last_checked: list = [None]  # the mask that all layers of a forward pass share
+
+
+def _check_mask(mask, cache, length: int) -> None:
+    """Raise ValueError unless `mask` is causal, with the left padding of `cache` where it has some."""
+    padding = getattr(cache, "left_padding", None)
+    if not isinstance(mask, mx.array) or mask is _last_checked[0] or (length == 1 and padding is not None):
+        return
+    seen = cache.size() - length
+    expected = create_causal_mask(length, seen, left_padding=mx.array(padding) if padding is not None else None)
+    visible = mask if mask.dtype == mx.bool_ else mask >= 0
+    if not mx.array_equal(*mx.broadcast_arrays(visible, expected[..., -mask.shape[-1] :])).item():
+        raise ValueError(
+            "Expected a causal mask with padding on the left only, received another mask. Pad on the left and give "
+            "left_padding to make_prompt_cache."
+        )
+    _last_checked[0] = mask
+
+
+def _decoder(model) -> nn.Module:
+    """The language model inside a wrapper, or `model` itself."""
+    while hasattr(model, "language_model"):
+        model = model.language_model
+    return model
+
+
+def _field(model, *names: str):
+    """The first of the fields `names` that the arguments of `model` have, else None."""
+    decoder = _decoder(model)
+    args = getattr(decoder, "args", None) or getattr(getattr(decoder, "model", None), "args", None)
+    return next((v for name in names if (v := getattr(args, name, None)) is not None), None)
+
+
+def host_layers(model) -> list:
+    """The cache layers that mlx-lm would use for `model`, whatever `make_cache` the instance was given."""
+    if hasattr(type(model), "make_cache"):
+        return type(model).make_cache(model)
+    return [KVCache() for _ in model.layers]
+
+
+def padded(cache, left_padding: list[int]):
+    """The host's counterpart of `cache` for a batch with left padding; raises ValueError where mlx-lm has none."""
+    if type(cache) is RotatingKVCache and not cache.keep:
+        return BatchRotatingKVCache(cache.max_size, left_padding)
+    if type(cache) is ArraysCache:
+        return ArraysCache(len(cache.cache), left_padding)
+    raise ValueError(
+        f"Expected layers that mlx-lm can pad, received a {type(cache).__name__} with left_padding. Generate row by row."
+    )
+
+
+def model_shape(model) -> tuple[ModelShape, dict[int, str]]:
+    """Architecture numbers of `model`, and the layers that are passed through with the reason."""
+    number, heads, hidden = len(model.layers), _heads(model), _hidden(model)
+    passed, caches = {}, host_layers(model)
+    for i, cache in enumerate(caches):
+        if isinstance(cache, RotatingKVCache):
+            passed[i] = "sliding window"
+        elif isinstance(cache, ArraysCache):
+            passed[i] = "linear attention"
+        elif type(cache) is not KVCache:
+            passed[i] = type(cache).__name__
+    everywhere = _unsupported(model, caches, passed)
+    if everywhere:
+        passed = dict.fromkeys(range(number), everywhere)
+    shape = ModelShape(
+        number,
+        hidden,
+        heads,
+        _field(model, "num_key_value_heads", "num_kv_heads", "n_kv_heads") or heads,
+        _head_dim(model),
+        tuple(i for i in range(number) if i not in passed),
+        read_rope(model),
+    )
+    return shape, passed
+
+
+def _unsupported(model, caches: list, passed: dict) -> str | None:
+    if _field(model, "kv_lora_rank"):
+        return "multi-head latent attention"
+    if _field(model, "attn_logit_softcapping"):
+        return "soft-capped attention scores"
+    if any(name.endswith((".sinks", ".attention_sink_bias")) for name, _ in tree_flatten(model.parameters())):
+        return "attention sink logits"
+    if len(caches) != len(model.layers) or _field(model, "num_kv_shared_layers", "use_cla"):
+        return "keys and values shared between layers"
+    if any(not _routable(model.layers[i]) for i in range(len(caches)) if i not in passed):
+        return "attention code of its own"
+    return None
+
+
+def read_rope(model) -> Rope | None:
+    """Rotary embedding of the full-attention layers, read from the model's own modules; measured if of unknown kind."""
+    layers = [layer for layer, cache in zip(model.layers, host_layers(model)) if type(cache) is KVCache]
+    for layer in layers or model.layers:
+        for _, module in layer.named_modules():
+            rope = getattr(module, "rope", getattr(module, "rotary_emb", None))
+            if isinstance(rope, nn.Module):
+                return _read_rope(rope, _head_dim(model))
+    return None
+
+
+def _heads(model) -> int:
+    return _field(model, "num_attention_heads", "n_head", "n_heads", "num_heads")
+
+
+def _hidden(model) -> int:
+    return _field(model, "hidden_size", "n_embd", "dim", "d_model")
+
+
+def _head_dim(model) -> int:
+    return _field(model, "head_dim") or _hidden(model) // _heads(model)
+
+
+def _read_rope(rope: nn.Module, head_dim: int) -> Rope:
+    if type(rope) is nn.RoPE:
+        periods = rope.base ** (np.arange(0, rope.dims, 2) / rope.dims)
+        return Rope(tuple(float(w) for w in rope.scale / periods), bool(rope.traditional))
+    if hasattr(rope, "_freqs"):
+        inv_freq = 1 / to_numpy(rope._freqs).astype(np.float64)
+        scaling = float(getattr(rope, "mscale", None) or getattr(rope, "_scale", None) or 1.0)
+        return Rope(tuple(float(w) for w in inv_freq), bool(getattr(rope, "traditional", False)), scaling)
+    return measure_rope(rope, head_dim)
+
+
+def measure_rope(rope, head_dim: int) -> Rope | None:
+    """What `rope(x, offset=1)` does to the unit vectors of `head_dim` channels; None when it rotates nothing."""
+    image = to_numpy(rope(mx.eye(head_dim)[:, None, None], offset=1))[:, 0, 0].astype(np.float64)  # [in, out]
+    sine = np.triu(image, 1)  # channel i goes to its partner j > i with scaling * sin(w)
+    first, second = np.nonzero(sine)
+    if not len(first):
+        return None
+    angle = np.arctan2(sine[first, second], image[first, first])
+    scaling = float(np.median(np.hypot(sine[first, second], image[first, first])))
+    interleaved = bool((second == first + 1).all()) and len(first) > 1
+    return Rope(tuple(float(w) for w in angle), interleaved, scaling)
+
+
+def _final_norm(model) -> mx.array | None:
+    """Weight of the final norm: model-wide, and touched by no weight quantization."""
+    flat = tree_flatten(_decoder(model).parameters())
+    norms = [p for name, p in flat if name.endswith("norm.weight") and "layers." not in name]
+    return norms[-1] if norms else None
+
+
+def weights_digest(model) -> str:
+    """Digest of the first entries of the final norm, which no weight quantization touches, to two digits."""
+    norm = _final_norm(model)
+    if norm is None:
+        return ""
+    values = to_numpy(norm).reshape(-1)[:256]
+    return hashlib.sha256(" ".join(f"{v:.1e}" for v in values).encode()).hexdigest()[:16]
+
+
+def load_model(name: str | os.PathLike, dtype: str | None = None):
+    """Model and tokenizer of a directory or hub id; float32 on the CPU unless `dtype` says otherwise."""
+    if not Path(name).exists() and str(name).startswith((".", "/", "~")):
+        raise FileNotFoundError(f"Expected a model directory, found nothing at {name}.")
+    try:
+        path = _download(str(name))
+        config = load_config(path)
+        model, tokenizer = mlx_lm.load(str(path), model_config=_config_corrections(config), lazy=True)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"Expected a model directory, a hub id or demo, cannot load {str(name)!r}: {reason}"
+        ) from None
+    if dtype is None and mx.default_device() == mx.Device(mx.cpu):  # half precision is emulated there
+        dtype = "float32"
+    if dtype is not None:
+        model.set_dtype(getattr(mx, dtype))
+    mx.eval(model.parameters())
+    model.name_or_path = str(name)
+    return model, tokenizer
+
+
+def model_name(model) -> str:
+    """Where `load_model` found the model, else its kind."""
+    return getattr(model, "name_or_path", None) or str(_field(model, "model_type") or type(model).__name__)
+
+
+def _config_corrections(config: dict) -> dict:
+    """What mlx-lm reads in other places of config.json than transformers 5 writes it to.
+
+    transformers 5 has the RoPE base and scaling only under `rope_parameters`, by layer type where layers differ; most
+    model files of mlx-lm 0.32 then take a default base without a word.
+    """
+    corrections = {}
+    if isinstance(config.get("text_config"), dict):
+        corrections["text_config"] = {**config["text_config"], **_config_corrections(config["text_config"])}
+    parameters = config.get("rope_parameters") or {}
+    by_layer = {k: v for k, v in parameters.items() if isinstance(v, dict)}
+    full = by_layer.get("full_attention", {}) if by_layer else parameters
+    local = by_layer.get("sliding_attention", {})
+    scaled = full.get("rope_type", "default") != "default"
+    found = {
+        "rope_theta": full.get("rope_theta"),
+        "rope_global_base_freq": full.get("rope_theta") if by_layer else None,
+        "rope_local_base_freq": local.get("rope_theta"),
+        "partial_rotary_factor": full.get("partial_rotary_factor"),
+        "rope_scaling": {k: v for k, v in full.items() if k != "rope_theta"} if scaled else None,
+    }
+    types = config.get("layer_types") or []
+    if "sliding_attention" in types and "full_attention" in types:
+        found["sliding_window_pattern"] = types.index("full_attention") + 1
+    return corrections | {k: v for k, v in found.items() if v is not None and config.get(k) is None}
+
+
+def end_tokens(tokenizer) -> set[int]:
+    """Tokens that end a generation."""
+    ends = getattr(tokenizer, "eos_token_ids", None)
+    return set(ends) if ends else {getattr(tokenizer, "eos_token_id", None)}
+
+
+def model_dtype(model) -> mx.Dtype:
+    """Dtype in which the model keeps keys and values."""
+    norm = _final_norm(model)
+    return mx.float32 if norm is None else norm.dtype
+
+
+def max_context(model) -> int | None:
+    """Tokens that the model was made for, None when unknown."""
+    return _field(model, "max_position_embeddings", "max_seq_len", "n_positions")

@@ -1,0 +1,33 @@
+"""Calibration of an mlx-lm model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+import numpy as np
+
+from spectral_kv_core.profile import ModelShape
+from spectral_kv_core.profiler import ProfilerBase
+
+from .capture import capture, score_gradients
+from .integration import load_model, model_name, model_shape, weights_digest
+from .ops import to_numpy
+
+
+class SpectralProfiler(ProfilerBase):
+    __doc__ = ProfilerBase.__doc__
+
+    def load(self, name: str):
+        return load_model(name)
+
+    def describe(self, model) -> tuple[ModelShape, dict[int, str], str, str]:
+        return *model_shape(model), weights_digest(model), model_name(model)
+
+    def vectors(self, model, shape: ModelShape, tokens: list[int], scored: int, seed: int) -> Iterator[tuple]:
+        cache = capture(model, tokens[:-scored])
+        gradients = score_gradients(model, cache, tokens[-scored:], self.samples, mx.random.key(seed))
+        for i in shape.layers:
+            layer = cache[i]
+            sides = [np.stack([to_numpy(sample[i][side]) for sample in gradients]) for side in (0, 1)]
+            yield to_numpy(layer.queries[0]), to_numpy(layer.keys[0]), to_numpy(layer.values[0]), *sides

@@ -1,0 +1,36 @@
+"""Fixtures of the whole suite: the array libraries, and a small profile."""
+
+from __future__ import annotations
+
+import importlib
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TQDM_DISABLE"] = "1"
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")  # arrays here are tiny: threads that wait for each other cost more than they do
+
+import pytest  # noqa: E402
+from cases import ToyModel, toy_profile_of  # noqa: E402
+
+from spectral_kv_core.profile import Profile  # noqa: E402
+
+
+@pytest.fixture(scope="session", params=["numpy", "torch", "mlx"])
+def xp(request):
+    """The core's array operations on one library; SPECTRALKV_TEST_MLX=0 leaves MLX out."""
+    if request.param == "numpy":
+        return importlib.import_module("spectral_kv_core.ops")
+    if request.param == "torch":
+        pytest.importorskip("torch").set_num_threads(1)
+        return importlib.import_module("spectral_kv_torch.ops")
+    if os.environ.get("SPECTRALKV_TEST_MLX") == "0":
+        pytest.skip("SPECTRALKV_TEST_MLX=0")
+    pytest.importorskip("mlx.core")
+    return importlib.import_module("spectral_kv_mlx.ops")
+
+
+@pytest.fixture(scope="session")
+def toy_profile() -> Profile:
+    """Profile of `ToyModel()`, read back from its file."""
+    return toy_profile_of(ToyModel())

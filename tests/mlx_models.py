@@ -1,0 +1,78 @@
+"""Tiny random models for the tests of the MLX backend; torch and transformers are needed for `save_llama` only."""
+
+from __future__ import annotations
+
+import importlib
+
+import mlx.core as mx
+from mlx.utils import tree_map
+
+VOCABULARY = 256
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": VOCABULARY,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 4096,
+}
+MODELS = {  # name -> (module of mlx_lm.models, arguments on top of SIZES)
+    "llama": ("llama", {"num_hidden_layers": 2}),
+    "qwen2": ("qwen2", {"num_hidden_layers": 2}),
+    "qwen3": ("qwen3", {"num_hidden_layers": 2, "tie_word_embeddings": False, "rope_theta": 1e5}),
+    "gemma3": (
+        "gemma3_text",
+        {"num_hidden_layers": 4, "sliding_window": 24, "sliding_window_pattern": 2, "query_pre_attn_scalar": 32},
+    ),
+}
+
+
+def make_model(name: str, seed: int = 0, **changes):
+    """A seeded float32 model of the family `name`, with attention that is far from uniform."""
+    module_name, arguments = MODELS[name]
+    module = importlib.import_module(f"mlx_lm.models.{module_name}")
+    args = module.ModelArgs.from_dict({"model_type": module_name, **SIZES, **arguments, **changes})
+    model = module.Model(args)
+    keys = iter(mx.random.split(mx.random.key(seed), 1000))
+
+    def draw(x):
+        scale = 1.5 * x.shape[-1] ** -0.5 if x.ndim > 1 else 0.1
+        noise = scale * mx.random.normal(x.shape, key=next(keys))
+        return noise if x.ndim > 1 else x + noise
+
+    model.update(tree_map(draw, model.parameters()))
+    if name == "qwen2":
+        for layer in model.layers:
+            bias = layer.self_attn.k_proj.bias
+            layer.self_attn.k_proj.bias = 5 * mx.random.normal(bias.shape, key=next(keys))
+    mx.eval(model.parameters())
+    return model
+
+
+def make_tokens(count: int, seed: int = 1) -> list[int]:
+    return mx.random.randint(0, VOCABULARY, (count,), key=mx.random.key(seed)).tolist()
+
+
+def save_llama(path, seed: int = 0, **changes):
+    """Write a tiny Llama and a byte tokenizer to `path` as transformers 5 does; returns transformers' model."""
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    config = {**SIZES, "num_hidden_layers": 2, "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": 0}
+    torch.manual_seed(seed)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(config | changes))).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            p.copy_(1.5 * p.shape[-1] ** -0.5 * noise if p.ndim > 1 else 1 + 0.1 * noise)
+    model.save_pretrained(path)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=alphabet[0]).save_pretrained(path)
+    return model

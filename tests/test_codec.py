@@ -1,0 +1,218 @@
+"""Codecs: error against bits, latent attention, parity of the array libraries, appending and cutting."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cases import ToyModel, attention, codes_of, every_case, plan_of, toy_profile_of
+from tolerances import ATTENTION_RMS, assert_close, assert_codes_close, relative_rms
+
+from spectral_kv_core import ops
+from spectral_kv_core.attention import group_queries, merge_partials
+from spectral_kv_core.codec import make_codec, select_rows
+from spectral_kv_core.methods import METHODS
+from spectral_kv_core.plan import make_plan
+
+MODEL = ToyModel()
+RECIPES = [("head", "post"), ("head", "pre"), ("side", "pre"), ("layer", "pre"), ("layer", "post")]
+every_recipe = pytest.mark.parametrize("group, rope", RECIPES)
+
+
+def arrays(xp, *parts):
+    return tuple(map(xp.asarray, parts))
+
+
+def decoded(codec, chunk) -> tuple[np.ndarray, np.ndarray]:
+    keys, values = codec.decode(chunk)
+    return codec.xp.to_numpy(keys), codec.xp.to_numpy(values)
+
+
+def whole_blocks(case) -> int:
+    return max(case.tokens // 16 * 16, 16)
+
+
+@every_case
+def test_error_falls_with_bits_and_ends_below_one_percent(xp, case):
+    keys, values = case.model.sample(1, whole_blocks(case), case.batch)
+    errors = []
+    for bits in (0.5, 1, 2, 4, 8):
+        codec = make_codec(xp, plan_of(case.model, bits), 0)
+        got = decoded(codec, codec.encode(*arrays(xp, keys, values), 4))
+        errors.append([relative_rms(got[0], keys), relative_rms(got[1], values)])
+    assert np.all(np.diff(errors, axis=0) < 0), errors
+    assert np.max(errors[-1]) < 0.01
+
+
+@every_recipe
+def test_every_recipe_decodes_rotated_keys(xp, group, rope):
+    model = ToyModel(rotated=rope == "pre")
+    codec = make_codec(xp, plan_of(model, 8, group, rope), 1)
+    keys, values = model.sample(2, 512, layer=1)
+    start = 36  # a chunk in the middle of a text: its keys stand at their own positions
+    chunk = codec.encode(*arrays(xp, keys[:, :, start : start + 256], values[:, :, start : start + 256]), start)
+    got_keys, got_values = decoded(codec, chunk)
+    assert_close("keys", got_keys, keys[:, :, start : start + 256], limit=0.015)
+    assert_close("values", got_values, values[:, :, start : start + 256], limit=0.015)
+
+
+def test_rotation_before_the_codec_pays_for_rotated_keys():
+    model = ToyModel(rotated=True)
+    keys, values = model.sample(3, 512)
+    errors = []
+    for rope in ("pre", "post"):
+        codec = make_codec(ops, plan_of(model, 1, "head", rope), 0)
+        errors.append(relative_rms(decoded(codec, codec.encode(keys, values, 0))[0], keys))
+    assert errors[0] < 0.5 * errors[1]
+
+
+@every_case
+@pytest.mark.parametrize("bits", [0.25, 3])
+def test_latent_attention_is_attention_over_decoded_vectors(xp, case, bits):
+    codec = make_codec(xp, plan_of(case.model, bits), 0)
+    assert codec.method.latent
+    chunk = codec.encode(*arrays(xp, *case.model.sample(1, whole_blocks(case), case.batch)), 4)
+    queries, scale = case.model.queries(1, 3, case.batch), case.head_dim**-0.5
+    rows = group_queries(xp.asarray(queries), case.kv_heads)
+    got = xp.to_numpy(merge_partials(xp, [codec.attend(chunk, rows, scale)])).reshape(queries.shape)
+    keys, values = decoded(codec, chunk)
+    expected = [attention(queries[:, :, i : i + 1], keys, values, scale) for i in range(3)]
+    assert_close("output", got, np.concatenate(expected, axis=2), limit=ATTENTION_RMS)
+
+
+def test_identical_coefficients_give_identical_bytes(xp):
+    codec, reference = (make_codec(x, plan_of(MODEL, 3), 0) for x in (xp, ops))
+    y = reference.coefficients(*MODEL.sample(1, 512), 0)
+    for got, expected in zip(codec.quantize(xp.asarray(y)), reference.quantize(y)):
+        np.testing.assert_array_equal(xp.to_numpy(got), expected)
+
+
+@pytest.fixture(scope="module")
+def million():
+    """Keys and values, and their chunk by the reference, of more than a million codes."""
+    keys, values = MODEL.sample(1, 5120)
+    codec = make_codec(ops, plan_of(MODEL, 3), 0)
+    return keys, values, codec, codec.encode(keys, values, 4)
+
+
+def test_identical_vectors_give_the_reference_codes(xp, million):
+    keys, values, reference, expected = million
+    codec = make_codec(xp, plan_of(MODEL, 3), 0)
+    chunk = codec.encode(*arrays(xp, keys, values), 4)
+    got_codes, codes = codes_of(codec, chunk), codes_of(reference, expected)
+    assert codes.size >= 1_000_000
+    assert [a.shape for a in chunk.arrays] == [a.shape for a in expected.arrays]
+    assert_codes_close("codes", got_codes, codes)
+    same = np.repeat((got_codes == codes).all((0, 1)), 16)  # tokens of blocks without a differing code
+    for name, got, wanted in zip(("keys", "values"), decoded(codec, chunk), decoded(reference, expected)):
+        assert_close(name, got[:, :, same], wanted[:, :, same])
+
+
+@every_recipe
+def test_reference_chunk_decodes_alike(xp, group, rope):
+    plan, model = plan_of(MODEL, 2, group, rope), MODEL
+    reference, codec = make_codec(ops, plan, 0), make_codec(xp, plan, 0)
+    chunk = reference.encode(*model.sample(1, 176), 20)
+    moved = type(chunk)(chunk.batch, chunk.start, chunk.tokens, arrays(xp, *chunk.arrays))
+    for name, got, wanted in zip(("keys", "values"), decoded(codec, moved), decoded(reference, chunk)):
+        assert np.abs(got - wanted).max() <= 1e-5 * np.abs(wanted).max(), name
+
+
+@every_recipe
+@pytest.mark.parametrize("pieces", [(16,) * 9, (64, 80), (128, 16)])
+def test_appending_equals_encoding_at_once(xp, group, rope, pieces):
+    codec = make_codec(xp, plan_of(MODEL, 3, group, rope), 0)
+    keys, values = arrays(xp, *MODEL.sample(1, 144, batch=2))
+    whole = codec.encode(keys, values, 4)
+    done = pieces[0]
+    chunk = codec.encode(keys[:, :, :done], values[:, :, :done], 4)
+    for piece in pieces[1:]:
+        before = codes_of(codec, chunk)
+        chunk = codec.append(chunk, keys[:, :, done : done + piece], values[:, :, done : done + piece])
+        done += piece
+        np.testing.assert_array_equal(codes_of(codec, chunk)[:, :, : before.shape[2]], before)
+    assert chunk.tokens == 144 and [a.shape for a in chunk.arrays] == [a.shape for a in whole.arrays]
+    assert_codes_close("codes", codes_of(codec, chunk), codes_of(codec, whole))
+
+
+@pytest.mark.parametrize("tokens", [16, 112, 128, 144])
+def test_cut_keeps_the_codes(xp, tokens):
+    codec = make_codec(xp, plan_of(MODEL, 3), 0)
+    chunk = codec.encode(*arrays(xp, *MODEL.sample(1, 176, batch=2)), 4)
+    cut = codec.cut(chunk, tokens)
+    assert (cut.start, cut.tokens) == (4, tokens)
+    np.testing.assert_array_equal(codes_of(codec, cut), codes_of(codec, chunk)[:, :, : tokens // 16])
+    assert sum(a.nbytes for a in cut.arrays) < sum(a.nbytes for a in chunk.arrays)
+
+
+def test_selected_rows_are_the_rows(xp):
+    codec = make_codec(xp, plan_of(MODEL, 3), 0)
+    chunk = codec.encode(*arrays(xp, *MODEL.sample(1, 48, batch=3)), 4)
+    picked = select_rows(xp, chunk, xp.asarray(np.array([2, 0, 2, 2], np.int32)))
+    assert picked.batch == 4
+    np.testing.assert_array_equal(codes_of(codec, picked), codes_of(codec, chunk)[[2, 0, 2, 2]])
+
+
+def test_widths_are_the_plan(xp):
+    plan = plan_of(MODEL, 2)
+    codec = make_codec(xp, plan, 1)
+    chunk = codec.encode(*arrays(xp, *MODEL.sample(1, 128)), 4)
+    stored = sum(a.nbytes for a in chunk.arrays) * 8
+    assert stored == int((plan.widths[1].astype(int) * [1, 1, 2, 4, 8]).sum()) * 128 // 16
+    assert len(chunk.arrays) == 2 * len(codec.bits)
+
+
+def test_layer_without_bits_gives_the_mean(xp):
+    """A plan may give a whole layer nothing; its chunk has no arrays but still a batch."""
+    plan = plan_of(MODEL, 0.25)
+    plan = type(plan)(plan.method, plan.bits, plan.shape, plan.basis_set, np.zeros_like(plan.widths))
+    codec = make_codec(xp, plan, 0)
+    chunk = codec.encode(*arrays(xp, *MODEL.sample(1, 32, batch=2)), 4)
+    chunk = codec.append(chunk, *arrays(xp, *MODEL.sample(2, 16, batch=2)))
+    assert chunk.arrays == () and chunk.tokens == 48
+    mean = plan.basis_set.mean[0].reshape(1, 4, 1, 64)
+    keys, values = decoded(codec, codec.cut(chunk, 32))
+    assert_close("keys", keys, np.broadcast_to(mean[:, :2], (2, 2, 32, 64)))
+    assert_close("values", values, np.broadcast_to(mean[:, 2:], (2, 2, 32, 64)))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("name", ["spectral", "affine"])
+def test_non_finite_vectors_are_refused(xp, bad, side, name):
+    codec = make_codec(xp, make_plan(MODEL.shape, toy_profile_of(MODEL), name, 4.5), 0)
+    parts = MODEL.sample(1, 32)
+    chunk = codec.encode(*arrays(xp, *parts), 4)
+    parts[side][0, 1, 7, 3] = bad
+    for call in (lambda: codec.encode(*arrays(xp, *parts), 4), lambda: codec.append(chunk, *arrays(xp, *parts))):
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            call()
+
+
+def test_tables_hold_every_shared_array(xp):
+    for group, rope in RECIPES:
+        codec = make_codec(xp, plan_of(MODEL, 3, group, rope), 0)
+        kinds = type(codec.mean)
+        held = [v for v in vars(codec).values() if isinstance(v, kinds)]
+        held += [x for v in vars(codec).values() if isinstance(v, list) for x in v if isinstance(x, kinds)]
+        assert {id(x) for x in held} == {id(x) for x in codec.tables()}
+
+
+@pytest.mark.parametrize("bits", [2.5, 4.5, 8.5])
+def test_affine_codec(xp, bits):
+    model = ToyModel(128, 2)
+    codec = make_codec(xp, make_plan(model.shape, None, METHODS["affine"], bits), 0)
+    keys, values = model.sample(1, 63, batch=2)
+    chunk = codec.encode(*arrays(xp, keys[:, :, :40], values[:, :, :40]), 4)
+    chunk = codec.append(chunk, *arrays(xp, keys[:, :, 40:], values[:, :, 40:]))
+    at_once = codec.encode(*arrays(xp, keys, values), 4)
+    for got, expected in zip(chunk.arrays, at_once.arrays):
+        np.testing.assert_array_equal(xp.to_numpy(got), xp.to_numpy(expected))
+    assert sum(a.nbytes for a in chunk.arrays) * 8 == bits * keys.size * 2
+    got = decoded(codec, chunk)
+    assert_close("keys", got[0], keys, limit=2 * 2 ** -(bits - 0.5))
+    assert_close("values", got[1], values, limit=2 * 2 ** -(bits - 0.5))
+    np.testing.assert_array_equal(decoded(codec, codec.cut(chunk, 17))[0], got[0][:, :, :17])
+    queries = model.queries(1, 2, 2)
+    out = merge_partials(xp, [codec.attend(chunk, group_queries(xp.asarray(queries), 2), 0.1)])
+    expected = [attention(queries[:, :, i : i + 1], *got, 0.1) for i in range(2)]
+    assert_close("output", xp.to_numpy(out).reshape(queries.shape), np.concatenate(expected, axis=2))
