@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 pytest.importorskip("torch")
-from safetensors.numpy import load_file, save_file  # noqa: E402
-from spectral_kv_core import backends, cli  # noqa: E402
-from spectral_kv_core.profile import METADATA_KEY, Profile  # noqa: E402
-from tiny_checkpoint import save_tiny_checkpoint  # noqa: E402
+from safetensors.numpy import load_file, save_file
+from tiny_checkpoint import save_tiny_checkpoint
+
+from spectral_kv_core import backends, cli
+from spectral_kv_core.profile import METADATA_KEY, Profile
 
 TEXT = "In the beginning there was a table, and on the table stood 23 cups; nobody knew whose they were. " * 30
 GENERATE_KEYS = {
@@ -95,7 +97,7 @@ def test_generate_reports_bytes_quality_and_speed(capsys, model, profile, text_f
         "--bits", "2", "--max-tokens", "20", "--ignore-eos", "--compare",
     )  # fmt: skip
     assert GENERATE_KEYS | {"dense", "kl", "top1"} <= set(result)
-    assert GENERATE_KEYS <= set(result["dense"])
+    assert set(result["dense"]) >= GENERATE_KEYS
     assert result["generated_tokens"] == 20 and result["prompt_tokens"] > len(TEXT)  # the chat template adds some
     assert result["method"] == "spectral" and result["backend"] == "torch"
     assert result["cache_bytes"] < result["dense"]["cache_bytes"] / 4  # the plain one is float32
@@ -180,13 +182,13 @@ def test_wrong_use(capsys, folder, model, profile, text_file, other_model):
 
 
 def test_damaged_profiles(capsys, folder, model, profile):
-    whole = open(profile, "rb").read()
+    whole = Path(profile).read_bytes()
     arrays = load_file(profile)
     metadata = {METADATA_KEY: json.dumps(json.loads(_header(profile)[METADATA_KEY]) | {"version": 99})}
     newer, altered, cut = (str(folder / f"{name}.safetensors") for name in ("newer", "altered", "cut"))
     save_file(arrays, newer, metadata)
     save_file({**arrays, "query_mean": np.zeros_like(arrays["query_mean"])}, altered, _header(profile))
-    open(cut, "wb").write(whole[: len(whole) // 2])
+    Path(cut).write_bytes(whole[: len(whole) // 2])
     for path, message in ((newer, "Upgrade"), (altered, "altered"), (cut, "truncated")):
         fails(
             capsys, 2, message, "generate", "--model", model, "--backend", "torch", "--prompt", "Hi", "--profile", path

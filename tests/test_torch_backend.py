@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from itertools import pairwise
 from types import ModuleType
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+
+from torch_models import CONFIGS, ByteTokenizer, tiny_model, tokens  # noqa: E402
 
 from spectral_kv_core import profile_store  # noqa: E402
 from spectral_kv_torch import (  # noqa: E402
@@ -25,7 +28,6 @@ from spectral_kv_torch.cache import SpectralKVLayer  # noqa: E402
 from spectral_kv_torch.generation import generate, plain_cache, score  # noqa: E402
 from spectral_kv_torch.handles import Handle  # noqa: E402
 from spectral_kv_torch.integration import ATTENTION, model_shape  # noqa: E402
-from torch_models import CONFIGS, ByteTokenizer, tiny_model, tokens  # noqa: E402
 
 # uniformly random tokens, like the prompts below
 TEXT = [bytes(b - 3 for b in tokens(1024, seed=9 + i)[0].tolist()).decode("latin-1") for i in range(2)]
@@ -153,14 +155,14 @@ def test_left_padded_batch_equals_the_rows_alone(method, bits, chunk, affine16):
 
     cache, batch = new(), []
     steps = [0, chunk, 258, 259, 260] if chunk else [0, 258, 259, 260]
-    for start, stop in zip(steps, steps[1:]):
+    for start, stop in pairwise(steps):
         batch.append(feed(cache, start, stop))
     batch = torch.cat(batch, dim=1)
     first = [s for s in steps if s != chunk]
     alone_long, alone_short = new(), new()
-    got_long = torch.cat([logits_of(model, long[:, a:b], alone_long) for a, b in zip(steps, steps[1:])], dim=1)
+    got_long = torch.cat([logits_of(model, long[:, a:b], alone_long) for a, b in pairwise(steps)], dim=1)
     got_short = torch.cat(
-        [logits_of(model, short[:, max(a - 90, 0) : b - 90], alone_short) for a, b in zip(first, first[1:])], dim=1
+        [logits_of(model, short[:, max(a - 90, 0) : b - 90], alone_short) for a, b in pairwise(first)], dim=1
     )
     torch.testing.assert_close(batch[0], got_long[0], atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(batch[1, 90:], got_short[0], atol=1e-4, rtol=1e-3)

@@ -7,6 +7,8 @@ FlashAttention, algorithm 1; the merge is exact).
 
 from __future__ import annotations
 
+import numpy as np
+
 
 def group_queries(queries, kv_heads: int):
     """[B, Hq, L, D] -> [B, Hkv, Hq / Hkv * L, D]: the query heads of a KV head become rows, nothing is repeated."""
@@ -47,7 +49,5 @@ def causal_rows(xp, group: int, length: int, exact: int, like):
     """Mask [group * length, exact] for `length` new tokens at the end of `exact` keys; None for a single token."""
     if length == 1:
         return None
-    import numpy as np
-
     rows = np.tile(np.arange(exact - length, exact), group)[:, None]
     return xp.asarray(rows >= np.arange(exact)[None, :], like=like)

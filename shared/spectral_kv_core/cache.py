@@ -142,7 +142,6 @@ class LayerCache:
             return
         for lane in self.lanes:
             self._crop_lane(lane, tokens)
-            lane.pad = min(lane.pad, self.seen)
 
     def select(self, rows) -> None:
         """Make the batch out of the old rows `rows` (ints, in the new order, repeats allowed)."""
@@ -229,16 +228,17 @@ class LayerCache:
         lane.exact_values = xp.concat([v[:, :, : self.sinks], v[:, :, stop:]], axis=2)
 
     def _seal(self, lane: Lane, k, v) -> None:
-        done = 0
+        done, position, chunks = 0, self.sinks + lane.sealed, list(lane.chunks)
         while done < k.shape[2]:
-            last = lane.chunks[-1] if lane.chunks and lane.chunks[-1].tokens < CHUNK_TOKENS else None
+            last = chunks[-1] if chunks and chunks[-1].tokens < CHUNK_TOKENS else None
             stop = min(done + CHUNK_TOKENS - (last.tokens if last else 0), k.shape[2])
             part = k[:, :, done:stop], v[:, :, done:stop]
             if last:
-                lane.chunks[-1] = self.codec.append(last, *part)
+                chunks[-1] = self.codec.append(last, *part)
             else:
-                lane.chunks.append(self.codec.encode(*part, self.sinks + lane.sealed))
+                chunks.append(self.codec.encode(*part, position + done))
             done = stop
+        lane.chunks = chunks  # only now: a refused token must not leave half a seal behind
 
     def _lane_dense(self, lane: Lane, dtype):
         xp, sinks = self.xp, min(self.sinks, lane.exact)

@@ -18,7 +18,6 @@ from .statistics import Moments
 from .transform import band_sizes, octave_bands, time_matrix, to_frequency
 
 SKIP = 4  # attention sinks of a document: outliers that the cache keeps exactly
-RECENT = 64  # last tokens of a document, which the cache's window keeps exactly too
 HISTOGRAM_LIMIT, HISTOGRAM_BINS = 12.0, 6000  # of |coefficient| / sigma
 
 
@@ -111,7 +110,9 @@ def fit_basis_set(
     squared gradient first, so that what matters more is better resolved (RATE_DISTORTION_2.md, section 1).
     """
     layers = len(shape.layers)
-    groups = {"head": 2 * shape.kv_heads, "side": 2, "layer": 1}[group] if group in GROUPS else 0
+    if group not in GROUPS:
+        raise ValueError(f"Expected a group in {GROUPS}, received {group!r}.")
+    groups = {"head": 2 * shape.kv_heads, "side": 2, "layer": 1}[group]
     members = 2 * shape.kv_heads // groups
     channels, bands = members * shape.head_dim, len(band_sizes(block))
     result = BasisSet(
@@ -139,7 +140,7 @@ def fit_basis_set(
             if step == layers:
                 result.levels = empirical_tables(histogram, HISTOGRAM_LIMIT)
             _measure_costs(result, row, documents)
-    return result
+    return result.rounded()
 
 
 def _grouped(x, gradients, shape, rope, groups, block):
@@ -150,8 +151,7 @@ def _grouped(x, gradients, shape, rope, groups, block):
         x = np.concatenate([unrotate(ops, x[:heads], shape.rope, 0), x[heads:]])
         turned = unrotate(ops, gradients[:, :heads], shape.rope, 0) * scaling**2
         gradients = np.concatenate([turned, gradients[:, heads:]], axis=1)
-    recent = RECENT if x.shape[1] >= 8 * RECENT else 0  # a short document is all there is
-    tokens = (x.shape[1] - SKIP - recent) // block * block
+    tokens = (x.shape[1] - SKIP) // block * block
 
     def gather(a):
         a = a[..., SKIP : SKIP + tokens, :]
@@ -229,6 +229,6 @@ def _measure_costs(basis_set: BasisSet, row: int, documents: list) -> None:
                 error = y - levels[np.searchsorted(thresholds(levels), normal, side="right")] * sigma
             else:
                 error = y
-            total[..., i] += _per_band(np.square(error).__imul__(importance).sum(-1, dtype=np.float64), bands)
+            total[..., i] += _per_band((np.square(error) * importance).sum(-1, dtype=np.float64), bands)
         count += y.shape[-1]
     basis_set.cost[row] = total / count

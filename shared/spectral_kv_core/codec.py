@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from . import attention
+from .basis import orthonormalize
 from .plan import Plan
 from .quantizer import (
     append_rows,
@@ -53,7 +54,7 @@ class SpectralCodec:
         self.kv_heads, self.head_dim = plan.shape.kv_heads, plan.shape.head_dim
         self.groups, self.channels, self.rank = basis_set.basis.shape[1:]
         weight = np.repeat(basis_set.weight[row].astype(np.float64), self.head_dim, axis=-1)[..., None]
-        basis = basis_set.basis[row].astype(np.float64)
+        basis = orthonormalize(basis_set.basis[row])
 
         def table(x):
             return xp.asarray(np.ascontiguousarray(x), like=like)
@@ -192,8 +193,8 @@ class AffineCodec:
         """A new chunk from T tokens; raises ValueError on NaN or infinity."""
         xp, arrays = self.xp, []
         for x in (keys, values):
-            _check_finite(xp, x)
             codes, scale, bias = quantize_affine(xp, x, self.bits, self.group_size)
+            _check_finite(xp, xp.concat([scale, bias], axis=-1))  # NaN, infinity, and what float16 cannot hold
             arrays += [pack(xp, codes, self.bits), scale, bias]
         return Chunk(keys.shape[0], start, keys.shape[2], tuple(arrays))
 

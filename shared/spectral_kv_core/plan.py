@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -49,10 +50,13 @@ class Plan:
 
     @property
     def hash(self) -> str:
-        """Identifies what codes mean: method and widths."""
-        digest = hashlib.sha256(f"{self.method}{self.affine_bits}".encode())
+        """Identifies what codes mean: method, widths and every table."""
+        recipe = {key: value for key, value in vars(self.method).items() if key not in ("summary", "source")}
+        digest = hashlib.sha256(f"{recipe}{self.affine_bits}{json.dumps(self.shape.to_json())}".encode())
         if self.widths is not None:
-            digest.update(np.ascontiguousarray(self.widths).tobytes())
+            tables = (self.basis_set.mean, self.basis_set.weight, self.basis_set.basis, self.basis_set.variance)
+            for array in (self.widths, *tables, *self.basis_set.levels.values()):
+                digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()[:16]
 
 
@@ -64,25 +68,32 @@ def elements_per_token(shape: ModelShape) -> int:
 def make_plan(
     shape: ModelShape, profile: Profile | None, method: str | Method = "spectral", bits: float | None = None
 ) -> Plan:
-    """Allocate `bits` (default 3) per sealed element for a model of `shape`.
+    """Allocate `bits` per sealed element for a model of `shape`; default 3, and 4-bit codes for affine.
 
     Raises ValueError for a budget out of range (with the possible one), a profile of another model, or a head_dim that
     the method's groups do not divide.
     """
     method = get_method(method)
-    bits = 3.0 if bits is None else float(bits)
-    if method.codec == "none":
-        return Plan(method, 16.0, shape)
+    if bits is None:
+        bits = {"none": 16.0, "affine": 4 + 32 / method.group_size, "spectral": 3.0}[method.codec]
     if method.codec == "affine":
         return _affine_plan(shape, method, bits)
-    if not MIN_BITS <= bits <= MAX_BITS:
-        raise ValueError(f"Expected bits between {MIN_BITS:g} and {MAX_BITS:g} for {method.name}, received {bits:g}.")
+    low, high = bits_range(method)
+    if not low <= bits <= high:
+        raise ValueError(f"Expected bits between {low:g} and {high:g} for {method.name}, received {bits:g}.")
+    if method.codec == "none":
+        return Plan(method, bits, shape)
     if profile is None:
         raise ValueError(
             f"Expected a profile for the method {method.name}, received none. Make one: spectralkv profile"
         )
     profile.check(shape)
     basis_set = profile.basis_set(method.basis_set)
+    if (basis_set.time, basis_set.block) != (method.time, method.block):
+        raise ValueError(
+            f"Expected the time transform {method.time} over {method.block} tokens for {method.name}, the profile has "
+            f"{basis_set.time} over {basis_set.block}. Calibrate again: spectralkv profile --model {profile.model}"
+        )
     sizes = band_sizes(basis_set.block)
     budget = int(np.floor(bits * (1 - PADDING) * elements_per_token(shape) * basis_set.block))
     copies = np.broadcast_to(sizes, basis_set.variance.shape).reshape(-1)
@@ -115,8 +126,19 @@ def plan_for(
         raise ValueError("Expected bits or budget_bytes, received both.")
     if max_context is None:
         raise ValueError("Expected max_context, the tokens that budget_bytes must hold, received none.")
-    bits = bits_for_bytes(shape, budget_bytes, max_context, window, sinks, element_bytes, other_bytes)
+    allowed = bits_range(get_method(method))
+    bits = bits_for_bytes(shape, budget_bytes, max_context, window, sinks, element_bytes, other_bytes, allowed)
     return make_plan(shape, profile, method, bits)
+
+
+def bits_range(method: Method) -> tuple[float, float]:
+    """Lowest and highest `bits` that a method can reach."""
+    if method.codec == "none":
+        return 16.0, 16.0
+    if method.codec == "affine":
+        overhead = 32 / method.group_size
+        return AFFINE_WIDTHS[0] + overhead, AFFINE_WIDTHS[-1] + overhead
+    return MIN_BITS, MAX_BITS
 
 
 def bits_for_bytes(
@@ -127,10 +149,12 @@ def bits_for_bytes(
     sinks: int,
     element_bytes: int,
     other_bytes: int = 0,
+    allowed: tuple[float, float] = (MIN_BITS, MAX_BITS),
 ) -> float:
     """Bits per sealed element that keep a cache of `context` tokens within `budget_bytes`.
 
-    `other_bytes`: what the layers that pass through need. Raises ValueError with the possible range.
+    `other_bytes`: what the layers that pass through need; `allowed`: lowest and highest bits of the method.
+    Raises ValueError with the possible range.
     """
     exact = min(context, sinks + window + 15)  # up to 15 tokens wait for their block to fill
     per_token = elements_per_token(shape)
@@ -141,14 +165,14 @@ def bits_for_bytes(
             f"Expected a max_context above sinks + window + 15 = {exact} tokens for budget_bytes, received {context}."
         )
     bits = (budget_bytes - fixed) * 8 / (sealed * per_token)
-    if not bits >= MIN_BITS:
-        low = int(np.ceil(fixed + MIN_BITS * sealed * per_token / 8))
-        high = int(fixed + MAX_BITS * sealed * per_token / 8)
+    if not bits >= allowed[0]:
+        low = int(np.ceil(fixed + allowed[0] * sealed * per_token / 8))
+        high = int(fixed + allowed[1] * sealed * per_token / 8)
         raise ValueError(
             f"Expected budget_bytes between {low:,} and {high:,} for {context:,} tokens with {sinks} sinks and a window "
             f"of {window}, received {budget_bytes:,}."
         )
-    return min(bits, MAX_BITS)
+    return min(bits, allowed[1])
 
 
 def _affine_plan(shape: ModelShape, method: Method, bits: float) -> Plan:
@@ -161,7 +185,7 @@ def _affine_plan(shape: ModelShape, method: Method, bits: float) -> Plan:
     reachable = [b for b in AFFINE_WIDTHS if b + overhead <= bits]
     if not reachable or bits > AFFINE_WIDTHS[-1] + overhead:
         options = ", ".join(f"{b + overhead:g}" for b in AFFINE_WIDTHS)
-        raise ValueError(f"Expected bits of at least one of {options} for affine, received {bits:g}.")
+        raise ValueError(f"Expected bits of {options} for affine, received {bits:g}.")
     return Plan(method, bits, shape, affine_bits=reachable[-1])
 
 
@@ -182,4 +206,5 @@ def _distortion(levels: np.ndarray) -> float:
     grid = np.linspace(-6, 6, 4001)
     density = np.exp(-(grid**2) / 2)
     nearest = levels[np.searchsorted((levels[1:] + levels[:-1]) / 2, grid)]
-    return float(((grid - nearest) ** 2 * density).sum() / density.sum())
+    error = ((grid - nearest) ** 2 * density).sum() / density.sum()
+    return float(f"{error:.9g}")  # the last bits of exp and of a sum differ between machines

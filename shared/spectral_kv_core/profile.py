@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +102,11 @@ class BasisSet:
     def name(self) -> str:
         return f"{self.group}.{self.rope}"
 
+    def rounded(self) -> BasisSet:
+        """The same with the precision of the file, so that a plan does not change when a profile is saved and loaded."""
+        dtypes = {key: np.float16 if key == "basis" else np.float32 for key in self.ARRAYS}
+        return replace(self, **{key: getattr(self, key).astype(dtype) for key, dtype in dtypes.items()})
+
     @property
     def rank(self) -> int:
         return self.basis.shape[-1]
@@ -133,9 +138,9 @@ class Profile:
         path = Path(path)
         arrays, sets = {}, {}
         for name, basis_set in self.basis_sets.items():
+            rounded = basis_set.rounded()
             for key in BasisSet.ARRAYS:
-                dtype = np.float16 if key == "basis" else np.float32
-                arrays[f"{name}/{key}"] = np.ascontiguousarray(getattr(basis_set, key), dtype)
+                arrays[f"{name}/{key}"] = np.ascontiguousarray(getattr(rounded, key))
             for bits, levels in basis_set.levels.items():
                 arrays[f"{name}/levels/{bits}"] = np.ascontiguousarray(levels, np.float32)
             sets[name] = {k: getattr(basis_set, k) for k in ("group", "rope", "time", "block")}
@@ -150,8 +155,8 @@ class Profile:
             "calibration": self.calibration,
             "weights_digest": self.weights_digest,
             "basis_sets": sets,
-            "sha256": _digest(arrays),
         }
+        metadata["sha256"] = _digest(arrays, metadata)
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
         os.close(handle)
@@ -183,7 +188,7 @@ class Profile:
                 metadata = json.loads(header)
                 if metadata.get("format") != FORMAT:
                     raise ValueError(f"Expected a profile, received a {metadata.get('format')} file: {path}.")
-                if metadata["version"] > FORMAT_VERSION:
+                if metadata.get("version", FORMAT_VERSION) > FORMAT_VERSION:
                     raise ValueError(
                         f"Expected profile version {FORMAT_VERSION} or older, received {metadata['version']} from {path}. "
                         "Upgrade: pip install -U spectralkv"
@@ -193,7 +198,7 @@ class Profile:
             raise ValueError(
                 f"Expected a whole profile file, {path} is truncated or damaged ({error}). Make it again."
             ) from None
-        if _digest(arrays) != metadata["sha256"]:
+        if _digest(arrays, metadata) != metadata.get("sha256"):
             raise ValueError(f"Expected the contents that the header's hash names, {path} was altered. Make it again.")
         shape = ModelShape.from_json(metadata["shape"])
         sets = {}
@@ -253,8 +258,10 @@ class Profile:
         return "\n".join(lines)
 
 
-def _digest(arrays: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
+def _digest(arrays: dict[str, np.ndarray], metadata: dict) -> str:
+    """Hash of a file's arrays and of its header without the hash itself."""
+    signed = {key: value for key, value in metadata.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(signed, sort_keys=True).encode())
     for name in sorted(arrays):
         digest.update(f"{name}{arrays[name].dtype}{arrays[name].shape}".encode())
         digest.update(np.ascontiguousarray(arrays[name]).tobytes())

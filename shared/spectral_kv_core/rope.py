@@ -30,7 +30,7 @@ class Rope:
         return (
             self.rotary_dim == other.rotary_dim
             and self.interleaved == other.interleaved
-            and np.allclose(self.inv_freq, other.inv_freq, rtol=1e-3)
+            and np.allclose(self.inv_freq, other.inv_freq, rtol=1e-3, atol=0)
             and abs(self.scaling - other.scaling) < 1e-3
         )
 
