@@ -67,6 +67,10 @@ class SpectralKVLayer(CacheLayerMixin):
             return pending.keys, pending.values
         return torch.cat([held[0], pending.keys], dim=2), torch.cat([held[1], pending.values], dim=2)
 
+    def is_empty(self) -> bool:
+        """Whether no token has entered yet, so that left padding is still to be told."""
+        return not self.store.lanes
+
     def commit(self) -> None:
         """Let tokens that nobody attended to through us enter the cache."""
         if self.pending is not None:

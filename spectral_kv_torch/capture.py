@@ -35,6 +35,9 @@ class CaptureLayer(CacheLayerMixin):
         self.queries, self.keys, self.values = queries, pending.keys, pending.values
         return fused(queries, pending.keys, pending.values, scale)
 
+    def is_empty(self) -> bool:
+        return self.keys is None
+
     def get_seq_length(self) -> int:
         return 0 if self.keys is None else self.keys.shape[2]
 

@@ -33,7 +33,10 @@ def attention_forward(module, query, key, value, attention_mask=None, scaling=No
     def fused(q, k, v, scale):
         return _fused(module, q, k, v, scale)
 
-    out = pending.layer.attend(pending, query, scale, fused, left_padding(attention_mask, query.shape[2]))
+    length = query.shape[2]
+    # the mask of a single token has nothing new to say, and reading it would wait for the device in every layer
+    padding = left_padding(attention_mask, length) if length > 1 or pending.layer.is_empty() else None
+    out = pending.layer.attend(pending, query, scale, fused, padding)
     return out.transpose(1, 2).contiguous(), None
 
 

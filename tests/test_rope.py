@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from tolerances import HOST_ROPE, assert_close
 
-from spectral_kv_core.rope import Rope, rotate, unrotate
+from spectral_kv_core import ops
+from spectral_kv_core.rope import Rope, rotate, shift, unrotate
 
 
 def frequencies(dim: int, base: float = 10000.0) -> tuple[float, ...]:
@@ -97,3 +98,10 @@ def test_matches_and_json():
     others = [Rope(frequencies(64)), Rope(frequencies(64, 5e5), scaling=1.2), Rope(frequencies(32), scaling=1.2),
               Rope(frequencies(64), True, 1.2)]  # fmt: skip
     assert not any(rope.matches(other) for other in others)
+
+
+def test_shift_moves_rotated_vectors_on():
+    rope = Rope(tuple(100.0 ** (-np.arange(0, 8, 2) / 8)), interleaved=True, scaling=1.5)
+    x = np.random.default_rng(0).normal(size=(2, 5, 10)).astype(np.float32)
+    moved = shift(ops, rotate(ops, x, rope, 3), rope, 70)
+    np.testing.assert_allclose(moved, rotate(ops, x, rope, 73), atol=1e-5)

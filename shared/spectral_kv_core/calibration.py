@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,12 @@ from .basis import fit_basis
 from .methods import GROUPS
 from .profile import BasisSet, ModelShape
 from .quantizer import BIT_WIDTHS, empirical_tables, thresholds
-from .rope import unrotate
+from .rope import shift, unrotate
 from .statistics import Moments
 from .transform import band_sizes, octave_bands, time_matrix, to_frequency
 
 SKIP = 4  # attention sinks of a document: outliers that the cache keeps exactly
+SPREAD = 4  # places that a document is moved to, for post-RoPE keys
 HISTOGRAM_LIMIT, HISTOGRAM_BINS = 12.0, 6000  # of |coefficient| / sigma
 
 
@@ -102,12 +104,17 @@ def fit_basis_set(
     rope: str = "post",
     time: str = "dct",
     block: int = 16,
+    positions: int = 0,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> BasisSet:
     """Means, bases, spectra, sensitivities and measured quantization costs of one way of grouping vectors.
 
     The basis is the PCA of mean-removed vectors; in a shared basis every (side, head) is scaled by the root of its mean
     squared gradient first, so that what matters more is better resolved (RATE_DISTORTION_2.md, section 1).
+
+    Post-RoPE keys turn with their position, slow pairs by less than a turn over a document: a basis fitted to the first
+    positions misses what comes later. Every document is therefore taken `SPREAD` times, moved to places spread over
+    the first `positions` tokens (0: left where it is); moving is exact, RoPE being a rotation.
     """
     layers = len(shape.layers)
     if group not in GROUPS:
@@ -132,7 +139,8 @@ def fit_basis_set(
     work = progress(range(2 * layers))  # every layer is read twice: the tables need the spectra of all layers
     for step in work:
         row = step % layers
-        documents = [_grouped(x, g, shape, rope, groups, block) for x, g in spool.read(row)]
+        copies = SPREAD if rope == "post" and shape.rope is not None and positions else 1
+        documents = _Documents(spool, row, shape, rope, groups, block, positions, copies)
         if step < layers:
             _fit_spectrum(result, row, documents, members)
             _add_histogram(histogram, result, row, documents)
@@ -143,13 +151,39 @@ def fit_basis_set(
     return result.rounded()
 
 
-def _grouped(x, gradients, shape, rope, groups, block):
+@dataclass(frozen=True)
+class _Documents:
+    """The documents of one layer as `_grouped` gives them, read again at every iteration to keep one in memory."""
+
+    spool: Spool
+    row: int
+    shape: ModelShape
+    rope: str
+    groups: int
+    block: int
+    positions: int
+    copies: int
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        places = self.spool.documents * self.copies
+        for d, (x, g) in enumerate(self.spool.read(self.row)):
+            for i in range(self.copies):
+                # squares: half of the places lie in the first quarter, where most contexts end
+                offset = (d * self.copies + i) ** 2 * self.positions // places**2
+                yield _grouped(x, g, self.shape, self.rope, self.groups, self.block, offset)
+
+
+def _grouped(x, gradients, shape, rope, groups, block, offset):
     """Vectors [G, T, Dg] and gradients [S, G, T, Dg] of the tokens of a document that a cache would have sealed."""
     heads = shape.kv_heads
     if rope == "pre" and shape.rope is not None:
         scaling = shape.rope.scaling  # k_post = s R k_pre, hence the gradient turns back and is scaled by s
         x = np.concatenate([unrotate(ops, x[:heads], shape.rope, 0), x[heads:]])
         turned = unrotate(ops, gradients[:, :heads], shape.rope, 0) * scaling**2
+        gradients = np.concatenate([turned, gradients[:, heads:]], axis=1)
+    elif offset:
+        x = np.concatenate([shift(ops, x[:heads], shape.rope, offset), x[heads:]])
+        turned = shift(ops, gradients[:, :heads], shape.rope, offset)
         gradients = np.concatenate([turned, gradients[:, heads:]], axis=1)
     tokens = (x.shape[1] - SKIP) // block * block
 
@@ -172,7 +206,7 @@ def _weights(basis_set: BasisSet, row: int) -> np.ndarray:
     return np.repeat(basis_set.weight[row], basis_set.mean.shape[-1] // members, axis=-1)[:, None, :]
 
 
-def _fit_spectrum(basis_set: BasisSet, row: int, documents: list, members: int) -> None:
+def _fit_spectrum(basis_set: BasisSet, row: int, documents: _Documents, members: int) -> None:
     if members > 1:
         energy = np.mean([np.square(g, dtype=np.float64).mean(axis=(0, 2)) for _, g in documents], axis=0)  # [G, Dg]
         weight = np.sqrt(energy.reshape(energy.shape[0], members, -1).mean(-1))
@@ -207,7 +241,7 @@ def _sigma(basis_set: BasisSet, row: int) -> np.ndarray:
     return np.where(sigma > 0, sigma, 1.0).astype(np.float32)
 
 
-def _add_histogram(histogram: np.ndarray, basis_set: BasisSet, row: int, documents: list) -> None:
+def _add_histogram(histogram: np.ndarray, basis_set: BasisSet, row: int, documents: _Documents) -> None:
     weights, sigma = _weights(basis_set, row), _sigma(basis_set, row)
     for x, _ in documents:
         y = _coefficients(basis_set, row, (x - basis_set.mean[row][:, None]).astype(np.float32) * weights) / sigma
@@ -215,7 +249,7 @@ def _add_histogram(histogram: np.ndarray, basis_set: BasisSet, row: int, documen
         histogram += np.bincount(index.reshape(-1), minlength=HISTOGRAM_BINS)
 
 
-def _measure_costs(basis_set: BasisSet, row: int, documents: list) -> None:
+def _measure_costs(basis_set: BasisSet, row: int, documents: _Documents) -> None:
     weights, sigma = _weights(basis_set, row), _sigma(basis_set, row)
     bands = octave_bands(basis_set.block)
     total, count = np.zeros((*basis_set.variance.shape[1:], len(BIT_WIDTHS))), 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 
 from . import __version__, commands
@@ -33,6 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--text", nargs="+", metavar="FILE", help="calibration text (default: the packaged mixture)")
     sub.add_argument("--tokens", type=int, default=16384, help="calibration tokens in all (default %(default)s)")
     sub.add_argument("--document", type=int, default=2048, help="tokens per document, which bounds memory")
+    sub.add_argument(
+        "--positions", type=int, help="context length to prepare for (default: the model's, at most 32768)"
+    )
     sub.add_argument("--target-energy", type=float, default=0.95, help="energy that the summary reports ranks at")
     sub.add_argument("--output", metavar="FILE", help="where to save (default: the user cache folder)")
     sub.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -75,6 +79,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command: 0 done, 2 wrong use, 1 anything else; errors are one line on stderr."""
     args = build_parser().parse_args(arguments)
+    # the hosts' own chatter would drown the one line that matters
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="spectralkv: %(message)s")
     try:
         result = args.run(args)

@@ -30,7 +30,11 @@ def profile(args: argparse.Namespace) -> dict:
         raise ValueError(f"Expected a file name for --output, received the folder {args.output}.")
     name, backend = load_backend(args.backend)
     profiler = backend.SpectralProfiler(
-        target_energy=args.target_energy, tokens=args.tokens, document=args.document, progress=not args.quiet
+        target_energy=args.target_energy,
+        tokens=args.tokens,
+        document=args.document,
+        positions=args.positions,
+        progress=not args.quiet,
     )
     model, tokenizer = backend.load_model(_model_path(args.model), args.dtype)
     started = time.perf_counter()

@@ -13,6 +13,7 @@ from .calibration import Spool, fit_basis_set, split_documents
 from .calibration_text import TEXT_NAME, load_default_texts, text_digest
 from .profile import ModelShape, Profile
 
+MAX_POSITIONS = 32768
 SCORED_SHARE = 16  # the last sixteenth of a document is scored: its gradients reach the tokens before it
 
 
@@ -20,7 +21,8 @@ class ProfilerBase(ABC):
     """Makes the profile of a model from one pass over calibration text; a backend adds the three abstract methods.
 
     target_energy: what `Profile.summary` reports ranks at; tokens: calibration tokens in all; document: tokens of one
-    document, which bounds the memory needed; samples: label samples per document; seed: of the labels.
+    document, which bounds the memory needed; samples: label samples per document; seed: of the labels;
+    positions: context length that post-RoPE keys are prepared for (default: the model's own, at most 32,768).
     """
 
     def __init__(
@@ -30,6 +32,7 @@ class ProfilerBase(ABC):
         document: int = 2048,
         samples: int = 2,
         seed: int = 0,
+        positions: int | None = None,
         progress: bool = True,
     ):
         if not 0 < target_energy <= 1:
@@ -37,15 +40,15 @@ class ProfilerBase(ABC):
         if min(tokens, document) < 64:
             raise ValueError(f"Expected at least 64 tokens, received {min(tokens, document)}.")
         self.target_energy, self.tokens, self.document = target_energy, tokens, document
-        self.samples, self.seed, self.progress = samples, seed, progress
+        self.samples, self.seed, self.positions, self.progress = samples, seed, positions, progress
 
     @abstractmethod
     def load(self, name: str):
         """Model and tokenizer of a directory or hub id."""
 
     @abstractmethod
-    def describe(self, model) -> tuple[ModelShape, dict[int, str], str, str]:
-        """Shape, passed-through layers with reasons, weights digest, name."""
+    def describe(self, model) -> tuple[ModelShape, dict[int, str], str, str, int | None]:
+        """Shape, passed-through layers with reasons, weights digest, name, and the context it was made for."""
 
     @abstractmethod
     def vectors(self, model, shape: ModelShape, tokens: list[int], scored: int, seed: int) -> Iterator[tuple]:
@@ -63,7 +66,7 @@ class ProfilerBase(ABC):
         if isinstance(model, (str, os.PathLike)):
             name = name or str(model)
             model, tokenizer = self.load(name)
-        shape, passed, digest, own_name = self.describe(model)
+        shape, passed, digest, own_name, context = self.describe(model)
         if not shape.layers:
             raise ValueError(
                 f"Expected full-attention layers, received only: {', '.join(sorted(set(passed.values())))}."
@@ -81,7 +84,11 @@ class ProfilerBase(ABC):
                     query_sum[row] += queries.sum(1, dtype=np.float64)
                     spool.add(row, d, *captured)
                 query_count += len(tokens) - scored
-            basis_set = fit_basis_set(spool, shape, progress=lambda steps: self._bar(steps, "Fitting bases"))
+            positions = self.positions or min(context or MAX_POSITIONS, MAX_POSITIONS)
+            spread = max(positions - self.document, 0)  # a document starts here at the latest
+            basis_set = fit_basis_set(
+                spool, shape, positions=spread, progress=lambda steps: self._bar(steps, "Fitting bases")
+            )
         calibration = {
             "text": text_name,
             "text_sha256": text_digest(texts),
@@ -90,6 +97,7 @@ class ProfilerBase(ABC):
             "document": self.document,
             "samples": self.samples,
             "seed": self.seed,
+            "positions": positions,
             "target_energy": self.target_energy,
         }
         sets = {basis_set.name: basis_set}

@@ -48,6 +48,23 @@ def rotate(xp, x, rope: Rope, start: int, inverse: bool = False):
     sign, factor = (-1.0, 1.0 / rope.scaling) if inverse else (1.0, rope.scaling)
     cos = xp.asarray((np.cos(angle) * factor).astype(np.float32), like=x)
     sin = xp.asarray((np.sin(angle) * factor * sign).astype(np.float32), like=x)
+    return _turn(xp, x, rope, cos, sin)
+
+
+def unrotate(xp, x, rope: Rope, start: int):
+    """Inverse of `rotate`: post-RoPE vectors back to pre-RoPE ones."""
+    return rotate(xp, x, rope, start, inverse=True)
+
+
+def shift(xp, x, rope: Rope, tokens: int):
+    """Post-RoPE vectors `x` [..., D] as they would be `tokens` positions later; float32 result."""
+    angle = tokens * np.array(rope.inv_freq)
+    cos, sin = (xp.asarray(f(angle).astype(np.float32), like=x) for f in (np.cos, np.sin))
+    return _turn(xp, x, rope, cos, sin)
+
+
+def _turn(xp, x, rope: Rope, cos, sin):
+    """Every rotated pair of `x` [..., D] turned by an angle whose `cos` and `sin` end in [rotary_dim / 2]."""
     x = xp.astype(x, xp.float32)
     rotated, rest = x[..., : rope.rotary_dim], x[..., rope.rotary_dim :]
     if rope.interleaved:
@@ -59,8 +76,3 @@ def rotate(xp, x, rope: Rope, start: int, inverse: bool = False):
         first, second = rotated[..., :half], rotated[..., half:]
         out = xp.concat([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return xp.concat([out, rest], axis=-1) if rest.shape[-1] else out
-
-
-def unrotate(xp, x, rope: Rope, start: int):
-    """Inverse of `rotate`: post-RoPE vectors back to pre-RoPE ones."""
-    return rotate(xp, x, rope, start, inverse=True)
