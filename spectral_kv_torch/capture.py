@@ -9,7 +9,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .handles import Pending
-from .integration import host_layers, install, model_shape, restore
+from .integration import host_layers, install, model_shape
 
 
 class CaptureLayer(CacheLayerMixin):
@@ -52,7 +52,7 @@ class CaptureLayer(CacheLayerMixin):
 def frozen(model) -> Iterator[None]:
     """Keep gradients away from the weights of `model`, and route its attention through ours, for a while."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    ours = model.config._attn_implementation
+    before = model.config._attn_implementation
     for p in trained:
         p.requires_grad_(False)
     install(model)
@@ -61,9 +61,8 @@ def frozen(model) -> Iterator[None]:
     finally:
         for p in trained:
             p.requires_grad_(True)
-        if ours != model.config._attn_implementation:
-            restore(model)
-            model.set_attn_implementation(ours)
+        if before != model.config._attn_implementation:
+            model.set_attn_implementation(before)
 
 
 def capture(model, tokens: list[int]) -> Cache:
