@@ -27,7 +27,7 @@ from mlx.core import (
 
 __all__ = [
     "all_finite", "asarray", "astype", "clip", "concat", "copy", "cos", "exp", "float16", "float32", "int32", "matmul",
-    "max", "maximum", "min", "permute_dims", "round", "searchsorted", "sin", "stack", "sum", "take", "to_numpy",
+    "max", "maximum", "min", "permute_dims", "round", "searchsorted", "sin", "split_bytes", "stack", "sum", "take", "to_numpy",
     "uint8", "where", "zeros",
 ]  # fmt: skip
 
@@ -62,6 +62,11 @@ def zeros(shape, dtype=float32, like=None):
 def searchsorted(edges, x):
     """Number of `edges` (ascending) at or below each entry of `x`."""
     return mx.searchsorted(edges, x, side="right")
+
+
+def split_bytes(x, width: int):
+    """Fields of `width` bits of every byte, low bits first: [...] uint8 -> [..., 8 / width] uint8."""
+    return stack([(x >> shift) & (2**width - 1) for shift in range(0, 8, width)], axis=-1)
 
 
 def all_finite(x) -> bool:

@@ -32,7 +32,7 @@ from numpy import (
 
 __all__ = [
     "all_finite", "asarray", "astype", "clip", "concat", "copy", "cos", "exp", "float16", "float32", "int32", "matmul",
-    "max", "maximum", "min", "permute_dims", "round", "searchsorted", "sin", "stack", "sum", "take", "to_numpy",
+    "max", "maximum", "min", "permute_dims", "round", "searchsorted", "sin", "split_bytes", "stack", "sum", "take", "to_numpy",
     "uint8", "where", "zeros",
 ]  # fmt: skip
 
@@ -56,6 +56,11 @@ def copy(x):
 def searchsorted(edges, x):
     """Number of `edges` (ascending) at or below each entry of `x`."""
     return np.searchsorted(edges, x, side="right")
+
+
+def split_bytes(x, width: int):
+    """Fields of `width` bits of every byte, low bits first: [...] uint8 -> [..., 8 / width] uint8."""
+    return (x[..., None] >> np.arange(0, 8, width, dtype=np.uint8)) & np.uint8(2**width - 1)
 
 
 def all_finite(x) -> bool:

@@ -54,8 +54,7 @@ def unpack(xp, packed, bits: int, n: int):
         plane = packed[..., start : start + width]
         start += width
         if width < 8:
-            shifts = xp.asarray(np.arange(0, 8, width, dtype=np.uint8), like=packed)
-            plane = (plane[..., None] >> shifts) & (2**width - 1)
+            plane = xp.split_bytes(plane, width)
         plane = plane.reshape(*lead, units * UNIT)
         codes = plane if codes is None else codes | (plane << shift)
     return codes if units * UNIT == n else codes[..., :n]
