@@ -525,9 +525,10 @@ def test_a_profile_serves_both_backends(checkpoint, tmp_path):
         profile = type(profile).load(profile.save(tmp_path / "p.safetensors"))
         ours = make_prompt_cache(checkpoint.mlx, profile, 4.0, **SMALL)
         theirs = spectral_kv_torch.make_prompt_cache(checkpoint.torch, profile, 4.0, **SMALL)
-        mine = score(checkpoint.mlx, prompt, continuation, ours)[1:]
-        other = torch_score(checkpoint.torch, prompt, continuation, theirs)[1:]
-        assert np.square(mine - other).mean() < 1e-3 * np.square(other).mean()
+        mine = score(checkpoint.mlx, prompt, continuation, ours)
+        # mlx-lm feeds the last token of a prompt alone, so that it sees the sealed tokens; torch is fed alike here
+        other = torch_score(checkpoint.torch, prompt[:-1], [prompt[-1], *continuation], theirs)[1:]
+        assert np.square(mine - other).mean() < 1e-4 * np.square(other).mean()
         assert cache_nbytes(ours).table_nbytes == spectral_kv_torch.cache_nbytes(theirs).table_nbytes
         assert cache_nbytes(ours) == spectral_kv_torch.cache_nbytes(theirs)
 
