@@ -60,8 +60,8 @@ METHODS = {
         Method(
             "affine",
             "affine",
-            "grouped asymmetric quantization per token, as mlx-lm's QuantizedKVCache",
-            "mlx.core.quantize, affine mode",
+            "grouped asymmetric quantization per token, in the layout of mlx-lm's QuantizedKVCache",
+            "mlx.core.quantize, affine mode; here scale and bias are plain minimum and range, rounded to float16 first",
         ),
         Method("identity", "none", "the plain cache: nothing is compressed", "reference"),
     )

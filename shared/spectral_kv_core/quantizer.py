@@ -152,7 +152,7 @@ def dequantize(xp, codes, levels):
 
 
 def quantize_affine(xp, x, bits: int, group_size: int):
-    """Asymmetric uniform quantization of groups of `group_size` channels, as `mlx.core.quantize` does it.
+    """Asymmetric uniform quantization of groups of `group_size` channels, in the layout of `mlx.core.quantize`.
 
     `x` [..., D] -> codes [..., D] uint8, scale and bias [..., D / group_size] float16; x ~ code * scale + bias.
     """
