@@ -17,6 +17,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from spectral_kv_core.demo import demo_model_path
+from spectral_kv_core.evaluation_text import detokenize
 
 ROWS = (
     ("spectral", "4"),
@@ -26,22 +27,6 @@ ROWS = (
     ("affine", "2.5"),
 )
 DOCUMENTS, PREFIX, SCORED = 2, 1024, 128
-
-
-def detokenize(text: str) -> str:
-    """WikiText's spaced tokens as running text."""
-    for spaced, plain in (
-        (" @-@ ", "-"),
-        (" @,@ ", ","),
-        (" @.@ ", "."),
-        ("<unk>", ""),
-        (" 's", "'s"),
-        (" n't", "n't"),
-    ):
-        text = text.replace(spaced, plain)
-    text = re.sub(r" ([.,;:!?%)\]])", r"\1", text)
-    text = re.sub(r"([(\[$]) ", r"\1", text)
-    return re.sub(r" +", " ", re.sub(r'" ([^"\n]*?) "', r'"\1"', text))
 
 
 def main(source: str, target: str, extra: list[str]) -> None:

@@ -65,6 +65,13 @@ class SpectralKVCache(RoutedCache):
             self._start(keys)
             self.store.append(keys, values)
 
+    def append(self, keys: mx.array, values: mx.array) -> None:
+        """Take in [B, H, L, D] post-RoPE keys and values without attending."""
+        self._check(keys)
+        self.commit()
+        self._start(keys)
+        self.store.append(keys, values)
+
     def keys_and_values(self):
         """Decoded keys and values [B, H, seen, D]; None twice when empty."""
         self.commit()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import resource
 import sys
 import time
@@ -33,18 +34,25 @@ from .ops import to_numpy
 from .profiler import SpectralProfiler
 
 __all__ = [
+    "HOST_PACKAGES",
     "SpectralProfiler",
     "cache_nbytes",
     "context_limit",
+    "feed",
+    "fill",
     "generate",
     "load_model",
     "make_prompt_cache",
+    "model_dtype",
+    "model_shape",
     "peak_bytes",
     "plain_cache",
     "reset_peak",
     "score",
+    "weights_digest",
 ]
 PREFILL_CHUNK = 2048
+HOST_PACKAGES = ("mlx", "mlx-lm")  # whose versions belong to a result
 
 
 def make_prompt_cache(
@@ -96,6 +104,19 @@ def plain_cache(model) -> list:
     return host_layers(model)
 
 
+def fill(cache: list, plain: list) -> None:
+    """Let the empty `cache` take over the tokens of a plain cache, as one call with all of them would have left it.
+
+    A single call to an empty cache attends exactly, so only what is stored can differ. `plain` stays as it is.
+    """
+    for layer_idx, (layer, host) in enumerate(zip(cache, plain)):
+        if isinstance(layer, SpectralKVCache):
+            layer.append(*host.keys_and_values())
+            mx.eval(layer.arrays())  # else the keys and values of every layer live until the last one
+        else:
+            cache[layer_idx] = copy.deepcopy(host)
+
+
 def generate(
     model,
     tokenizer,
@@ -120,26 +141,25 @@ def generate(
     return Generated(tokens, times)
 
 
+def feed(model, tokens: list[int], cache: list, keep: int = 1) -> np.ndarray:
+    """Logits [keep, vocabulary] float32 of the last `keep` (at least 1) of `tokens`, which enter `cache` in one call.
+
+    mlx-lm's models compute the logits of all of `tokens`, torch only those that are kept.
+    """
+    logits = to_numpy(model(mx.array([tokens]), cache=cache)[0, -keep:])
+    mx.eval([c.state for c in cache])
+    return logits
+
+
 def score(model, prompt: list[int], continuation: list[int], cache: list) -> np.ndarray:
     """Logits [len(continuation), vocabulary] float32 for every token of `continuation`, fed one at a time after `prompt`.
 
     The last token of `prompt` is fed alone, as mlx-lm's `generate_step` does: logits of a whole chunk are never made.
     """
-
-    def feed(tokens):
-        return model(mx.array([tokens]), cache=cache)[0, -1]
-
-    def settle():
-        mx.eval([c.state for c in cache])
-
     for start in range(0, len(prompt) - 1, PREFILL_CHUNK):
-        feed(prompt[start : min(start + PREFILL_CHUNK, len(prompt) - 1)])
-        settle()
-    logits = []
-    for token in [prompt[-1], *continuation[:-1]]:
-        logits.append(to_numpy(feed([token])))
-        settle()
-    return np.stack(logits)
+        model(mx.array([prompt[start : min(start + PREFILL_CHUNK, len(prompt) - 1)]]), cache=cache)
+        mx.eval([c.state for c in cache])
+    return np.concatenate([feed(model, [token], cache) for token in [prompt[-1], *continuation[:-1]]])
 
 
 def reset_peak() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import resource
 import sys
 import time
@@ -18,24 +19,31 @@ from spectral_kv_core.plan import plan_for
 from spectral_kv_core.profile import Profile
 from spectral_kv_core.profile_store import auto_profile, name_passed_layers, warn_if_other_weights
 
-from .cache import SpectralCache, cache_nbytes
-from .integration import host_layers, install, load_model, max_context, model_shape, weights_digest
+from .cache import SpectralCache, SpectralKVLayer, cache_nbytes
+from .integration import host_layers, install, load_model, max_context, model_dtype, model_shape, weights_digest
 from .ops import to_numpy
 from .profiler import SpectralProfiler
 
 __all__ = [
+    "HOST_PACKAGES",
     "SpectralProfiler",
     "cache_nbytes",
     "context_limit",
+    "feed",
+    "fill",
     "generate",
     "load_model",
     "make_prompt_cache",
+    "model_dtype",
+    "model_shape",
     "peak_bytes",
     "plain_cache",
     "reset_peak",
     "score",
+    "weights_digest",
 ]
 PREFILL_CHUNK = 2048
+HOST_PACKAGES = ("torch", "transformers")  # whose versions belong to a result
 
 
 def make_prompt_cache(
@@ -82,6 +90,20 @@ def plain_cache(model) -> Cache:
     return DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
+@torch.inference_mode()
+def fill(cache: Cache, plain: Cache) -> None:
+    """Let the empty `cache` take over the tokens of a plain cache, as one call with all of them would have left it.
+
+    A single call to an empty cache attends exactly, so only what is stored can differ. `plain` stays as it is.
+    """
+    for layer_idx, (layer, host) in enumerate(zip(cache.layers, plain.layers)):
+        if isinstance(layer, SpectralKVLayer):
+            layer.update(host.keys, host.values)
+            layer.commit()
+        else:
+            cache.layers[layer_idx] = copy.deepcopy(host)
+
+
 class _Clock:
     """A streamer: notes when prefill began and when every token came, and hands tokens on."""
 
@@ -125,18 +147,19 @@ def generate(
 
 
 @torch.inference_mode()
+def feed(model, tokens: list[int], cache: Cache, keep: int = 1) -> np.ndarray:
+    """Logits [keep, vocabulary] float32 of the last `keep` (at least 1) of `tokens`, which enter `cache` in one call."""
+    batch = torch.tensor([tokens], device=model.device)
+    return to_numpy(model(batch, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits[0, -keep:])
+
+
 def score(model, prompt: list[int], continuation: list[int], cache: Cache) -> np.ndarray:
     """Logits [len(continuation), vocabulary] float32 for every token of `continuation`, fed one at a time after `prompt`."""
-
-    def feed(tokens):
-        batch = torch.tensor([tokens], device=model.device)
-        return to_numpy(model(batch, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1])
-
     for start in range(0, len(prompt), PREFILL_CHUNK):
-        logits = [feed(prompt[start : start + PREFILL_CHUNK])]
+        logits = [feed(model, prompt[start : start + PREFILL_CHUNK], cache)]
     for token in continuation[:-1]:
-        logits.append(feed([token]))
-    return np.stack(logits)
+        logits.append(feed(model, [token], cache))
+    return np.concatenate(logits)
 
 
 def reset_peak() -> None:

@@ -9,6 +9,7 @@ import os
 import sys
 
 from . import __version__, commands
+from .evaluation import SUITES
 from .methods import DEFAULT_METHOD
 
 
@@ -66,6 +67,24 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--compare", action="store_true", help="run the plain cache too and compare bytes, quality and speed"
     )
+
+    sub = command("eval", commands.evaluate, "measure methods against the plain cache on texts", model)
+    sub.add_argument("--methods", required=True, metavar="A,B", help="recipes, see: spectralkv methods")
+    sub.add_argument("--bits", metavar="A,B", help="stored bits per sealed element (default 4,3,2)")
+    sub.add_argument("--suite", choices=tuple(SUITES), default="quick", help="the four defaults that follow")
+    sub.add_argument("--tasks", metavar="A,B", help="text: score what follows; copy: a span of the prefix (both)")
+    sub.add_argument("--prefix", metavar="A,B", help="tokens before the scored ones (quick: 1024, full: 1024,2048)")
+    sub.add_argument("--scored", type=int, help="tokens scored after every prefix (quick: 64, full: 128)")
+    sub.add_argument("--documents", type=int, help="documents per text and prefix, at most (quick: 2, full: 4)")
+    sub.add_argument(
+        "--text", nargs="+", action="extend", metavar="[NAME=]FILE", help="texts (default: a novel and Python code)"
+    )
+    sub.add_argument("--step", type=int, default=1, help="scored tokens per model call (default %(default)s)")
+    sub.add_argument("--prefill-chunk", type=int, help="prefix tokens per model call (default: all in one)")
+    sub.add_argument("--window", type=int, default=64, help="recent tokens kept exactly (default %(default)s)")
+    sub.add_argument("--sinks", type=int, default=4, help="first tokens kept exactly (default %(default)s)")
+    sub.add_argument("--profile", default="auto", help="profile file; auto looks for one, or calibrates")
+    sub.add_argument("--output", required=True, metavar="DIR", help="results; a run that was cut off goes on from them")
 
     sub = command("inspect", commands.inspect, "show a profile and the plan a budget gets from it")
     sub.add_argument("file", metavar="FILE", help="profile file")

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from . import report
+from . import evaluation, report
 from .backends import load_backend
 from .calibration_text import load_texts
 from .demo import demo_model_path
 from .divergence import compare_logits
+from .evaluation_text import Text, default_texts, read_text
 from .methods import METHODS, get_method
 from .plan import make_plan
 from .profile import Profile
@@ -130,6 +131,40 @@ def generate(args: argparse.Namespace) -> dict:
     return result
 
 
+def evaluate(args: argparse.Namespace) -> dict:
+    """`spectralkv eval`: what methods cost in quality, and the bytes they take, over texts and documents."""
+    suite = evaluation.SUITES[args.suite]
+    settings = evaluation.Settings(
+        methods=_values(args.methods, "--methods", str),
+        bits=_values(args.bits, "--bits", float) or evaluation.DEFAULT_BITS,
+        tasks=_values(args.tasks, "--tasks", str) or suite["tasks"],
+        prefixes=_values(args.prefix, "--prefix", int) or suite["prefixes"],
+        scored=suite["scored"] if args.scored is None else args.scored,
+        documents=suite["documents"] if args.documents is None else args.documents,
+        step=args.step,
+        prefill_chunk=args.prefill_chunk,
+        window=args.window,
+        sinks=args.sinks,
+    )
+    texts = [_named_text(argument) for argument in args.text or ()] or default_texts()
+    names = [text.name for text in texts]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Expected texts with different names, received {', '.join(names)}. Use --text NAME=FILE.")
+    loaded = Profile.load(args.profile) if args.profile != "auto" else None
+    output = Path(args.output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"Expected a folder for --output, received the file {output}.")
+    name, backend = load_backend(args.backend)
+    model, tokenizer = backend.load_model(_model_path(args.model), args.dtype)
+    called = {"model": args.model, "backend": name}
+    result = evaluation.evaluate(backend, model, tokenizer, settings, texts, output, names=called, profile=loaded)
+    report.save_evaluation(result, output)
+    if not args.json:
+        report.print_evaluation(result)
+        print(f"Saved {output / 'summary.md'}, summary.json and rows.jsonl")
+    return result
+
+
 def inspect(args: argparse.Namespace) -> dict:
     """`spectralkv inspect`: what a profile holds, and the plan that a budget gets from it."""
     loaded = Profile.load(args.file)
@@ -216,6 +251,30 @@ def _encode_prompt(tokenizer, text: str, raw: bool) -> list[int]:
         return list(tokenizer.encode(text))
     messages = [{"role": "user", "content": text}]
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+
+
+def _values(text: str | None, option: str, kind: type) -> tuple:
+    """The values of a comma-separated option, each once; empty without the option."""
+    if text is None:
+        return ()
+    try:
+        values = tuple(dict.fromkeys(kind(part.strip()) for part in text.split(",")))
+    except ValueError:
+        values = ("",)
+    if "" in values:
+        what = {int: "whole numbers", float: "numbers", str: "names"}[kind]
+        raise ValueError(f"Expected {what} separated by commas for {option}, received {text!r}.")
+    return values
+
+
+def _named_text(argument: str) -> Text:
+    """The text of a `--text` argument: FILE, named after its stem, or NAME=FILE."""
+    name, equals, path = argument.partition("=")
+    if not equals or Path(argument).is_file():
+        name, path = Path(argument).stem, argument
+    if not name:
+        raise ValueError(f"Expected FILE or NAME=FILE for --text, received {argument!r}.")
+    return read_text(name, _read(path, "--text"))
 
 
 def _read(path: str, option: str) -> str:

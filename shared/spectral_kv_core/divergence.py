@@ -12,10 +12,11 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def compare_logits(reference: np.ndarray, test: np.ndarray, labels: list[int]) -> dict[str, float]:
-    """KL(reference || test) in nats per token, top-1 agreement and perplexities over `labels`.
+    """KL(reference || test) in nats per token, agreement of the likeliest tokens and perplexities over `labels`.
 
-    `reference`, `test` [T, V] logits for the T tokens `labels`. `nd_ppl` is PPL(test) / PPL(reference) - 1. Raises
-    ValueError on NaN: a broken cache must not pass as a number.
+    `reference`, `test` [T, V] logits for the T tokens `labels`. `top5` is the share of the reference's 5 likeliest
+    tokens that are among the test's 5; `nd_ppl` is PPL(test) / PPL(reference) - 1. Raises ValueError on NaN: a broken
+    cache must not pass as a number.
     """
     if not (np.isfinite(reference).all() and np.isfinite(test).all()):
         raise ValueError("Expected finite logits, received NaN or infinity: check the weights and the dtype.")
@@ -27,6 +28,14 @@ def compare_logits(reference: np.ndarray, test: np.ndarray, labels: list[int]) -
         "kl": float(max(kl.mean(), 0.0)),
         "kl_p95": float(max(np.quantile(kl, 0.95), 0.0)),
         "top1": float((p.argmax(-1) == q.argmax(-1)).mean()),
+        "top5": _top_overlap(p, q, min(5, p.shape[-1])),
         "ppl": float(ppl),
+        "ppl_ref": float(ppl_ref),
         "nd_ppl": float(ppl / ppl_ref - 1),
     }
+
+
+def _top_overlap(p: np.ndarray, q: np.ndarray, count: int) -> float:
+    """Mean share of the `count` largest entries of rows of `p` [T, V] that are among those of `q`."""
+    first, second = (np.argpartition(-x, count - 1, axis=-1)[:, :count] for x in (p, q))
+    return float((first[:, :, None] == second[:, None, :]).any(-1).mean())

@@ -43,9 +43,14 @@ def auto_profile(shape: ModelShape, basis_set: str, calibrate: Callable[[], Prof
     return profile
 
 
+_warned: set[tuple[str, str]] = set()
+
+
 def warn_if_other_weights(profile: Profile, digest: str) -> None:
-    """Warn when `profile` was made on other weights of the same architecture."""
-    if profile.weights_digest and digest and profile.weights_digest != digest:
+    """Warn, once, when `profile` was made on other weights of the same architecture."""
+    key = profile.weights_digest, digest
+    if all(key) and profile.weights_digest != digest and key not in _warned:
+        _warned.add(key)
         log.warning(
             "The profile of %s was made on other weights of this architecture (a fine-tune?): quality may suffer. "
             "Calibrate these: spectralkv profile --model MODEL",

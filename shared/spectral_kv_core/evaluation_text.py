@@ -1,0 +1,121 @@
+"""Text to evaluate on: held-out text that ships, or a user's own, cut into documents of equal length."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+
+CODE_MODULES = ("tarfile", "subprocess", "argparse")  # in no calibration text; long, and on every machine
+_TITLE = re.compile(r"^ ?= (?:[^=\n]+ )?= ?$", re.MULTILINE)  # top-level heading of WikiText, empty when all was <unk>
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text under the name that rows and tables give it."""
+
+    name: str
+    text: str
+
+    @cached_property
+    def digest(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
+
+
+def default_texts() -> list[Text]:
+    """`prose`, which ships, and `code`, the source of standard-library modules of the Python that runs."""
+    prose = (files("spectral_kv_core") / "data" / "evaluation" / "prose.txt").read_text(encoding="utf-8")
+    try:
+        code = "\n\n".join(inspect.getsource(importlib.import_module(name)) for name in CODE_MODULES)
+    except OSError as error:
+        raise ValueError(
+            f"Expected the source of Python's standard library for the text code, received none ({error}). Give texts "
+            "of your own: --text FILE"
+        ) from None
+    return [Text("prose", prose), Text("code", code)]
+
+
+def detokenize(text: str) -> str:
+    """WikiText's spaced tokens as running text."""
+    for spaced, plain in (
+        (" @-@ ", "-"),
+        (" @,@ ", ","),
+        (" @.@ ", "."),
+        ("<unk>", ""),
+        (" 's", "'s"),
+        (" n't", "n't"),
+    ):
+        text = text.replace(spaced, plain)
+    text = re.sub(r" ([.,;:!?%)\]])", r"\1", text)
+    text = re.sub(r"([(\[$]) ", r"\1", text)
+    return re.sub(r" +", " ", re.sub(r'" ([^"\n]*?) "', r'"\1"', text))
+
+
+def read_text(name: str, raw: str) -> Text:
+    """`raw` as a text to evaluate on; WikiText's tokenised style is undone."""
+    return Text(name, detokenize(raw) if " @-@ " in raw or "<unk>" in raw else raw)
+
+
+def split_articles(text: str) -> list[str]:
+    """Articles of a text with top-level headings (` = Title = `), each with its heading; [] without any."""
+    starts = [match.start() for match in _TITLE.finditer(text)]
+    return [text[a:b].strip() for a, b in zip(starts, [*starts[1:], len(text)])]
+
+
+def split_documents(tokenizer, text: Text, length: int, count: int) -> list[list[int]]:
+    """Up to `count` documents of `length` tokens out of `text`, at least one, evenly spread.
+
+    Each is the start of an article where the text has articles, else a window; windows do not overlap. Where the
+    tokenizer marks the beginning of a text, every document begins so. Raises ValueError for a text that is too short.
+    """
+    first = _first_tokens(tokenizer)
+    room = length - len(first)
+    articles = split_articles(text.text)
+    pieces = [list(tokenizer.encode(piece, add_special_tokens=False)) for piece in articles or [text.text]]
+    longest = max(map(len, pieces))
+    if longest < room:
+        raise ValueError(
+            f"Expected {'an article of ' if articles else ''}at least {length:,} tokens in the text {text.name}, received "
+            f"{longest + len(first):,}. Give a longer text or lower --prefix and --scored."
+        )
+    if articles:
+        candidates = [piece for piece in pieces if len(piece) >= room]
+        count = min(count, len(candidates))
+        return [first + candidates[i * len(candidates) // count][:room] for i in range(count)]
+    (tokens,) = pieces
+    count = min(count, len(tokens) // room)
+    starts = [i * (len(tokens) - room) // max(count - 1, 1) for i in range(count)]
+    return [first + tokens[start : start + room] for start in starts]
+
+
+def _first_tokens(tokenizer) -> list[int]:
+    """Special tokens that `tokenizer` puts before a text."""
+    marked, bare = (list(tokenizer.encode("a", add_special_tokens=special)) for special in (True, False))
+    return marked[: marked.index(bare[0])]
+
+
+def copy_span(prefix: int, scored: int, sinks: int, window: int) -> tuple[int, int]:
+    """Where the copied tokens start and end in a prefix: from about a third of it, and all of them sealed.
+
+    Of 1,860 tokens and 128 scored that is 600..727. Raises ValueError for a prefix that is too short.
+    """
+
+    def start(prefix: int) -> int:
+        return max(prefix * 10 // 31, sinks)
+
+    def fits(prefix: int) -> bool:
+        return start(prefix) + scored <= prefix - window - 15  # up to 15 tokens wait for their block to fill
+
+    if not fits(prefix):
+        needed = prefix
+        while not fits(needed):
+            needed += 1
+        raise ValueError(
+            f"Expected a prefix of at least {needed:,} tokens for the task copy with {scored} scored tokens and a window "
+            f"of {window}, received {prefix:,}. Raise --prefix, lower --scored or --window, or use --tasks text."
+        )
+    return start(prefix), start(prefix) + scored
