@@ -17,7 +17,7 @@ from mlx_lm.models.cache import (
 )
 
 from spectral_kv_core.cache import LATENT_QUERIES, CacheSize, Lane, LayerCache
-from spectral_kv_core.codec import Chunk, make_codec
+from spectral_kv_core.codec import Chunk, make_codec, make_staging_codec
 from spectral_kv_core.plan import Plan
 
 from . import ops
@@ -34,7 +34,8 @@ class SpectralKVCache(RoutedCache):
     def __init__(self, plan: Plan, row: int, sinks: int, window: int, left_padding: list[int] | None = None):
         self.plan, self.row = plan, row
         self.left_padding = [int(p) for p in left_padding] if left_padding is not None else None
-        self.store = LayerCache(ops, make_codec(ops, plan, row), sinks, window)
+        codec = make_codec(ops, plan, row)
+        self.store = LayerCache(ops, codec, sinks, window, make_staging_codec(ops, plan, row, codec))
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Take in [B, H, L, D] post-RoPE keys and values."""
@@ -43,6 +44,7 @@ class SpectralKVCache(RoutedCache):
         self.pending = keys, values
         if caller_is_routed():
             return self.pending
+        self.store.begin(keys.shape[2])
         held = self.store.dense(keys.dtype)
         self.commit()
         if held is None:
@@ -53,6 +55,8 @@ class SpectralKVCache(RoutedCache):
         """Attention [B, Hq, L, D] of the pending tokens, which enter the cache."""
         (keys, values), self.pending = self.pending, None
         self._start(keys)
+        if queries.shape[2] <= LATENT_QUERIES:
+            self._end_prompt()
         out = self.store.attend(queries, keys, values, scale, fused)
         if queries.shape[2] > LATENT_QUERIES:  # else the dense keys and values of every layer live until the last one
             mx.eval(out, self.store.arrays())
@@ -64,6 +68,16 @@ class SpectralKVCache(RoutedCache):
             (keys, values), self.pending = self.pending, None
             self._start(keys)
             self.store.append(keys, values)
+
+    def finalize(self) -> None:
+        """End the prompt now instead of at the next call with at most 16 tokens: the cache takes its final size."""
+        self.commit()
+        self._end_prompt()
+
+    def _end_prompt(self) -> None:
+        if self.store.is_staged:
+            self.store.finalize()
+            mx.eval(self.store.arrays())  # else the decoded prompt of every layer lives until the last one
 
     def append(self, keys: mx.array, values: mx.array) -> None:
         """Take in [B, H, L, D] post-RoPE keys and values without attending."""
@@ -118,11 +132,12 @@ class SpectralKVCache(RoutedCache):
 
     def tables(self) -> list[mx.array]:
         """Every array that all sequences share."""
-        return self.store.codec.tables() if self.store.codec else []
+        return self.store.tables()
 
     @property
     def state(self) -> tuple:
         """What tells this cache from an empty one of the same plan: the layout as JSON, then every array."""
+        self.finalize()
         arrays = self.arrays()
         lanes = [
             {
@@ -166,7 +181,10 @@ class SpectralKVCache(RoutedCache):
         self.commit()
         new = copy.copy(self)
         new.store = copy.copy(self.store)
-        new.store.lanes = [replace(lane, rows=list(lane.rows), chunks=list(lane.chunks)) for lane in self.store.lanes]
+        new.store.lanes = [
+            replace(lane, rows=list(lane.rows), chunks=list(lane.chunks), staged=list(lane.staged))
+            for lane in self.store.lanes
+        ]
         return new
 
     def _start(self, keys: mx.array) -> None:
@@ -184,11 +202,12 @@ class SpectralKVCache(RoutedCache):
 
 def cache_nbytes(cache: list) -> CacheSize:
     """Bytes of every array that `cache` holds for its sequences, window, sinks and passed-through layers included."""
-    stored = dense = tables = 0
+    stored = dense = 0
+    tables = {}
     for layer in cache:
         if isinstance(layer, SpectralKVCache):
             stored += layer.nbytes
-            tables += sum(x.nbytes for x in layer.tables())
+            tables |= {id(x): x.nbytes for x in layer.tables()}  # some are shared by all layers
             dense += layer.store.tokens() * 2 * 2 * layer.plan.shape.kv_heads * layer.plan.shape.head_dim
         elif not layer.empty():
             exact = isinstance(layer, (KVCache, RotatingKVCache, BatchRotatingKVCache))
@@ -198,4 +217,4 @@ def cache_nbytes(cache: list) -> CacheSize:
             if exact:  # these allocate ahead, in steps of 256 tokens
                 held = [x[:, :, : layer.size()] for x in held]
             dense += sum(2 * x.size for x in held)
-    return CacheSize(stored, dense, tables)
+    return CacheSize(stored, dense, sum(tables.values()))

@@ -17,6 +17,7 @@ class CaptureCache(RoutedCache):
 
     def __init__(self):
         self.queries = self.keys = self.values = None
+        self.scale = 1.0
         self.leaves = False
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -30,7 +31,7 @@ class CaptureCache(RoutedCache):
     def attend(self, queries, scale, fused):
         """Keep the queries [B, Hq, L, D], keys and values [B, H, L, D] of one forward pass and attend as usual."""
         (self.keys, self.values), self.pending = self.pending, None
-        self.queries = queries
+        self.queries, self.scale = queries, scale
         return fused(queries, self.keys, self.values, scale)
 
     @property

@@ -14,10 +14,13 @@ from mlx.core import (
     matmul,
     max,
     maximum,
+    mean,
     min,
     permute_dims,
     round,
     sin,
+    sqrt,
+    square,
     stack,
     sum,
     take,
@@ -27,8 +30,8 @@ from mlx.core import (
 
 __all__ = [
     "all_finite", "asarray", "astype", "clip", "concat", "copy", "cos", "exp", "float16", "float32", "int32", "matmul",
-    "max", "maximum", "min", "permute_dims", "round", "searchsorted", "sin", "split_bytes", "stack", "sum", "take", "to_numpy",
-    "uint8", "where", "zeros",
+    "max", "maximum", "mean", "min", "permute_dims", "round", "sin", "split_bytes", "sqrt", "square", "stack", "sum", "take",
+    "to_numpy", "uint8", "where", "zeros",
 ]  # fmt: skip
 
 
@@ -57,11 +60,6 @@ def copy(x):
 
 def zeros(shape, dtype=float32, like=None):
     return mx.zeros(tuple(shape), dtype=dtype)
-
-
-def searchsorted(edges, x):
-    """Number of `edges` (ascending) at or below each entry of `x`."""
-    return mx.searchsorted(edges, x, side="right")
 
 
 def split_bytes(x, width: int):

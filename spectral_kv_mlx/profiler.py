@@ -30,4 +30,5 @@ class SpectralProfiler(ProfilerBase):
         for i in shape.layers:
             layer = cache[i]
             sides = [np.stack([to_numpy(sample[i][side]) for sample in gradients]) for side in (0, 1)]
-            yield to_numpy(layer.queries[0]), to_numpy(layer.keys[0]), to_numpy(layer.values[0]), *sides
+            queries = to_numpy(layer.queries[0]) * layer.scale
+            yield queries, to_numpy(layer.keys[0]), to_numpy(layer.values[0]), *sides

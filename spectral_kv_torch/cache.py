@@ -6,7 +6,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from spectral_kv_core.cache import CacheSize, LayerCache
-from spectral_kv_core.codec import make_codec
+from spectral_kv_core.codec import make_codec, make_staging_codec
 from spectral_kv_core.plan import Plan, make_plan
 from spectral_kv_core.profile import Profile
 
@@ -39,8 +39,10 @@ class SpectralKVLayer(CacheLayerMixin):
             raise ValueError(
                 f"Expected keys with (kv_heads, head_dim) {expected}, received {received}: the profile is of another model."
             )
-        codec = make_codec(ops, self.plan, self.row, like=key_states.device)
-        self.store = LayerCache(ops, codec, self.sinks, self.window)
+        device = key_states.device
+        codec = make_codec(ops, self.plan, self.row, like=device)
+        staging = make_staging_codec(ops, self.plan, self.row, codec, like=device)
+        self.store = LayerCache(ops, codec, self.sinks, self.window, staging)
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
@@ -60,6 +62,7 @@ class SpectralKVLayer(CacheLayerMixin):
 
     def dense(self, pending: Pending):
         """Keys and values [B, H, seen, D] including the tokens of `pending`, which enter the cache."""
+        self.store.begin(pending.keys.shape[2])
         held = self.store.dense(pending.keys.dtype)
         if pending is self.pending:
             self.commit()
@@ -76,6 +79,12 @@ class SpectralKVLayer(CacheLayerMixin):
         if self.pending is not None:
             pending, self.pending = self.pending, None
             self.store.append(pending.keys, pending.values)
+
+    def finalize(self) -> None:
+        """End the prompt: what it staged at more bits is encoded at the plan's."""
+        self.commit()
+        if self.store is not None:
+            self.store.finalize()
 
     def get_seq_length(self) -> int:
         """Slots seen, padding included."""
@@ -123,7 +132,7 @@ class SpectralKVLayer(CacheLayerMixin):
 
     def tables(self) -> list[torch.Tensor]:
         """Every tensor that all sequences share."""
-        return self.store.codec.tables() if self.store is not None and self.store.codec else []
+        return self.store.tables() if self.store is not None else []
 
 
 class SpectralCache(Cache):
@@ -150,22 +159,29 @@ class SpectralCache(Cache):
         super().__init__(layers=layers)
         self.plan = plan
 
+    def finalize(self) -> None:
+        """End the prompt now instead of at the next call with at most 16 tokens: the cache takes its final size."""
+        for layer in self.layers:
+            if isinstance(layer, SpectralKVLayer):
+                layer.finalize()
+
 
 def cache_nbytes(cache: Cache) -> CacheSize:
     """Bytes of every tensor that `cache` holds for its sequences, window, sinks and passed-through layers included."""
-    stored = dense = tables = 0
+    stored = dense = 0
+    tables = {}
     for layer in cache.layers:
         if isinstance(layer, SpectralKVLayer):
             layer.commit()
             stored += sum(map(_held, layer.arrays()))
-            tables += sum(map(_held, layer.tables()))
+            tables |= {id(x): _held(x) for x in layer.tables()}  # some are shared by all layers
             if layer.store is not None:
                 dense += layer.store.tokens() * 2 * 2 * layer.plan.shape.kv_heads * layer.plan.shape.head_dim
         elif getattr(layer, "is_initialized", False):
             held = [x for x in (layer.keys, layer.values) if x is not None]
             stored += sum(map(_held, held))
             dense += sum(2 * x.numel() for x in held)
-    return CacheSize(stored, dense, tables)
+    return CacheSize(stored, dense, sum(tables.values()))
 
 
 def _held(x: torch.Tensor) -> int:

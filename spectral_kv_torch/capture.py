@@ -20,6 +20,7 @@ class CaptureLayer(CacheLayerMixin):
     def __init__(self):
         super().__init__()
         self.queries: torch.Tensor | None = None
+        self.scale = 1.0
         self.leaves = False
 
     def lazy_initialization(self, key_states, value_states) -> None:
@@ -32,7 +33,7 @@ class CaptureLayer(CacheLayerMixin):
 
     def attend(self, pending, queries, scale, fused, padding=None):
         """Keep the queries [B, Hq, L, D], keys and values [B, H, L, D] of one forward pass and attend as usual."""
-        self.queries, self.keys, self.values = queries, pending.keys, pending.values
+        self.queries, self.keys, self.values, self.scale = queries, pending.keys, pending.values, scale
         return fused(queries, pending.keys, pending.values, scale)
 
     def is_empty(self) -> bool:

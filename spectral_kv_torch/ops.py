@@ -6,12 +6,12 @@ from functools import cache
 
 import numpy as np
 import torch
-from torch import clip, cos, exp, float16, float32, int32, matmul, permute, round, sin, uint8
+from torch import clip, cos, exp, float16, float32, int32, matmul, permute, round, sin, sqrt, square, uint8
 
 __all__ = [
     "all_finite", "asarray", "astype", "clip", "concat", "copy", "cos", "exp", "float16", "float32", "int32", "matmul",
-    "max", "maximum", "min", "permute_dims", "round", "searchsorted", "sin", "split_bytes", "stack", "sum", "take", "to_numpy",
-    "uint8", "where", "zeros",
+    "max", "maximum", "mean", "min", "permute_dims", "round", "sin", "split_bytes", "sqrt", "square", "stack", "sum", "take",
+    "to_numpy", "uint8", "where", "zeros",
 ]  # fmt: skip
 
 permute_dims = permute
@@ -66,17 +66,16 @@ def min(x, axis, keepdims=False):
     return torch.amin(x, dim=axis, keepdim=keepdims)
 
 
+def mean(x, axis, keepdims=False):
+    return torch.mean(x, dim=axis, keepdim=keepdims)
+
+
 def sum(x, axis, keepdims=False):
     return torch.sum(x, dim=axis, keepdim=keepdims)
 
 
 def zeros(shape, dtype=float32, like=None):
     return torch.zeros(tuple(shape), dtype=dtype, device=like.device if like is not None else None)
-
-
-def searchsorted(edges, x):
-    """Number of `edges` (ascending) at or below each entry of `x`."""
-    return torch.searchsorted(edges, x.contiguous(), right=True, out_int32=True)
 
 
 @cache

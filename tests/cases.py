@@ -14,9 +14,10 @@ from spectral_kv_core import ops
 from spectral_kv_core.calibration import Spool, fit_basis_set
 from spectral_kv_core.methods import Method
 from spectral_kv_core.plan import Plan, make_plan
-from spectral_kv_core.profile import ModelShape, Profile
+from spectral_kv_core.profile import ModelShape, Profile, QueryStatistics
 from spectral_kv_core.quantizer import unpack_rows
 from spectral_kv_core.rope import Rope, rotate
+from spectral_kv_core.statistics import QueryMoments
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,11 @@ def toy_profile_of(model: ToyModel, group: str = "head", rope: str = "post") -> 
                 spool.add(layer, document, keys[0], values[0], gradients[:, :heads], gradients[:, heads:])
         basis_set = fit_basis_set(spool, model.shape, group, rope)
         calibration = {"text": "toy", "tokens": 1500, "target_energy": 0.95}
-        profile = Profile(model.shape, "toy", calibration, {basis_set.name: basis_set})
+        moments = [QueryMoments(heads, model.rope) for _ in range(model.layers)]
+        for layer, moment in enumerate(moments):
+            moment.update((model.queries(layer, 500)[0] + 1) * model.head_dim**-0.5)
+        queries = QueryStatistics(*map(np.stack, zip(*(m.result() for m in moments))))
+        profile = Profile(model.shape, "toy", calibration, {basis_set.name: basis_set}, queries)
         return Profile.load(profile.save(Path(folder) / "toy.safetensors"))
 
 
@@ -133,9 +138,9 @@ def codes_of(codec, chunk) -> np.ndarray:
 
 
 @cache
-def plan_of(model: ToyModel, bits: float, group: str = "head", rope: str = "post") -> Plan:
+def plan_of(model: ToyModel, bits: float, group: str = "head", rope: str = "post", rounding: str = "nearest") -> Plan:
     """Plan of a toy model for the spectral codec."""
-    method = Method("test", "spectral", "", "", rope=rope, group=group, time="dct", block=16)
+    method = Method("test", "spectral", "", "", rope=rope, group=group, time="dct", block=16, rounding=rounding)
     return make_plan(model.shape, toy_profile_of(model, group, rope), method, bits)
 
 

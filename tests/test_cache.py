@@ -9,7 +9,7 @@ from tolerances import ATTENTION_RMS, assert_close, assert_codes_close, relative
 
 from spectral_kv_core import ops
 from spectral_kv_core.cache import CHUNK_TOKENS, CacheSize, LayerCache
-from spectral_kv_core.codec import make_codec
+from spectral_kv_core.codec import make_codec, make_staging_codec
 
 MODEL = ToyModel()
 SCALE = 0.125
@@ -350,3 +350,58 @@ def test_cache_size_reports_compression():
     assert (size, size.dense_nbytes, size.table_nbytes) == (1000, 8000, 55)
     assert size.compression == 8 and size.bits_per_element == 2
     assert CacheSize(0, 0, 0).compression == 1
+
+
+@pytest.fixture
+def staged_cache(xp):
+    """Cache of a plan at 2 bits with the codec that holds a prompt at 4."""
+    plan = plan_of(ToyModel(), 2)
+    codec = make_codec(xp, plan, 0)
+    return LayerCache(xp, codec, 4, 64, make_staging_codec(xp, plan, 0, codec))
+
+
+def held_bits(cache) -> float:
+    chunks = [c for lane in cache.lanes for c in (*lane.chunks, *lane.staged)]
+    return sum(a.nbytes for c in chunks for a in c.arrays) * 8 / (sum(c.tokens for c in chunks) * 2 * 2 * 64)
+
+
+def test_a_prompt_in_pieces_is_staged_until_it_ends(xp, staged_cache):
+    keys, values = map(xp.asarray, ToyModel().sample(1, 900))
+    staged_cache.append(keys[:, :, :300], values[:, :, :300])
+    assert not staged_cache.is_staged and held_bits(staged_cache) < 2.01  # the first call is encoded for good
+    staged_cache.append(keys[:, :, 300:600], values[:, :, 300:600])
+    staged_cache.append(keys[:, :, 600:880], values[:, :, 600:880])
+    lane = staged_cache.lanes[0]
+    assert staged_cache.is_staged and (lane.exact, lane.sealed, staged_cache.tokens()) == (80, 800, 880)
+    staged_bits = sum(a.nbytes for c in lane.staged for a in c.arrays) * 8 / (576 * 256)
+    assert 3.9 < staged_bits < 4.01
+    staged = [xp.to_numpy(x) for x in staged_cache.dense()]
+    staged_cache.append(keys[:, :, 880:881], values[:, :, 880:881])
+    assert not staged_cache.is_staged and held_bits(staged_cache) < 2.01
+    assert staged_cache.lanes[0].sealed == 800
+    final = [xp.to_numpy(x)[:, :, :880] for x in staged_cache.dense()]
+    for exact, before, after in zip((keys, values), staged, final):
+        exact = xp.to_numpy(exact)[:, :, 228:804]
+        assert relative_rms(before[:, :, 228:804], exact) < 0.7 * relative_rms(after[:, :, 228:804], exact)
+
+
+def test_ending_a_prompt_is_encoding_what_was_staged(xp, staged_cache):
+    """finalize, crop and a short call all end it; batch selection keeps it."""
+    keys, values = map(xp.asarray, ToyModel().sample(1, 700, batch=2))
+    for start, stop in ((0, 300), (300, 700)):
+        staged_cache.append(keys[:, :, start:stop], values[:, :, start:stop])
+    staged_cache.select([1, 0, 1])
+    assert staged_cache.is_staged and staged_cache.tokens() == 3 * 700
+    lane = staged_cache.lanes[0]
+    (first,), (second,) = lane.chunks, lane.staged
+    expected = staged_cache.codec.append(first, *staged_cache.staging.decode(second))
+    staged_cache.crop(1)
+    (got,) = staged_cache.lanes[0].chunks
+    np.testing.assert_array_equal(codes_of(staged_cache.codec, got), codes_of(staged_cache.codec, expected))
+    assert staged_cache.tokens() == 3 * 699 and not staged_cache.is_staged
+
+
+def test_no_staging_where_the_plan_has_as_many_bits(xp):
+    plan = plan_of(ToyModel(), 4)
+    assert plan.staging is None and make_staging_codec(xp, plan, 0, None) is None
+    assert plan_of(ToyModel(), 3.9).staging.bits == 4

@@ -187,7 +187,7 @@ def test_damaged_profiles(capsys, folder, model, profile):
     metadata = {METADATA_KEY: json.dumps(json.loads(_header(profile)[METADATA_KEY]) | {"version": 99})}
     newer, altered, cut = (str(folder / f"{name}.safetensors") for name in ("newer", "altered", "cut"))
     save_file(arrays, newer, metadata)
-    save_file({**arrays, "query_mean": np.zeros_like(arrays["query_mean"])}, altered, _header(profile))
+    save_file({**arrays, "queries/mean": np.zeros_like(arrays["queries/mean"])}, altered, _header(profile))
     Path(cut).write_bytes(whole[: len(whole) // 2])
     for path, message in ((newer, "Upgrade"), (altered, "altered"), (cut, "truncated")):
         fails(

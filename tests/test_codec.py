@@ -12,6 +12,8 @@ from spectral_kv_core.attention import group_queries, merge_partials
 from spectral_kv_core.codec import make_codec, select_rows
 from spectral_kv_core.methods import METHODS
 from spectral_kv_core.plan import make_plan
+from spectral_kv_core.rope import rotate, unrotate
+from spectral_kv_core.rounding import round_in_time
 
 MODEL = ToyModel()
 RECIPES = [("head", "post"), ("head", "pre"), ("side", "pre"), ("layer", "pre"), ("layer", "post")]
@@ -81,9 +83,58 @@ def test_latent_attention_is_attention_over_decoded_vectors(xp, case, bits):
 
 def test_identical_coefficients_give_identical_bytes(xp):
     codec, reference = (make_codec(x, plan_of(MODEL, 3), 0) for x in (xp, ops))
-    y = reference.coefficients(*MODEL.sample(1, 512), 0)
-    for got, expected in zip(codec.quantize(xp.asarray(y)), reference.quantize(y)):
+    z, _ = reference.coefficients(*MODEL.sample(1, 512), 0)
+    for got, expected in zip(codec.quantize(xp.asarray(z)), reference.quantize(z)):
         np.testing.assert_array_equal(xp.to_numpy(got), expected)
+
+
+@every_recipe
+def test_time_rounding_gives_the_reference_codes(xp, group, rope):
+    plan = plan_of(MODEL, 2, group, rope, "expected-attention")
+    reference, codec = make_codec(ops, plan, 0), make_codec(xp, plan, 0)
+    sample = MODEL.sample(1, 2048)
+    expected, got = reference.encode(*sample, 4), codec.encode(*arrays(xp, *sample), 4)
+    differing = np.count_nonzero(codes_of(codec, got) != codes_of(reference, expected))
+    assert differing <= max(1, codes_of(reference, expected).size // 10_000)
+
+
+@every_recipe
+def test_time_rounding_lowers_the_weighted_error(group, rope):
+    """The error that it minimises, and with it the error of the tokens that weigh most; the plain error may grow."""
+    model = ToyModel(rotated=rope == "pre")
+    keys, values = model.sample(1, 2048)
+    plain, weighted = (
+        make_codec(ops, plan_of(model, 4, group, rope, rounding), 0) for rounding in ("nearest", "expected-attention")
+    )
+    z, weights = weighted.coefficients(keys, values, 0)
+    loss, worst = [], []
+    heavy = weights > np.quantile(weights, 0.9)
+    tables = weighted.quantizers
+    coded = tables.slots.max(2, keepdims=True) > 0  # components without any bit have nothing to round
+    for codes in (
+        tables.quantize(z),
+        round_in_time(ops, z, weights, weighted.gain, weighted.time, tables),
+    ):
+        error = weighted.time.T @ np.where(coded, (z - tables.dequantize(codes)) * weighted.gain, 0)  # over tokens
+        loss.append(float((np.square(error) * weights[..., None]).sum()))
+        worst.append(float(np.square(error)[heavy].mean()))
+    assert loss[1] < loss[0] and worst[1] < 0.85 * worst[0], (loss, worst)
+    assert len(plain.tables()) < len(weighted.tables())
+
+
+def test_token_weights_follow_the_queries():
+    """A token whose key points to the mean query weighs most in its block, wherever the chunk starts."""
+    model = ToyModel(rotated=True)
+    codec = make_codec(ops, plan_of(model, 2, "head", "post", "expected-attention"), 0)
+    keys, values = model.sample(1, 64)
+    keys = unrotate(ops, keys, model.rope, 0)
+    linear = codec.queries[0]
+    keys[:, :, 21] += 40 * linear.mean(-1) / np.linalg.norm(linear.mean(-1), axis=-1, keepdims=True)
+    for start in (4, 500):
+        _, weights = codec.coefficients(rotate(ops, keys, model.rope, start), values, start)
+        assert weights.shape == (1, 4, 4, 16)
+        np.testing.assert_allclose(weights.mean(-1), 1, rtol=1e-5)
+        assert np.all(weights[:, :, 1].argmax(-1) == 5) and weights.max() > 2
 
 
 @pytest.fixture(scope="module")
@@ -190,10 +241,11 @@ def test_non_finite_vectors_are_refused(xp, bad, side, name):
 
 def test_tables_hold_every_shared_array(xp):
     for group, rope in RECIPES:
-        codec = make_codec(xp, plan_of(MODEL, 3, group, rope), 0)
-        kinds = type(codec.mean)
-        held = [v for v in vars(codec).values() if isinstance(v, kinds)]
-        held += [x for v in vars(codec).values() if isinstance(v, list) for x in v if isinstance(x, kinds)]
+        codec = make_codec(xp, plan_of(MODEL, 3, group, rope, "expected-attention"), 0)
+        values = [*vars(codec).values(), *vars(codec.quantizers).values()]
+        held = [
+            x for v in values for x in (v if isinstance(v, (list, tuple)) else [v]) if isinstance(x, type(codec.mean))
+        ]
         assert {id(x) for x in held} == {id(x) for x in codec.tables()}
 
 

@@ -520,7 +520,7 @@ def test_a_profile_serves_both_backends(checkpoint, tmp_path):
     by_torch = spectral_kv_torch.SpectralProfiler(**settings).profile_from_model(
         checkpoint.torch, checkpoint.tokenizer, texts
     )
-    close(by_mlx.query_mean, by_torch.query_mean, 1e-3)
+    close(by_mlx.queries.mean, by_torch.queries.mean, 1e-3)
     for profile in (by_mlx, by_torch):
         profile = type(profile).load(profile.save(tmp_path / "p.safetensors"))
         ours = make_prompt_cache(checkpoint.mlx, profile, 4.0, **SMALL)

@@ -27,7 +27,7 @@ SHAPE = MODEL.shape
 
 def predicted_cost(plan) -> float:
     basis_set: BasisSet = plan.basis_set
-    costs = _costs(basis_set, band_sizes(basis_set.block))
+    costs = _costs(basis_set) * band_sizes(basis_set.block)[:, None]
     index = np.searchsorted(BIT_WIDTHS, plan.widths)[..., None]
     return float(np.take_along_axis(costs, index, -1).sum())
 
@@ -87,7 +87,7 @@ def test_missing_or_wrong_profile_is_refused(toy_profile):
 
 
 def test_unknown_method_lists_the_names():
-    with pytest.raises(ValueError, match="spectral, affine, .*received 'spectrl'"):
+    with pytest.raises(ValueError, match="spectral, spectral-dense, affine, .*received 'spectrl'"):
         get_method("spectrl")
     assert all(get_method(name).name == name for name in METHODS)
     for wrong in ({"codec": "zip"}, {"codec": "spectral", "rope": "mid"}, {"codec": "spectral", "group": "model"}):

@@ -13,7 +13,7 @@ from cases import ToyModel
 from safetensors.numpy import load_file, save_file
 
 from spectral_kv_core import profile as profile_module
-from spectral_kv_core.profile import ModelShape, Profile
+from spectral_kv_core.profile import ModelShape, Profile, QueryStatistics
 from spectral_kv_core.rope import Rope
 
 FIELDS = ("model", "shape", "basis_sets", "version", "sha256")
@@ -47,13 +47,14 @@ def refused(path: Path, kind: type = ValueError) -> str:
 
 
 def test_round_trip(toy_profile, path):
-    toy_profile = replace(toy_profile, query_mean=np.ones((2, 4, 64), np.float32), weights_digest="abc")
+    toy_profile = replace(toy_profile, weights_digest="abc")
     toy_profile.save(path)
     loaded = Profile.load(path)
     assert loaded.path == str(path)
     for name in ("shape", "model", "calibration", "weights_digest", "library_version"):
         assert getattr(loaded, name) == getattr(toy_profile, name), name
-    np.testing.assert_array_equal(loaded.query_mean, toy_profile.query_mean)
+    for key in QueryStatistics.ARRAYS:
+        np.testing.assert_array_equal(getattr(loaded.queries, key), getattr(toy_profile.queries, key))
     assert loaded.basis_sets.keys() == toy_profile.basis_sets.keys()
     for name, ours in toy_profile.basis_sets.items():
         theirs = loaded.basis_sets[name]
@@ -76,7 +77,7 @@ def test_pinned_header(path):
         "basis_sets", "calibration", "format", "library_version", "model", "sha256", "shape", "version",
         "weights_digest",
     ]  # fmt: skip
-    assert (metadata["format"], metadata["version"]) == ("spectralkv-profile", 1)
+    assert (metadata["format"], metadata["version"]) == ("spectralkv-profile", 2)
     assert metadata["basis_sets"] == {"head.post": {"group": "head", "rope": "post", "time": "dct", "block": 16}}
     assert sorted(metadata["shape"]) == [
         "head_dim", "hidden_size", "kv_heads", "layers", "num_layers", "q_heads", "rope",
@@ -86,11 +87,15 @@ def test_pinned_header(path):
     assert {name: (tensor["dtype"], tensor["shape"]) for name, tensor in header.items()} == {
         "head.post/mean": ("F32", [2, 4, 64]),
         "head.post/weight": ("F32", [2, 4, 1]),
-        "head.post/basis": ("F16", [2, 4, 64, 64]),
+        "head.post/basis": ("I8", [2, 4, 64, 64]),
+        "head.post/basis_scale": ("F32", [2, 4, 1, 64]),
         "head.post/variance": ("F32", [2, 4, 64, 5]),
         "head.post/sensitivity": ("F32", [2, 4, 64, 5]),
-        "head.post/cost": ("F32", [2, 4, 64, 5, 8]),
+        "head.post/cost": ("F16", [2, 4, 64, 5, 8]),
         **{f"head.post/levels/{bits}": ("F32", [2**bits]) for bits in (1, 2, 3, 4, 5, 6, 8)},
+        "queries/mean": ("F32", [2, 4, 64]),
+        "queries/root": ("F16", [2, 2, 64, 64]),
+        "queries/amplitude": ("F32", [2, 4, 32]),
     }
 
 
@@ -139,9 +144,15 @@ def test_every_flipped_header_byte_is_refused(path):
 
 
 def test_newer_version_says_upgrade(path):
-    rewrite(path, version=2)
+    rewrite(path, version=3)
     message = refused(path)
-    assert "version 1" in message and "received 2" in message and "pip install -U" in message
+    assert "version 2" in message and "received 3" in message and "pip install -U" in message
+
+
+def test_older_version_says_calibrate_again(path):
+    rewrite(path, version=1)
+    message = refused(path)
+    assert "version 2" in message and "received 1" in message and "spectralkv profile" in message
 
 
 def test_other_files_are_named(path, tmp_path):

@@ -11,15 +11,16 @@ from tolerances import assert_close, relative_rms
 from spectral_kv_core import ops
 from spectral_kv_core.quantizer import (
     BIT_WIDTHS,
+    CELLS,
+    RowTables,
     append_rows,
-    dequantize,
     dequantize_affine,
     empirical_tables,
+    flat_tables,
     gaussian_tables,
     lloyd_max,
     pack,
     pack_rows,
-    quantize,
     quantize_affine,
     thresholds,
     unpack,
@@ -89,7 +90,7 @@ MAX_1960 = {
 def gaussian_distortion(levels: np.ndarray) -> float:
     x = np.linspace(-9, 9, 180_001)
     density = np.exp(-(x**2) / 2)
-    nearest = dequantize(ops, quantize(ops, x, thresholds(levels)), levels)
+    nearest = levels[np.searchsorted(thresholds(levels), x)]
     return float((np.square(x - nearest) * density).sum() / density.sum())
 
 
@@ -109,8 +110,8 @@ def test_distortion_falls_to_the_high_rate_limit(tables):
     distortion = {bits: gaussian_distortion(tables[bits]) for bits in BIT_WIDTHS if bits}
     assert list(distortion.values()) == sorted(distortion.values(), reverse=True)
     panter_dite = np.sqrt(3) * np.pi / 2
-    for bits in (6, 8):
-        assert 0.85 * panter_dite < distortion[bits] * 4**bits < 1.01 * panter_dite
+    for bits in (6, 8):  # the grid of the thresholds costs 2 % at 8 bits
+        assert 0.85 * panter_dite < distortion[bits] * 4**bits < 1.03 * panter_dite
 
 
 def test_empirical_tables_of_a_uniform_density_are_uniform():
@@ -126,22 +127,34 @@ def test_fewer_values_than_levels_still_gives_ascending_levels():
     assert {-1.0, 1.0} <= set(np.round(levels, 5).tolist())
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
-def test_codes_and_levels_are_the_same_everywhere(xp, tables, bits):
-    levels, edges = tables[bits], thresholds(tables[bits])
-    x = np.random.default_rng(bits).standard_normal((3, 700)).astype(np.float32) * 2
-    x[0, : len(edges)] = edges  # exactly on a threshold: the upper level
-    x[1, :4] = 3e38, -3e38, 0.0, -0.0
-    codes = quantize(xp, xp.asarray(x), xp.asarray(edges))
-    expected = quantize(ops, x, edges)
+def test_codes_and_levels_are_the_same_everywhere(xp, tables):
+    """Rows of all widths at once, in one [F, R] table: a row with no bits, and values on and beyond the thresholds."""
+    widths = np.array(BIT_WIDTHS).reshape(2, 4)
+    x = np.random.default_rng(0).standard_normal((3, 700, 2, 4)).astype(np.float32) * 2
+    for f, r in np.ndindex(2, 4):
+        if widths[f, r]:
+            edges = thresholds(tables[widths[f, r]])
+            x[0, : len(edges), f, r] = edges  # exactly on a threshold: the upper level
+    x[1, :4] = np.array([3e38, -3e38, 0.0, -0.0], np.float32)[:, None, None]
+    rows, reference = (RowTables(o, tuple(map(o.asarray, flat_tables(tables))), widths) for o in (xp, ops))
+    codes, expected = rows.quantize(xp.asarray(x)), reference.quantize(x)
     np.testing.assert_array_equal(xp.to_numpy(codes), expected)
-    np.testing.assert_array_equal(expected[0, : len(edges)], np.arange(1, 2**bits))
-    assert tuple(expected[1, :2]) == (2**bits - 1, 0)
-    got = xp.to_numpy(dequantize(xp, codes, xp.asarray(levels)))
-    np.testing.assert_array_equal(got, levels[expected])
-    inside = np.abs(x) < levels[-1]
-    brute = np.abs(x[inside][:, None] - levels).min(1)
-    np.testing.assert_allclose(np.abs(x - got)[inside], brute, atol=1e-6)
+    got = xp.to_numpy(rows.dequantize(codes))
+    one = xp.to_numpy(rows.quantize(xp.asarray(x[:, :, 1]), 1))
+    np.testing.assert_array_equal(one, expected[:, :, 1])
+    np.testing.assert_array_equal(xp.to_numpy(rows.dequantize(xp.asarray(one), 1)), got[:, :, 1])
+    for f, r in np.ndindex(2, 4):
+        bits, code, row = widths[f, r], expected[..., f, r], x[..., f, r]
+        if not bits:
+            assert not code.any() and not got[..., f, r].any()
+            continue
+        levels = tables[bits]
+        np.testing.assert_array_equal(code[0, : 2**bits - 1], np.arange(1, 2**bits))
+        assert tuple(code[1, :2]) == (2**bits - 1, 0)
+        np.testing.assert_array_equal(got[..., f, r], levels[code])
+        inside = np.abs(row) < levels[-1]
+        brute = np.abs(row[inside][:, None] - levels).min(1)
+        assert np.all(np.abs(row - got[..., f, r])[inside] <= brute + 2 / CELLS)
 
 
 def affine_formula(x: np.ndarray, bits: int, group: int) -> np.ndarray:

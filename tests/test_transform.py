@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import pywt
 from tolerances import assert_close
 
 from spectral_kv_core.transform import band_sizes, octave_bands, time_matrix, to_frequency, to_time
@@ -34,17 +35,27 @@ def test_round_trip_and_layout(xp, block, lead):
     matrix = time_matrix("dct", block)
     z = np.random.default_rng(0).standard_normal((*lead, 3 * block, 5)).astype(np.float32)
     y = to_frequency(xp, xp.asarray(z), xp.asarray(matrix))
-    assert tuple(y.shape) == (*lead, block, 5, 3)
+    assert tuple(y.shape) == (*lead, 3, block, 5)
     second = dct_by_fft(np.moveaxis(z[..., block : 2 * block, :], -2, -1))  # [..., R, block] of the second block
-    assert_close("second block", xp.to_numpy(y)[..., 1], np.moveaxis(second, -1, -2))
-    assert_close("round trip", xp.to_numpy(to_time(xp, y, xp.asarray(matrix))), z)
+    assert_close("second block", xp.to_numpy(y)[..., 1, :, :], np.moveaxis(second, -1, -2))
+    major = np.ascontiguousarray(np.moveaxis(xp.to_numpy(y), -3, -1))  # frequency-major, as chunks keep them
+    assert_close("round trip", xp.to_numpy(to_time(xp, xp.asarray(major), xp.asarray(matrix))), z)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_haar_is_orthonormal_and_agrees_with_pywavelets(block):
+    matrix = time_matrix("haar", block)
+    assert_close("gram", matrix.astype(np.float64) @ matrix.T, np.eye(block), limit=1e-6)
+    x = np.random.default_rng(block).standard_normal(block)
+    levels = pywt.wavedec(x, "haar", mode="periodization", level=int(np.log2(block)))
+    assert_close("wavelets", matrix @ x, np.concatenate(levels), limit=1e-6)
 
 
 def test_no_transform_is_the_identity():
     np.testing.assert_array_equal(time_matrix("none", 1), np.ones((1, 1), np.float32))
 
 
-@pytest.mark.parametrize("kind, block", [("none", 2), ("fourier", 16)])
+@pytest.mark.parametrize("kind, block", [("none", 2), ("fourier", 16), ("haar", 12)])
 def test_impossible_transform_is_refused(kind, block):
     with pytest.raises(ValueError, match="Expected"):
         time_matrix(kind, block)

@@ -52,6 +52,7 @@ class Lane:
     exact_keys: Any = None  # [b, H, sinks + window, D], sinks first
     exact_values: Any = None
     chunks: list[Chunk] = field(default_factory=list)
+    staged: list[Chunk] = field(default_factory=list)  # behind `chunks`: a prompt that may go on, at more bits
 
     @property
     def exact(self) -> int:
@@ -59,17 +60,19 @@ class Lane:
 
     @property
     def sealed(self) -> int:
-        return sum(chunk.tokens for chunk in self.chunks)
+        return sum(chunk.tokens for chunk in (*self.chunks, *self.staged))
 
 
 class LayerCache:
     """Keys and values of one layer; `codec` None keeps everything exact.
 
     sinks, window: first and last tokens kept exactly. Up to 15 further tokens wait until their block is full.
+    staging: codec of the same layer, at more bits, that holds what further calls of more than `LATENT_QUERIES` tokens
+    bring until the prompt ends: `finalize`, or the first call with fewer.
     """
 
-    def __init__(self, xp, codec, sinks: int, window: int):
-        self.xp, self.codec, self.sinks, self.window = xp, codec, sinks, window
+    def __init__(self, xp, codec, sinks: int, window: int, staging=None):
+        self.xp, self.codec, self.sinks, self.window, self.staging = xp, codec, sinks, window, staging
         self.lanes: list[Lane] = []
         self.seen = 0  # slots seen, padding included
 
@@ -88,6 +91,7 @@ class LayerCache:
         """
         if not self.lanes:
             self.start(keys.shape[0])
+        prompt = self.begin(keys.shape[2])
         outputs = []
         for lane in self.lanes:
             q, k, v = (self._lane_slice(lane, x) for x in (queries, keys, values))
@@ -96,7 +100,7 @@ class LayerCache:
                 outputs.append(self.xp.zeros(self._take(lane, queries).shape, dtype=queries.dtype, like=queries))
                 continue
             out = self._attend_lane(lane, q, k, v, scale, fused)
-            self._append_lane(lane, k, v)
+            self._append_lane(lane, k, v, prompt)
             if missing:
                 blank = self.xp.zeros((*out.shape[:2], missing, out.shape[3]), dtype=out.dtype, like=out)
                 out = self.xp.concat([blank, out], axis=2)
@@ -108,11 +112,26 @@ class LayerCache:
         """Append L tokens without attending."""
         if not self.lanes:
             self.start(keys.shape[0])
+        prompt = self.begin(keys.shape[2])
         for lane in self.lanes:
             k, v = self._lane_slice(lane, keys), self._lane_slice(lane, values)
             if k.shape[2]:
-                self._append_lane(lane, k, v)
+                self._append_lane(lane, k, v, prompt)
         self.seen += keys.shape[2]
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether a prompt is held at more bits than the plan has, until it ends."""
+        return any(lane.staged for lane in self.lanes)
+
+    def finalize(self) -> None:
+        """End the prompt: what was staged is encoded at the plan's bits, chunk by chunk."""
+        for lane in self.lanes:
+            position = self.sinks + sum(chunk.tokens for chunk in lane.chunks)
+            for chunk in lane.staged:
+                lane.chunks = self._sealed(self.codec, lane.chunks, *self.staging.decode(chunk), position)
+                position += chunk.tokens
+            lane.staged = []
 
     def dense(self, dtype=None):
         """Keys and values [B, H, seen, D] of everything held, decoded; padded slots are zero. None when empty."""
@@ -135,6 +154,7 @@ class LayerCache:
 
     def crop(self, tokens: int) -> None:
         """Forget the last `tokens` tokens; a sealed block that the cut splits is decoded back into the window."""
+        self.finalize()
         tokens = min(tokens, self.seen)
         self.seen -= tokens
         if not self.seen:
@@ -160,6 +180,7 @@ class LayerCache:
                 kept.exact_keys = self.xp.take(lane.exact_keys, index, axis=0)
                 kept.exact_values = self.xp.take(lane.exact_values, index, axis=0)
                 kept.chunks = [select_rows(self.xp, chunk, index) for chunk in lane.chunks]
+                kept.staged = [select_rows(self.xp, chunk, index) for chunk in lane.staged]
             lanes.append(kept)
         self.lanes = lanes
 
@@ -168,12 +189,24 @@ class LayerCache:
         held = []
         for lane in self.lanes:
             held += [x for x in (lane.exact_keys, lane.exact_values) if x is not None]
-            held += [a for chunk in lane.chunks for a in chunk.arrays]
+            held += [a for chunk in (*lane.chunks, *lane.staged) for a in chunk.arrays]
         return held
+
+    def tables(self) -> list:
+        """Every array that all sequences share."""
+        codecs = [codec for codec in (self.codec, self.staging) if codec is not None]
+        return list({id(x): x for codec in codecs for x in codec.tables()}.values())
 
     def tokens(self) -> int:
         """Tokens held, summed over the rows, padding not counted."""
         return sum((lane.exact + lane.sealed) * len(lane.rows) for lane in self.lanes)
+
+    def begin(self, tokens: int) -> bool:
+        """Whether a call with so many `tokens` may go on with a prompt that is staged; ends the prompt if not."""
+        if self.staging is not None and tokens > LATENT_QUERIES:
+            return True
+        self.finalize()
+        return False
 
     def _take(self, lane: Lane, x):
         if len(lane.rows) == x.shape[0]:
@@ -195,7 +228,7 @@ class LayerCache:
 
     def _attend_lane(self, lane: Lane, q, k, v, scale, fused):
         xp = self.xp
-        if not lane.chunks:
+        if not lane.sealed:
             if lane.exact:
                 k, v = xp.concat([lane.exact_keys, k], axis=2), xp.concat([lane.exact_values, v], axis=2)
             return fused(q, k, v, scale)
@@ -211,8 +244,10 @@ class LayerCache:
         partials.append(attention.dense_partial(xp, rows, exact_k, exact_v, scale, mask))
         return xp.astype(attention.merge_partials(xp, partials).reshape(*q.shape[:3], v.shape[3]), q.dtype)
 
-    def _append_lane(self, lane: Lane, k, v) -> None:
+    def _append_lane(self, lane: Lane, k, v, prompt: bool) -> None:
         xp = self.xp
+        # the first call is encoded for good: most prompts come in one, and nothing was attended to with an error yet
+        prompt = prompt and lane.exact > 0
         if lane.exact:
             k, v = xp.concat([lane.exact_keys, k], axis=2), xp.concat([lane.exact_values, v], axis=2)
         total, ready = k.shape[2], 0
@@ -222,30 +257,37 @@ class LayerCache:
             # what came in may be a view of the projection of all heads
             lane.exact_keys, lane.exact_values = (k, v) if lane.exact else (xp.copy(k), xp.copy(v))
             return
-        stop = self.sinks + ready
-        self._seal(lane, k[:, :, self.sinks : stop], v[:, :, self.sinks : stop])
+        stop, position = self.sinks + ready, self.sinks + lane.sealed
+        new = k[:, :, self.sinks : stop], v[:, :, self.sinks : stop]
+        if prompt:
+            lane.staged = self._sealed(self.staging, lane.staged, *new, position)
+        else:
+            lane.chunks = self._sealed(self.codec, lane.chunks, *new, position)
         lane.exact_keys = xp.concat([k[:, :, : self.sinks], k[:, :, stop:]], axis=2)
         lane.exact_values = xp.concat([v[:, :, : self.sinks], v[:, :, stop:]], axis=2)
 
-    def _seal(self, lane: Lane, k, v) -> None:
-        done, position, chunks = 0, self.sinks + lane.sealed, list(lane.chunks)
+    @staticmethod
+    def _sealed(codec, chunks: list[Chunk], k, v, position: int) -> list[Chunk]:
+        """`chunks` with the tokens of `k`, `v` [B, H, T, D] from `position` on behind them; the old list stays."""
+        done, chunks = 0, list(chunks)
         while done < k.shape[2]:
             last = chunks[-1] if chunks and chunks[-1].tokens < CHUNK_TOKENS else None
             stop = min(done + CHUNK_TOKENS - (last.tokens if last else 0), k.shape[2])
             part = k[:, :, done:stop], v[:, :, done:stop]
             if last:
-                chunks[-1] = self.codec.append(last, *part)
+                chunks[-1] = codec.append(last, *part)
             else:
-                chunks.append(self.codec.encode(*part, position + done))
+                chunks.append(codec.encode(*part, position + done))
             done = stop
-        lane.chunks = chunks  # only now: a refused token must not leave half a seal behind
+        return chunks
 
     def _lane_dense(self, lane: Lane, dtype):
         xp, sinks = self.xp, min(self.sinks, lane.exact)
         parts = [[lane.exact_keys[:, :, :sinks]], [lane.exact_values[:, :, :sinks]]]
-        for chunk in lane.chunks:
-            for side, x in zip(parts, self.codec.decode(chunk)):
-                side.append(xp.astype(x, dtype))
+        for codec, chunks in ((self.codec, lane.chunks), (self.staging, lane.staged)):
+            for chunk in chunks:
+                for side, x in zip(parts, codec.decode(chunk)):
+                    side.append(xp.astype(x, dtype))
         parts[0].append(lane.exact_keys[:, :, sinks:])
         parts[1].append(lane.exact_values[:, :, sinks:])
         return tuple(xp.concat([xp.astype(x, dtype) for x in side], axis=2) for side in parts)

@@ -20,7 +20,7 @@ from .transform import band_sizes, octave_bands, time_matrix, to_frequency
 
 SKIP = 4  # attention sinks of a document: outliers that the cache keeps exactly
 SPREAD = 4  # places that a document is moved to, for post-RoPE keys
-HISTOGRAM_LIMIT, HISTOGRAM_BINS = 12.0, 6000  # of |coefficient| / sigma
+HISTOGRAM_LIMIT, HISTOGRAM_BINS = 12.0, 1500  # of |coefficient| / sigma
 
 
 def split_documents(
@@ -127,27 +127,28 @@ def fit_basis_set(
         rope,
         time,
         block,
-        mean=np.zeros((layers, groups, channels)),
-        weight=np.ones((layers, groups, members)),
-        basis=np.zeros((layers, groups, channels, channels)),
-        variance=np.zeros((layers, groups, channels, bands)),
-        sensitivity=np.zeros((layers, groups, channels, bands)),
-        cost=np.zeros((layers, groups, channels, bands, len(BIT_WIDTHS))),
+        mean=np.zeros((layers, groups, channels), np.float32),
+        weight=np.ones((layers, groups, members), np.float32),
+        basis=np.zeros((layers, groups, channels, channels), np.float32),
+        variance=np.zeros((layers, groups, channels, bands), np.float32),
+        sensitivity=np.zeros((layers, groups, channels, bands), np.float32),
+        cost=np.zeros((layers, groups, channels, bands, len(BIT_WIDTHS)), np.float32),
         levels={},
     )
-    histogram = np.zeros(HISTOGRAM_BINS, np.int64)
-    work = progress(range(2 * layers))  # every layer is read twice: the tables need the spectra of all layers
-    for step in work:
-        row = step % layers
-        copies = SPREAD if rope == "post" and shape.rope is not None and positions else 1
-        documents = _Documents(spool, row, shape, rope, groups, block, positions, copies)
-        if step < layers:
-            _fit_spectrum(result, row, documents, members)
-            _add_histogram(histogram, result, row, documents)
-        else:
-            if step == layers:
-                result.levels = empirical_tables(histogram, HISTOGRAM_LIMIT)
-            _measure_costs(result, row, documents)
+    pooled = np.zeros(HISTOGRAM_BINS, np.int64)
+    copies = SPREAD if rope == "post" and shape.rope is not None and positions else 1
+    with (
+        tempfile.TemporaryFile() as shelf
+    ):  # gradient-weighted histograms wait here for the tables they are costed with
+        for row in progress(range(layers)):
+            documents = _Documents(spool, row, shape, rope, groups, block, positions, copies)
+            _fit_basis(result, row, documents, members)
+            np.save(shelf, _fit_spectrum(result, row, documents, pooled))
+        result.levels = empirical_tables(pooled, HISTOGRAM_LIMIT)
+        errors = _cell_errors(result.levels)
+        shelf.seek(0)
+        for row in range(layers):
+            result.cost[row] = (np.load(shelf) @ errors) * result.variance[row][..., None]
     return result.rounded()
 
 
@@ -196,9 +197,8 @@ def _grouped(x, gradients, shape, rope, groups, block, offset):
 
 
 def _coefficients(basis_set: BasisSet, row: int, x: np.ndarray) -> np.ndarray:
-    """[..., G, T, Dg] -> [..., G, block, R, n] with the basis and the time transform of `basis_set`."""
-    matrix = time_matrix(basis_set.time, basis_set.block)
-    return to_frequency(ops, x @ basis_set.basis[row].astype(np.float32), matrix)
+    """[..., G, T, Dg] -> [..., G, n, block, R] with the basis and the time transform of `basis_set`."""
+    return to_frequency(ops, x @ basis_set.basis[row], time_matrix(basis_set.time, basis_set.block))
 
 
 def _weights(basis_set: BasisSet, row: int) -> np.ndarray:
@@ -206,28 +206,51 @@ def _weights(basis_set: BasisSet, row: int) -> np.ndarray:
     return np.repeat(basis_set.weight[row], basis_set.mean.shape[-1] // members, axis=-1)[:, None, :]
 
 
-def _fit_spectrum(basis_set: BasisSet, row: int, documents: _Documents, members: int) -> None:
-    if members > 1:
-        energy = np.mean([np.square(g, dtype=np.float64).mean(axis=(0, 2)) for _, g in documents], axis=0)  # [G, Dg]
-        weight = np.sqrt(energy.reshape(energy.shape[0], members, -1).mean(-1))
-        basis_set.weight[row] = weight / np.maximum(weight.mean(-1, keepdims=True), 1e-30)
-        basis_set.weight[row] = np.maximum(basis_set.weight[row], 1e-3)  # a head without gradient stays decodable
-    weights = _weights(basis_set, row)
-    moments = Moments()
-    for x, _ in documents:
+def _fit_basis(basis_set: BasisSet, row: int, documents: _Documents, members: int) -> None:
+    moments, energy = Moments(), []
+    for x, g in documents:
         moments.update(x)
+        energy.append(np.square(g).mean(axis=(0, 2), dtype=np.float64))  # [G, Dg]
+    if members > 1:
+        weight = np.sqrt(np.mean(energy, axis=0).reshape(-1, members, basis_set.mean.shape[-1] // members).mean(-1))
+        weight = weight / np.maximum(weight.mean(-1, keepdims=True), 1e-30)
+        basis_set.weight[row] = np.maximum(weight, 1e-3)  # a head without gradient stays decodable
+    weights = _weights(basis_set, row).astype(np.float64)
     basis_set.mean[row] = moments.mean
     basis_set.basis[row], _ = fit_basis(moments.covariance * np.swapaxes(weights, -1, -2) * weights)
+
+
+def _fit_spectrum(basis_set: BasisSet, row: int, documents: _Documents, pooled: np.ndarray) -> np.ndarray:
+    """Variance and sensitivity of every band, and E[g^2] by the cell that |coefficient| / sigma lies in.
+
+    Adds the plain histogram of the cells to `pooled`. Returns [G, R, F, cells] float32.
+    """
+    weights, bands, sizes = _weights(basis_set, row), octave_bands(basis_set.block), band_sizes(basis_set.block)
+
+    def spectra():  # made twice, so that one document is in memory at a time
+        for x, g in documents:
+            y = _coefficients(basis_set, row, (x - basis_set.mean[row][:, None]) * weights)
+            yield y, np.square(_coefficients(basis_set, row, g / weights)).mean(0)  # over label samples
+
     energy, slope, count = 0.0, 0.0, 0
-    bands = octave_bands(basis_set.block)
-    for x, g in documents:
-        y = _coefficients(basis_set, row, (x - basis_set.mean[row][:, None]).astype(np.float32) * weights)
-        gamma = _coefficients(basis_set, row, g / weights)
-        energy = energy + np.square(y, dtype=np.float64).sum(-1)
-        slope = slope + np.square(gamma, dtype=np.float64).mean(0).sum(-1)
-        count += y.shape[-1]
+    for y, importance in spectra():
+        energy = energy + np.square(y).sum(1, dtype=np.float64)
+        slope = slope + importance.sum(1, dtype=np.float64)
+        count += y.shape[1]
     basis_set.variance[row] = _per_band(energy / count, bands)
     basis_set.sensitivity[row] = _per_band(slope / count, bands)
+    groups, rank, number = basis_set.variance.shape[1:]
+    sigma = np.sqrt(basis_set.variance[row])[..., bands].transpose(0, 2, 1)[:, None]  # [G, 1, F, R]
+    cells = np.float32(HISTOGRAM_BINS / HISTOGRAM_LIMIT) / np.where(sigma > 0, sigma, 1)
+    first = (np.arange(groups)[:, None, None] * rank + np.arange(rank)) * number + bands[:, None]
+    first = (first * HISTOGRAM_BINS)[:, None]  # [G, 1, F, R]
+    weighted = np.zeros(groups * rank * number * HISTOGRAM_BINS)
+    for y, importance in spectra():
+        cell = np.minimum(np.abs(y) * cells, HISTOGRAM_BINS - 1).astype(np.int64)
+        moved = np.broadcast_to(sigma > 0, cell.shape)
+        pooled += np.bincount(cell[moved], minlength=HISTOGRAM_BINS)  # constants would pile up at zero
+        weighted += np.bincount((cell + first).reshape(-1), importance.reshape(-1), minlength=len(weighted))
+    return (weighted.reshape(groups, rank, number, -1) / (count * sizes[:, None])).astype(np.float32)
 
 
 def _per_band(x: np.ndarray, bands: np.ndarray) -> np.ndarray:
@@ -235,34 +258,9 @@ def _per_band(x: np.ndarray, bands: np.ndarray) -> np.ndarray:
     return np.stack([x[:, bands == f].mean(1) for f in range(bands.max() + 1)], axis=-1)
 
 
-def _sigma(basis_set: BasisSet, row: int) -> np.ndarray:
-    """[G, block, R, 1], 1 for a constant coefficient."""
-    sigma = np.sqrt(basis_set.variance[row])[..., octave_bands(basis_set.block)].transpose(0, 2, 1)[..., None]
-    return np.where(sigma > 0, sigma, 1.0).astype(np.float32)
-
-
-def _add_histogram(histogram: np.ndarray, basis_set: BasisSet, row: int, documents: _Documents) -> None:
-    weights, sigma = _weights(basis_set, row), _sigma(basis_set, row)
-    for x, _ in documents:
-        y = _coefficients(basis_set, row, (x - basis_set.mean[row][:, None]).astype(np.float32) * weights) / sigma
-        index = np.minimum(np.abs(y) * (HISTOGRAM_BINS / HISTOGRAM_LIMIT), HISTOGRAM_BINS - 1).astype(np.int64)
-        histogram += np.bincount(index.reshape(-1), minlength=HISTOGRAM_BINS)
-
-
-def _measure_costs(basis_set: BasisSet, row: int, documents: _Documents) -> None:
-    weights, sigma = _weights(basis_set, row), _sigma(basis_set, row)
-    bands = octave_bands(basis_set.block)
-    total, count = np.zeros((*basis_set.variance.shape[1:], len(BIT_WIDTHS))), 0
-    for x, g in documents:
-        y = _coefficients(basis_set, row, (x - basis_set.mean[row][:, None]).astype(np.float32) * weights)
-        importance = np.square(_coefficients(basis_set, row, g / weights)).mean(0)  # over label samples
-        normal = y / sigma
-        for i, bits in enumerate(BIT_WIDTHS):
-            if bits:
-                levels = basis_set.levels[bits]
-                error = y - levels[np.searchsorted(thresholds(levels), normal, side="right")] * sigma
-            else:
-                error = y
-            total[..., i] += _per_band((np.square(error) * importance).sum(-1, dtype=np.float64), bands)
-        count += y.shape[-1]
-    basis_set.cost[row] = total / count
+def _cell_errors(levels: dict[int, np.ndarray]) -> np.ndarray:
+    """Mean squared error of every width within every cell of the histogram, in variances: [cells, W] float32."""
+    fine = 8
+    x = (np.arange(HISTOGRAM_BINS * fine) + 0.5) * (HISTOGRAM_LIMIT / HISTOGRAM_BINS / fine)
+    errors = [x if not b else x - levels[b][np.searchsorted(thresholds(levels[b]), x)] for b in BIT_WIDTHS]
+    return np.stack([np.square(e).reshape(-1, fine).mean(1) for e in errors], axis=1).astype(np.float32)

@@ -6,12 +6,14 @@ import hashlib
 import os
 from collections.abc import Iterable
 from importlib.resources import files
-from itertools import zip_longest
+from itertools import cycle
 from pathlib import Path
 
 #: Identifies the shipped text; a change to any of its files needs a new name.
-TEXT_NAME = "default-v1"
-KINDS = ("prose", "code", "dialogue")
+TEXT_NAME = "default-v2"
+KINDS = ("encyclopedia", "prose", "code", "dialogue")
+#: In which order documents are dealt out, over and over: facts, stories and code count more than dialogue.
+DEAL = ("encyclopedia", "prose", "encyclopedia", "code", "dialogue", "encyclopedia", "prose", "encyclopedia", "code")
 _DOCUMENT_BREAK = "\n\f\n"
 
 
@@ -25,9 +27,14 @@ def load_kind(kind: str) -> list[str]:
 
 
 def load_default_texts() -> list[str]:
-    """The shipped documents, dealt out in turn (prose, code, dialogue, ...): any prefix is a mixture."""
-    rounds = zip_longest(*(load_kind(kind) for kind in KINDS))
-    return [document for one_round in rounds for document in one_round if document is not None]
+    """The shipped documents, dealt out in turn: any prefix is a mixture."""
+    left = {kind: load_kind(kind) for kind in KINDS}
+    texts = []
+    for kind in cycle(DEAL):
+        if not any(left.values()):
+            return texts
+        if left[kind]:
+            texts.append(left[kind].pop(0))
 
 
 def load_texts(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[str]:

@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("profile", commands.profile, "calibrate a model once and save its profile", model)
     sub.add_argument("--text", nargs="+", metavar="FILE", help="calibration text (default: the packaged mixture)")
-    sub.add_argument("--tokens", type=int, default=16384, help="calibration tokens in all (default %(default)s)")
+    sub.add_argument("--tokens", type=int, default=32768, help="calibration tokens in all (default %(default)s)")
     sub.add_argument("--document", type=int, default=2048, help="tokens per document, which bounds memory")
     sub.add_argument(
         "--positions", type=int, help="context length to prepare for (default: the model's, at most 32768)"

@@ -14,18 +14,18 @@ from . import attention
 from .basis import orthonormalize
 from .plan import Plan
 from .quantizer import (
+    RowTables,
     append_rows,
     dequantize,
     dequantize_affine,
     pack,
     pack_rows,
-    quantize,
     quantize_affine,
-    thresholds,
     unpack,
     unpack_rows,
 )
 from .rope import rotate, unrotate
+from .rounding import future_queries, round_in_time, token_weights
 from .transform import octave_bands, time_matrix, to_frequency, to_time
 
 
@@ -47,28 +47,37 @@ class SpectralCodec:
     their unit to fill (`pack_rows`).
     """
 
-    def __init__(self, xp, plan: Plan, row: int, like=None):
+    def __init__(self, xp, plan: Plan, row: int, like=None, twin: SpectralCodec | None = None):
+        """`row`: number of the compressible layer; `twin`: a codec of the same layer and basis set to share tables with."""
         basis_set, method = plan.basis_set, plan.method
         self.xp, self.method, self.block = xp, method, basis_set.block
-        self.rope = plan.shape.rope if method.rope == "pre" else None
+        self.rope = plan.shape.rope
         self.kv_heads, self.head_dim = plan.shape.kv_heads, plan.shape.head_dim
         self.groups, self.channels, self.rank = basis_set.basis.shape[1:]
-        weight = np.repeat(basis_set.weight[row].astype(np.float64), self.head_dim, axis=-1)[..., None]
-        basis = orthonormalize(basis_set.basis[row])
 
         def table(x):
             return xp.asarray(np.ascontiguousarray(x), like=like)
 
-        self.mean = table(basis_set.mean[row][:, None, :].astype(np.float32))  # [G, 1, Dg]
-        self.basis = table((weight * basis).astype(np.float32))  # [G, Dg, R], encoder
-        self.inverse = self.basis if np.all(weight == 1) else table((basis / weight).astype(np.float32))
-        self.time = table(time_matrix(basis_set.time, basis_set.block))
+        if twin is not None:
+            self.mean, self.basis, self.inverse, self.time = twin.mean, twin.basis, twin.inverse, twin.time
+        else:
+            weight = np.repeat(basis_set.weight[row].astype(np.float64), self.head_dim, axis=-1)[..., None]
+            basis = orthonormalize(basis_set.basis[row])
+            self.mean = table(basis_set.mean[row][:, None, :].astype(np.float32))  # [G, 1, Dg]
+            self.basis = table((weight * basis).astype(np.float32))  # [G, Dg, R], encoder
+            self.inverse = self.basis if np.all(weight == 1) else table((basis / weight).astype(np.float32))
+            self.time = table(time_matrix(basis_set.time, basis_set.block))
 
         bands = octave_bands(self.block)
-        widths = (
-            plan.widths[row][..., bands].transpose(0, 2, 1).reshape(-1)
-        )  # rows in the order (group, frequency, component)
-        sigma = np.sqrt(basis_set.variance[row])[..., bands].transpose(0, 2, 1).reshape(-1).astype(np.float32)
+        widths = plan.widths[row][..., bands].transpose(0, 2, 1)  # [G, F, R]
+        sigma = np.sqrt(basis_set.variance[row])[..., bands].transpose(0, 2, 1).astype(np.float32)
+        sigma = np.where(sigma > 0, sigma, np.float32(1))  # a coefficient that never moved
+        self.normalize = twin.normalize if twin is not None else table((1 / sigma)[:, None])  # [G, 1, F, R]
+        self.quantizers = RowTables(xp, plan.quantizers(xp, like), widths[:, None])
+        self.queries = plan.rounds and tuple(map(table, future_queries(*plan.query_statistics(row))))
+        self.gain = plan.rounds and table(plan.gain(row)[..., bands].transpose(0, 2, 1)[:, None].astype(np.float32))
+
+        widths, sigma = widths.reshape(-1), sigma.reshape(-1)  # rows in the order (group, frequency, component)
         self.bits = [int(b) for b in np.unique(widths) if b]
         rows = [np.flatnonzero(widths == b) for b in self.bits]
         order = np.full(len(widths), sum(map(len, rows)), np.int32)  # dropped rows read the zero row at the end
@@ -77,45 +86,53 @@ class SpectralCodec:
         self.order = table(order)
         self.rows = [table(kept.astype(np.int32)) for kept in rows]
         self.scale = [table(sigma[kept][:, None]) for kept in rows]
-        self.inverse_scale = [table((np.float32(1) / sigma[kept])[:, None]) for kept in rows]
         self.levels = [table(basis_set.levels[b]) for b in self.bits]
-        self.edges = [table(thresholds(basis_set.levels[b])) for b in self.bits]
 
     def coefficients(self, keys, values, start: int):
-        """Transform [B, H, T, D] keys and values (T a multiple of `block`) -> [B, G * block * R, T / block] float32."""
-        xp = self.xp
-        keys = unrotate(xp, keys, self.rope, start) if self.rope else xp.astype(keys, xp.float32)
-        x = xp.concat([keys, xp.astype(values, xp.float32)], axis=1)
-        batch, _, tokens, dim = x.shape
-        members = 2 * self.kv_heads // self.groups
-        x = x.reshape(batch, self.groups, members, tokens, dim)
-        x = xp.permute_dims(x, (0, 1, 3, 2, 4)).reshape(batch, self.groups, tokens, self.channels)
-        y = to_frequency(xp, xp.matmul(x - self.mean, self.basis), self.time)
-        return y.reshape(batch, -1, tokens // self.block)
+        """Transform [B, H, T, D] keys and values (T a multiple of `block`) of tokens from position `start` on.
 
-    def quantize(self, y):
-        """Coefficients [B, G * block * R, n] -> codes, one [B, rows, n] uint8 array per width of `bits`."""
+        Returns coefficients [B, G, T / block, block, R] in standard deviations, and what a token weighs in every group,
+        [B, G, T / block, block], or None for plain rounding.
+        """
+        xp, pre = self.xp, self.method.rope == "pre"
+        keys, values = xp.astype(keys, xp.float32), xp.astype(values, xp.float32)
+        turned = unrotate(xp, keys, self.rope, start) if self.rope and (pre or self.queries) else keys
+        x = xp.concat([turned if pre else keys, values], axis=1)
+        batch, _, tokens, dim = x.shape
+        x = x.reshape(batch, self.groups, -1, tokens, dim)
+        x = xp.permute_dims(x, (0, 1, 3, 2, 4)).reshape(batch, self.groups, tokens, self.channels)
+        z = to_frequency(xp, xp.matmul(x - self.mean, self.basis), self.time) * self.normalize
+        if not self.queries:
+            return z, None
+        weights = token_weights(xp, turned, values, *self.queries, self.block)
+        weights = xp.concat([weights, weights], axis=1).reshape(batch, self.groups, -1, tokens)
+        return z, xp.mean(weights, axis=2).reshape(*z.shape[:4])
+
+    def quantize(self, z, weights=None):
+        """Coefficients [B, G, n, block, R] -> codes, one [B, rows, n] uint8 array per width of `bits`."""
         xp = self.xp
-        return [
-            quantize(xp, xp.take(y, rows, axis=1) * inverse, edges)
-            for rows, inverse, edges in zip(self.rows, self.inverse_scale, self.edges)
-        ]
+        if weights is None:
+            codes = self.quantizers.quantize(z)
+        else:
+            codes = round_in_time(xp, z, weights, self.gain, self.time, self.quantizers)
+        codes = xp.permute_dims(codes, (0, 1, 3, 4, 2)).reshape(z.shape[0], -1, z.shape[2])
+        return [xp.take(codes, rows, axis=1) for rows in self.rows]
 
     def encode(self, keys, values, start: int) -> Chunk:
         """A new chunk from T tokens, T a multiple of `block`; raises ValueError on NaN or infinity."""
-        y = self.coefficients(keys, values, start)
-        _check_finite(self.xp, y)
-        packed = [pack_rows(self.xp, codes, b) for codes, b in zip(self.quantize(y), self.bits)]
+        z, weights = self.coefficients(keys, values, start)
+        _check_finite(self.xp, z)
+        packed = [pack_rows(self.xp, codes, b) for codes, b in zip(self.quantize(z, weights), self.bits)]
         return Chunk(keys.shape[0], start, keys.shape[2], _flatten(packed))
 
     def append(self, chunk: Chunk, keys, values) -> Chunk:
         """`chunk` with T more tokens behind its own."""
-        y = self.coefficients(keys, values, chunk.start + chunk.tokens)
-        _check_finite(self.xp, y)
+        z, weights = self.coefficients(keys, values, chunk.start + chunk.tokens)
+        _check_finite(self.xp, z)
         n = chunk.tokens // self.block
         packed = [
             append_rows(self.xp, old, n, codes, b)
-            for old, codes, b in zip(_pairs(chunk.arrays), self.quantize(y), self.bits)
+            for old, codes, b in zip(_pairs(chunk.arrays), self.quantize(z, weights), self.bits)
         ]
         return replace(chunk, tokens=chunk.tokens + keys.shape[2], arrays=_flatten(packed))
 
@@ -146,7 +163,7 @@ class SpectralCodec:
         x = x.reshape(chunk.batch, self.groups, chunk.tokens, -1, self.head_dim)
         x = xp.permute_dims(x, (0, 1, 3, 2, 4)).reshape(chunk.batch, 2 * self.kv_heads, chunk.tokens, self.head_dim)
         keys, values = x[:, : self.kv_heads], x[:, self.kv_heads :]
-        return (rotate(xp, keys, self.rope, chunk.start) if self.rope else keys), values
+        return (rotate(xp, keys, self.rope, chunk.start) if self.rope and self.method.rope == "pre" else keys), values
 
     def attend(self, chunk: Chunk, queries, scale: float):
         """Partial softmax of grouped `queries` [B, H, M, D] float32 over a chunk.
@@ -175,10 +192,12 @@ class SpectralCodec:
 
     def tables(self) -> list:
         """Every array that all sequences share."""
-        arrays = [self.mean, self.basis, self.time, self.order, *self.rows, *self.scale, *self.inverse_scale]
+        arrays = [self.mean, self.basis, self.time, self.normalize, self.order, *self.rows, *self.scale, *self.levels]
         if self.inverse is not self.basis:
             arrays.append(self.inverse)
-        return arrays + self.levels + self.edges
+        if self.queries:
+            arrays += [*self.queries, self.gain]
+        return arrays + self.quantizers.arrays()
 
 
 class AffineCodec:
@@ -230,6 +249,11 @@ def make_codec(xp, plan: Plan, row: int, like=None):
     """Codec of compressible layer number `row`, or None for a plan that compresses nothing."""
     kind = {"spectral": SpectralCodec, "affine": AffineCodec, "none": None}[plan.method.codec]
     return kind(xp, plan, row, like) if kind else None
+
+
+def make_staging_codec(xp, plan: Plan, row: int, codec, like=None):
+    """Codec that holds a prompt until it ends, beside the `codec` of the same layer; None where that one does it."""
+    return SpectralCodec(xp, plan.staging, row, like, twin=codec) if plan.staging else None
 
 
 def select_rows(xp, chunk: Chunk, rows) -> Chunk:

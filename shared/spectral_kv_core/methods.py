@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 GROUPS = ("head", "side", "layer")  # vectors that share one basis: one head; all K heads or all V heads; all of both
+ROUNDINGS = ("nearest", "expected-attention")
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class Method:
     rope: keys are coded before (`pre`) or after (`post`) the rotary embedding.
     group: what shares one basis (`GROUPS`). block: tokens per time block. time: transform inside a block.
     group_size: channels that share a scale, for `affine`.
+    rounding: `nearest` code, or by `expected-attention`: the error of a block goes to its least attended tokens.
     """
 
     name: str
@@ -26,6 +28,7 @@ class Method:
     time: str = "none"
     block: int = 1
     group_size: int = 64
+    rounding: str = "nearest"
 
     def __post_init__(self):
         if self.codec not in ("none", "affine", "spectral"):
@@ -34,6 +37,8 @@ class Method:
             raise ValueError(f"Expected rope pre or post, received {self.rope!r}.")
         if self.group not in GROUPS:
             raise ValueError(f"Expected a group in {GROUPS}, received {self.group!r}.")
+        if self.rounding not in ROUNDINGS:
+            raise ValueError(f"Expected a rounding in {ROUNDINGS}, received {self.rounding!r}.")
 
     @property
     def basis_set(self) -> str | None:
@@ -56,6 +61,18 @@ METHODS = {
             "SVD of keys and values with one bit allocation for the model; transform coding as in KVTC (2511.01815)",
             time="dct",
             block=16,
+            rounding="expected-attention",
+        ),
+        Method(
+            "spectral-dense",
+            "spectral",
+            "SVD latents of all keys and values of a layer together, before RoPE, DCT over 16 tokens; decoded to attend",
+            "as spectral; one basis for keys and values because both are linear in the same hidden state",
+            rope="pre",
+            group="layer",
+            time="dct",
+            block=16,
+            rounding="expected-attention",
         ),
         Method(
             "affine",

@@ -18,10 +18,13 @@ from numpy import (
     matmul,
     max,
     maximum,
+    mean,
     min,
     permute_dims,
     round,
     sin,
+    sqrt,
+    square,
     stack,
     sum,
     take,
@@ -32,8 +35,8 @@ from numpy import (
 
 __all__ = [
     "all_finite", "asarray", "astype", "clip", "concat", "copy", "cos", "exp", "float16", "float32", "int32", "matmul",
-    "max", "maximum", "min", "permute_dims", "round", "searchsorted", "sin", "split_bytes", "stack", "sum", "take", "to_numpy",
-    "uint8", "where", "zeros",
+    "max", "maximum", "mean", "min", "permute_dims", "round", "sin", "split_bytes", "sqrt", "square", "stack", "sum", "take",
+    "to_numpy", "uint8", "where", "zeros",
 ]  # fmt: skip
 
 
@@ -51,11 +54,6 @@ def to_numpy(x) -> np.ndarray:
 def copy(x):
     """A compact copy that shares no memory with `x`: a slice that stays must not keep its parent alive."""
     return np.array(x)
-
-
-def searchsorted(edges, x):
-    """Number of `edges` (ascending) at or below each entry of `x`."""
-    return np.searchsorted(edges, x, side="right")
 
 
 def split_bytes(x, width: int):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -12,12 +12,14 @@ import numpy as np
 from .allocation import allocate_bits
 from .methods import Method, get_method
 from .profile import BasisSet, ModelShape, Profile
-from .quantizer import BIT_WIDTHS
+from .quantizer import BIT_WIDTHS, flat_tables
 from .transform import band_sizes
 
 MIN_BITS, MAX_BITS = 0.25, 8.0
 AFFINE_WIDTHS = (2, 3, 4, 5, 6, 8)
 PADDING = 1 / 1024  # share of the budget kept for codes that do not fill a byte, so that `bits` stays a ceiling
+STAGING_BITS = 4.0  # of a prompt that is still coming in
+MIN_GAIN = 1e-3  # a frequency that costs next to nothing still has a defined rounding
 MEASURED_SHARE = 0.5  # beta of RATE_DISTORTION.md, section 5, step 4: measured against product-model costs
 
 
@@ -47,6 +49,43 @@ class Plan:
         sizes = band_sizes(self.basis_set.block)
         per_block = int((self.widths.astype(np.int64) * sizes).sum())
         return per_block / (self.basis_set.block * elements_per_token(self.shape))
+
+    @cached_property
+    def staging(self) -> Plan | None:
+        """What holds a prompt until it ends: the same recipe at `STAGING_BITS`; None for a plan of as many bits.
+
+        Later calls of a prompt attend to what earlier ones left; at few bits the error of every call would build up
+        through the layers (RATE_DISTORTION_2.md, section 4).
+        """
+        if self.widths is None or self.profile is None or self.bits >= STAGING_BITS:
+            return None
+        return make_plan(self.shape, self.profile, replace(self.method, rounding="nearest"), STAGING_BITS)
+
+    def quantizers(self, xp, like=None) -> tuple:
+        """`quantizer.flat_tables` as arrays of `xp` on the device of `like`, made once for all layers."""
+        made = self.__dict__.setdefault("_quantizers", {})
+        key = (xp.__name__, str(getattr(like, "device", like)))
+        if key not in made:
+            made[key] = tuple(xp.asarray(table, like=like) for table in flat_tables(self.basis_set.levels))
+        return made[key]
+
+    @property
+    def rounds(self) -> bool:
+        """Whether codes are chosen by what each token will weigh; a profile without query statistics rounds to nearest."""
+        return self.method.rounding != "nearest" and self.profile is not None and self.profile.queries is not None
+
+    def query_statistics(self, row: int) -> tuple:
+        """Arguments of `rounding.future_queries` for compressible layer number `row`."""
+        queries = self.profile.queries
+        return queries.mean[row], queries.root[row], self.shape.rope
+
+    def gain(self, row: int) -> np.ndarray:
+        """Root of what losing a whole coefficient costs [G, R, F], relative to the largest of its component."""
+        basis_set = self.basis_set
+        product = basis_set.sensitivity[row].astype(np.float64) * basis_set.variance[row]
+        loss = MEASURED_SHARE * basis_set.cost[row, ..., 0] + (1 - MEASURED_SHARE) * product
+        peak = loss.max(-1, keepdims=True)
+        return np.sqrt(np.maximum(loss / np.where(peak > 0, peak, 1), MIN_GAIN**2))
 
     @property
     def hash(self) -> str:
@@ -97,7 +136,8 @@ def make_plan(
     sizes = band_sizes(basis_set.block)
     budget = int(np.floor(bits * (1 - PADDING) * elements_per_token(shape) * basis_set.block))
     copies = np.broadcast_to(sizes, basis_set.variance.shape).reshape(-1)
-    widths = allocate_bits(_costs(basis_set, sizes).reshape(len(copies), -1), copies, budget)
+    costs = _costs(basis_set) * sizes[:, None]
+    widths = allocate_bits(costs.reshape(len(copies), -1), copies, budget)
     return Plan(method, bits, shape, basis_set, widths.reshape(basis_set.variance.shape), 0, profile)
 
 
@@ -189,16 +229,15 @@ def _affine_plan(shape: ModelShape, method: Method, bits: float) -> Plan:
     return Plan(method, bits, shape, affine_bits=reachable[-1])
 
 
-def _costs(basis_set: BasisSet, sizes: np.ndarray) -> np.ndarray:
-    """Expected loss [L, G, R, F, W] of every coefficient band at every width, up to one common factor.
+def _costs(basis_set: BasisSet) -> np.ndarray:
+    """Expected loss [L, G, R, F, W] of one coefficient of every band at every width, up to one common factor.
 
-    J(b) = n_f * (beta * E[g^2 (y - Q_b(y))^2] + (1 - beta) * E[g^2] E[y^2] D(b)): the second-order loss of a Fisher
+    J(b) = (beta * E[g^2 (y - Q_b(y))^2] + (1 - beta) * E[g^2] E[y^2] D(b)): the second-order loss of a Fisher
     metric (RATE_DISTORTION.md, section 5), half measured, half the product model that generalises better.
     """
     product = basis_set.sensitivity.astype(np.float64) * basis_set.variance
     distortion = np.array([1.0] + [_distortion(basis_set.levels[b]) for b in BIT_WIDTHS if b])
-    mixed = MEASURED_SHARE * basis_set.cost.astype(np.float64) + (1 - MEASURED_SHARE) * product[..., None] * distortion
-    return mixed * sizes[:, None]
+    return MEASURED_SHARE * basis_set.cost.astype(np.float64) + (1 - MEASURED_SHARE) * product[..., None] * distortion
 
 
 def _distortion(levels: np.ndarray) -> float:

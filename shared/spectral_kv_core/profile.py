@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from .quantizer import BIT_WIDTHS
 from .rope import Rope
 from .transform import band_sizes
 
-FORMAT, FORMAT_VERSION = "spectralkv-profile", 1
+FORMAT, FORMAT_VERSION = "spectralkv-profile", 2
 METADATA_KEY = "spectralkv"
 
 
@@ -97,6 +97,7 @@ class BasisSet:
     levels: dict[int, np.ndarray]
 
     ARRAYS = ("mean", "weight", "basis", "variance", "sensitivity", "cost")
+    FILE_ARRAYS = (*ARRAYS, "basis_scale")
 
     @property
     def name(self) -> str:
@@ -104,8 +105,40 @@ class BasisSet:
 
     def rounded(self) -> BasisSet:
         """The same with the precision of the file, so that a plan does not change when a profile is saved and loaded."""
-        dtypes = {key: np.float16 if key == "basis" else np.float32 for key in self.ARRAYS}
-        return replace(self, **{key: getattr(self, key).astype(dtype) for key, dtype in dtypes.items()})
+        return BasisSet.from_file(self.to_file(), self.levels, **self.description())
+
+    def description(self) -> dict:
+        """What names this set in a header."""
+        return {key: getattr(self, key) for key in ("group", "rope", "time", "block")}
+
+    def to_file(self) -> dict[str, np.ndarray]:
+        """Arrays as a file has them: the basis in 8 bits per entry (readers make it orthonormal again), cost as a share.
+
+        Costs span many orders of magnitude; as a share of 4^-b * sensitivity * variance they are about 1.
+        """
+        scale = np.abs(self.basis).max(-2, keepdims=True) / 127  # a column of zeros stays one
+        scale = np.where(scale > 0, scale, 1).astype(np.float32)
+        share = np.where(self._loss() > 0, self.cost / np.where(self._loss() > 0, self._loss(), 1), 0)
+        arrays = {key: np.ascontiguousarray(getattr(self, key), np.float32) for key in self.ARRAYS}
+        return arrays | {
+            "basis": np.round(self.basis / scale).astype(np.int8),
+            "basis_scale": scale,
+            "cost": np.clip(share, 0, 6e4).astype(np.float16),
+        }
+
+    @classmethod
+    def from_file(cls, arrays: dict[str, np.ndarray], levels: dict[int, np.ndarray], **description) -> BasisSet:
+        """Inverse of `to_file`."""
+        fields = {key: arrays[key] for key in cls.ARRAYS}
+        fields["basis"] = arrays["basis"].astype(np.float32) * arrays["basis_scale"]
+        made = cls(**description, **fields, levels=levels)
+        made.cost = (made.cost * made._loss()).astype(np.float32)
+        return made
+
+    def _loss(self) -> np.ndarray:
+        """4^-b * sensitivity * variance [L, G, R, F, W] float32: roughly what b bits cost."""
+        product = self.sensitivity.astype(np.float32) * self.variance.astype(np.float32)
+        return product[..., None] * np.float32(4.0) ** -np.array(BIT_WIDTHS, np.float32)
 
     @property
     def rank(self) -> int:
@@ -118,17 +151,36 @@ class BasisSet:
 
 
 @dataclass
-class Profile:
-    """Facts about one model from which the plan of any method and budget follows; see README, "Profile file".
+class QueryStatistics:
+    """Queries before RoPE, times the attention scale; L compressible layers.
 
-    query_mean [L, Hq, D]: mean post-RoPE query of every head of the compressible layers.
+    mean [L, Hq, D]; root [L, H, D, D]: symmetric root of the covariance, averaged over the query heads of a KV head;
+    amplitude [L, Hq, rotary_dim / 2]: mean length of every rotary pair (with the mean, the centres of TriAttention).
     """
+
+    mean: np.ndarray
+    root: np.ndarray
+    amplitude: np.ndarray
+
+    ARRAYS = ("mean", "root", "amplitude")
+
+    def to_file(self) -> dict[str, np.ndarray]:
+        """Arrays as a file has them."""
+        return {
+            key: np.ascontiguousarray(getattr(self, key), np.float16 if key == "root" else np.float32)
+            for key in self.ARRAYS
+        }
+
+
+@dataclass
+class Profile:
+    """Facts about one model from which the plan of any method and budget follows; see README, "Profile file"."""
 
     shape: ModelShape
     model: str
     calibration: dict
     basis_sets: dict[str, BasisSet]
-    query_mean: np.ndarray | None = None
+    queries: QueryStatistics | None = None
     weights_digest: str = ""
     library_version: str = __version__
     path: str | None = field(default=None, compare=False)
@@ -138,14 +190,12 @@ class Profile:
         path = Path(path)
         arrays, sets = {}, {}
         for name, basis_set in self.basis_sets.items():
-            rounded = basis_set.rounded()
-            for key in BasisSet.ARRAYS:
-                arrays[f"{name}/{key}"] = np.ascontiguousarray(getattr(rounded, key))
+            arrays |= {f"{name}/{key}": array for key, array in basis_set.to_file().items()}
             for bits, levels in basis_set.levels.items():
                 arrays[f"{name}/levels/{bits}"] = np.ascontiguousarray(levels, np.float32)
-            sets[name] = {k: getattr(basis_set, k) for k in ("group", "rope", "time", "block")}
-        if self.query_mean is not None:
-            arrays["query_mean"] = np.ascontiguousarray(self.query_mean, np.float32)
+            sets[name] = basis_set.description()
+        if self.queries is not None:
+            arrays |= {f"queries/{key}": array for key, array in self.queries.to_file().items()}
         metadata = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -188,10 +238,15 @@ class Profile:
                 metadata = json.loads(header)
                 if metadata.get("format") != FORMAT:
                     raise ValueError(f"Expected a profile, received a {metadata.get('format')} file: {path}.")
-                if metadata.get("version", FORMAT_VERSION) > FORMAT_VERSION:
-                    raise ValueError(
-                        f"Expected profile version {FORMAT_VERSION} or older, received {metadata['version']} from {path}. "
+                version = metadata.get("version", FORMAT_VERSION)
+                if version != FORMAT_VERSION:
+                    todo = (
                         "Upgrade: pip install -U spectralkv"
+                        if version > FORMAT_VERSION
+                        else "Calibrate again: spectralkv profile --model MODEL"
+                    )
+                    raise ValueError(
+                        f"Expected profile version {FORMAT_VERSION}, received {version} from {path}. {todo}"
                     )
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, json.JSONDecodeError) as error:
@@ -204,14 +259,17 @@ class Profile:
         sets = {}
         for name, fields in metadata["basis_sets"].items():
             levels = {b: arrays[f"{name}/levels/{b}"] for b in BIT_WIDTHS if b}
-            sets[name] = BasisSet(**fields, **{k: arrays[f"{name}/{k}"] for k in BasisSet.ARRAYS}, levels=levels)
+            held = {key: arrays[f"{name}/{key}"] for key in BasisSet.FILE_ARRAYS}
+            sets[name] = BasisSet.from_file(held, levels, **fields)
             _check_sizes(sets[name], shape, path)
         return cls(
             shape,
             metadata["model"],
             metadata["calibration"],
             sets,
-            arrays.get("query_mean"),
+            QueryStatistics(*(arrays[f"queries/{key}"] for key in QueryStatistics.ARRAYS))
+            if "queries/mean" in arrays
+            else None,
             metadata["weights_digest"],
             metadata["library_version"],
             str(path),

@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from .paths import user_cache_dir
-from .profile import ModelShape, Profile
+from .profile import FORMAT_VERSION, ModelShape, Profile
 
 log = logging.getLogger("spectralkv")
 
@@ -20,7 +20,7 @@ def packaged_profiles() -> list[Path]:
 
 def cached_profile_path(shape: ModelShape) -> Path:
     """Where this machine keeps the profile of a model of `shape`."""
-    return user_cache_dir() / "profiles" / f"{shape.fingerprint}.safetensors"
+    return user_cache_dir() / "profiles" / f"{shape.fingerprint}-v{FORMAT_VERSION}.safetensors"
 
 
 def find_profile(shape: ModelShape, basis_set: str) -> Profile | None:

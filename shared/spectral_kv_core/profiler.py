@@ -11,9 +11,12 @@ from tqdm import tqdm
 
 from .calibration import Spool, fit_basis_set, split_documents
 from .calibration_text import TEXT_NAME, load_default_texts, text_digest
-from .profile import ModelShape, Profile
+from .methods import METHODS
+from .profile import ModelShape, Profile, QueryStatistics
+from .statistics import QueryMoments
 
 MAX_POSITIONS = 32768
+BASIS_SETS = tuple(dict.fromkeys(m.basis_set for m in METHODS.values() if m.basis_set))  # of all methods
 SCORED_SHARE = 16  # the last sixteenth of a document is scored: its gradients reach the tokens before it
 
 
@@ -22,17 +25,19 @@ class ProfilerBase(ABC):
 
     target_energy: what `Profile.summary` reports ranks at; tokens: calibration tokens in all; document: tokens of one
     document, which bounds the memory needed; samples: label samples per document; seed: of the labels;
-    positions: context length that post-RoPE keys are prepared for (default: the model's own, at most 32,768).
+    positions: context length that post-RoPE keys are prepared for (default: the model's own, at most 32,768);
+    basis_sets: which ways of grouping vectors the profile covers (`group.rope`; default: those of all methods).
     """
 
     def __init__(
         self,
         target_energy: float = 0.95,
-        tokens: int = 16384,
+        tokens: int = 32768,
         document: int = 2048,
         samples: int = 2,
         seed: int = 0,
         positions: int | None = None,
+        basis_sets: tuple[str, ...] = BASIS_SETS,
         progress: bool = True,
     ):
         if not 0 < target_energy <= 1:
@@ -41,6 +46,10 @@ class ProfilerBase(ABC):
             raise ValueError(f"Expected at least 64 tokens, received {min(tokens, document)}.")
         self.target_energy, self.tokens, self.document = target_energy, tokens, document
         self.samples, self.seed, self.positions, self.progress = samples, seed, positions, progress
+        self.basis_sets = tuple(basis_sets)
+        for name in self.basis_sets:
+            if name not in BASIS_SETS:
+                raise ValueError(f"Expected basis sets among {', '.join(BASIS_SETS)}, received {name!r}.")
 
     @abstractmethod
     def load(self, name: str):
@@ -54,8 +63,8 @@ class ProfilerBase(ABC):
     def vectors(self, model, shape: ModelShape, tokens: list[int], scored: int, seed: int) -> Iterator[tuple]:
         """Per compressible layer, as float32 NumPy arrays, of all but the last `scored` tokens:
 
-        queries [Hq, T, D], keys and values [H, T, D], and the gradients [S, H, T, D] of the scored tokens' log
-        probability with respect to keys and values.
+        queries [Hq, T, D] times the attention scale, keys and values [H, T, D], and the gradients [S, H, T, D] of the
+        scored tokens' log probability with respect to keys and values.
         """
 
     def profile_from_model(self, model, tokenizer=None, texts: list[str] | None = None, name: str = "") -> Profile:
@@ -74,21 +83,27 @@ class ProfilerBase(ABC):
         text_name = TEXT_NAME if texts is None else "own text"
         texts = load_default_texts() if texts is None else texts
         documents = split_documents(texts, tokenizer.encode, self.document, self.tokens)
-        query_sum = np.zeros((len(shape.layers), shape.q_heads, shape.head_dim))
-        query_count = 0
+        moments = [QueryMoments(shape.kv_heads, shape.rope) for _ in shape.layers]
         with Spool() as spool:
             for d, tokens in enumerate(self._bar(documents, "Reading text")):
                 scored = max(len(tokens) // SCORED_SHARE, 16)
                 vectors = self.vectors(model, shape, tokens, scored, self.seed * len(documents) + d)
                 for row, (queries, *captured) in enumerate(vectors):
-                    query_sum[row] += queries.sum(1, dtype=np.float64)
+                    moments[row].update(queries)
                     spool.add(row, d, *captured)
-                query_count += len(tokens) - scored
             positions = self.positions or min(context or MAX_POSITIONS, MAX_POSITIONS)
             spread = max(positions - self.document, 0)  # a document starts here at the latest
-            basis_set = fit_basis_set(
-                spool, shape, positions=spread, progress=lambda steps: self._bar(steps, "Fitting bases")
-            )
+            sets = {}
+            for key in self.basis_sets:
+                group, rope = key.split(".")
+                sets[key] = fit_basis_set(
+                    spool,
+                    shape,
+                    group,
+                    rope,
+                    positions=spread,
+                    progress=lambda steps, key=key: self._bar(steps, f"Fitting {key}"),
+                )
         calibration = {
             "text": text_name,
             "text_sha256": text_digest(texts),
@@ -100,8 +115,8 @@ class ProfilerBase(ABC):
             "positions": positions,
             "target_energy": self.target_energy,
         }
-        sets = {basis_set.name: basis_set}
-        return Profile(shape, name or own_name, calibration, sets, query_sum / query_count, digest)
+        queries = QueryStatistics(*map(np.stack, zip(*(m.result() for m in moments))))
+        return Profile(shape, name or own_name, calibration, sets, queries, digest)
 
     def _bar(self, steps, what: str):
         return tqdm(steps, desc=what, disable=not self.progress, leave=False)

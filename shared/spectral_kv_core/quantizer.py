@@ -10,6 +10,7 @@ import numpy as np
 
 BIT_WIDTHS = (0, 1, 2, 3, 4, 5, 6, 8)  # widths that the allocation may choose; 7 buys nothing over 6 and 8
 UNIT = 8  # codes per packed unit
+CELLS, REACH = 256, 16  # thresholds lie on a grid of 1/256 standard deviation that covers 16 to either side
 
 
 def planes(bits: int) -> list[tuple[int, int]]:
@@ -125,11 +126,24 @@ def gaussian_tables() -> dict[int, np.ndarray]:
 
 
 def empirical_tables(histogram: np.ndarray, limit: float) -> dict[int, np.ndarray]:
-    """Lloyd-Max levels of a histogram of |x| over [0, limit), mirrored: the density is taken as symmetric."""
+    """Levels by width for a histogram of |x| over [0, limit), mirrored: the density is taken as symmetric.
+
+    Lloyd-Max from 3 bits on. Two bits get even spacing: it costs some 1.5 % of squared error, and matrix products of
+    plain integer codes become possible. At 4 bits it would cost a quarter.
+    """
     centres = (np.arange(len(histogram)) + 0.5) * (limit / len(histogram))
     values = np.concatenate([-centres[::-1], centres])
     weights = np.concatenate([histogram[::-1], histogram]).astype(np.float64)
-    return {b: _symmetric(lloyd_max(values, weights, b)) for b in BIT_WIDTHS if b}
+    tables = {b: _symmetric(lloyd_max(values, weights, b)) for b in BIT_WIDTHS if b}
+    return {**tables, 2: _even_levels(centres, np.asarray(histogram, np.float64))}
+
+
+def _even_levels(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Four levels (-3, -1, 1, 3) * s that minimise the squared error of a symmetric density, `values` > 0."""
+    half_steps = np.sqrt((values**2 * weights).sum() / weights.sum()) * np.linspace(0.2, 0.9, 701)
+    decided = np.where(values[:, None] >= 2 * half_steps, 3.0, 1.0) * half_steps
+    error = ((values[:, None] - decided) ** 2 * weights[:, None]).sum(0)
+    return (np.array([-3, -1, 1, 3]) * half_steps[error.argmin()]).astype(np.float32)
 
 
 def _symmetric(levels: np.ndarray) -> np.ndarray:
@@ -137,18 +151,66 @@ def _symmetric(levels: np.ndarray) -> np.ndarray:
 
 
 def thresholds(levels: np.ndarray) -> np.ndarray:
-    """Decision thresholds [2**bits - 1] float32 between neighbouring levels."""
-    return ((levels[1:] + levels[:-1]) / np.float32(2)).astype(np.float32)
+    """Decision thresholds [2**bits - 1] float64 halfway between neighbouring levels, moved to the border of a cell."""
+    levels = np.asarray(levels, np.float64)
+    return np.round((levels[1:] + levels[:-1]) / 2 * CELLS) / CELLS
 
 
-def quantize(xp, x, edges):
-    """Codes uint8 of `x` (any shape, float32): the number of thresholds `edges` [2**bits - 1] at or below each entry."""
-    return xp.astype(xp.searchsorted(edges, x), xp.uint8)
+def code_table(levels: np.ndarray | None) -> np.ndarray:
+    """Code of every cell of the grid: uint8 [2 * REACH * CELLS]; all zero for None, a coefficient without bits."""
+    if levels is None:
+        return np.zeros(2 * REACH * CELLS, np.uint8)
+    centres = (np.arange(2 * REACH * CELLS) + 0.5) / CELLS - REACH
+    return np.searchsorted(thresholds(levels), centres).astype(np.uint8)
+
+
+def flat_tables(levels: dict[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Tables of all widths of `BIT_WIDTHS` behind one another: codes by cell [W * 2 * REACH * CELLS], levels [W * 256]."""
+    padded = np.zeros((len(BIT_WIDTHS), 256), np.float32)
+    for i, bits in enumerate(BIT_WIDTHS):
+        if bits:
+            padded[i, : 2**bits] = levels[bits]
+    return np.concatenate([code_table(levels.get(bits)) for bits in BIT_WIDTHS]), padded.reshape(-1)
+
+
+class RowTables:
+    """The quantizers of rows of coefficients that differ in width, by look-up: no loop over widths.
+
+    `flat`: `flat_tables` as arrays of `xp`, shared by all layers; `widths` [..., F, R]: bits of every row. Coefficients
+    are in standard deviations; NaN is not checked here.
+    """
+
+    def __init__(self, xp, flat: tuple, widths: np.ndarray):
+        self.xp, (self.codes, self.levels) = xp, flat
+        self.slots = xp.asarray(np.searchsorted(BIT_WIDTHS, widths).astype(np.int32), like=self.codes)
+
+    def quantize(self, z, f: int | None = None):
+        """Codes uint8 of `z` [..., F, R], or of [..., R] at frequency `f`.
+
+        The cell is found exactly in float32, the grid being a power of two: every array library gives the same code.
+        """
+        xp, span = self.xp, 2 * REACH * CELLS
+        cell = xp.astype(xp.clip(z, -REACH, REACH) * CELLS + REACH * CELLS, xp.int32)
+        return _look_up(xp, self.codes, xp.clip(cell, 0, span - 1) + self._slots(f) * span)
+
+    def dequantize(self, codes, f: int | None = None):
+        """Levels float32 of `codes` [..., F, R], or of [..., R] at frequency `f`."""
+        return _look_up(self.xp, self.levels, self.xp.astype(codes, self.xp.int32) + self._slots(f) * 256)
+
+    def arrays(self) -> list:
+        return [self.codes, self.levels, self.slots]
+
+    def _slots(self, f: int | None):
+        return self.slots if f is None else self.slots[..., f, :]
 
 
 def dequantize(xp, codes, levels):
     """Levels [2**bits] float32 looked up by `codes` (any shape) -> float32."""
-    return xp.take(levels, xp.astype(codes, xp.int32).reshape(-1), axis=0).reshape(*codes.shape)
+    return _look_up(xp, levels, xp.astype(codes, xp.int32))
+
+
+def _look_up(xp, table, index):
+    return xp.take(table, index.reshape(-1), axis=0).reshape(*index.shape)
 
 
 def quantize_affine(xp, x, bits: int, group_size: int):

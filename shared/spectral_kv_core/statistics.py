@@ -1,10 +1,13 @@
-"""Streaming second-order statistics in float64."""
+"""Streaming second-order statistics in float64: cached vectors, and queries."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from . import ops
+from .rope import Rope, unrotate
 
 
 @dataclass
@@ -37,3 +40,34 @@ class Moments:
     def covariance(self) -> np.ndarray:
         """[..., D, D], normalised by the number of vectors."""
         return self.scatter / max(self.count, 1)
+
+
+class QueryMoments:
+    """Mean, covariance and rotary amplitudes of the queries [Hq, T, D] of one layer, before RoPE."""
+
+    def __init__(self, kv_heads: int, rope: Rope | None):
+        self.kv_heads, self.rope, self.moments, self.length = kv_heads, rope, Moments(), 0.0
+
+    def update(self, queries: np.ndarray) -> None:
+        """Take in the queries of a document from position 0 on, as RoPE left them."""
+        if self.rope is None:
+            self.moments.update(queries)
+            return
+        # keys and queries both carry the factor `scaling`: with it twice here, plain keys give the model's scores
+        queries = unrotate(ops, queries, self.rope, 0) * self.rope.scaling**2
+        self.moments.update(queries)
+        half = self.rope.rotary_dim // 2
+        if self.rope.interleaved:
+            first, second = queries[..., 0 : 2 * half : 2], queries[..., 1 : 2 * half : 2]
+        else:
+            first, second = queries[..., :half], queries[..., half : 2 * half]
+        self.length = self.length + np.hypot(first, second).sum(1, dtype=np.float64)
+
+    def result(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Fields of `QueryStatistics` for this layer: mean [Hq, D], root [H, D, D], amplitude [Hq, pairs]."""
+        covariance = self.moments.covariance
+        heads, dim = covariance.shape[:2]
+        value, vectors = np.linalg.eigh(covariance.reshape(self.kv_heads, -1, dim, dim).mean(1))
+        root = (vectors * np.sqrt(np.maximum(value, 0))[:, None, :]) @ np.swapaxes(vectors, -1, -2)
+        amplitude = self.length / self.moments.count if self.rope else np.zeros((heads, 0))
+        return self.moments.mean, root, amplitude

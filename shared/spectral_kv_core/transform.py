@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import numpy as np
 
-TIME_TRANSFORMS = ("none", "dct")
+TIME_TRANSFORMS = ("none", "dct", "haar")
 
 
 def time_matrix(kind: str, block: int) -> np.ndarray:
     """Orthonormal analysis matrix [block, block] float32: row f gives coefficient f of a block of tokens.
 
-    `dct` is the DCT-II (Ahmed, Natarajan and Rao 1974); `none` is the identity for `block` 1.
+    `dct` is the DCT-II (Ahmed, Natarajan and Rao 1974); `haar` the Haar wavelets (Haar 1910) from the mean to the finest
+    scale, for a power of two; `none` is the identity for `block` 1. The octave bands are the scales of both.
     """
     if kind == "none":
         if block != 1:
             raise ValueError(f"Expected block 1 without a time transform, received {block}.")
         return np.ones((1, 1), np.float32)
+    if kind == "haar":
+        if block & (block - 1):
+            raise ValueError(f"Expected a power of two as block of the Haar transform, received {block}.")
+        matrix = np.ones((1, 1))
+        while len(matrix) < block:
+            matrix = np.concatenate([np.kron(matrix, [1, 1]), np.kron(np.eye(len(matrix)), [1, -1])]) / np.sqrt(2.0)
+        return matrix.astype(np.float32)
     if kind != "dct":
         raise ValueError(f"Expected a time transform in {TIME_TRANSFORMS}, received {kind!r}.")
     t, f = np.arange(block), np.arange(block)[:, None]
@@ -35,17 +43,14 @@ def band_sizes(block: int) -> np.ndarray:
 
 
 def to_frequency(xp, z, matrix):
-    """Latents [..., T, R] -> coefficients [..., block, R, T / block], frequency-major; `matrix` [block, block]."""
+    """Latents [..., T, R] -> coefficients [..., T / block, block, R] of every block; `matrix` [block, block]."""
     *lead, tokens, rank = z.shape
     block = matrix.shape[0]
-    z = z.reshape(*lead, tokens // block, block, rank)
-    n = len(lead)
-    y = xp.matmul(matrix, z)  # [..., T / block, block, R]
-    return xp.permute_dims(y, (*range(n), n + 1, n + 2, n))
+    return xp.matmul(matrix, z.reshape(*lead, tokens // block, block, rank))
 
 
 def to_time(xp, y, matrix):
-    """Inverse of `to_frequency`: [..., block, R, blocks] -> [..., blocks * block, R]."""
+    """Frequency-major coefficients [..., block, R, blocks], as chunks keep them, -> latents [..., blocks * block, R]."""
     *lead, block, rank, blocks = y.shape
     n = len(lead)
     y = xp.permute_dims(y, (*range(n), n + 2, n, n + 1))  # [..., blocks, block, R]
