@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -34,8 +35,8 @@ class SpectralKVCache(RoutedCache):
     def __init__(self, plan: Plan, row: int, sinks: int, window: int, left_padding: list[int] | None = None):
         self.plan, self.row = plan, row
         self.left_padding = [int(p) for p in left_padding] if left_padding is not None else None
-        codec = make_codec(ops, plan, row)
-        self.store = LayerCache(ops, codec, sinks, window, make_staging_codec(ops, plan, row, codec))
+        staging = partial(make_staging_codec, ops, plan, row) if plan.staging else None
+        self.store = LayerCache(ops, make_codec(ops, plan, row), sinks, window, staging)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Take in [B, H, L, D] post-RoPE keys and values."""

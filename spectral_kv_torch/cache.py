@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
@@ -41,7 +43,7 @@ class SpectralKVLayer(CacheLayerMixin):
             )
         device = key_states.device
         codec = make_codec(ops, self.plan, self.row, like=device)
-        staging = make_staging_codec(ops, self.plan, self.row, codec, like=device)
+        staging = partial(make_staging_codec, ops, self.plan, self.row, device) if self.plan.staging else None
         self.store = LayerCache(ops, codec, self.sinks, self.window, staging)
         self.is_initialized = True
 

@@ -356,8 +356,7 @@ def test_cache_size_reports_compression():
 def staged_cache(xp):
     """Cache of a plan at 2 bits with the codec that holds a prompt at 4."""
     plan = plan_of(ToyModel(), 2)
-    codec = make_codec(xp, plan, 0)
-    return LayerCache(xp, codec, 4, 64, make_staging_codec(xp, plan, 0, codec))
+    return LayerCache(xp, make_codec(xp, plan, 0), 4, 64, lambda: make_staging_codec(xp, plan, 0))
 
 
 def held_bits(cache) -> float:
@@ -403,5 +402,5 @@ def test_ending_a_prompt_is_encoding_what_was_staged(xp, staged_cache):
 
 def test_no_staging_where_the_plan_has_as_many_bits(xp):
     plan = plan_of(ToyModel(), 4)
-    assert plan.staging is None and make_staging_codec(xp, plan, 0, None) is None
+    assert plan.staging is None and make_staging_codec(xp, plan, 0) is None
     assert plan_of(ToyModel(), 3.9).staging.bits == 4

@@ -67,12 +67,13 @@ class LayerCache:
     """Keys and values of one layer; `codec` None keeps everything exact.
 
     sinks, window: first and last tokens kept exactly. Up to 15 further tokens wait until their block is full.
-    staging: codec of the same layer, at more bits, that holds what further calls of more than `LATENT_QUERIES` tokens
-    bring until the prompt ends: `finalize`, or the first call with fewer.
+    staging: makes a codec of the same layer, at more bits, that holds what further calls of more than `LATENT_QUERIES`
+    tokens bring until the prompt ends: `finalize`, or the first call with fewer; None: the plan's own holds it.
     """
 
     def __init__(self, xp, codec, sinks: int, window: int, staging=None):
-        self.xp, self.codec, self.sinks, self.window, self.staging = xp, codec, sinks, window, staging
+        self.xp, self.codec, self.sinks, self.window, self._make_staging = xp, codec, sinks, window, staging
+        self._staging = None
         self.lanes: list[Lane] = []
         self.seen = 0  # slots seen, padding included
 
@@ -118,6 +119,13 @@ class LayerCache:
             if k.shape[2]:
                 self._append_lane(lane, k, v, prompt)
         self.seen += keys.shape[2]
+
+    @property
+    def staging(self):
+        """The codec that holds a prompt; made when the first prompt goes on after one call."""
+        if self._staging is None:
+            self._staging = self._make_staging()
+        return self._staging
 
     @property
     def is_staged(self) -> bool:
@@ -194,7 +202,7 @@ class LayerCache:
 
     def tables(self) -> list:
         """Every array that all sequences share."""
-        codecs = [codec for codec in (self.codec, self.staging) if codec is not None]
+        codecs = [codec for codec in (self.codec, self._staging) if codec is not None]
         return list({id(x): x for codec in codecs for x in codec.tables()}.values())
 
     def tokens(self) -> int:
@@ -203,7 +211,7 @@ class LayerCache:
 
     def begin(self, tokens: int) -> bool:
         """Whether a call with so many `tokens` may go on with a prompt that is staged; ends the prompt if not."""
-        if self.staging is not None and tokens > LATENT_QUERIES:
+        if self._make_staging is not None and tokens > LATENT_QUERIES:
             return True
         self.finalize()
         return False
@@ -284,7 +292,7 @@ class LayerCache:
     def _lane_dense(self, lane: Lane, dtype):
         xp, sinks = self.xp, min(self.sinks, lane.exact)
         parts = [[lane.exact_keys[:, :, :sinks]], [lane.exact_values[:, :, :sinks]]]
-        for codec, chunks in ((self.codec, lane.chunks), (self.staging, lane.staged)):
+        for codec, chunks in ((self.codec, lane.chunks), (self._staging, lane.staged)):
             for chunk in chunks:
                 for side, x in zip(parts, codec.decode(chunk)):
                     side.append(xp.astype(x, dtype))

@@ -47,35 +47,34 @@ class SpectralCodec:
     their unit to fill (`pack_rows`).
     """
 
-    def __init__(self, xp, plan: Plan, row: int, like=None, twin: SpectralCodec | None = None):
-        """`row`: number of the compressible layer; `twin`: a codec of the same layer and basis set to share tables with."""
+    def __init__(self, xp, plan: Plan, row: int, like=None):
         basis_set, method = plan.basis_set, plan.method
         self.xp, self.method, self.block = xp, method, basis_set.block
         self.rope = plan.shape.rope
         self.kv_heads, self.head_dim = plan.shape.kv_heads, plan.shape.head_dim
-        self.groups, self.channels, self.rank = basis_set.basis.shape[1:]
+        self.groups, self.channels = basis_set.mean.shape[1:]
 
-        def table(x):
-            return xp.asarray(np.ascontiguousarray(x), like=like)
+        def table(x, dtype=np.float32):
+            return xp.asarray(np.ascontiguousarray(x, dtype), like=like)
 
-        if twin is not None:
-            self.mean, self.basis, self.inverse, self.time = twin.mean, twin.basis, twin.inverse, twin.time
-        else:
-            weight = np.repeat(basis_set.weight[row].astype(np.float64), self.head_dim, axis=-1)[..., None]
-            basis = orthonormalize(basis_set.basis[row])
-            self.mean = table(basis_set.mean[row][:, None, :].astype(np.float32))  # [G, 1, Dg]
-            self.basis = table((weight * basis).astype(np.float32))  # [G, Dg, R], encoder
-            self.inverse = self.basis if np.all(weight == 1) else table((basis / weight).astype(np.float32))
-            self.time = table(time_matrix(basis_set.time, basis_set.block))
+        kept = _kept_components(plan.widths[row])  # [G, R]; the others are never computed
+        self.rank = kept.shape[1]
+        basis = np.take_along_axis(orthonormalize(basis_set.basis[row]), kept[:, None], -1)
+        weight = np.repeat(basis_set.weight[row], self.head_dim, axis=-1)[:, None]
+        self.mean = table(basis_set.mean[row][:, None])  # [G, 1, Dg]
+        self.basis = table(basis)  # [G, Dg, R]
+        self.weight = None if np.all(weight == 1) else table(weight)  # [G, 1, Dg]
+        self.time = table(time_matrix(basis_set.time, basis_set.block))
 
-        bands = octave_bands(self.block)
-        widths = plan.widths[row][..., bands].transpose(0, 2, 1)  # [G, F, R]
-        sigma = np.sqrt(basis_set.variance[row])[..., bands].transpose(0, 2, 1).astype(np.float32)
+        def by_frequency(x):  # [G, R, bands] -> [G, F, R] of the kept components
+            return np.take_along_axis(x, kept[..., None], 1)[..., octave_bands(self.block)].transpose(0, 2, 1)
+
+        widths, sigma = by_frequency(plan.widths[row]), np.sqrt(by_frequency(basis_set.variance[row]))
         sigma = np.where(sigma > 0, sigma, np.float32(1))  # a coefficient that never moved
-        self.normalize = twin.normalize if twin is not None else table((1 / sigma)[:, None])  # [G, 1, F, R]
+        self.normalize = table(1 / sigma[:, None])  # [G, 1, F, R]
         self.quantizers = RowTables(xp, plan.quantizers(xp, like), widths[:, None])
         self.queries = plan.rounds and tuple(map(table, future_queries(*plan.query_statistics(row))))
-        self.gain = plan.rounds and table(plan.gain(row)[..., bands].transpose(0, 2, 1)[:, None].astype(np.float32))
+        self.gain = plan.rounds and table(by_frequency(plan.gain(row))[:, None])
 
         widths, sigma = widths.reshape(-1), sigma.reshape(-1)  # rows in the order (group, frequency, component)
         self.bits = [int(b) for b in np.unique(widths) if b]
@@ -83,9 +82,9 @@ class SpectralCodec:
         order = np.full(len(widths), sum(map(len, rows)), np.int32)  # dropped rows read the zero row at the end
         if rows:
             order[np.concatenate(rows)] = np.arange(len(order[widths > 0]))
-        self.order = table(order)
-        self.rows = [table(kept.astype(np.int32)) for kept in rows]
-        self.scale = [table(sigma[kept][:, None]) for kept in rows]
+        self.order = table(order, np.int32)
+        self.rows = [table(chosen, np.int32) for chosen in rows]
+        self.scale = [table(sigma[chosen][:, None]) for chosen in rows]
         self.levels = [table(basis_set.levels[b]) for b in self.bits]
 
     def coefficients(self, keys, values, start: int):
@@ -101,7 +100,8 @@ class SpectralCodec:
         batch, _, tokens, dim = x.shape
         x = x.reshape(batch, self.groups, -1, tokens, dim)
         x = xp.permute_dims(x, (0, 1, 3, 2, 4)).reshape(batch, self.groups, tokens, self.channels)
-        z = to_frequency(xp, xp.matmul(x - self.mean, self.basis), self.time) * self.normalize
+        x = x - self.mean if self.weight is None else (x - self.mean) * self.weight
+        z = to_frequency(xp, xp.matmul(x, self.basis), self.time) * self.normalize
         if not self.queries:
             return z, None
         weights = token_weights(xp, turned, values, *self.queries, self.block)
@@ -159,7 +159,8 @@ class SpectralCodec:
         """Keys and values [B, H, T, D] float32 of a chunk; keys are rotated as the model had them."""
         xp = self.xp
         z = to_time(xp, self.spectrum(chunk), self.time)  # [B, G, T, R]
-        x = xp.matmul(z, xp.permute_dims(self.inverse, (0, 2, 1))) + self.mean
+        x = xp.matmul(z, xp.permute_dims(self.basis, (0, 2, 1)))
+        x = x + self.mean if self.weight is None else x / self.weight + self.mean
         x = x.reshape(chunk.batch, self.groups, chunk.tokens, -1, self.head_dim)
         x = xp.permute_dims(x, (0, 1, 3, 2, 4)).reshape(chunk.batch, 2 * self.kv_heads, chunk.tokens, self.head_dim)
         keys, values = x[:, : self.kv_heads], x[:, self.kv_heads :]
@@ -187,14 +188,14 @@ class SpectralCodec:
         weights = xp.matmul(p.reshape(batch, h, rows, n, block), xp.permute_dims(self.time, (1, 0)))
         weights = xp.permute_dims(weights, (0, 1, 4, 2, 3))  # [B, H, block, M, n]
         pooled = xp.sum(xp.matmul(weights, xp.permute_dims(y[:, h:], (0, 1, 2, 4, 3))), axis=2)  # [B, H, M, R]
-        output = xp.matmul(pooled, xp.permute_dims(self.inverse[h:], (0, 2, 1))) + l * self.mean[h:]
+        output = xp.matmul(pooled, xp.permute_dims(self.basis[h:], (0, 2, 1))) + l * self.mean[h:]
         return output, m, l
 
     def tables(self) -> list:
         """Every array that all sequences share."""
         arrays = [self.mean, self.basis, self.time, self.normalize, self.order, *self.rows, *self.scale, *self.levels]
-        if self.inverse is not self.basis:
-            arrays.append(self.inverse)
+        if self.weight is not None:
+            arrays.append(self.weight)
         if self.queries:
             arrays += [*self.queries, self.gain]
         return arrays + self.quantizers.arrays()
@@ -251,9 +252,16 @@ def make_codec(xp, plan: Plan, row: int, like=None):
     return kind(xp, plan, row, like) if kind else None
 
 
-def make_staging_codec(xp, plan: Plan, row: int, codec, like=None):
-    """Codec that holds a prompt until it ends, beside the `codec` of the same layer; None where that one does it."""
-    return SpectralCodec(xp, plan.staging, row, like, twin=codec) if plan.staging else None
+def make_staging_codec(xp, plan: Plan, row: int, like=None):
+    """Codec that holds a prompt until it ends; None where the plan's own does it."""
+    return SpectralCodec(xp, plan.staging, row, like) if plan.staging else None
+
+
+def _kept_components(widths: np.ndarray) -> np.ndarray:
+    """Components [G, R] with any bits in `widths` [G, R, F], ascending; as many in every group, others fill up."""
+    used = (widths > 0).any(-1)
+    rank = max(int(used.sum(-1).max()), 1)
+    return np.sort(np.argsort(~used, axis=-1, kind="stable")[:, :rank], axis=-1)
 
 
 def select_rows(xp, chunk: Chunk, rows) -> Chunk:
