@@ -24,11 +24,19 @@ class SpectralProfiler(ProfilerBase):
     def describe(self, model) -> tuple[ModelShape, dict[int, str], str, str, int | None]:
         return *model_shape(model), weights_digest(model), model_name(model), max_context(model)
 
+    def activations(self, model, shape: ModelShape, tokens: list[int]) -> Iterator[tuple]:
+        cache = capture(model, tokens)
+        for i in shape.layers:
+            yield _arrays(cache[i])
+
     def vectors(self, model, shape: ModelShape, tokens: list[int], scored: int, seed: int) -> Iterator[tuple]:
         cache = capture(model, tokens[:-scored])
         gradients = score_gradients(model, cache, tokens[-scored:], self.samples, mx.random.key(seed))
         for i in shape.layers:
-            layer = cache[i]
             sides = [np.stack([to_numpy(sample[i][side]) for sample in gradients]) for side in (0, 1)]
-            queries = to_numpy(layer.queries[0]) * layer.scale
-            yield queries, to_numpy(layer.keys[0]), to_numpy(layer.values[0]), *sides
+            yield *_arrays(cache[i]), *sides
+
+
+def _arrays(layer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Queries times the attention scale, keys and values of a captured layer of batch 1."""
+    return to_numpy(layer.queries[0]) * layer.scale, to_numpy(layer.keys[0]), to_numpy(layer.values[0])

@@ -25,12 +25,20 @@ class SpectralProfiler(ProfilerBase):
         name = model.config.name_or_path or type(model).__name__
         return *model_shape(model), weights_digest(model), name, max_context(model)
 
+    def activations(self, model, shape: ModelShape, tokens: list[int]) -> Iterator[tuple]:
+        cache = capture(model, tokens)
+        for i in shape.layers:
+            yield _arrays(cache.layers[i])
+
     def vectors(self, model, shape: ModelShape, tokens: list[int], scored: int, seed: int) -> Iterator[tuple]:
         cache = capture(model, tokens[:-scored])
         generator = torch.Generator().manual_seed(seed)
         gradients = score_gradients(model, cache, tokens[-scored:], self.samples, generator)
         for i in shape.layers:
-            layer = cache.layers[i]
             sides = [np.stack([to_numpy(sample[i][side]) for sample in gradients]) for side in (0, 1)]
-            queries = to_numpy(layer.queries[0]) * layer.scale
-            yield queries, to_numpy(layer.keys[0]), to_numpy(layer.values[0]), *sides
+            yield *_arrays(cache.layers[i]), *sides
+
+
+def _arrays(layer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Queries times the attention scale, keys and values of a captured layer of batch 1."""
+    return to_numpy(layer.queries[0]) * layer.scale, to_numpy(layer.keys[0]), to_numpy(layer.values[0])

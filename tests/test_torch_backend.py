@@ -412,6 +412,21 @@ def test_profile_is_deterministic_and_serves_every_budget(tmp_path):
         assert bits - 0.05 < cache.plan.bits_per_element <= bits
 
 
+def test_profile_without_a_backward_pass_serves_too():
+    """Gradients of every layer's own output: another plan, from the same means, bases and spectra."""
+    model, profile = model_and_profile("qwen2")
+    profiler = SpectralProfiler(tokens=2048, document=1024, gradients=False, progress=False)
+    local = profiler.profile_from_model(model, ByteTokenizer(), TEXT)
+    assert local.calibration["gradients"] == "local" and profile.calibration["gradients"] == "score"
+    ours, theirs = (p.basis_sets["head.post"] for p in (profile, local))
+    np.testing.assert_array_equal(ours.variance, theirs.variance)
+    assert np.isfinite(theirs.cost).all() and (theirs.sensitivity > 0).mean() > 0.99
+    ids = tokens(300)
+    expected = logits_of(model, ids, plain_cache(model))[:, 250:]
+    got = logits_of(model, ids, make_prompt_cache(model, local, bits=8.0), 250)[:, 250:]
+    assert float((got - expected).pow(2).mean().sqrt() / expected.std()) < 0.1
+
+
 def test_generate_and_score_report_times_and_logits():
     model, profile = model_and_profile("llama")
     prompt, seen = tokens(100)[0].tolist(), []

@@ -35,6 +35,7 @@ def profile(args: argparse.Namespace) -> dict:
         tokens=args.tokens,
         document=args.document,
         positions=args.positions,
+        gradients=not args.no_gradients,
         progress=not args.quiet,
     )
     model, tokenizer = backend.load_model(_model_path(args.model), args.dtype)

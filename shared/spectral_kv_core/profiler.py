@@ -13,6 +13,7 @@ from .calibration import Spool, fit_basis_set, split_documents
 from .calibration_text import TEXT_NAME, load_default_texts, text_digest
 from .methods import METHODS
 from .profile import ModelShape, Profile, QueryStatistics
+from .sensitivity import local_gradients
 from .statistics import QueryMoments
 
 MAX_POSITIONS = 32768
@@ -26,6 +27,8 @@ class ProfilerBase(ABC):
     target_energy: what `Profile.summary` reports ranks at; tokens: calibration tokens in all; document: tokens of one
     document, which bounds the memory needed; samples: label samples per document; seed: of the labels;
     positions: context length that post-RoPE keys are prepared for (default: the model's own, at most 32,768);
+    gradients: False takes the gradients of every layer's own attention output in place of those of the scored tokens'
+    probability: no backward pass and a fraction of the memory, at a price in quality (results/experiments.md);
     basis_sets: which ways of grouping vectors the profile covers (`group.rope`; default: those of all methods).
     """
 
@@ -37,6 +40,7 @@ class ProfilerBase(ABC):
         samples: int = 2,
         seed: int = 0,
         positions: int | None = None,
+        gradients: bool = True,
         basis_sets: tuple[str, ...] = BASIS_SETS,
         progress: bool = True,
     ):
@@ -46,7 +50,7 @@ class ProfilerBase(ABC):
             raise ValueError(f"Expected at least 64 tokens, received {min(tokens, document)}.")
         self.target_energy, self.tokens, self.document = target_energy, tokens, document
         self.samples, self.seed, self.positions, self.progress = samples, seed, positions, progress
-        self.basis_sets = tuple(basis_sets)
+        self.gradients, self.basis_sets = gradients, tuple(basis_sets)
         for name in self.basis_sets:
             if name not in BASIS_SETS:
                 raise ValueError(f"Expected basis sets among {', '.join(BASIS_SETS)}, received {name!r}.")
@@ -58,6 +62,10 @@ class ProfilerBase(ABC):
     @abstractmethod
     def describe(self, model) -> tuple[ModelShape, dict[int, str], str, str, int | None]:
         """Shape, passed-through layers with reasons, weights digest, name, and the context it was made for."""
+
+    @abstractmethod
+    def activations(self, model, shape: ModelShape, tokens: list[int]) -> Iterator[tuple]:
+        """Per compressible layer, float32 NumPy: queries [Hq, T, D] times the attention scale, keys, values [H, T, D]."""
 
     @abstractmethod
     def vectors(self, model, shape: ModelShape, tokens: list[int], scored: int, seed: int) -> Iterator[tuple]:
@@ -87,7 +95,8 @@ class ProfilerBase(ABC):
         with Spool() as spool:
             for d, tokens in enumerate(self._bar(documents, "Reading text")):
                 scored = max(len(tokens) // SCORED_SHARE, 16)
-                vectors = self.vectors(model, shape, tokens, scored, self.seed * len(documents) + d)
+                seed = self.seed * len(documents) + d
+                vectors = (self.vectors if self.gradients else self._local)(model, shape, tokens, scored, seed)
                 for row, (queries, *captured) in enumerate(vectors):
                     moments[row].update(queries)
                     spool.add(row, d, *captured)
@@ -112,11 +121,19 @@ class ProfilerBase(ABC):
             "document": self.document,
             "samples": self.samples,
             "seed": self.seed,
+            "gradients": "score" if self.gradients else "local",
             "positions": positions,
             "target_energy": self.target_energy,
         }
         queries = QueryStatistics(*map(np.stack, zip(*(m.result() for m in moments))))
         return Profile(shape, name or own_name, calibration, sets, queries, digest)
+
+    def _local(self, model, shape: ModelShape, tokens: list[int], scored: int, seed: int) -> Iterator[tuple]:
+        """As `vectors`, with the gradients of every layer's own attention output."""
+        rng = np.random.default_rng(seed)
+        for queries, keys, values in self.activations(model, shape, tokens):
+            gradients = local_gradients(queries[:, -scored:], keys, values, self.samples, rng)
+            yield queries[:, :-scored], keys[:, :-scored], values[:, :-scored], *gradients
 
     def _bar(self, steps, what: str):
         return tqdm(steps, desc=what, disable=not self.progress, leave=False)
