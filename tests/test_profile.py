@@ -92,6 +92,7 @@ def test_pinned_header(path):
         "head.post/variance": ("F32", [2, 4, 64, 5]),
         "head.post/sensitivity": ("F32", [2, 4, 64, 5]),
         "head.post/cost": ("F16", [2, 4, 64, 5, 8]),
+        "head.post/histogram": ("I64", [1500]),
         **{f"head.post/levels/{bits}": ("F32", [2**bits]) for bits in (1, 2, 3, 4, 5, 6, 8)},
         "queries/mean": ("F32", [2, 4, 64]),
         "queries/root": ("F16", [2, 2, 64, 64]),

@@ -144,7 +144,7 @@ def fit_basis_set(
             documents = _Documents(spool, row, shape, rope, groups, block, positions, copies)
             _fit_basis(result, row, documents, members)
             np.save(shelf, _fit_spectrum(result, row, documents, pooled))
-        result.levels = empirical_tables(pooled, HISTOGRAM_LIMIT)
+        result.levels, result.histogram = empirical_tables(pooled, HISTOGRAM_LIMIT), pooled
         errors = _cell_errors(result.levels)
         shelf.seek(0)
         for row in range(layers):

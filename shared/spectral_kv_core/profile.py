@@ -81,7 +81,8 @@ class BasisSet:
 
     mean [L, G, Dg]; weight [L, G, m] scales every member before the basis; basis [L, G, Dg, R] orthonormal columns;
     variance, sensitivity [L, G, R, F]: E[y^2] of the coefficients and E[g^2] of the score gradient along them;
-    cost [L, G, R, F, W]: E[g^2 (y - Q_b(y))^2] at every width b; levels: quantizer tables in units of sigma.
+    cost [L, G, R, F, W]: E[g^2 (y - Q_b(y))^2] at every width b; levels: quantizer tables in units of sigma;
+    histogram [bins] int64: counts of |y| / sigma over [0, 12), of all coefficients; None in older files.
     """
 
     group: str
@@ -95,6 +96,7 @@ class BasisSet:
     sensitivity: np.ndarray
     cost: np.ndarray
     levels: dict[int, np.ndarray]
+    histogram: np.ndarray | None = None
 
     ARRAYS = ("mean", "weight", "basis", "variance", "sensitivity", "cost")
     FILE_ARRAYS = (*ARRAYS, "basis_scale")
@@ -120,6 +122,8 @@ class BasisSet:
         scale = np.where(scale > 0, scale, 1).astype(np.float32)
         share = np.where(self._loss() > 0, self.cost / np.where(self._loss() > 0, self._loss(), 1), 0)
         arrays = {key: np.ascontiguousarray(getattr(self, key), np.float32) for key in self.ARRAYS}
+        if self.histogram is not None:
+            arrays["histogram"] = np.ascontiguousarray(self.histogram, np.int64)
         return arrays | {
             "basis": np.round(self.basis / scale).astype(np.int8),
             "basis_scale": scale,
@@ -131,7 +135,7 @@ class BasisSet:
         """Inverse of `to_file`."""
         fields = {key: arrays[key] for key in cls.ARRAYS}
         fields["basis"] = arrays["basis"].astype(np.float32) * arrays["basis_scale"]
-        made = cls(**description, **fields, levels=levels)
+        made = cls(**description, **fields, levels=levels, histogram=arrays.get("histogram"))
         made.cost = (made.cost * made._loss()).astype(np.float32)
         return made
 
@@ -260,6 +264,7 @@ class Profile:
         for name, fields in metadata["basis_sets"].items():
             levels = {b: arrays[f"{name}/levels/{b}"] for b in BIT_WIDTHS if b}
             held = {key: arrays[f"{name}/{key}"] for key in BasisSet.FILE_ARRAYS}
+            held["histogram"] = arrays.get(f"{name}/histogram")
             sets[name] = BasisSet.from_file(held, levels, **fields)
             _check_sizes(sets[name], shape, path)
         return cls(
