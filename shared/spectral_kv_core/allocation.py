@@ -7,7 +7,7 @@ import numpy as np
 from .quantizer import BIT_WIDTHS
 
 
-def allocate_bits(cost: np.ndarray, copies: np.ndarray, budget: int) -> np.ndarray:
+def allocate_bits(cost: np.ndarray, copies: np.ndarray, budget: int, rates: np.ndarray | None = None) -> np.ndarray:
     """Widths that minimise the total cost under `budget` bits: one Lagrangian over all coefficients of a model.
 
     Greedy along the lower convex hull of every item's rate-cost curve, which is the Lagrangian's solution at every
@@ -16,9 +16,11 @@ def allocate_bits(cost: np.ndarray, copies: np.ndarray, budget: int) -> np.ndarr
 
     `cost` [n, len(BIT_WIDTHS)]: cost of an item at each width of `BIT_WIDTHS`; `copies` [n]: coefficients that share
     the item's width; `budget`: bits for all of them together. Returns widths [n] uint8 with sum(width * copies) <= budget.
+    With `rates`, integers ascending from 0 in the unit of `budget`, choices cost these in place of the widths and what
+    comes back is the index of every item's choice.
     """
     cost, copies = np.asarray(cost, np.float64), np.asarray(copies, np.int64)
-    widths = np.array(BIT_WIDTHS, np.int64)
+    widths = np.array(BIT_WIDTHS if rates is None else rates, np.int64)
     cost = np.minimum.accumulate(cost, 1)  # more bits never cost more
     start, stop, gain = _hull_segments(cost, widths)
     item = np.broadcast_to(np.arange(len(cost))[:, None], start.shape)
@@ -36,7 +38,7 @@ def allocate_bits(cost: np.ndarray, copies: np.ndarray, budget: int) -> np.ndarr
             break
         if r <= left and chosen[i] == a:
             chosen[i], left = b, left - int(r)
-    return widths[chosen].astype(np.uint8)
+    return (widths[chosen] if rates is None else chosen).astype(np.uint8)
 
 
 def _hull_segments(cost: np.ndarray, widths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

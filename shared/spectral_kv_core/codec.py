@@ -12,7 +12,9 @@ import numpy as np
 
 from . import attention
 from .basis import orthonormalize
+from .methods import get_live_method
 from .plan import Plan
+from .profile import BasisSet
 from .quantizer import (
     RowTables,
     append_rows,
@@ -39,12 +41,10 @@ class Chunk:
     arrays: tuple
 
 
-class SpectralCodec:
-    """Transform coding of one layer: basis across channels, transform over time blocks, one table entry per coefficient.
+class TransformCodec:
+    """Keys and values of one layer <-> coefficients: basis across channels, transform over blocks of time.
 
-    Coefficients with 0 bits are not stored. Rows (group, frequency, component) are sorted by width; codes of a row are
-    packed along time. A chunk holds, width by width, whole units [B, rows, units, bits] and then the codes that wait for
-    their unit to fill (`pack_rows`).
+    Components of which the plan stores no coefficient are never computed.
     """
 
     def __init__(self, xp, plan: Plan, row: int, like=None):
@@ -57,7 +57,7 @@ class SpectralCodec:
         def table(x, dtype=np.float32):
             return xp.asarray(np.ascontiguousarray(x, dtype), like=like)
 
-        kept = _kept_components(plan.widths[row])  # [G, R]; the others are never computed
+        kept = kept_components(plan.coded[row])  # [G, R]
         self.rank = kept.shape[1]
         basis = np.take_along_axis(orthonormalize(basis_set.basis[row]), kept[:, None], -1)
         weight = np.repeat(basis_set.weight[row], self.head_dim, axis=-1)[:, None]
@@ -66,26 +66,9 @@ class SpectralCodec:
         self.weight = None if np.all(weight == 1) else table(weight)  # [G, 1, Dg]
         self.time = table(time_matrix(basis_set.time, basis_set.block))
 
-        def by_frequency(x):  # [G, R, bands] -> [G, F, R] of the kept components
-            return np.take_along_axis(x, kept[..., None], 1)[..., octave_bands(self.block)].transpose(0, 2, 1)
-
-        widths, sigma = by_frequency(plan.widths[row]), np.sqrt(by_frequency(basis_set.variance[row]))
-        sigma = np.where(sigma > 0, sigma, np.float32(1))  # a coefficient that never moved
-        self.normalize = table(1 / sigma[:, None])  # [G, 1, F, R]
-        self.quantizers = RowTables(xp, plan.quantizers(xp, like), widths[:, None])
+        self.normalize = table(1 / deviations(basis_set, row, kept)[:, None])  # [G, 1, F, R]
         self.queries = plan.rounds and tuple(map(table, future_queries(*plan.query_statistics(row))))
-        self.gain = plan.rounds and table(by_frequency(plan.gain(row))[:, None])
-
-        widths, sigma = widths.reshape(-1), sigma.reshape(-1)  # rows in the order (group, frequency, component)
-        self.bits = [int(b) for b in np.unique(widths) if b]
-        rows = [np.flatnonzero(widths == b) for b in self.bits]
-        order = np.full(len(widths), sum(map(len, rows)), np.int32)  # dropped rows read the zero row at the end
-        if rows:
-            order[np.concatenate(rows)] = np.arange(len(order[widths > 0]))
-        self.order = table(order, np.int32)
-        self.rows = [table(chosen, np.int32) for chosen in rows]
-        self.scale = [table(sigma[chosen][:, None]) for chosen in rows]
-        self.levels = [table(basis_set.levels[b]) for b in self.bits]
+        self.gain = plan.rounds and table(by_frequency(plan.gain(row), kept, self.block)[:, None])
 
     def coefficients(self, keys, values, start: int):
         """Transform [B, H, T, D] keys and values (T a multiple of `block`) of tokens from position `start` on.
@@ -108,6 +91,59 @@ class SpectralCodec:
         weights = xp.concat([weights, weights], axis=1).reshape(batch, self.groups, -1, tokens)
         return z, xp.mean(weights, axis=2).reshape(*z.shape[:4])
 
+    def vectors(self, spectrum, start: int):
+        """Keys and values [B, H, T, D] float32 of coefficients [B, G, block, R, T / block], which have their scale.
+
+        Keys are rotated as the model had them, from position `start` on.
+        """
+        xp = self.xp
+        z = to_time(xp, spectrum, self.time)  # [B, G, T, R]
+        x = xp.matmul(z, xp.permute_dims(self.basis, (0, 2, 1)))
+        x = x + self.mean if self.weight is None else x / self.weight + self.mean
+        batch, _, tokens, _ = x.shape
+        x = x.reshape(batch, self.groups, tokens, -1, self.head_dim)
+        x = xp.permute_dims(x, (0, 1, 3, 2, 4)).reshape(batch, 2 * self.kv_heads, tokens, self.head_dim)
+        keys, values = x[:, : self.kv_heads], x[:, self.kv_heads :]
+        return (rotate(xp, keys, self.rope, start) if self.rope and self.method.rope == "pre" else keys), values
+
+    def tables(self) -> list:
+        """Every array that all sequences share."""
+        arrays = [self.mean, self.basis, self.time, self.normalize]
+        if self.weight is not None:
+            arrays.append(self.weight)
+        if self.queries:
+            arrays += [*self.queries, self.gain]
+        return arrays
+
+
+class SpectralCodec(TransformCodec):
+    """Coefficients as packed codes: one table entry per coefficient.
+
+    Coefficients with 0 bits are not stored. Rows (group, frequency, component) are sorted by width; codes of a row are
+    packed along time. A chunk holds, width by width, whole units [B, rows, units, bits] and then the codes that wait for
+    their unit to fill (`pack_rows`).
+    """
+
+    def __init__(self, xp, plan: Plan, row: int, like=None):
+        super().__init__(xp, plan, row, like)
+
+        def table(x, dtype=np.float32):
+            return xp.asarray(np.ascontiguousarray(x, dtype), like=like)
+
+        kept = kept_components(plan.coded[row])
+        widths, sigma = by_frequency(plan.widths[row], kept, self.block), deviations(plan.basis_set, row, kept)
+        self.quantizers = RowTables(xp, plan.quantizers(xp, like), widths[:, None])
+        widths, sigma = widths.reshape(-1), sigma.reshape(-1)  # rows in the order (group, frequency, component)
+        self.bits = [int(b) for b in np.unique(widths) if b]
+        rows = [np.flatnonzero(widths == b) for b in self.bits]
+        order = np.full(len(widths), sum(map(len, rows)), np.int32)  # dropped rows read the zero row at the end
+        if rows:
+            order[np.concatenate(rows)] = np.arange(len(order[widths > 0]))
+        self.order = table(order, np.int32)
+        self.rows = [table(chosen, np.int32) for chosen in rows]
+        self.scale = [table(sigma[chosen][:, None]) for chosen in rows]
+        self.levels = [table(plan.basis_set.levels[b]) for b in self.bits]
+
     def quantize(self, z, weights=None):
         """Coefficients [B, G, n, block, R] -> codes, one [B, rows, n] uint8 array per width of `bits`."""
         xp = self.xp
@@ -121,14 +157,14 @@ class SpectralCodec:
     def encode(self, keys, values, start: int) -> Chunk:
         """A new chunk from T tokens, T a multiple of `block`; raises ValueError on NaN or infinity."""
         z, weights = self.coefficients(keys, values, start)
-        _check_finite(self.xp, z)
+        check_finite(self.xp, z)
         packed = [pack_rows(self.xp, codes, b) for codes, b in zip(self.quantize(z, weights), self.bits)]
         return Chunk(keys.shape[0], start, keys.shape[2], _flatten(packed))
 
     def append(self, chunk: Chunk, keys, values) -> Chunk:
         """`chunk` with T more tokens behind its own."""
         z, weights = self.coefficients(keys, values, chunk.start + chunk.tokens)
-        _check_finite(self.xp, z)
+        check_finite(self.xp, z)
         n = chunk.tokens // self.block
         packed = [
             append_rows(self.xp, old, n, codes, b)
@@ -157,14 +193,7 @@ class SpectralCodec:
 
     def decode(self, chunk: Chunk):
         """Keys and values [B, H, T, D] float32 of a chunk; keys are rotated as the model had them."""
-        xp = self.xp
-        z = to_time(xp, self.spectrum(chunk), self.time)  # [B, G, T, R]
-        x = xp.matmul(z, xp.permute_dims(self.basis, (0, 2, 1)))
-        x = x + self.mean if self.weight is None else x / self.weight + self.mean
-        x = x.reshape(chunk.batch, self.groups, chunk.tokens, -1, self.head_dim)
-        x = xp.permute_dims(x, (0, 1, 3, 2, 4)).reshape(chunk.batch, 2 * self.kv_heads, chunk.tokens, self.head_dim)
-        keys, values = x[:, : self.kv_heads], x[:, self.kv_heads :]
-        return (rotate(xp, keys, self.rope, chunk.start) if self.rope and self.method.rope == "pre" else keys), values
+        return self.vectors(self.spectrum(chunk), chunk.start)
 
     def attend(self, chunk: Chunk, queries, scale: float):
         """Partial softmax of grouped `queries` [B, H, M, D] float32 over a chunk.
@@ -193,12 +222,8 @@ class SpectralCodec:
 
     def tables(self) -> list:
         """Every array that all sequences share."""
-        arrays = [self.mean, self.basis, self.time, self.normalize, self.order, *self.rows, *self.scale, *self.levels]
-        if self.weight is not None:
-            arrays.append(self.weight)
-        if self.queries:
-            arrays += [*self.queries, self.gain]
-        return arrays + self.quantizers.arrays()
+        rows = [self.order, *self.rows, *self.scale, *self.levels]
+        return super().tables() + rows + self.quantizers.arrays()
 
 
 class AffineCodec:
@@ -214,7 +239,7 @@ class AffineCodec:
         xp, arrays = self.xp, []
         for x in (keys, values):
             codes, scale, bias = quantize_affine(xp, x, self.bits, self.group_size)
-            _check_finite(xp, xp.concat([scale, bias], axis=-1))  # NaN, infinity, and what float16 cannot hold
+            check_finite(xp, xp.concat([scale, bias], axis=-1))  # NaN, infinity, and what float16 cannot hold
             arrays += [pack(xp, codes, self.bits), scale, bias]
         return Chunk(keys.shape[0], start, keys.shape[2], tuple(arrays))
 
@@ -248,7 +273,7 @@ class AffineCodec:
 
 def make_codec(xp, plan: Plan, row: int, like=None):
     """Codec of compressible layer number `row`, or None for a plan that compresses nothing."""
-    kind = {"spectral": SpectralCodec, "affine": AffineCodec, "none": None}[plan.method.codec]
+    kind = {"spectral": SpectralCodec, "affine": AffineCodec, "none": None}[get_live_method(plan.method).codec]
     return kind(xp, plan, row, like) if kind else None
 
 
@@ -257,11 +282,22 @@ def make_staging_codec(xp, plan: Plan, row: int, like=None):
     return SpectralCodec(xp, plan.staging, row, like) if plan.staging else None
 
 
-def _kept_components(widths: np.ndarray) -> np.ndarray:
-    """Components [G, R] with any bits in `widths` [G, R, F], ascending; as many in every group, others fill up."""
-    used = (widths > 0).any(-1)
+def kept_components(coded: np.ndarray) -> np.ndarray:
+    """Components [G, R] with anything stored in `coded` [G, R, F], ascending; as many in every group, others fill up."""
+    used = coded.any(-1)
     rank = max(int(used.sum(-1).max()), 1)
     return np.sort(np.argsort(~used, axis=-1, kind="stable")[:, :rank], axis=-1)
+
+
+def by_frequency(x: np.ndarray, kept: np.ndarray, block: int) -> np.ndarray:
+    """`x` [G, R, bands] of all components -> [G, block, R] of the components `kept` [G, R]."""
+    return np.take_along_axis(x, kept[..., None], 1)[..., octave_bands(block)].transpose(0, 2, 1)
+
+
+def deviations(basis_set: BasisSet, row: int, kept: np.ndarray) -> np.ndarray:
+    """Standard deviations [G, block, R] of the components `kept` [G, R]; 1 for a coefficient that never moved."""
+    sigma = np.sqrt(by_frequency(basis_set.variance[row], kept, basis_set.block))
+    return np.where(sigma > 0, sigma, np.float32(1))
 
 
 def select_rows(xp, chunk: Chunk, rows) -> Chunk:
@@ -277,6 +313,6 @@ def _flatten(pairs: list[tuple]) -> tuple:
     return tuple(array for pair in pairs for array in pair)
 
 
-def _check_finite(xp, x) -> None:
+def check_finite(xp, x) -> None:
     if not xp.all_finite(x):
         raise ValueError("Expected finite keys and values, received NaN or infinity: check the weights and the dtype.")

@@ -159,10 +159,13 @@ def quantize_steps(xp, x, step, offset, limit):
     return xp.where(x < 0, -cell, cell)
 
 
-def dequantize_steps(xp, codes, levels):
-    """Centroids, `levels` [limit + 1] float32 mirrored, looked up by signed `codes` (any shape) -> float32."""
+def dequantize_steps(xp, codes, levels, start=0):
+    """Centroids, `levels` [limit + 1] float32 mirrored, looked up by signed `codes` (any shape) -> float32.
+
+    `start`: where the levels of a code begin when those of several tables lie behind one another.
+    """
     codes = xp.astype(codes, xp.int32)
-    magnitude = xp.maximum(codes, -codes)
+    magnitude = xp.maximum(codes, -codes) + start
     x = xp.take(levels, magnitude.reshape(-1), axis=0).reshape(codes.shape)
     return xp.where(codes < 0, -x, x)
 

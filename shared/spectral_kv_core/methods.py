@@ -6,13 +6,15 @@ from dataclasses import dataclass
 
 GROUPS = ("head", "side", "layer")  # vectors that share one basis: one head; all K heads or all V heads; all of both
 ROUNDINGS = ("nearest", "expected-attention")
+CODECS = ("none", "affine", "spectral", "stored")
 
 
 @dataclass(frozen=True)
 class Method:
     """A recipe over shared parts.
 
-    codec: `none` keeps the host's precision, `affine` quantizes channels as they are, `spectral` quantizes latents.
+    codec: `none` keeps the host's precision, `affine` quantizes channels as they are, `spectral` quantizes latents,
+    `stored` does so with an entropy coder, for files.
     rope: keys are coded before (`pre`) or after (`post`) the rotary embedding.
     group: what shares one basis (`GROUPS`). block: tokens per time block. time: transform inside a block.
     group_size: channels that share a scale, for `affine`.
@@ -31,8 +33,8 @@ class Method:
     rounding: str = "nearest"
 
     def __post_init__(self):
-        if self.codec not in ("none", "affine", "spectral"):
-            raise ValueError(f"Expected a codec none, affine or spectral, received {self.codec!r}.")
+        if self.codec not in CODECS:
+            raise ValueError(f"Expected a codec in {CODECS}, received {self.codec!r}.")
         if self.rope not in ("pre", "post"):
             raise ValueError(f"Expected rope pre or post, received {self.rope!r}.")
         if self.group not in GROUPS:
@@ -43,7 +45,12 @@ class Method:
     @property
     def basis_set(self) -> str | None:
         """Name of the profile's basis set that this method reads, None for a method that needs no profile."""
-        return f"{self.group}.{self.rope}" if self.codec == "spectral" else None
+        return f"{self.group}.{self.rope}" if self.codec in ("spectral", "stored") else None
+
+    @property
+    def live(self) -> bool:
+        """Whether tokens can be appended and attended to; a method that is not live makes files only."""
+        return self.codec != "stored"
 
     @property
     def latent(self) -> bool:
@@ -75,6 +82,17 @@ METHODS = {
             rounding="expected-attention",
         ),
         Method(
+            "spectral-stored",
+            "stored",
+            "spectral-dense with uniform quantizers and an entropy coder with static tables; for files and transfer",
+            "as spectral-dense; entropy-coded scalar quantization with a dead zone, asymmetric numeral systems (Duda 2013)",
+            rope="pre",
+            group="layer",
+            time="dct",
+            block=16,
+            rounding="expected-attention",
+        ),
+        Method(
             "affine",
             "affine",
             "grouped asymmetric quantization per token, in the layout of mlx-lm's QuantizedKVCache",
@@ -93,3 +111,14 @@ def get_method(name: str | Method) -> Method:
     if name not in METHODS:
         raise ValueError(f"Expected a method among {', '.join(METHODS)}, received {name!r}.")
     return METHODS[name]
+
+
+def get_live_method(name: str | Method) -> Method:
+    """`get_method` for a cache in use; raises ValueError for a method that makes files only."""
+    method = get_method(name)
+    if not method.live:
+        raise ValueError(
+            f"Expected a method with a live cache, received {method.name}, which is for files: use save_prompt_cache and "
+            "load_prompt_cache, or spectralkv cache-prompt."
+        )
+    return method

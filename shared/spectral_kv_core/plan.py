@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
 from .allocation import allocate_bits
+from .calibration import HISTOGRAM_LIMIT
+from .entropy import StepTable, step_tables
 from .methods import Method, get_method
 from .profile import BasisSet, ModelShape, Profile
 from .quantizer import BIT_WIDTHS, flat_tables
 from .transform import band_sizes
 
 MIN_BITS, MAX_BITS = 0.25, 8.0
+STORED_BITS = (0.1, 7.0)  # the range of entropy-coded plans
+RATE_UNIT = 2**-16  # of the rates of entropy-coded tables, in bits: sums of integers are the same on every machine
 AFFINE_WIDTHS = (2, 3, 4, 5, 6, 8)
 PADDING = 1 / 1024  # share of the budget kept for codes that do not fill a byte, so that `bits` stays a ceiling
 STAGING_BITS = 4.0  # of a prompt that is still coming in
@@ -28,7 +33,9 @@ class Plan:
     """What one method stores under one budget.
 
     bits: the ceiling asked for, average stored bits per K or V element of the sealed region. widths: [L, G, R, F]
-    uint8 for the spectral codec, None otherwise. affine_bits: width of the codes of the affine codec.
+    uint8 for the spectral codec, None otherwise. affine_bits: width of the codes of the affine codec. tables, choices:
+    the quantizers of the stored codec, from the one that drops a coefficient to the finest, and which of them a
+    coefficient has, [L, G, R, F] uint8.
     """
 
     method: Method
@@ -38,6 +45,20 @@ class Plan:
     widths: np.ndarray | None = None
     affine_bits: int = 0
     profile: Profile | None = None
+    tables: tuple[StepTable, ...] = ()
+    choices: np.ndarray | None = None
+
+    @property
+    def coded(self) -> np.ndarray:
+        """Which coefficients are stored at all: bool [L, G, R, F]."""
+        return (self.widths if self.choices is None else self.choices) > 0
+
+    @property
+    def rates(self) -> np.ndarray:
+        """Bits per coefficient [L, G, R, F] float64; of entropy codes on calibration text, before time rounding."""
+        if self.choices is None:
+            return self.widths.astype(np.float64)
+        return (_table_rates(self.tables) * RATE_UNIT)[self.choices]
 
     @cached_property
     def bits_per_element(self) -> float:
@@ -46,8 +67,7 @@ class Plan:
             return 16.0
         if self.method.codec == "affine":
             return self.affine_bits + 32 / self.method.group_size
-        sizes = band_sizes(self.basis_set.block)
-        per_block = int((self.widths.astype(np.int64) * sizes).sum())
+        per_block = float((self.rates * band_sizes(self.basis_set.block)).sum())
         return per_block / (self.basis_set.block * elements_per_token(self.shape))
 
     @cached_property
@@ -92,9 +112,14 @@ class Plan:
         """Identifies what codes mean: method, widths and every table."""
         recipe = {key: value for key, value in vars(self.method).items() if key not in ("summary", "source")}
         digest = hashlib.sha256(f"{recipe}{self.affine_bits}{json.dumps(self.shape.to_json())}".encode())
-        if self.widths is not None:
+        if self.basis_set is not None:
             tables = (self.basis_set.mean, self.basis_set.weight, self.basis_set.basis, self.basis_set.variance)
-            for array in (self.widths, *tables, *self.basis_set.levels.values()):
+            if self.choices is None:
+                quantizers = (self.widths, *self.basis_set.levels.values())
+            else:
+                quantizers = (self.choices, *(x for t in self.tables for x in (t.levels, t.frequencies)))
+                digest.update(repr([(t.step, t.offset) for t in self.tables]).encode())
+            for array in (*tables, *quantizers):
                 digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()[:16]
 
@@ -114,7 +139,7 @@ def make_plan(
     """
     method = get_method(method)
     if bits is None:
-        bits = {"none": 16.0, "affine": 4 + 32 / method.group_size, "spectral": 3.0}[method.codec]
+        bits = {"none": 16.0, "affine": 4 + 32 / method.group_size, "spectral": 3.0, "stored": 1.0}[method.codec]
     if method.codec == "affine":
         return _affine_plan(shape, method, bits)
     low, high = bits_range(method)
@@ -133,6 +158,8 @@ def make_plan(
             f"Expected the time transform {method.time} over {method.block} tokens for {method.name}, the profile has "
             f"{basis_set.time} over {basis_set.block}. Calibrate again: spectralkv profile --model {profile.model}"
         )
+    if method.codec == "stored":
+        return _stored_plan(shape, profile, method, bits)
     sizes = band_sizes(basis_set.block)
     budget = int(np.floor(bits * (1 - PADDING) * elements_per_token(shape) * basis_set.block))
     copies = np.broadcast_to(sizes, basis_set.variance.shape).reshape(-1)
@@ -178,6 +205,8 @@ def bits_range(method: Method) -> tuple[float, float]:
     if method.codec == "affine":
         overhead = 32 / method.group_size
         return AFFINE_WIDTHS[0] + overhead, AFFINE_WIDTHS[-1] + overhead
+    if method.codec == "stored":
+        return STORED_BITS
     return MIN_BITS, MAX_BITS
 
 
@@ -229,6 +258,55 @@ def _affine_plan(shape: ModelShape, method: Method, bits: float) -> Plan:
     return Plan(method, bits, shape, affine_bits=reachable[-1])
 
 
+def _stored_plan(shape: ModelShape, profile: Profile, method: Method, bits: float) -> Plan:
+    """One Lagrangian over all coefficients and tables, with the rates that the tables have on calibration text."""
+    basis_set = profile.basis_set(method.basis_set)
+    if basis_set.histogram is None:
+        raise ValueError(
+            f"Expected a profile with the histogram that {method.name} codes by, {profile.path or 'this one'} is older. "
+            f"Calibrate again: spectralkv profile --model {profile.model}"
+        )
+    tables = _step_tables(basis_set.histogram.tobytes())
+    sizes, rates = band_sizes(basis_set.block), _table_rates(tables)
+    budget = int(bits * elements_per_token(shape) * basis_set.block / RATE_UNIT)
+    copies = np.broadcast_to(sizes, basis_set.variance.shape).reshape(-1)
+    costs = (_stored_costs(basis_set, tables) * sizes[:, None]).reshape(len(copies), -1)
+    choices = allocate_bits(costs, copies, budget, rates)
+    choices = choices.reshape(basis_set.variance.shape)
+    return Plan(method, bits, shape, basis_set, profile=profile, tables=tables, choices=choices)
+
+
+@lru_cache(maxsize=4)
+def _step_tables(histogram: bytes) -> tuple[StepTable, ...]:
+    return tuple(step_tables(np.frombuffer(histogram, np.int64), HISTOGRAM_LIMIT))
+
+
+def _table_rates(tables: tuple[StepTable, ...]) -> np.ndarray:
+    """Rates [tables] int64 in `RATE_UNIT`."""
+    return np.array([round(t.rate / RATE_UNIT) for t in tables], np.int64)
+
+
+def _stored_costs(basis_set: BasisSet, tables: tuple[StepTable, ...]) -> np.ndarray:
+    """`_costs` for entropy-coded tables, [L, G, R, F, tables].
+
+    What was measured at a fixed width b is taken over as a ratio to the product model, E[g^2 (y - Q_b(y))^2] /
+    (E[g^2] E[y^2] D(b)), and interpolated linearly in log D.
+    """
+    product = basis_set.sensitivity.astype(np.float64) * basis_set.variance
+    safe = np.where(product > 0, product, 1.0)
+    distortion = _distortions(basis_set)
+    known = [-math.log(d) for d in distortion]  # ascending
+    columns = []
+    for t in tables:
+        at = min(max(-math.log(t.mse), known[0]), known[-1])
+        i = min(int(np.searchsorted(known, at, side="right")), len(known) - 1)
+        share = float(f"{(at - known[i - 1]) / (known[i] - known[i - 1]):.9g}")  # logarithms differ between machines
+        low, high = (basis_set.cost[..., j] / safe / distortion[j] for j in (i - 1, i))
+        ratio = low * (1 - share) + high * share
+        columns.append((MEASURED_SHARE * ratio + (1 - MEASURED_SHARE)) * product * t.mse)
+    return np.stack(columns, axis=-1)
+
+
 def _costs(basis_set: BasisSet) -> np.ndarray:
     """Expected loss [L, G, R, F, W] of one coefficient of every band at every width, up to one common factor.
 
@@ -236,8 +314,13 @@ def _costs(basis_set: BasisSet) -> np.ndarray:
     metric (RATE_DISTORTION.md, section 5), half measured, half the product model that generalises better.
     """
     product = basis_set.sensitivity.astype(np.float64) * basis_set.variance
-    distortion = np.array([1.0] + [_distortion(basis_set.levels[b]) for b in BIT_WIDTHS if b])
+    distortion = np.array(_distortions(basis_set))
     return MEASURED_SHARE * basis_set.cost.astype(np.float64) + (1 - MEASURED_SHARE) * product[..., None] * distortion
+
+
+def _distortions(basis_set: BasisSet) -> list[float]:
+    """`_distortion` at every width."""
+    return [1.0] + [_distortion(basis_set.levels[b]) for b in BIT_WIDTHS if b]
 
 
 def _distortion(levels: np.ndarray) -> float:
