@@ -7,6 +7,7 @@ from .capture import capture
 from .generation import make_prompt_cache
 from .integration import load_model, restore
 from .profiler import SpectralProfiler
+from .prompt_cache import load_prompt_cache, save_prompt_cache
 
 __all__ = [
     "SpectralProfile",
@@ -14,6 +15,8 @@ __all__ = [
     "cache_nbytes",
     "capture",
     "load_model",
+    "load_prompt_cache",
     "make_prompt_cache",
     "restore",
+    "save_prompt_cache",
 ]

@@ -18,11 +18,13 @@ from mlx_lm.models.cache import (
 )
 
 from spectral_kv_core.cache import LATENT_QUERIES, CacheSize, Lane, LayerCache
-from spectral_kv_core.codec import Chunk, make_codec, make_staging_codec
+from spectral_kv_core.codec import Chunk, make_staging_codec
 from spectral_kv_core.plan import Plan
+from spectral_kv_core.prompt_file import codec_of
 
 from . import ops
 from .handles import RoutedCache, caller_is_routed
+from .integration import exact_layer
 
 
 class SpectralKVCache(RoutedCache):
@@ -36,7 +38,7 @@ class SpectralKVCache(RoutedCache):
         self.plan, self.row = plan, row
         self.left_padding = [int(p) for p in left_padding] if left_padding is not None else None
         staging = partial(make_staging_codec, ops, plan, row) if plan.staging else None
-        self.store = LayerCache(ops, make_codec(ops, plan, row), sinks, window, staging)
+        self.store = LayerCache(ops, codec_of(ops, plan, row), sinks, window, staging)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Take in [B, H, L, D] post-RoPE keys and values."""
@@ -199,6 +201,24 @@ class SpectralKVCache(RoutedCache):
             raise ValueError(
                 f"Expected keys with (kv_heads, head_dim) {expected}, received {received}: the profile is of another model."
             )
+
+
+def fill(cache: list, plain: list) -> None:
+    """Let the empty `cache` take over the tokens of another, as one call with all of them would have left it.
+
+    A single call to an empty cache attends exactly, so only what is stored can differ. `plain`, which may be compressed
+    itself, stays as it is.
+    """
+    for layer_idx, (layer, host) in enumerate(zip(cache, plain)):
+        if not isinstance(layer, SpectralKVCache):
+            cache[layer_idx] = copy.deepcopy(host)
+            continue
+        if isinstance(host, SpectralKVCache):
+            layer.append(*host.keys_and_values())
+        else:
+            held = exact_layer(host)
+            layer.append(held.keys, held.values)
+        mx.eval(layer.arrays())  # else the keys and values of every layer live until the last one
 
 
 def cache_nbytes(cache: list) -> CacheSize:

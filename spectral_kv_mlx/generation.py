@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import resource
 import sys
 import time
@@ -13,12 +12,11 @@ import numpy as np
 from mlx_lm.generate import generate_step
 
 from spectral_kv_core.generation import Generated
-from spectral_kv_core.methods import get_method
+from spectral_kv_core.methods import get_live_method
 from spectral_kv_core.plan import plan_for
 from spectral_kv_core.profile import Profile
-from spectral_kv_core.profile_store import auto_profile, name_passed_layers, warn_if_other_weights
 
-from .cache import SpectralKVCache, cache_nbytes
+from .cache import SpectralKVCache, cache_nbytes, fill
 from .integration import (
     end_tokens,
     host_layers,
@@ -28,26 +26,33 @@ from .integration import (
     model_dtype,
     model_shape,
     padded,
+    plain_cache,
     weights_digest,
 )
 from .ops import to_numpy
 from .profiler import SpectralProfiler
+from .prompt_cache import decode_cache, encode_cache, load_prompt_cache, save_prompt_cache
 
 __all__ = [
     "HOST_PACKAGES",
     "SpectralProfiler",
     "cache_nbytes",
     "context_limit",
+    "decode_cache",
+    "encode_cache",
     "feed",
     "fill",
     "generate",
     "load_model",
+    "load_prompt_cache",
     "make_prompt_cache",
     "model_dtype",
     "model_shape",
     "peak_bytes",
     "plain_cache",
+    "prefill",
     "reset_peak",
+    "save_prompt_cache",
     "score",
     "weights_digest",
 ]
@@ -75,21 +80,12 @@ def make_prompt_cache(
     there is none. left_padding: slots of padding before every row of a batch (torch reads them off the mask). Raises
     ValueError for a budget out of range, a profile of another model, or nothing to compress.
     """
-    shape, passed = model_shape(model)
-    if not shape.layers:
-        raise ValueError(
-            f"Expected full-attention layers to compress, received only: {', '.join(set(passed.values()))}."
-        )
-    method = get_method(method)
-    if profile is None and method.basis_set:
-        profile = auto_profile(shape, method.basis_set, lambda: SpectralProfiler().profile_from_model(model, tokenizer))
+    method = get_live_method(method)
+    shape, passed, profile = SpectralProfiler().profile_for(model, method, profile, tokenizer)
     layers = host_layers(model)
     size = model_dtype(model).size
     other = sum(getattr(layers[i], "max_size", 0) for i in passed) * 2 * shape.kv_heads * shape.head_dim * size
     plan = plan_for(shape, profile, method, bits, budget_bytes, max_context, window, sinks, size, other)
-    name_passed_layers(passed)
-    if profile is not None:
-        warn_if_other_weights(profile, weights_digest(model))
     install(model)
     if left_padding is not None:
         for layer_idx in passed:
@@ -97,24 +93,6 @@ def make_prompt_cache(
     for row, layer_idx in enumerate(shape.layers):
         layers[layer_idx] = SpectralKVCache(plan, row, sinks, window, left_padding)
     return layers
-
-
-def plain_cache(model) -> list:
-    """The host's own cache, which keeps everything."""
-    return host_layers(model)
-
-
-def fill(cache: list, plain: list) -> None:
-    """Let the empty `cache` take over the tokens of a plain cache, as one call with all of them would have left it.
-
-    A single call to an empty cache attends exactly, so only what is stored can differ. `plain` stays as it is.
-    """
-    for layer_idx, (layer, host) in enumerate(zip(cache, plain)):
-        if isinstance(layer, SpectralKVCache):
-            layer.append(*host.keys_and_values())
-            mx.eval(layer.arrays())  # else the keys and values of every layer live until the last one
-        else:
-            cache[layer_idx] = copy.deepcopy(host)
 
 
 def generate(
@@ -126,7 +104,10 @@ def generate(
     ignore_eos: bool,
     on_token: Callable[[int], None],
 ) -> Generated:
-    """Greedy tokens after `prompt` by mlx-lm's `generate_step`, with times; `on_token` sees each as it comes."""
+    """Greedy tokens after `prompt`, which follows what `cache` holds, by mlx-lm's `generate_step`, with times.
+
+    `on_token` sees each token as it comes.
+    """
     ends = () if ignore_eos else end_tokens(tokenizer)
     tokens, times = [], [time.perf_counter()]
     steps = generate_step(
@@ -151,15 +132,21 @@ def feed(model, tokens: list[int], cache: list, keep: int = 1) -> np.ndarray:
     return logits
 
 
-def score(model, prompt: list[int], continuation: list[int], cache: list) -> np.ndarray:
-    """Logits [len(continuation), vocabulary] float32 for every token of `continuation`, fed one at a time after `prompt`.
+def prefill(model, prompt: list[int], cache: list) -> np.ndarray:
+    """Logits [1, vocabulary] float32 of the last token of `prompt`, which enters `cache` in pieces.
 
-    The last token of `prompt` is fed alone, as mlx-lm's `generate_step` does: logits of a whole chunk are never made.
+    The last token is fed alone, as mlx-lm's `generate_step` does: logits of a whole piece are never made.
     """
     for start in range(0, len(prompt) - 1, PREFILL_CHUNK):
         model(mx.array([prompt[start : min(start + PREFILL_CHUNK, len(prompt) - 1)]]), cache=cache)
         mx.eval([c.state for c in cache])
-    return np.concatenate([feed(model, [token], cache) for token in [prompt[-1], *continuation[:-1]]])
+    return feed(model, prompt[-1:], cache)
+
+
+def score(model, prompt: list[int], continuation: list[int], cache: list) -> np.ndarray:
+    """Logits [len(continuation), vocabulary] float32 for every token of `continuation`, fed one at a time after `prompt`."""
+    logits = [prefill(model, prompt, cache)]
+    return np.concatenate(logits + [feed(model, [token], cache) for token in continuation[:-1]])
 
 
 def reset_peak() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import sys
@@ -16,10 +17,18 @@ import mlx_lm
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models import base
-from mlx_lm.models.cache import ArraysCache, BatchRotatingKVCache, KVCache, RotatingKVCache, create_causal_mask
+from mlx_lm.models.cache import (
+    ArraysCache,
+    BatchKVCache,
+    BatchRotatingKVCache,
+    KVCache,
+    RotatingKVCache,
+    create_causal_mask,
+)
 from mlx_lm.utils import _download, load_config
 
 from spectral_kv_core.profile import ModelShape
+from spectral_kv_core.prompt_file import ExactLayer
 from spectral_kv_core.rope import Rope
 
 from .handles import ATTENTION, is_dispatcher, make_dispatcher
@@ -120,6 +129,8 @@ def host_layers(model) -> list:
 
 def padded(cache, left_padding: list[int]):
     """The host's counterpart of `cache` for a batch with left padding; raises ValueError where mlx-lm has none."""
+    if type(cache) is KVCache:
+        return BatchKVCache(left_padding)
     if type(cache) is RotatingKVCache and not cache.keep:
         return BatchRotatingKVCache(cache.max_size, left_padding)
     if type(cache) is ArraysCache:
@@ -127,6 +138,57 @@ def padded(cache, left_padding: list[int]):
     raise ValueError(
         f"Expected layers that mlx-lm can pad, received a {type(cache).__name__} with left_padding. Generate row by row."
     )
+
+
+def plain_cache(model) -> list:
+    """The host's own cache, which keeps everything."""
+    return host_layers(model)
+
+
+def exact_layer(cache) -> ExactLayer:
+    """What a layer of the host's own holds; raises ValueError for a kind that is no list of keys and values."""
+    rotating = type(cache) in (RotatingKVCache, BatchRotatingKVCache)
+    if not (rotating or type(cache) in (KVCache, BatchKVCache)) or getattr(cache, "keep", 0):
+        raise ValueError(
+            f"Expected layers that keep keys and values in their order, received a {type(cache).__name__}, which cannot be "
+            "stored yet. Keep the prompt itself."
+        )
+    if cache.empty():
+        raise ValueError("Expected a cache that has read a prompt, received an empty one.")
+    if not rotating:
+        return ExactLayer(*cache.keys_and_values(), cache.size())
+    if isinstance(cache, BatchRotatingKVCache):
+        cache = copy.copy(cache)
+        cache._temporal_order()
+        keys, values, seen = cache.keys[:, :, : cache._idx], cache.values[:, :, : cache._idx], cache._offset
+    else:
+        keys, values, seen = cache._temporal_order(cache.keys), cache._temporal_order(cache.values), cache.offset
+    keep = min(seen, cache.max_size)
+    return ExactLayer(keys[:, :, -keep:], values[:, :, -keep:], seen)
+
+
+def set_exact_layer(cache, held: ExactLayer) -> None:
+    """Let an empty layer of the host's own hold the arrays of `held`; raises ValueError when they are too few."""
+    seen, received, window = held.seen, held.keys.shape[2], getattr(cache, "max_size", held.seen + 1)
+    if received < min(seen, window - 1):
+        raise ValueError(
+            f"Expected the last {min(seen, window - 1):,} tokens for a window of {window:,}, received {received:,}: the cache "
+            "is of a model with another window. Make it again."
+        )
+    keep = min(seen, window)
+    # torch keeps one token less than the window: the slot of the missing one is the first to be overwritten
+    gap = [(0, 0), (0, 0), (max(keep - received, 0), 0), (0, 0)]
+    keys, values = (mx.pad(x[:, :, -keep:], gap) for x in (held.keys, held.values))
+    kind = type(cache)
+    if kind is KVCache:
+        cache.state = keys, values, seen
+    elif kind is RotatingKVCache:
+        cache.state = keys, values, seen, cache.keep, window, keep
+    elif kind is BatchKVCache:
+        cache.state = keys, values, cache.offset + seen, cache.left_padding, seen
+    else:
+        padding = cache.left_padding - (seen - keep)
+        cache.state = keys, values, cache.offset + seen, padding, window, seen, keep, False
 
 
 def model_shape(model) -> tuple[ModelShape, dict[int, str]]:

@@ -29,9 +29,9 @@ from mlx.core import (
 )
 
 __all__ = [
-    "all_finite", "asarray", "astype", "clip", "concat", "copy", "cos", "exp", "float16", "float32", "int32", "matmul",
-    "max", "maximum", "mean", "min", "permute_dims", "round", "sin", "split_bytes", "sqrt", "square", "stack", "sum", "take",
-    "to_numpy", "uint8", "where", "zeros",
+    "all_finite", "asarray", "astype", "clip", "concat", "copy", "cos", "exp", "float16", "float32", "from_file", "int32",
+    "matmul", "max", "maximum", "mean", "min", "permute_dims", "round", "sin", "split_bytes", "sqrt", "square", "stack",
+    "sum", "take", "to_file", "to_numpy", "uint8", "where", "zeros",
 ]  # fmt: skip
 
 
@@ -43,6 +43,16 @@ def asarray(x, like=None):
 def to_numpy(x) -> np.ndarray:
     """`x` as a NumPy array; floating types become float32 (NumPy has no bfloat16)."""
     return np.array(x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x)
+
+
+def to_file(x) -> tuple[np.ndarray, str]:
+    """`x` bit by bit as a NumPy array, and the name of its dtype; bfloat16 goes as uint16."""
+    return np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x), str(x.dtype).removeprefix("mlx.core.")
+
+
+def from_file(x: np.ndarray, dtype: str, like=None):
+    """Inverse of `to_file`."""
+    return mx.array(x).view(mx.bfloat16) if dtype == "bfloat16" else mx.array(x)
 
 
 def astype(x, dtype):

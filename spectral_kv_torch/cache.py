@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from spectral_kv_core.cache import CacheSize, LayerCache
-from spectral_kv_core.codec import make_codec, make_staging_codec
+from spectral_kv_core.codec import make_staging_codec
+from spectral_kv_core.methods import get_live_method
 from spectral_kv_core.plan import Plan, make_plan
 from spectral_kv_core.profile import Profile
+from spectral_kv_core.prompt_file import codec_of
 
 from . import ops
 from .handles import Pending
+from .integration import exact_layer
 
 
 class SpectralKVLayer(CacheLayerMixin):
@@ -33,7 +37,7 @@ class SpectralKVLayer(CacheLayerMixin):
         self.pending: Pending | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Put the codec's tables on the device of the first keys."""
+        """Open the store on the device of the first keys."""
         shape = self.plan.shape
         expected = (shape.kv_heads, shape.head_dim)
         received = (key_states.shape[1], key_states.shape[3])
@@ -41,11 +45,15 @@ class SpectralKVLayer(CacheLayerMixin):
             raise ValueError(
                 f"Expected keys with (kv_heads, head_dim) {expected}, received {received}: the profile is of another model."
             )
-        device = key_states.device
-        codec = make_codec(ops, self.plan, self.row, like=device)
+        self.open(key_states.device)
+
+    def open(self, device: torch.device) -> LayerCache:
+        """Put the codec's tables on `device`; returns the store, empty."""
+        codec = codec_of(ops, self.plan, self.row, like=device)
         staging = partial(make_staging_codec, ops, self.plan, self.row, device) if self.plan.staging else None
         self.store = LayerCache(ops, codec, self.sinks, self.window, staging)
         self.is_initialized = True
+        return self.store
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Take in [B, H, L, D] post-RoPE keys and values; returns handles of shape [B, H, seen, D]."""
@@ -81,6 +89,20 @@ class SpectralKVLayer(CacheLayerMixin):
         if self.pending is not None:
             pending, self.pending = self.pending, None
             self.store.append(pending.keys, pending.values)
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, padding: list[int] | None = None) -> None:
+        """Take in [B, H, L, D] post-RoPE keys and values without attending; `padding` [B] at the first call."""
+        if self.store is None:
+            self.lazy_initialization(keys, values)
+        self.commit()
+        if self.is_empty():
+            self.store.start(keys.shape[0], padding)
+        self.store.append(keys, values)
+
+    def keys_and_values(self) -> tuple:
+        """Decoded keys and values [B, H, seen, D]; None twice when empty."""
+        self.commit()
+        return (self.store.dense() if self.store is not None else None) or (None, None)
 
     def finalize(self) -> None:
         """End the prompt: what it staged at more bits is encoded at the plan's."""
@@ -154,7 +176,7 @@ class SpectralCache(Cache):
         plan: Plan | None = None,
         layers: list | None = None,
     ):
-        plan = plan or make_plan(profile.shape, profile, method, bits)
+        plan = plan or make_plan(profile.shape, profile, get_live_method(method), bits)
         layers = list(layers) if layers is not None else [DynamicLayer() for _ in range(plan.shape.num_layers)]
         for row, layer_idx in enumerate(plan.shape.layers):
             layers[layer_idx] = SpectralKVLayer(plan, row, sinks, window)
@@ -166,6 +188,23 @@ class SpectralCache(Cache):
         for layer in self.layers:
             if isinstance(layer, SpectralKVLayer):
                 layer.finalize()
+
+
+@torch.no_grad()
+def fill(cache: Cache, plain: Cache) -> None:
+    """Let the empty `cache` take over the tokens of another, as one call with all of them would have left it.
+
+    A single call to an empty cache attends exactly, so only what is stored can differ. `plain`, which may be compressed
+    itself, stays as it is; rows of a batch must be of equal length in a plain one, which does not know its padding.
+    """
+    for layer_idx, (layer, host) in enumerate(zip(cache.layers, plain.layers)):
+        if not isinstance(layer, SpectralKVLayer):
+            cache.layers[layer_idx] = copy.deepcopy(host)
+        elif isinstance(host, SpectralKVLayer):
+            layer.append(*host.keys_and_values(), host.store.padding)
+        else:
+            held = exact_layer(host)
+            layer.append(held.keys, held.values)
 
 
 def cache_nbytes(cache: Cache) -> CacheSize:

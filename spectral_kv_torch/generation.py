@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import resource
 import sys
 import time
@@ -11,34 +10,48 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from transformers import GenerationConfig
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
 from spectral_kv_core.generation import Generated
-from spectral_kv_core.methods import get_method
+from spectral_kv_core.methods import get_live_method
 from spectral_kv_core.plan import plan_for
 from spectral_kv_core.profile import Profile
-from spectral_kv_core.profile_store import auto_profile, name_passed_layers, warn_if_other_weights
 
-from .cache import SpectralCache, SpectralKVLayer, cache_nbytes
-from .integration import host_layers, install, load_model, max_context, model_dtype, model_shape, weights_digest
+from .cache import SpectralCache, cache_nbytes, fill
+from .integration import (
+    host_layers,
+    install,
+    load_model,
+    max_context,
+    model_dtype,
+    model_shape,
+    plain_cache,
+    weights_digest,
+)
 from .ops import to_numpy
 from .profiler import SpectralProfiler
+from .prompt_cache import decode_cache, encode_cache, load_prompt_cache, save_prompt_cache
 
 __all__ = [
     "HOST_PACKAGES",
     "SpectralProfiler",
     "cache_nbytes",
     "context_limit",
+    "decode_cache",
+    "encode_cache",
     "feed",
     "fill",
     "generate",
     "load_model",
+    "load_prompt_cache",
     "make_prompt_cache",
     "model_dtype",
     "model_shape",
     "peak_bytes",
     "plain_cache",
+    "prefill",
     "reset_peak",
+    "save_prompt_cache",
     "score",
     "weights_digest",
 ]
@@ -64,44 +77,16 @@ def make_prompt_cache(
     window, sinks: last and first tokens kept exactly. profile None looks for one, and calibrates (with `tokenizer`) if
     there is none. Raises ValueError for a budget out of range, a profile of another model, or nothing to compress.
     """
-    shape, passed = model_shape(model)
-    if not shape.layers:
-        raise ValueError(
-            f"Expected full-attention layers to compress, received only: {', '.join(set(passed.values()))}."
-        )
-    method = get_method(method)
-    if profile is None and method.basis_set:
-        profile = auto_profile(shape, method.basis_set, lambda: SpectralProfiler().profile_from_model(model, tokenizer))
+    method = get_live_method(method)
+    shape, passed, profile = SpectralProfiler().profile_for(model, method, profile, tokenizer)
     layers = host_layers(model)
     size = torch.empty((), dtype=model.dtype).element_size()
     other = (
         sum(getattr(layers[i], "sliding_window", 1) - 1 for i in passed) * 2 * shape.kv_heads * shape.head_dim * size
     )
     plan = plan_for(shape, profile, method, bits, budget_bytes, max_context, window, sinks, size, other)
-    name_passed_layers(passed)
-    if profile is not None:
-        warn_if_other_weights(profile, weights_digest(model))
     install(model)
     return SpectralCache(window=window, sinks=sinks, plan=plan, layers=layers)
-
-
-def plain_cache(model) -> Cache:
-    """The host's own cache, which keeps everything."""
-    return DynamicCache(config=model.config.get_text_config(decoder=True))
-
-
-@torch.inference_mode()
-def fill(cache: Cache, plain: Cache) -> None:
-    """Let the empty `cache` take over the tokens of a plain cache, as one call with all of them would have left it.
-
-    A single call to an empty cache attends exactly, so only what is stored can differ. `plain` stays as it is.
-    """
-    for layer_idx, (layer, host) in enumerate(zip(cache.layers, plain.layers)):
-        if isinstance(layer, SpectralKVLayer):
-            layer.update(host.keys, host.values)
-            layer.commit()
-        else:
-            cache.layers[layer_idx] = copy.deepcopy(host)
 
 
 class _Clock:
@@ -131,7 +116,10 @@ def generate(
     ignore_eos: bool,
     on_token: Callable[[int], None],
 ) -> Generated:
-    """Greedy tokens after `prompt` by `model.generate`, with times; `on_token` sees each as it comes."""
+    """Greedy tokens after `prompt`, which follows what `cache` holds, by `model.generate`, with times.
+
+    `on_token` sees each token as it comes.
+    """
     clock = _Clock(on_token)
     config = GenerationConfig(
         max_new_tokens=max_tokens,
@@ -141,7 +129,8 @@ def generate(
         prefill_chunk_size=PREFILL_CHUNK if len(prompt) > PREFILL_CHUNK else None,
     )
     batch = torch.tensor([prompt], device=model.device)
-    mask = torch.ones_like(batch)
+    # transformers takes a mask that is longer than the tokens as a sign that they are new ones only
+    mask = torch.ones((1, cache.get_seq_length() + len(prompt)), dtype=torch.long, device=model.device)
     model.generate(batch, attention_mask=mask, past_key_values=cache, generation_config=config, streamer=clock)
     return Generated(clock.tokens, clock.times)
 
@@ -153,13 +142,17 @@ def feed(model, tokens: list[int], cache: Cache, keep: int = 1) -> np.ndarray:
     return to_numpy(model(batch, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits[0, -keep:])
 
 
+def prefill(model, prompt: list[int], cache: Cache) -> np.ndarray:
+    """Logits [1, vocabulary] float32 of the last token of `prompt`, which enters `cache` in pieces."""
+    for start in range(0, len(prompt), PREFILL_CHUNK):
+        logits = feed(model, prompt[start : start + PREFILL_CHUNK], cache)
+    return logits
+
+
 def score(model, prompt: list[int], continuation: list[int], cache: Cache) -> np.ndarray:
     """Logits [len(continuation), vocabulary] float32 for every token of `continuation`, fed one at a time after `prompt`."""
-    for start in range(0, len(prompt), PREFILL_CHUNK):
-        logits = [feed(model, prompt[start : start + PREFILL_CHUNK], cache)]
-    for token in continuation[:-1]:
-        logits.append(feed(model, [token], cache))
-    return np.concatenate(logits)
+    logits = [prefill(model, prompt, cache)]
+    return np.concatenate(logits + [feed(model, [token], cache) for token in continuation[:-1]])
 
 
 def reset_peak() -> None:

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from spectral_kv_core.profile import ModelShape
+from spectral_kv_core.prompt_file import ExactLayer
 from spectral_kv_core.rope import Rope
 
 from .handles import Handle
@@ -97,6 +98,50 @@ def host_layers(model) -> list:
     config = model.config.get_text_config(decoder=True)
     layers = DynamicCache(config=config).layers
     return layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]
+
+
+def plain_cache(model) -> Cache:
+    """The host's own cache, which keeps everything."""
+    cache = DynamicCache()
+    cache.layers = host_layers(model)
+    return cache
+
+
+def exact_layer(layer) -> ExactLayer:
+    """What a layer of the host's own holds; raises ValueError for a kind that is no list of keys and values."""
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        raise ValueError(
+            f"Expected layers that keep keys and values in their order, received a {type(layer).__name__}, which cannot be "
+            "stored yet. Keep the prompt itself."
+        )
+    if not layer.get_seq_length():
+        raise ValueError("Expected a cache that has read a prompt, received an empty one.")
+    keep = _kept(layer, layer.get_seq_length())
+    return ExactLayer(layer.keys[:, :, -keep:], layer.values[:, :, -keep:], layer.get_seq_length())
+
+
+def set_exact_layer(layer, held: ExactLayer) -> None:
+    """Let an empty layer of the host's own hold the tensors of `held`; raises ValueError when they are too few."""
+    layer.lazy_initialization(held.keys, held.values)
+    if layer.is_sliding:
+        layer.cumulative_length = held.seen
+    keep = _kept(layer, held.seen)
+    if held.keys.shape[2] < keep:
+        raise ValueError(
+            f"Expected the last {keep:,} tokens for a window of {layer.sliding_window:,}, received {held.keys.shape[2]:,}: "
+            "the cache is of a model with another window. Make it again."
+        )
+    layer.keys, layer.values = held.keys[:, :, -keep:].contiguous(), held.values[:, :, -keep:].contiguous()
+
+
+def _kept(layer, seen: int) -> int:
+    """How many of `seen` tokens a layer of the host's own has use for: one less than its window, where it has one."""
+    return min(seen, layer.sliding_window - 1) if layer.is_sliding else seen
+
+
+def model_name(model) -> str:
+    """Where transformers found the model, else its kind."""
+    return model.config.name_or_path or type(model).__name__
 
 
 def model_shape(model) -> tuple[ModelShape, dict[int, str]]:

@@ -9,9 +9,9 @@ import torch
 from torch import clip, cos, exp, float16, float32, int32, matmul, permute, round, sin, sqrt, square, uint8
 
 __all__ = [
-    "all_finite", "asarray", "astype", "clip", "concat", "copy", "cos", "exp", "float16", "float32", "int32", "matmul",
-    "max", "maximum", "mean", "min", "permute_dims", "round", "sin", "split_bytes", "sqrt", "square", "stack", "sum", "take",
-    "to_numpy", "uint8", "where", "zeros",
+    "all_finite", "asarray", "astype", "clip", "concat", "copy", "cos", "exp", "float16", "float32", "from_file", "int32",
+    "matmul", "max", "maximum", "mean", "min", "permute_dims", "round", "sin", "split_bytes", "sqrt", "square", "stack",
+    "sum", "take", "to_file", "to_numpy", "uint8", "where", "zeros",
 ]  # fmt: skip
 
 permute_dims = permute
@@ -27,6 +27,20 @@ def to_numpy(x) -> np.ndarray:
     """`x` as a NumPy array; floating types become float32 (NumPy has no bfloat16)."""
     x = x.detach()
     return (x.float() if x.is_floating_point() else x).cpu().numpy()
+
+
+def to_file(x) -> tuple[np.ndarray, str]:
+    """`x` bit by bit as a NumPy array, and the name of its dtype; bfloat16 goes as uint16."""
+    x = x.detach().cpu().contiguous()
+    array = x.view(torch.int16).numpy().view(np.uint16) if x.dtype == torch.bfloat16 else x.numpy()
+    return array, str(x.dtype).removeprefix("torch.")
+
+
+def from_file(x: np.ndarray, dtype: str, like=None):
+    """Inverse of `to_file`, on the device of `like` (a tensor or a device)."""
+    if dtype == "bfloat16":
+        return asarray(x.view(np.int16), like).view(torch.bfloat16)
+    return asarray(x, like)
 
 
 def astype(x, dtype):

@@ -11,7 +11,7 @@ from spectral_kv_core.profile import ModelShape
 from spectral_kv_core.profiler import ProfilerBase
 
 from .capture import capture, score_gradients
-from .integration import load_model, max_context, model_shape, weights_digest
+from .integration import load_model, max_context, model_name, model_shape, weights_digest
 from .ops import to_numpy
 
 
@@ -22,8 +22,7 @@ class SpectralProfiler(ProfilerBase):
         return load_model(name)
 
     def describe(self, model) -> tuple[ModelShape, dict[int, str], str, str, int | None]:
-        name = model.config.name_or_path or type(model).__name__
-        return *model_shape(model), weights_digest(model), name, max_context(model)
+        return *model_shape(model), weights_digest(model), model_name(model), max_context(model)
 
     def activations(self, model, shape: ModelShape, tokens: list[int]) -> Iterator[tuple]:
         cache = capture(model, tokens)

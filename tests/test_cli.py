@@ -15,7 +15,8 @@ from safetensors.numpy import load_file, save_file
 from tiny_checkpoint import save_tiny_checkpoint
 
 from spectral_kv_core import backends, cli
-from spectral_kv_core.profile import METADATA_KEY, Profile
+from spectral_kv_core.profile import Profile
+from spectral_kv_core.signed_file import METADATA_KEY
 
 TEXT = "In the beginning there was a table, and on the table stood 23 cups; nobody knew whose they were. " * 30
 GENERATE_KEYS = {
@@ -146,6 +147,102 @@ def test_inspect_and_methods(capsys, profile):
     names = {row["name"] for row in json_of(capsys, "methods")["methods"]}
     assert {"spectral", "affine", "identity"} <= names
     assert "spectral" in run(capsys, "methods")[1]
+
+
+QUESTION = "How many cups stood on the table?"
+
+
+def cache_prompt(model, profile, output, *more):
+    return [
+        "cache-prompt", "--model", model, "--backend", "torch", "--prompt", TEXT, "--profile", profile, "--output",
+        str(output), *more,
+    ]  # fmt: skip
+
+
+def go_on(model, profile, file, *more, prompt=QUESTION):
+    return [
+        "generate", "--model", model, "--backend", "torch", "--prompt-cache-file", str(file), "--prompt", prompt,
+        "--profile", profile, "--max-tokens", "12", "--ignore-eos", *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("raw", [[], ["--raw"]], ids=["chat", "raw"])
+def test_a_stored_prompt_and_a_question_are_one_prompt(capsys, model, profile, tmp_path, raw):
+    """With nothing compressed the text is that of the two in one piece, template and all."""
+    stored = json_of(capsys, *cache_prompt(model, profile, tmp_path / "c", "--method", "identity", *raw))
+    result = json_of(capsys, *go_on(model, profile, tmp_path / "c", "--compare"))
+    whole = json_of(
+        capsys, "generate", "--model", model, "--backend", "torch", "--prompt", TEXT + QUESTION, "--method", "identity",
+        "--max-tokens", "12", "--ignore-eos", *raw,
+    )  # fmt: skip
+    assert result["text"] == whole["text"] and result["kl"] < 1e-6 and result["top1"] == 1.0
+    assert result["prompt_tokens"] == whole["prompt_tokens"] == result["dense"]["prompt_tokens"]
+    assert result["cached_tokens"] == stored["prompt_tokens"] == len(TEXT) + (0 if raw else len("[user] "))
+    assert result["method"] == result["file_method"] == "identity" and result["cache_bytes"] == whole["cache_bytes"]
+
+
+def test_cache_prompt_reports_bytes(capsys, model, profile, tmp_path):
+    path = tmp_path / "new folder" / "cache.safetensors"
+    result = json_of(capsys, *cache_prompt(model, profile, path))
+    assert result["file_bytes"] == path.stat().st_size and result["output"] == str(path)
+    assert result["method"] == cli.DEFAULT_FILE_METHOD and result["backend"] == "torch" and result["seconds"] > 0
+    assert result["cache_bytes"] == sum(result["bytes_by_part"].values()) < result["file_bytes"]
+    assert (
+        result["dense_bytes"] == result["prompt_tokens"] * 3 * 2 * 2 * 16 * 2
+    )  # layers, sides, heads, channels, bytes
+    assert result["compression"] == pytest.approx(result["dense_bytes"] / result["cache_bytes"])
+    assert result["bits_per_element"] == pytest.approx(16 / result["compression"]) and result["compression"] > 3
+    inspected = json_of(capsys, "inspect", str(path))
+    assert inspected == {key: value for key, value in result.items() if key not in ("backend", "output", "seconds")}
+    assert "Prompt cache: 2,9" in run(capsys, "inspect", str(path))[1]
+    code, out, _ = run(capsys, *cache_prompt(model, profile, path, "--bits", "1"))
+    assert code == 0 and "times smaller than the plain cache" in out and f"Saved {path}" in out
+    assert json_of(capsys, "inspect", str(path))["file_bytes"] < result["file_bytes"]
+
+
+def test_a_stored_prompt_serves_other_methods(capsys, model, profile, tmp_path):
+    json_of(capsys, *cache_prompt(model, profile, tmp_path / "c", "--method", "spectral-dense", "--bits", "4"))
+    results = [
+        json_of(capsys, *go_on(model, profile, tmp_path / "c", "--compare", *more))
+        for more in ([], ["--bits", "1"], ["--method", "spectral", "--bits", "2"], ["--method", "plain"])
+    ]
+    assert [r["method"] for r in results] == ["spectral-dense", "spectral-dense", "spectral", "plain"]
+    assert {r["file_method"] for r in results} == {"spectral-dense"} and len({r["file_bytes"] for r in results}) == 1
+    sizes = [r["cache_bytes"] for r in results]
+    assert sizes[1] < sizes[2] < sizes[0] < sizes[3] and set(results[0]) >= GENERATE_KEYS
+    assert 0 < results[0]["kl"] < results[1]["kl"] and results[3]["kl"] > 0  # plain, of what was stored at 4 bits
+    code, out, _ = run(capsys, *go_on(model, profile, tmp_path / "c", "--compare"))
+    assert code == 0 and "plain cache, which reads everything" in out
+
+
+def test_wrong_use_of_stored_prompts(capsys, folder, model, profile, tmp_path, other_model, text_file):
+    file = tmp_path / "c"
+    json_of(capsys, *cache_prompt(model, profile, file))
+    fails(capsys, 2, "found nothing", *go_on(model, profile, tmp_path / "missing"))
+    fails(capsys, 2, "received a spectralkv-profile", *go_on(model, profile, profile))
+    fails(capsys, 2, "received a spectralkv-cache", *go_on(model, str(file), file))
+    fails(capsys, 2, "the model has head_dim", *go_on(other_model, profile, file))
+    fails(capsys, 2, "no --window", *go_on(model, profile, file, "--window", "8"))
+    fails(capsys, 2, "no --budget-bytes", *go_on(model, profile, file, "--budget-bytes", "9"))
+    fails(capsys, 2, "no --raw", *go_on(model, profile, file, "--raw"))
+    fails(capsys, 2, "method among", *go_on(model, profile, file, "--method", "spectrel"))
+    fails(capsys, 2, "for files", *go_on(model, profile, file, "--method", "spectral-stored"))
+    fails(capsys, 2, "received plain", *go_on(model, profile, file, "--method", "plain", "--bits", "2"))
+    fails(capsys, 2, "between 0.25", *go_on(model, profile, file, "--bits", "20"))
+    fails(capsys, 2, "empty", *go_on(model, profile, file, prompt=" "))
+    fails(capsys, 2, "the model's context", *go_on(model, profile, file, prompt="x" * 2000))
+    fails(capsys, 2, "received the folder", *cache_prompt("./nowhere", profile, tmp_path))
+    fails(capsys, 2, "can be written", *cache_prompt("./nowhere", profile, Path(text_file) / "c"))
+    fails(capsys, 2, "method among", *cache_prompt(model, profile, file, "--method", "plain"))
+    fails(capsys, 2, "between 0.25", *cache_prompt(model, profile, file, "--bits", "20"))
+    fails(capsys, 2, "window", *cache_prompt(model, profile, file, "--window", "-1"))
+    fails(capsys, 2, "is for", *cache_prompt(other_model, profile, file))
+    long = ["cache-prompt", "--model", model, "--backend", "torch", "--prompt", "x" * 5000, "--output", str(file)]
+    fails(capsys, 2, "the model's context", *long)
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) // 2])
+    fails(capsys, 2, "truncated", *go_on("./nowhere", profile, file))
+    fails(capsys, 2, "truncated", "inspect", str(file))
 
 
 def test_profile_is_found_by_itself(capsys, model, profile):

@@ -12,7 +12,7 @@ import pytest
 from cases import ToyModel
 from safetensors.numpy import load_file, save_file
 
-from spectral_kv_core import profile as profile_module
+from spectral_kv_core import signed_file
 from spectral_kv_core.profile import ModelShape, Profile, QueryStatistics
 from spectral_kv_core.rope import Rope
 
@@ -176,7 +176,7 @@ def test_failed_write_leaves_what_was_there(toy_profile, tmp_path, monkeypatch, 
     def fail(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr(profile_module if step == "save_file" else profile_module.os, step.split(".")[-1], fail)
+    monkeypatch.setattr(signed_file if step == "save_file" else signed_file.os, step.split(".")[-1], fail)
     with pytest.raises(OSError, match="disk full"):
         toy_profile.save(tmp_path / "new.safetensors")
     assert list(tmp_path.iterdir()) == []

@@ -84,6 +84,11 @@ class LayerCache:
             raise ValueError(f"Expected left padding for {batch} rows, received {len(pads)} numbers.")
         self.lanes = [Lane([i for i, p in enumerate(pads) if p == pad], pad) for pad in sorted(set(pads))]
 
+    @property
+    def padding(self) -> list[int]:
+        """Left padding of every row of the batch, in slots."""
+        return [pad for _, pad in sorted((row, lane.pad) for lane in self.lanes for row in lane.rows)]
+
     def attend(self, queries, keys, values, scale: float, fused):
         """Append L tokens and attend to everything up to each of them.
 

@@ -11,6 +11,7 @@ import sys
 from . import __version__, commands
 from .evaluation import SUITES
 from .methods import DEFAULT_METHOD
+from .prompt_file import DEFAULT_FILE_METHOD
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,11 +44,17 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", metavar="FILE", help="where to save (default: the user cache folder)")
     sub.add_argument("--quiet", action="store_true", help="no progress bar")
 
-    sub = command("generate", commands.generate, "generate text from a compressed cache", model)
-    prompt = sub.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", help="the prompt")
-    prompt.add_argument("--prompt-file", metavar="FILE", help="file with the prompt, - for standard input")
-    sub.add_argument("--raw", action="store_true", help="no chat template around the prompt")
+    prompt = argparse.ArgumentParser(add_help=False)
+    prompt.add_argument("--raw", action="store_true", help="no chat template around the prompt")
+    prompt.add_argument(
+        "--profile", default="auto", help="profile file; auto looks for one and calibrates if there is none"
+    )
+    given = prompt.add_mutually_exclusive_group(required=True)
+    given.add_argument("--prompt", help="the prompt; with --prompt-cache-file what follows the stored one")
+    given.add_argument("--prompt-file", metavar="FILE", help="file with the prompt, - for standard input")
+
+    sub = command("generate", commands.generate, "generate text from a compressed cache", model, prompt)
+    sub.add_argument("--prompt-cache-file", metavar="FILE", help="go on from a prompt stored by cache-prompt")
     sub.add_argument("--score-file", metavar="FILE", help="text after the prompt to compare the two caches on")
     sub.add_argument("--max-tokens", type=int, default=128, help="tokens to generate (default %(default)s)")
     sub.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-text token")
@@ -57,17 +64,31 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--max-context", type=int, help="tokens that --budget-bytes must hold (default: what this run needs)"
     )
-    sub.add_argument("--method", default=DEFAULT_METHOD, help="recipe, see: spectralkv methods (default %(default)s)")
     sub.add_argument(
-        "--profile", default="auto", help="profile file; auto looks for one and calibrates if there is none"
+        "--method", help=f"recipe, see: spectralkv methods (default {DEFAULT_METHOD}, or what a prompt cache file has)"
     )
-    sub.add_argument("--window", type=int, default=64, help="recent tokens kept exactly (default %(default)s)")
-    sub.add_argument("--sinks", type=int, default=4, help="first tokens kept exactly (default %(default)s)")
+    sub.add_argument("--window", type=int, help=f"recent tokens kept exactly (default {commands.WINDOW})")
+    sub.add_argument("--sinks", type=int, help=f"first tokens kept exactly (default {commands.SINKS})")
     sub.add_argument("--budget-tokens", type=int, help="tokens to keep, for methods that drop tokens")
     sub.add_argument("--protect", metavar="A:B", help="tokens never dropped, for methods that drop tokens")
     sub.add_argument(
         "--compare", action="store_true", help="run the plain cache too and compare bytes, quality and speed"
     )
+
+    sub = command(
+        "cache-prompt", commands.cache_prompt, "read a prompt once and store its compressed cache", model, prompt
+    )
+    sub.add_argument(
+        "--method", default=DEFAULT_FILE_METHOD, help="recipe, see: spectralkv methods (default %(default)s)"
+    )
+    sub.add_argument("--bits", type=float, help="stored bits per sealed element (default: the recipe's)")
+    sub.add_argument(
+        "--window", type=int, default=commands.WINDOW, help="last tokens kept exactly (default %(default)s)"
+    )
+    sub.add_argument(
+        "--sinks", type=int, default=commands.SINKS, help="first tokens kept exactly (default %(default)s)"
+    )
+    sub.add_argument("--output", required=True, metavar="FILE", help="where to save")
 
     sub = command("eval", commands.evaluate, "measure methods against the plain cache on texts", model)
     sub.add_argument("--methods", required=True, metavar="A,B", help="recipes, see: spectralkv methods")
@@ -87,8 +108,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--profile", default="auto", help="profile file; auto looks for one, or calibrates")
     sub.add_argument("--output", required=True, metavar="DIR", help="results; a run that was cut off goes on from them")
 
-    sub = command("inspect", commands.inspect, "show a profile and the plan a budget gets from it")
-    sub.add_argument("file", metavar="FILE", help="profile file")
+    sub = command(
+        "inspect", commands.inspect, "show a profile and the plan a budget gets from it, or a stored prompt cache"
+    )
+    sub.add_argument("file", metavar="FILE", help="profile or prompt cache file")
     sub.add_argument("--bits", type=float, help="budget of the plan (default 3)")
     sub.add_argument("--method", default=DEFAULT_METHOD, help="recipe of the plan (default %(default)s)")
 

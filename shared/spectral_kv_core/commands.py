@@ -13,22 +13,27 @@ import numpy as np
 from . import evaluation, report
 from .backends import load_backend
 from .calibration_text import load_texts
+from .chat_template import encode_opening, encode_prompt, encode_rest, has_template
 from .demo import demo_model_path
 from .divergence import compare_logits
 from .evaluation_text import Text, default_texts, read_text
-from .methods import METHODS, get_method
-from .plan import make_plan
+from .methods import DEFAULT_METHOD, METHODS, Method, get_live_method, get_method
+from .plan import make_plan, plan_for
 from .profile import Profile
 from .profile_store import cached_profile_path
+from .prompt_file import FORMAT as PROMPT_FORMAT
+from .prompt_file import PromptFile
+from .signed_file import format_name
 
 WARM_UP = 32  # tokens run once before anything is timed
+WINDOW, SINKS = 64, 4  # of a cache that nobody said more about
 
 
 def profile(args: argparse.Namespace) -> dict:
     """`spectralkv profile`: calibrate a model and save its profile."""
     texts = load_texts(args.text) if args.text else None
-    if args.output is not None and Path(args.output).is_dir():
-        raise ValueError(f"Expected a file name for --output, received the folder {args.output}.")
+    if args.output is not None:
+        _check_output(args.output)
     name, backend = load_backend(args.backend)
     profiler = backend.SpectralProfiler(
         target_energy=args.target_energy,
@@ -58,33 +63,36 @@ def profile(args: argparse.Namespace) -> dict:
 
 def generate(args: argparse.Namespace) -> dict:
     """`spectralkv generate`: an answer from a compressed cache, beside the plain cache's with `--compare`."""
-    method = get_method(args.method)
+    stored = _open_prompt_file(args) if args.prompt_cache_file else None
+    method = _live_method(args, stored)
     for option in ("budget_tokens", "protect"):
         if getattr(args, option) is not None:
             raise ValueError(
-                f"Expected a method that drops tokens for --{option.replace('_', '-')}, {method.name} keeps every token."
+                f"Expected a method that drops tokens for --{option.replace('_', '-')}, {args.method or DEFAULT_METHOD} "
+                "keeps every token."
             )
-    prompt_text = _read(args.prompt_file, "--prompt-file") if args.prompt_file else args.prompt
-    if not (prompt_text or "").strip():
-        raise ValueError("Expected a prompt, received an empty one. Give --prompt TEXT or --prompt-file FILE.")
+    prompt_text = _prompt_text(args)
     score_text = _read(args.score_file, "--score-file") if args.score_file else None
     if args.max_tokens < 0 or (args.max_tokens == 0 and score_text is None):
         raise ValueError(f"Expected --max-tokens of at least 1, or 0 with --score-file, received {args.max_tokens}.")
-    loaded = Profile.load(args.profile) if args.profile != "auto" and method.basis_set else None
+    given = args.profile != "auto" and (stored or method.basis_set)
+    loaded = Profile.load(args.profile) if given else None
     name, backend = load_backend(args.backend)
     model, tokenizer = backend.load_model(_model_path(args.model), args.dtype)
-    prompt = _encode_prompt(tokenizer, prompt_text, args.raw)
+    before = stored.seen if stored else 0
+    if stored:
+        prompt = encode_rest(tokenizer, prompt_text, stored.metadata.get("raw", True))
+    else:
+        prompt = encode_prompt(tokenizer, prompt_text, args.raw)
     labels = tokenizer.encode(score_text, add_special_tokens=False) if score_text else []
     if score_text is not None and not labels:
         raise ValueError(f"Expected text to score in --score-file, received none from {args.score_file}.")
-    longest, limit = len(prompt) + max(args.max_tokens, len(labels)), backend.context_limit(model)
-    if limit and longest > limit:
-        raise ValueError(
-            f"Expected at most {limit:,} tokens, the model's context, received {len(prompt):,} of prompt and "
-            f"{longest - len(prompt):,} more. Shorten the prompt or lower --max-tokens."
-        )
+    longest = before + len(prompt) + max(args.max_tokens, len(labels))
+    _check_context(backend, model, before + len(prompt), longest)
 
     def new_cache():
+        if stored:
+            return backend.load_prompt_cache(stored, model, loaded, method=method, bits=args.bits)[0]
         return backend.make_prompt_cache(
             model,
             loaded,
@@ -92,8 +100,8 @@ def generate(args: argparse.Namespace) -> dict:
             budget_bytes=args.budget_bytes,
             max_context=(args.max_context or longest) if args.budget_bytes is not None else None,
             method=method,
-            window=args.window,
-            sinks=args.sinks,
+            window=WINDOW if args.window is None else args.window,
+            sinks=SINKS if args.sinks is None else args.sinks,
             tokenizer=tokenizer,
         )
 
@@ -101,20 +109,26 @@ def generate(args: argparse.Namespace) -> dict:
     compare = args.compare or score_text is not None
     backend.generate(model, tokenizer, prompt[:WARM_UP], backend.plain_cache(model), 2, True, lambda token: None)
 
+    used = method or stored.method
+    label = used.name if used != "plain" and used.live else "plain"  # what is for files only is decoded to use it
     show = None if args.json else report.Stream(tokenizer)
     if show and compare:
-        show.title(f"{method.name} cache")
+        show.title(f"{label} cache from the file" if stored else f"{label} cache")
     result, _ = _run(backend, model, tokenizer, prompt, cache, args, show)
     del cache
-    result = {
-        **result,
-        "backend": name,
-        "method": method.name,
-    }
+    result |= {"prompt_tokens": before + len(prompt), "backend": name, "method": label}
+    if stored:
+        result |= {
+            "prompt_cache_file": args.prompt_cache_file,
+            "file_method": stored.method.name,
+            "file_bytes": os.path.getsize(args.prompt_cache_file),
+            "cached_tokens": before,
+        }
     if compare:
+        whole = [*np.ravel(stored.tokens).tolist(), *prompt] if stored else prompt
         if show and args.max_tokens:
-            show.title("plain cache")
-        plain, plain_tokens = _run(backend, model, tokenizer, prompt, backend.plain_cache(model), args, show)
+            show.title("plain cache, which reads everything" if stored else "plain cache")
+        plain, plain_tokens = _run(backend, model, tokenizer, whole, backend.plain_cache(model), args, show)
         result["dense"] = {**plain, "backend": name, "method": "plain"}
         labels = labels or plain_tokens
         scored = new_cache()
@@ -123,13 +137,43 @@ def generate(args: argparse.Namespace) -> dict:
             result |= _sizes(backend, scored)
         del scored
         plain_scored = backend.plain_cache(model)
-        reference = backend.score(model, prompt, labels, plain_scored)
+        reference = backend.score(model, whole, labels, plain_scored)
         if not args.max_tokens:
             result["dense"] |= _sizes(backend, plain_scored)
         result |= compare_logits(reference, logits, labels) | {"scored_tokens": len(labels)}
     if not args.json:
         report.print_generation(result)
     return result
+
+
+def cache_prompt(args: argparse.Namespace) -> dict:
+    """`spectralkv cache-prompt`: read a prompt once and store its compressed cache.
+
+    The plain cache reads it, so that every token attends exactly; what is stored is encoded at the end.
+    """
+    _check_output(args.output)
+    method = get_method(args.method)
+    prompt_text = _prompt_text(args)
+    loaded = Profile.load(args.profile) if args.profile != "auto" and method.basis_set else None
+    name, backend = load_backend(args.backend)
+    model, tokenizer = backend.load_model(_model_path(args.model), args.dtype)
+    raw = args.raw or not has_template(tokenizer)
+    prompt = encode_opening(tokenizer, prompt_text, raw)
+    _check_context(backend, model, len(prompt), len(prompt) + 1)
+    shape, _, found = backend.SpectralProfiler().profile_for(model, method, loaded, tokenizer)
+    options = {"window": args.window, "sinks": args.sinks}
+    plan_for(shape, found, method, args.bits, **options)  # raises for a wrong budget before anything long runs
+    started = time.perf_counter()
+    cache = backend.plain_cache(model)
+    backend.prefill(model, prompt, cache)
+    options |= {"model": model, "method": method, "bits": args.bits, "profile": found, "metadata": {"raw": raw}}
+    backend.save_prompt_cache(args.output, cache, prompt, **options)
+    seconds = time.perf_counter() - started
+    summary = report.prompt_file_summary(PromptFile.load(args.output))
+    if not args.json:
+        report.print_prompt_file(summary)
+        print(f"Saved {args.output} after {seconds:.1f} s")
+    return summary | {"backend": name, "output": args.output, "seconds": seconds}
 
 
 def evaluate(args: argparse.Namespace) -> dict:
@@ -167,7 +211,12 @@ def evaluate(args: argparse.Namespace) -> dict:
 
 
 def inspect(args: argparse.Namespace) -> dict:
-    """`spectralkv inspect`: what a profile holds, and the plan that a budget gets from it."""
+    """`spectralkv inspect`: what a profile holds, and the plan that a budget gets from it; or what a prompt cache holds."""
+    if format_name(args.file) == PROMPT_FORMAT.name:
+        summary = report.prompt_file_summary(PromptFile.load(args.file))
+        if not args.json:
+            report.print_prompt_file(summary)
+        return summary
     loaded = Profile.load(args.file)
     plan = make_plan(loaded.shape, loaded, args.method, args.bits)
     result = {
@@ -247,11 +296,62 @@ def _model_path(name: str) -> str:
     return name
 
 
-def _encode_prompt(tokenizer, text: str, raw: bool) -> list[int]:
-    if raw or not getattr(tokenizer, "chat_template", None):
-        return list(tokenizer.encode(text))
-    messages = [{"role": "user", "content": text}]
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+def _open_prompt_file(args: argparse.Namespace) -> PromptFile:
+    """The file of `--prompt-cache-file`; raises ValueError for options that it leaves no choice in."""
+    stored = PromptFile.load(args.prompt_cache_file)
+    for option in ("window", "sinks", "budget_bytes", "max_context"):
+        if getattr(args, option) is not None:
+            raise ValueError(
+                f"Expected no --{option.replace('_', '-')} with --prompt-cache-file, which has its own window and sinks and "
+                "takes --method and --bits."
+            )
+    if args.raw and not stored.metadata.get("raw", True):
+        raise ValueError(
+            f"Expected no --raw, {args.prompt_cache_file} was made with the chat template. Leave --raw out, or make it with "
+            "--raw too."
+        )
+    if len(stored.padding) > 1:
+        raise ValueError(f"Expected a prompt cache of one prompt, {args.prompt_cache_file} has {len(stored.padding)}.")
+    if stored.tokens is None and (args.compare or args.score_file):
+        raise ValueError(
+            f"Expected a prompt cache with its token ids for --compare, {args.prompt_cache_file} has none. Make it with "
+            "spectralkv cache-prompt, or give them to save_prompt_cache."
+        )
+    return stored
+
+
+def _live_method(args: argparse.Namespace, stored: PromptFile | None) -> Method | str | None:
+    """What the cache is to be: a recipe, or of a stored one `plain`; None leaves a stored one as it is."""
+    if stored is None:
+        return get_live_method(args.method or DEFAULT_METHOD)
+    if args.method == "plain" or (args.method is None and args.bits is None):
+        return args.method
+    return get_live_method(args.method or (stored.method if stored.method.live else DEFAULT_METHOD))
+
+
+def _prompt_text(args: argparse.Namespace) -> str:
+    text = _read(args.prompt_file, "--prompt-file") if args.prompt_file else args.prompt
+    if not (text or "").strip():
+        raise ValueError("Expected a prompt, received an empty one. Give --prompt TEXT or --prompt-file FILE.")
+    return text
+
+
+def _check_context(backend, model, prompt: int, longest: int) -> None:
+    limit = backend.context_limit(model)
+    if limit and longest > limit:
+        raise ValueError(
+            f"Expected at most {limit:,} tokens, the model's context, received {prompt:,} of prompt and {longest - prompt:,} "
+            "more. Shorten the prompt or lower --max-tokens."
+        )
+
+
+def _check_output(path: str) -> None:
+    """Raise ValueError for a file that cannot be written, before anything long runs."""
+    if Path(path).is_dir():
+        raise ValueError(f"Expected a file name for --output, received the folder {path}.")
+    folder = next(p for p in Path(path).absolute().parents if p.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"Expected a place for --output that can be written, {folder} cannot. Name another file.")
 
 
 def _values(text: str | None, option: str, kind: type) -> tuple:

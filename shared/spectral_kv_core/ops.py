@@ -34,9 +34,9 @@ from numpy import (
 )
 
 __all__ = [
-    "all_finite", "asarray", "astype", "clip", "concat", "copy", "cos", "exp", "float16", "float32", "int32", "matmul",
-    "max", "maximum", "mean", "min", "permute_dims", "round", "sin", "split_bytes", "sqrt", "square", "stack", "sum", "take",
-    "to_numpy", "uint8", "where", "zeros",
+    "all_finite", "asarray", "astype", "clip", "concat", "copy", "cos", "exp", "float16", "float32", "from_file", "int32",
+    "matmul", "max", "maximum", "mean", "min", "permute_dims", "round", "sin", "split_bytes", "sqrt", "square", "stack",
+    "sum", "take", "to_file", "to_numpy", "uint8", "where", "zeros",
 ]  # fmt: skip
 
 
@@ -49,6 +49,17 @@ def to_numpy(x) -> np.ndarray:
     """`x` as a NumPy array; floating types become float32 (NumPy has no bfloat16)."""
     x = np.asarray(x)
     return x.astype(np.float32) if x.dtype.kind == "f" else x
+
+
+def to_file(x) -> tuple[np.ndarray, str]:
+    """`x` bit by bit as a NumPy array, and the name of its dtype; bfloat16 goes as uint16."""
+    x = np.ascontiguousarray(x)
+    return x, x.dtype.name
+
+
+def from_file(x: np.ndarray, dtype: str, like=None):
+    """Inverse of `to_file`; bfloat16 becomes float32 here, exactly (NumPy has no bfloat16)."""
+    return (x.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else x
 
 
 def copy(x):

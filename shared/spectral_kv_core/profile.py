@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from . import __version__
 from .basis import effective_rank, rank_for_energy
 from .quantizer import BIT_WIDTHS
 from .rope import Rope
+from .signed_file import FileFormat
 from .transform import band_sizes
 
-FORMAT, FORMAT_VERSION = "spectralkv-profile", 2
-METADATA_KEY = "spectralkv"
+FORMAT_VERSION = 2
+FORMAT = FileFormat("spectralkv-profile", FORMAT_VERSION, "profile", "spectralkv profile --model MODEL")
 
 
 @dataclass(frozen=True)
@@ -54,18 +51,18 @@ class ModelShape:
         rope = Rope.from_json(fields["rope"]) if fields["rope"] else None
         return cls(**{**fields, "layers": tuple(fields["layers"]), "rope": rope})
 
-    def mismatch(self, other: ModelShape) -> str | None:
-        """What differs from `other`, as words, or None."""
+    def mismatch(self, other: ModelShape, owner: str = "the profile") -> str | None:
+        """What differs from `other`, as words, or None; `owner` is what this shape stands in."""
         for name in ("num_layers", "hidden_size", "q_heads", "kv_heads", "head_dim", "layers"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
-                return f"{name} {theirs}, the profile has {mine}"
+                return f"{name} {theirs}, {owner} has {mine}"
         if (self.rope is None) != (other.rope is None):
             return "no rotary embedding on one side"
         if self.rope is not None and not self.rope.matches(other.rope):
             return (
                 f"RoPE frequencies ending in {other.rope.inv_freq[-1]:.4g} rad/token (rotary_dim {other.rope.rotary_dim}), "
-                f"the profile has {self.rope.inv_freq[-1]:.4g} (rotary_dim {self.rope.rotary_dim}); a checkpoint saved by "
+                f"{owner} has {self.rope.inv_freq[-1]:.4g} (rotary_dim {self.rope.rotary_dim}); a checkpoint saved by "
                 "transformers 5 keeps its RoPE base where mlx-lm does not look: load it with "
                 "spectral_kv_mlx.load_model"
             )
@@ -191,7 +188,6 @@ class Profile:
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write the profile to `path` (temporary name, then rename); returns the path."""
-        path = Path(path)
         arrays, sets = {}, {}
         for name, basis_set in self.basis_sets.items():
             arrays |= {f"{name}/{key}": array for key, array in basis_set.to_file().items()}
@@ -200,9 +196,7 @@ class Profile:
             sets[name] = basis_set.description()
         if self.queries is not None:
             arrays |= {f"queries/{key}": array for key, array in self.queries.to_file().items()}
-        metadata = {
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
+        header = {
             "library_version": self.library_version,
             "model": self.model,
             "shape": self.shape.to_json(),
@@ -210,18 +204,7 @@ class Profile:
             "weights_digest": self.weights_digest,
             "basis_sets": sets,
         }
-        metadata["sha256"] = _digest(arrays, metadata)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        os.close(handle)
-        try:
-            save_file(arrays, temporary, {METADATA_KEY: json.dumps(metadata, sort_keys=True)})
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-        return path
+        return FORMAT.save(path, arrays, header)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Profile:
@@ -229,39 +212,10 @@ class Profile:
 
         Raises FileNotFoundError, or ValueError for a file that is truncated, altered, of another kind or too new.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"Expected a profile file, found nothing at {path}. Make one: spectralkv profile --model MODEL --output {path}"
-            )
-        try:
-            with safe_open(path, framework="numpy") as file:
-                header = (file.metadata() or {}).get(METADATA_KEY)
-                if header is None:
-                    raise ValueError(f"Expected a spectralkv profile, received another safetensors file: {path}.")
-                metadata = json.loads(header)
-                if metadata.get("format") != FORMAT:
-                    raise ValueError(f"Expected a profile, received a {metadata.get('format')} file: {path}.")
-                version = metadata.get("version", FORMAT_VERSION)
-                if version != FORMAT_VERSION:
-                    todo = (
-                        "Upgrade: pip install -U spectralkv"
-                        if version > FORMAT_VERSION
-                        else "Calibrate again: spectralkv profile --model MODEL"
-                    )
-                    raise ValueError(
-                        f"Expected profile version {FORMAT_VERSION}, received {version} from {path}. {todo}"
-                    )
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"Expected a whole profile file, {path} is truncated or damaged ({error}). Make it again."
-            ) from None
-        if _digest(arrays, metadata) != metadata.get("sha256"):
-            raise ValueError(f"Expected the contents that the header's hash names, {path} was altered. Make it again.")
-        shape = ModelShape.from_json(metadata["shape"])
+        arrays, header = FORMAT.load(path)
+        shape = ModelShape.from_json(header["shape"])
         sets = {}
-        for name, fields in metadata["basis_sets"].items():
+        for name, fields in header["basis_sets"].items():
             levels = {b: arrays[f"{name}/levels/{b}"] for b in BIT_WIDTHS if b}
             held = {key: arrays[f"{name}/{key}"] for key in BasisSet.FILE_ARRAYS}
             held["histogram"] = arrays.get(f"{name}/histogram")
@@ -269,14 +223,14 @@ class Profile:
             _check_sizes(sets[name], shape, path)
         return cls(
             shape,
-            metadata["model"],
-            metadata["calibration"],
+            header["model"],
+            header["calibration"],
             sets,
             QueryStatistics(*(arrays[f"queries/{key}"] for key in QueryStatistics.ARRAYS))
             if "queries/mean" in arrays
             else None,
-            metadata["weights_digest"],
-            metadata["library_version"],
+            header["weights_digest"],
+            header["library_version"],
             str(path),
         )
 
@@ -321,17 +275,7 @@ class Profile:
         return "\n".join(lines)
 
 
-def _digest(arrays: dict[str, np.ndarray], metadata: dict) -> str:
-    """Hash of a file's arrays and of its header without the hash itself."""
-    signed = {key: value for key, value in metadata.items() if key != "sha256"}
-    digest = hashlib.sha256(json.dumps(signed, sort_keys=True).encode())
-    for name in sorted(arrays):
-        digest.update(f"{name}{arrays[name].dtype}{arrays[name].shape}".encode())
-        digest.update(np.ascontiguousarray(arrays[name]).tobytes())
-    return digest.hexdigest()
-
-
-def _check_sizes(basis_set: BasisSet, shape: ModelShape, path: Path) -> None:
+def _check_sizes(basis_set: BasisSet, shape: ModelShape, path: str | os.PathLike) -> None:
     layers, groups, channels, rank = basis_set.basis.shape
     bands = len(band_sizes(basis_set.block))
     members = 2 * shape.kv_heads // groups

@@ -11,8 +11,9 @@ from tqdm import tqdm
 
 from .calibration import Spool, fit_basis_set, split_documents
 from .calibration_text import TEXT_NAME, load_default_texts, text_digest
-from .methods import METHODS
+from .methods import METHODS, Method
 from .profile import ModelShape, Profile, QueryStatistics
+from .profile_store import auto_profile, name_passed_layers, warn_if_other_weights
 from .sensitivity import local_gradients
 from .statistics import QueryMoments
 
@@ -127,6 +128,26 @@ class ProfilerBase(ABC):
         }
         queries = QueryStatistics(*map(np.stack, zip(*(m.result() for m in moments))))
         return Profile(shape, name or own_name, calibration, sets, queries, digest)
+
+    def profile_for(
+        self, model, method: Method, profile: Profile | None = None, tokenizer=None
+    ) -> tuple[ModelShape, dict[int, str], Profile | None]:
+        """Shape of `model`, layers that pass through, and what `method` reads: the profile given, found, or made now.
+
+        Raises ValueError for a model without layers to compress.
+        """
+        shape, passed, digest, _, _ = self.describe(model)
+        if not shape.layers:
+            raise ValueError(
+                f"Expected full-attention layers to compress, received only: {', '.join(set(passed.values()))}."
+            )
+        if profile is None and method.basis_set:
+            profile = auto_profile(shape, method.basis_set, lambda: self.profile_from_model(model, tokenizer))
+        name_passed_layers(passed)
+        if method.basis_set:
+            profile.check(shape)
+            warn_if_other_weights(profile, digest)
+        return shape, passed, profile
 
     def _local(self, model, shape: ModelShape, tokens: list[int], scored: int, seed: int) -> Iterator[tuple]:
         """As `vectors`, with the gradients of every layer's own attention output."""

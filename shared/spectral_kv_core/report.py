@@ -14,6 +14,7 @@ from rich.table import Table
 from .basis import effective_rank, rank_for_energy
 from .plan import Plan
 from .profile import BasisSet
+from .prompt_file import PromptFile
 from .transform import band_sizes
 
 
@@ -41,7 +42,8 @@ class Stream:
 def print_generation(result: dict) -> None:
     """Bytes, quality and speed, beside the plain cache's where it ran."""
     table = Table(box=None, pad_edge=False)
-    columns = [result["method"], *(["plain"] if "dense" in result else [])]
+    own = f"{result['method']}, stored" if "file_method" in result else result["method"]
+    columns = [own, *(["plain"] if "dense" in result else [])]
     runs = [result, *([result["dense"]] if "dense" in result else [])]
     table.add_column("")
     for name in columns:
@@ -123,6 +125,56 @@ def print_plan(plan: Plan) -> None:
     total = sum(summary["coefficients_by_width"].values())
     shares = ", ".join(f"{b} bits {n / total:.0%}" for b, n in summary["coefficients_by_width"].items())
     console.print(f"Coefficients by width: {shares}")
+
+
+def prompt_file_summary(file: PromptFile) -> dict:
+    """What a stored prompt cache holds, for JSON."""
+    size = file.size()
+    return {
+        "prompt_cache": file.path,
+        "model": file.model,
+        "method": file.method.name,
+        "bits": file.bits,
+        "prompt_tokens": file.seen,
+        "prompts": len(file.padding),
+        "has_tokens": file.tokens is not None,
+        "raw": file.metadata.get("raw"),
+        "sinks": file.sinks,
+        "window": file.window,
+        "file_bytes": os.path.getsize(file.path),
+        "cache_bytes": int(size),
+        "dense_bytes": size.dense_nbytes,
+        "compression": size.compression,
+        "bits_per_element": size.bits_per_element,
+        "bytes_by_part": file.bytes_by_part(),
+        "profile": file.profile,
+        "plan_hash": file.plan_hash,
+        "library_version": file.library_version,
+    }
+
+
+def print_prompt_file(summary: dict) -> None:
+    """A stored prompt cache: what made it, and where its bytes are."""
+    console = Console(highlight=False)
+    console.print(
+        f"Prompt cache: {summary['prompt_tokens']:,} tokens of {summary['model'] or 'an unnamed model'}, "
+        f"{summary['method']} at {summary['bits']:.3g} bits, {summary['sinks']} sinks, window {summary['window']}"
+    )
+    table = Table(box=None, pad_edge=False)
+    table.add_column("bytes")
+    table.add_column("", justify="right")
+    parts = summary["bytes_by_part"]
+    rows = {"codes": parts["codes"], "exact sinks and window": parts["exact"], "layers passed through": parts["passed"]}
+    rows |= {
+        "file, header and token ids included": summary["file_bytes"],
+        "plain cache at 16 bits": summary["dense_bytes"],
+    }
+    for label, number in rows.items():
+        table.add_row(label, f"{number:,}")
+    console.print(table)
+    console.print(
+        f"The file is {summary['dense_bytes'] / summary['file_bytes']:.1f} times smaller than the plain cache."
+    )
 
 
 def print_methods(rows: list[dict]) -> None:

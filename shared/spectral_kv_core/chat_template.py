@@ -1,0 +1,40 @@
+"""Prompts as tokens: inside the model's chat template, or as they are; in one piece, or in two of which one is stored."""
+
+from __future__ import annotations
+
+PLACE = "[[spectralkv: content of the message]]"  # stands in the template for what the user says
+
+
+def has_template(tokenizer) -> bool:
+    """Whether the model has a chat template."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def encode_prompt(tokenizer, text: str, raw: bool) -> list[int]:
+    """A whole prompt; `raw` leaves the template out."""
+    if raw or not has_template(tokenizer):
+        return list(tokenizer.encode(text))
+    messages = [{"role": "user", "content": text}]
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+
+
+def encode_opening(tokenizer, text: str, raw: bool) -> list[int]:
+    """The first part of a prompt: the template up to the message, and the beginning of the message."""
+    if raw:
+        return list(tokenizer.encode(text))
+    return list(tokenizer.encode(_frame(tokenizer)[0] + text, add_special_tokens=False))
+
+
+def encode_rest(tokenizer, text: str, raw: bool) -> list[int]:
+    """What follows `encode_opening`: the end of the message, and the rest of the template."""
+    return list(tokenizer.encode(text if raw else text + _frame(tokenizer)[1], add_special_tokens=False))
+
+
+def _frame(tokenizer) -> tuple[str, str]:
+    """The template before and behind what the user says."""
+    messages = [{"role": "user", "content": PLACE}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    head, place, tail = text.partition(PLACE)
+    if not place or PLACE in tail:
+        raise ValueError("Expected a chat template that shows a message once, received another. Use --raw.")
+    return head, tail

@@ -1,0 +1,150 @@
+"""Prompt caches in files, and from one method to another; files of both backends are the same."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from spectral_kv_core.cache import LayerCache
+from spectral_kv_core.methods import Method, get_live_method, get_method
+from spectral_kv_core.plan import Plan, make_plan, plan_for
+from spectral_kv_core.profile import Profile
+from spectral_kv_core.prompt_file import ExactLayer, PromptFile, encode_within
+
+from . import ops
+from .cache import SpectralKVCache, fill
+from .integration import (
+    exact_layer,
+    host_layers,
+    install,
+    model_dtype,
+    model_name,
+    model_shape,
+    padded,
+    plain_cache,
+    set_exact_layer,
+    weights_digest,
+)
+from .profiler import SpectralProfiler
+
+__all__ = ["decode_cache", "encode_cache", "load_prompt_cache", "save_prompt_cache"]
+
+
+def save_prompt_cache(
+    path: str | os.PathLike,
+    cache: list,
+    tokens: Sequence | None = None,
+    *,
+    model=None,
+    method: str | Method | None = None,
+    bits: float | None = None,
+    profile: Profile | None = None,
+    window: int = 64,
+    sinks: int = 4,
+    metadata: dict | None = None,
+) -> Path:
+    """Store a cache that has read a prompt, for `load_prompt_cache` of either backend; returns the path.
+
+    method None stores a compressed cache as it is, its prompt ended, and a plain one exactly (`identity`); else what it
+    holds is encoded by `method`, with `bits`, `profile`, `window` and `sinks` as in `make_prompt_cache`. tokens: ids
+    [seen] or [B, seen] of what was read, kept in the file. model: names the file's model and its weights; needed to
+    encode. metadata: JSON that goes along. Raises ValueError for a cache or tokens that cannot be stored.
+    """
+    if method is None and not _stores(cache):
+        method = "identity"
+    if method is not None:
+        if model is None:
+            raise ValueError("Expected the model of a cache that is to be encoded, received none. Give model=.")
+        method = get_method(method)
+        shape, _, profile = SpectralProfiler().profile_for(model, method, profile)
+        plan = plan_for(shape, profile, method, bits, window=window, sinks=sinks)
+        cache = encode_within(lambda plan: encode_cache(plan, cache, sinks, window), _stores, plan)
+    elif bits is not None:
+        raise ValueError(f"Expected a method that has {bits:g} bits, received bits alone. Give method= too.")
+    ours = [layer for layer in cache if isinstance(layer, SpectralKVCache)]
+    for layer in ours:
+        layer.finalize()
+    layers = [layer.store if isinstance(layer, SpectralKVCache) else exact_layer(layer) for layer in cache]
+    file = PromptFile.of(
+        ops,
+        ours[0].plan,
+        layers,
+        tokens=tokens,
+        model=model_name(model) if model is not None else "",
+        weights_digest=weights_digest(model) if model is not None else "",
+        metadata=metadata,
+    )
+    return file.save(path)
+
+
+def load_prompt_cache(
+    path: str | os.PathLike | PromptFile,
+    model,
+    profile: Profile | None = None,
+    *,
+    method: str | Method | None = None,
+    bits: float | None = None,
+) -> tuple[list, list | None]:
+    """A cache that goes on where the stored one ended, and the token ids of its prompt, None when they are not told.
+
+    method None gives the very cache that was saved, or a plain one where its method is for files only; `plain` the
+    host's own; any other encodes the decoded cache again, at `bits`, with the file's window and sinks. profile: the one
+    that the file was made with; None looks for it. Raises FileNotFoundError, or ValueError for a file that is damaged, of
+    another model or of another profile.
+    """
+    file = path if isinstance(path, PromptFile) else PromptFile.load(path)
+    plain = method == "plain"
+    if bits is not None and (method is None or plain):
+        raise ValueError(f"Expected a method that has {bits:g} bits, received {method}.")
+    target = None if method is None or plain else get_live_method(method)
+    file.check(model_shape(model)[0], weights_digest(model))
+    plan, dtype = file.plan(profile), model_dtype(model)
+    padding = file.padding if any(file.padding) else None
+    cache = host_layers(model)
+    for layer_idx, host in enumerate(cache):
+        if layer_idx in plan.shape.layers:
+            row = plan.shape.layers.index(layer_idx)
+            cache[layer_idx] = SpectralKVCache(plan, row, file.sinks, file.window, padding)
+            file.restore(layer_idx, cache[layer_idx].store, dtype)
+        else:
+            cache[layer_idx] = padded(host, padding) if padding else host
+            set_exact_layer(cache[layer_idx], file.exact(ops, layer_idx, dtype))
+    if target is not None:
+        profile = SpectralProfiler().profile_for(model, target, profile or plan.profile)[2]
+        wanted = make_plan(plan.shape, profile, target, bits)
+        if wanted.hash != plan.hash:
+            cache = encode_cache(wanted, cache, file.sinks, file.window)
+    elif plain or not plan.method.live:
+        return decode_cache(cache, model), file.tokens
+    install(model)
+    return cache, file.tokens
+
+
+def encode_cache(plan: Plan, cache: list, sinks: int, window: int) -> list:
+    """What `cache`, plain or compressed, holds, under `plan`; of a method for files it can be saved and decoded only."""
+    made = list(cache)
+    for row, layer_idx in enumerate(plan.shape.layers):
+        padding = getattr(cache[layer_idx], "left_padding", None)
+        padding = padding if padding is None or isinstance(padding, list) else padding.tolist()
+        made[layer_idx] = SpectralKVCache(plan, row, sinks, window, padding)
+    fill(made, cache)
+    return made
+
+
+def decode_cache(cache: list, model) -> list:
+    """The plain cache of `model` with what `cache` holds, decoded; `cache` stays as it is."""
+    plain = plain_cache(model)
+    for layer_idx, layer in enumerate(cache):
+        if isinstance(layer, SpectralKVCache):
+            if layer.left_padding:
+                plain[layer_idx] = padded(plain[layer_idx], layer.left_padding)
+            set_exact_layer(plain[layer_idx], ExactLayer(*layer.keys_and_values(), layer.size()))
+        else:
+            plain[layer_idx] = copy.deepcopy(layer)
+    return plain
+
+
+def _stores(cache: list) -> list[LayerCache]:
+    return [layer.store for layer in cache if isinstance(layer, SpectralKVCache)]

@@ -1,0 +1,143 @@
+"""Prompt caches in files, and from one method to another; files of both backends are the same."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers.cache_utils import Cache
+
+from spectral_kv_core.cache import LayerCache
+from spectral_kv_core.methods import Method, get_live_method, get_method
+from spectral_kv_core.plan import Plan, make_plan, plan_for
+from spectral_kv_core.profile import Profile
+from spectral_kv_core.prompt_file import ExactLayer, PromptFile, encode_within
+
+from . import ops
+from .cache import SpectralCache, SpectralKVLayer, fill
+from .integration import (
+    exact_layer,
+    host_layers,
+    install,
+    model_name,
+    model_shape,
+    plain_cache,
+    set_exact_layer,
+    weights_digest,
+)
+from .profiler import SpectralProfiler
+
+__all__ = ["decode_cache", "encode_cache", "load_prompt_cache", "save_prompt_cache"]
+
+
+def save_prompt_cache(
+    path: str | os.PathLike,
+    cache: Cache,
+    tokens: Sequence | None = None,
+    *,
+    model=None,
+    method: str | Method | None = None,
+    bits: float | None = None,
+    profile: Profile | None = None,
+    window: int = 64,
+    sinks: int = 4,
+    metadata: dict | None = None,
+) -> Path:
+    """Store a cache that has read a prompt, for `load_prompt_cache` of either backend; returns the path.
+
+    method None stores a compressed cache as it is, its prompt ended, and a plain one exactly (`identity`); else what it
+    holds is encoded by `method`, with `bits`, `profile`, `window` and `sinks` as in `make_prompt_cache`. tokens: ids
+    [seen] or [B, seen] of what was read, kept in the file. model: names the file's model and its weights; needed to
+    encode. metadata: JSON that goes along. Raises ValueError for a cache or tokens that cannot be stored.
+    """
+    if method is None and not isinstance(cache, SpectralCache):
+        method = "identity"
+    if method is not None:
+        if model is None:
+            raise ValueError("Expected the model of a cache that is to be encoded, received none. Give model=.")
+        method = get_method(method)
+        shape, _, profile = SpectralProfiler().profile_for(model, method, profile)
+        plan = plan_for(shape, profile, method, bits, window=window, sinks=sinks)
+        cache = encode_within(lambda plan: encode_cache(plan, cache, sinks, window), _stores, plan)
+    elif bits is not None:
+        raise ValueError(f"Expected a method that has {bits:g} bits, received bits alone. Give method= too.")
+    if not cache.get_seq_length():
+        raise ValueError("Expected a cache that has read a prompt, received an empty one.")
+    cache.finalize()
+    layers = [layer.store if isinstance(layer, SpectralKVLayer) else exact_layer(layer) for layer in cache.layers]
+    file = PromptFile.of(
+        ops,
+        cache.plan,
+        layers,
+        tokens=tokens,
+        model=model_name(model) if model is not None else "",
+        weights_digest=weights_digest(model) if model is not None else "",
+        metadata=metadata,
+    )
+    return file.save(path)
+
+
+def load_prompt_cache(
+    path: str | os.PathLike | PromptFile,
+    model,
+    profile: Profile | None = None,
+    *,
+    method: str | Method | None = None,
+    bits: float | None = None,
+) -> tuple[Cache, list | None]:
+    """A cache that goes on where the stored one ended, and the token ids of its prompt, None when they are not told.
+
+    method None gives the very cache that was saved, or a plain one where its method is for files only; `plain` the
+    host's own; any other encodes the decoded cache again, at `bits`, with the file's window and sinks. profile: the one
+    that the file was made with; None looks for it. Raises FileNotFoundError, or ValueError for a file that is damaged, of
+    another model or of another profile.
+    """
+    file = path if isinstance(path, PromptFile) else PromptFile.load(path)
+    plain = method == "plain"
+    if bits is not None and (method is None or plain):
+        raise ValueError(f"Expected a method that has {bits:g} bits, received {method}.")
+    target = None if method is None or plain else get_live_method(method)
+    file.check(model_shape(model)[0], weights_digest(model))
+    plan = file.plan(profile)
+    cache = SpectralCache(plan=plan, window=file.window, sinks=file.sinks, layers=host_layers(model))
+    for layer_idx, layer in enumerate(cache.layers):
+        if isinstance(layer, SpectralKVLayer):
+            file.restore(layer_idx, layer.open(model.device), model.dtype, model.device)
+        else:
+            set_exact_layer(layer, file.exact(ops, layer_idx, model.dtype, model.device))
+    if target is not None:
+        profile = SpectralProfiler().profile_for(model, target, profile or plan.profile)[2]
+        wanted = make_plan(plan.shape, profile, target, bits)
+        if wanted.hash != plan.hash:
+            cache = encode_cache(wanted, cache, file.sinks, file.window)
+    elif plain or not plan.method.live:
+        return decode_cache(cache, model), file.tokens
+    install(model)
+    return cache, file.tokens
+
+
+def encode_cache(plan: Plan, cache: Cache, sinks: int, window: int) -> SpectralCache:
+    """What `cache`, plain or compressed, holds, under `plan`; of a method for files it can be saved and decoded only."""
+    made = SpectralCache(plan=plan, sinks=sinks, window=window, layers=cache.layers)
+    fill(made, cache)
+    return made
+
+
+@torch.no_grad()
+def decode_cache(cache: SpectralCache, model) -> Cache:
+    """The plain cache of `model` with what `cache` holds, decoded; `cache` stays as it is."""
+    plain = plain_cache(model)
+    for layer_idx, layer in enumerate(cache.layers):
+        if isinstance(layer, SpectralKVLayer):
+            held = ExactLayer(*layer.keys_and_values(), layer.get_seq_length())
+            set_exact_layer(plain.layers[layer_idx], held)
+        else:
+            plain.layers[layer_idx] = copy.deepcopy(layer)
+    return plain
+
+
+def _stores(cache: SpectralCache) -> list[LayerCache]:
+    return [layer.store for layer in cache.layers if isinstance(layer, SpectralKVLayer)]
