@@ -16,7 +16,7 @@ from spectral_kv_core import ops
 from spectral_kv_core.cache import LayerCache
 from spectral_kv_core.codec import make_codec
 from spectral_kv_core.methods import METHODS, Method, get_method
-from spectral_kv_core.plan import _costs, make_plan, plan_for
+from spectral_kv_core.plan import COHERENCE, MAX_EXPANSION, _coherent_cost, _costs, _expansion, make_plan, plan_for
 from spectral_kv_core.profile import BasisSet
 from spectral_kv_core.quantizer import BIT_WIDTHS
 from spectral_kv_core.transform import band_sizes
@@ -165,3 +165,21 @@ def test_impossible_arguments_are_refused(toy_profile):
 def test_passed_layers_count_against_budget_bytes(toy_profile):
     plans = [plan_for(SHAPE, toy_profile, budget_bytes=400_000, max_context=2000, other_bytes=n) for n in (0, 100_000)]
     assert plans[1].bits < plans[0].bits < 8
+
+
+@pytest.mark.parametrize("distortion", [1e-4, 0.01, 0.12, 0.36, 0.7, 1.0])
+def test_decoded_coefficients_are_expanded_by_what_costs_least(distortion):
+    """Against a search over all expansions l: shrinkage (1 - l (1 - D))^2 costs k times what noise l^2 D (1 - D) costs."""
+    l = np.linspace(0.5, MAX_EXPANSION, 20001)
+    loss = COHERENCE * (1 - l * (1 - distortion)) ** 2 + l**2 * distortion * (1 - distortion)
+    assert _coherent_cost(distortion) * distortion == pytest.approx(loss.min(), rel=1e-3)
+    if distortion < 1:
+        assert _expansion(distortion) == pytest.approx(l[loss.argmin()], abs=1e-3)
+
+
+def test_plans_decode_to_expanded_levels(toy_profile):
+    plan = make_plan(SHAPE, toy_profile, "spectral", 2)
+    levels = plan.basis_set.levels
+    expansion = {b: float(np.mean(plan.levels[b][-1] / levels[b][-1])) for b in levels}
+    assert 1.25 < expansion[1] < 1.4 and 1.05 < expansion[2] < 1.12 and 1 < expansion[8] < 1.001
+    assert all(np.allclose(plan.levels[b], levels[b] * expansion[b], rtol=1e-5) for b in levels)

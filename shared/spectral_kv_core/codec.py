@@ -142,7 +142,7 @@ class SpectralCodec(TransformCodec):
         self.order = table(order, np.int32)
         self.rows = [table(chosen, np.int32) for chosen in rows]
         self.scale = [table(sigma[chosen][:, None]) for chosen in rows]
-        self.levels = [table(plan.basis_set.levels[b]) for b in self.bits]
+        self.levels = [table(plan.levels[b]) for b in self.bits]
 
     def quantize(self, z, weights=None):
         """Coefficients [B, G, n, block, R] -> codes, one [B, rows, n] uint8 array per width of `bits`."""

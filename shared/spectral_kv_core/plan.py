@@ -26,6 +26,8 @@ PADDING = 1 / 1024  # share of the budget kept for codes that do not fill a byte
 STAGING_BITS = 4.0  # of a prompt that is still coming in
 MIN_GAIN = 1e-3  # a frequency that costs next to nothing still has a defined rounding
 MEASURED_SHARE = 0.9  # of the measured cost beside the product model; results/experiments.md
+COHERENCE = 3.0  # how much more an error that follows the signal costs than one that does not; results/experiments.md
+MAX_EXPANSION = 1.35  # of decoded coefficients: a rare code of a wide dead zone is nearly right as it is
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,18 @@ class Plan:
             return None
         return make_plan(self.shape, self.profile, replace(self.method, rounding="nearest"), STAGING_BITS)
 
+    @cached_property
+    def levels(self) -> dict[int, np.ndarray]:
+        """What codes are decoded to by width, in standard deviations: the profile's levels, expanded (`_expansion`)."""
+        expansion = _expansion(np.array(_distortions(self.basis_set)))
+        return {b: (self.basis_set.levels[b] * e).astype(np.float32) for b, e in zip(BIT_WIDTHS, expansion) if b}
+
     def quantizers(self, xp, like=None) -> tuple:
         """`quantizer.flat_tables` as arrays of `xp` on the device of `like`, made once for all layers."""
         made = self.__dict__.setdefault("_quantizers", {})
         key = (xp.__name__, str(getattr(like, "device", like)))
         if key not in made:
-            made[key] = tuple(xp.asarray(table, like=like) for table in flat_tables(self.basis_set.levels))
+            made[key] = tuple(xp.asarray(table, like=like) for table in flat_tables(self.basis_set.levels, self.levels))
         return made[key]
 
     @property
@@ -115,7 +123,7 @@ class Plan:
         if self.basis_set is not None:
             tables = (self.basis_set.mean, self.basis_set.weight, self.basis_set.basis, self.basis_set.variance)
             if self.choices is None:
-                quantizers = (self.widths, *self.basis_set.levels.values())
+                quantizers = (self.widths, *self.basis_set.levels.values(), *self.levels.values())
             else:
                 quantizers = (self.choices, *(x for t in self.tables for x in (t.levels, t.frequencies)))
                 digest.update(repr([(t.step, t.offset) for t in self.tables]).encode())
@@ -267,6 +275,7 @@ def _stored_plan(shape: ModelShape, profile: Profile, method: Method, bits: floa
             f"Calibrate again: spectralkv profile --model {profile.model}"
         )
     tables = _step_tables(basis_set.histogram.tobytes())
+    tables = tuple(replace(t, levels=(t.levels * _expansion(t.mse)).astype(np.float32)) for t in tables)
     sizes, rates = band_sizes(basis_set.block), _table_rates(tables)
     budget = int(bits * elements_per_token(shape) * basis_set.block / RATE_UNIT)
     copies = np.broadcast_to(sizes, basis_set.variance.shape).reshape(-1)
@@ -303,7 +312,7 @@ def _stored_costs(basis_set: BasisSet, tables: tuple[StepTable, ...]) -> np.ndar
         share = float(f"{(at - known[i - 1]) / (known[i] - known[i - 1]):.9g}")  # logarithms differ between machines
         low, high = (basis_set.cost[..., j] / safe / distortion[j] for j in (i - 1, i))
         ratio = low * (1 - share) + high * share
-        columns.append((MEASURED_SHARE * ratio + (1 - MEASURED_SHARE)) * product * t.mse)
+        columns.append((MEASURED_SHARE * ratio + (1 - MEASURED_SHARE)) * product * t.mse * _coherent_cost(t.mse))
     return np.stack(columns, axis=-1)
 
 
@@ -311,11 +320,29 @@ def _costs(basis_set: BasisSet) -> np.ndarray:
     """Expected loss [L, G, R, F, W] of one coefficient of every band at every width, up to one common factor.
 
     J(b) = (beta * E[g^2 (y - Q_b(y))^2] + (1 - beta) * E[g^2] E[y^2] D(b)): the second-order loss of a Fisher
-    metric (RATE_DISTORTION.md, section 5), half measured, half the product model that generalises better.
+    metric (RATE_DISTORTION.md, section 5), mostly measured, times `_coherent_cost`.
     """
     product = basis_set.sensitivity.astype(np.float64) * basis_set.variance
     distortion = np.array(_distortions(basis_set))
-    return MEASURED_SHARE * basis_set.cost.astype(np.float64) + (1 - MEASURED_SHARE) * product[..., None] * distortion
+    cost = MEASURED_SHARE * basis_set.cost.astype(np.float64) + (1 - MEASURED_SHARE) * product[..., None] * distortion
+    return cost * _coherent_cost(distortion)
+
+
+def _expansion(distortion):
+    """What decoded coefficients are multiplied by, at a mean squared error D of their quantizer (in variances).
+
+    A centroid quantizer decodes y to (1 - D) y and noise of variance D (1 - D). Attention averages the noise over tokens;
+    what is lost, D y, points the same way in every token and component and flattens the scores. Where it costs
+    k = `COHERENCE` times what noise costs, decoding to k / (D + k (1 - D)) times the centroid is best.
+    """
+    return np.minimum(COHERENCE / (distortion + COHERENCE * (1 - distortion)), MAX_EXPANSION)
+
+
+def _coherent_cost(distortion):
+    """Cost at a mean squared error D, expansion included, in units of what D would cost as mere noise; 1 at D = 0."""
+    expansion = _expansion(distortion)
+    lost = 1 - expansion * (1 - distortion)
+    return COHERENCE * lost**2 / distortion + expansion**2 * (1 - distortion)
 
 
 def _distortions(basis_set: BasisSet) -> list[float]:

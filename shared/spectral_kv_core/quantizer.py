@@ -164,12 +164,15 @@ def code_table(levels: np.ndarray | None) -> np.ndarray:
     return np.searchsorted(thresholds(levels), centres).astype(np.uint8)
 
 
-def flat_tables(levels: dict[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Tables of all widths of `BIT_WIDTHS` behind one another: codes by cell [W * 2 * REACH * CELLS], levels [W * 256]."""
+def flat_tables(levels: dict[int, np.ndarray], decoded: dict[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Tables of all widths of `BIT_WIDTHS` behind one another: codes by cell [W * 2 * REACH * CELLS], levels [W * 256].
+
+    The code of a cell is that of the nearest of `levels`; it is decoded to the same entry of `decoded`.
+    """
     padded = np.zeros((len(BIT_WIDTHS), 256), np.float32)
     for i, bits in enumerate(BIT_WIDTHS):
         if bits:
-            padded[i, : 2**bits] = levels[bits]
+            padded[i, : 2**bits] = decoded[bits]
     return np.concatenate([code_table(levels.get(bits)) for bits in BIT_WIDTHS]), padded.reshape(-1)
 
 
