@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from spectral_kv_core import prompt_file
 from spectral_kv_core.cache import LayerCache
 from spectral_kv_core.methods import Method, get_live_method, get_method
 from spectral_kv_core.plan import Plan, make_plan, plan_for
@@ -29,7 +30,7 @@ from .integration import (
 )
 from .profiler import SpectralProfiler
 
-__all__ = ["decode_cache", "encode_cache", "load_prompt_cache", "save_prompt_cache"]
+__all__ = ["decode_cache", "encode_cache", "load_prompt_cache", "save_prompt_cache", "sealed_bits"]
 
 
 def save_prompt_cache(
@@ -60,7 +61,7 @@ def save_prompt_cache(
         method = get_method(method)
         shape, _, profile = SpectralProfiler().profile_for(model, method, profile)
         plan = plan_for(shape, profile, method, bits, window=window, sinks=sinks)
-        cache = encode_within(lambda plan: encode_cache(plan, cache, sinks, window), _stores, plan)
+        cache = encode_cache(plan, cache, sinks, window)
     elif bits is not None:
         raise ValueError(f"Expected a method that has {bits:g} bits, received bits alone. Give method= too.")
     ours = [layer for layer in cache if isinstance(layer, SpectralKVCache)]
@@ -123,7 +124,20 @@ def load_prompt_cache(
 
 
 def encode_cache(plan: Plan, cache: list, sinks: int, window: int) -> list:
-    """What `cache`, plain or compressed, holds, under `plan`; of a method for files it can be saved and decoded only."""
+    """What `cache`, plain or compressed, holds, under `plan`.
+
+    A cache of a method for files can be saved and decoded only; its real bits, which depend on the text, stay within those
+    of `plan`.
+    """
+    return encode_within(lambda plan: _encode(plan, cache, sinks, window), _stores, plan)
+
+
+def sealed_bits(cache: list) -> float:
+    """Stored bits per key or value element of the sealed tokens of a compressed cache, 0 where nothing is sealed."""
+    return prompt_file.sealed_bits(_stores(cache))
+
+
+def _encode(plan: Plan, cache: list, sinks: int, window: int) -> list:
     made = list(cache)
     for row, layer_idx in enumerate(plan.shape.layers):
         padding = getattr(cache[layer_idx], "left_padding", None)

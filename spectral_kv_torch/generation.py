@@ -30,7 +30,7 @@ from .integration import (
 )
 from .ops import to_numpy
 from .profiler import SpectralProfiler
-from .prompt_cache import decode_cache, encode_cache, load_prompt_cache, save_prompt_cache
+from .prompt_cache import decode_cache, encode_cache, load_prompt_cache, save_prompt_cache, sealed_bits
 
 __all__ = [
     "HOST_PACKAGES",
@@ -53,6 +53,7 @@ __all__ = [
     "reset_peak",
     "save_prompt_cache",
     "score",
+    "sealed_bits",
     "weights_digest",
 ]
 PREFILL_CHUNK = 2048

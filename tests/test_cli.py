@@ -195,7 +195,7 @@ def test_cache_prompt_reports_bytes(capsys, model, profile, tmp_path):
     inspected = json_of(capsys, "inspect", str(path))
     assert inspected == {key: value for key, value in result.items() if key not in ("backend", "output", "seconds")}
     assert "Prompt cache: 2,9" in run(capsys, "inspect", str(path))[1]
-    code, out, _ = run(capsys, *cache_prompt(model, profile, path, "--bits", "1"))
+    code, out, _ = run(capsys, *cache_prompt(model, profile, path, "--bits", "0.5"))
     assert code == 0 and "times smaller than the plain cache" in out and f"Saved {path}" in out
     assert json_of(capsys, "inspect", str(path))["file_bytes"] < result["file_bytes"]
 
@@ -234,7 +234,7 @@ def test_wrong_use_of_stored_prompts(capsys, folder, model, profile, tmp_path, o
     fails(capsys, 2, "received the folder", *cache_prompt("./nowhere", profile, tmp_path))
     fails(capsys, 2, "can be written", *cache_prompt("./nowhere", profile, Path(text_file) / "c"))
     fails(capsys, 2, "method among", *cache_prompt(model, profile, file, "--method", "plain"))
-    fails(capsys, 2, "between 0.25", *cache_prompt(model, profile, file, "--bits", "20"))
+    fails(capsys, 2, "between 0.1", *cache_prompt(model, profile, file, "--bits", "20"))
     fails(capsys, 2, "window", *cache_prompt(model, profile, file, "--window", "-1"))
     fails(capsys, 2, "is for", *cache_prompt(other_model, profile, file))
     long = ["cache-prompt", "--model", model, "--backend", "torch", "--prompt", "x" * 5000, "--output", str(file)]

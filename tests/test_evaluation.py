@@ -391,6 +391,25 @@ def test_more_bits_less_divergence_whatever_the_step(torch_backend, tmp_path):
             assert kl["spectral", 1.0] > kl["spectral", 3.0] > kl["spectral", 8.0] > 0
 
 
+def test_a_method_for_files_is_measured_through_the_plain_cache(torch_backend, tmp_path):
+    pytest.importorskip("constriction")
+    from test_torch_backend import TEXT, model_and_profile
+    from torch_models import ByteTokenizer
+
+    model, profile = model_and_profile("llama")
+    settings = Settings(
+        methods=("spectral-stored", "identity"), bits=(1.0, 4.0), prefixes=(160,), scored=20, documents=1, window=16
+    )
+    texts = [Text("random", TEXT[0])]
+    result = evaluate(torch_backend, model, ByteTokenizer(), settings, texts, tmp_path, names=NAMES, profile=profile)
+    for task in ("text", "copy"):
+        rows = {(row["method"], row["bits"]): row for row in result["rows"] if row["task"] == task}
+        exact, coarse, fine = rows["identity", 16.0], rows["spectral-stored", 1.0], rows["spectral-stored", 4.0]
+        assert coarse["kl"] > fine["kl"] > exact["kl"] and exact["kl"] < 1e-6
+        assert 0.9 < coarse["sealed_bits"] <= 1 and 3.9 < fine["sealed_bits"] <= 4  # of real bytes
+        assert coarse["cache_bytes"] < fine["cache_bytes"] < exact["cache_bytes"]
+
+
 # --- the command ----------------------------------------------------------------------------------------------------
 
 

@@ -249,7 +249,7 @@ def test_a_method_for_files(tmp_path):
     sealed = 224 * 3 * 2 * 2 * 16  # tokens, layers, sides, heads, channels
     assert 0.5 < 8 * file.bytes_by_part()["codes"] / sealed <= 1.0 and sizes[1] < sizes[0]
     assert type(loaded) is transformers.DynamicCache and told == ids
-    container = encode_cache(file.plan(profile), plain, 4, 64)
+    container = encode_cache(make_plan(profile.shape, profile, "spectral-stored", 1.0), plain, 4, 64)
     same(decode_cache(container, model), loaded)
     with pytest.raises(ValueError, match="for files"):
         SpectralCache(profile, method="spectral-stored")

@@ -263,6 +263,7 @@ def _constriction():
         import constriction
     except ImportError as error:
         raise ImportError(
-            "Expected the package constriction for entropy coding. Install it: pip install 'spectralkv[stored]'"
+            "Expected the package constriction for entropy coding, which spectralkv[torch] and spectralkv[mlx] bring where "
+            "there is a wheel. Install it: pip install constriction"
         ) from error
     return constriction

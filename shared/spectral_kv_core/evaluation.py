@@ -2,7 +2,7 @@
 
 Works on any module with the names of a backend's `generation`. Every document's prefix is read once, by the plain
 cache in one call; compressed caches take its keys and values over, since a single call to an empty cache attends
-exactly.
+exactly. A method for files is measured through the plain cache that its file fills, and has the bits of that file.
 """
 
 from __future__ import annotations
@@ -243,19 +243,17 @@ def _measure(backend, model, document: Document, todo: dict[str, list[Job]], set
         del cache
         for job in jobs:
             started = time.perf_counter()
-            cache = backend.make_prompt_cache(
-                model, job.plan.profile, job.bits, method=job.method, window=settings.window, sinks=settings.sinks
-            )
-            if settings.prefill_chunk is None or settings.prefill_chunk >= len(document.prefix):
-                backend.fill(cache, plain)
-                before = after_prefix
-            else:
-                for start in range(0, len(document.prefix), settings.prefill_chunk):
-                    before = backend.feed(model, document.prefix[start : start + settings.prefill_chunk], cache)
-            logits = _score(backend, model, cache, before, labels, settings.step)
+            if job.method.live:
+                cache, before = _live_cache(backend, model, document, job, plain, after_prefix, settings)
+                logits = _score(backend, model, cache, before, labels, settings.step)
+                stored, sealed_bits = cache, job.plan.bits_per_element
+            else:  # a file holds what a plain cache read, and fills a plain cache
+                stored = backend.encode_cache(job.plan, plain, settings.sinks, settings.window)
+                cache, sealed_bits = backend.decode_cache(stored, model), backend.sealed_bits(stored)
+                logits = _score(backend, model, cache, after_prefix, labels, settings.step)
             seconds = time.perf_counter() - started
-            size = backend.cache_nbytes(cache)
-            del cache
+            size = backend.cache_nbytes(stored)
+            del cache, stored
             numbers = compare_logits(reference, logits, labels) | {
                 "scored_tokens": len(labels),
                 "cache_bytes": int(size),
@@ -263,12 +261,25 @@ def _measure(backend, model, document: Document, todo: dict[str, list[Job]], set
                 "compression": size.compression,
                 "bits_per_element": size.bits_per_element,
                 "table_bytes": size.table_nbytes,
-                "sealed_bits": job.plan.bits_per_element,
+                "sealed_bits": sealed_bits,
                 "seconds": seconds,
             }
             if task == "text" and numbers["ppl_ref"] < LOW_PPL:
                 numbers["low_ppl"] = True
             yield task, job, numbers
+
+
+def _live_cache(backend, model, document: Document, job: Job, plain, after_prefix, settings: Settings) -> tuple:
+    """A compressed cache that holds the prefix of `document`, and what then predicts the first scored token."""
+    cache = backend.make_prompt_cache(
+        model, job.plan.profile, job.bits, method=job.method, window=settings.window, sinks=settings.sinks
+    )
+    if settings.prefill_chunk is None or settings.prefill_chunk >= len(document.prefix):
+        backend.fill(cache, plain)
+        return cache, after_prefix
+    for start in range(0, len(document.prefix), settings.prefill_chunk):
+        before = backend.feed(model, document.prefix[start : start + settings.prefill_chunk], cache)
+    return cache, before
 
 
 def _score(backend, model, cache, before: np.ndarray, labels: list[int], step: int) -> np.ndarray:

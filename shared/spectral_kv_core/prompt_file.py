@@ -28,7 +28,7 @@ from .transform import band_sizes
 
 log = logging.getLogger("spectralkv")
 FORMAT = FileFormat("spectralkv-cache", 1, "prompt cache", "spectralkv cache-prompt --model MODEL --prompt-file FILE")
-DEFAULT_FILE_METHOD = "spectral-dense"
+DEFAULT_FILE_METHOD = "spectral-stored"
 FILE_DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}  # of exact keys and values
 
 
