@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import replace
 from importlib.resources import files
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from spectral_kv_core import cli  # noqa: E402
+from spectral_kv_core.basis import orthonormalize  # noqa: E402
 from spectral_kv_core.demo import demo_model_path  # noqa: E402
+from spectral_kv_core.divergence import compare_logits  # noqa: E402
+from spectral_kv_core.methods import get_method  # noqa: E402
+from spectral_kv_core.quantizer import thresholds  # noqa: E402
 from spectral_kv_torch import load_model, make_prompt_cache  # noqa: E402
-from spectral_kv_torch.generation import generate, plain_cache  # noqa: E402
+from spectral_kv_torch.generation import feed, fill, generate, plain_cache  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -59,3 +66,62 @@ def test_greedy_text_at_4_bits_equals_the_plain_cache(prompt_text):
         for cache in (plain_cache(model), make_prompt_cache(model, bits=4.0, method="spectral-dense"))
     ]
     assert texts[0] == texts[1]
+
+
+BANDS = np.repeat(np.arange(5), [1, 1, 2, 4, 8])  # octaves of the 16 frequencies
+DCT = np.sqrt(2 / 16) * np.cos(np.pi / 16 * (np.arange(16) + 0.5) * np.arange(16)[:, None])
+DCT[0] /= np.sqrt(2)
+
+
+def turned(x, angles):
+    """Halves of the last axis of `x` [H, T, D] turned by `angles` [T, D / 2]."""
+    a, b = np.split(x, 2, axis=-1)
+    cos, sin = np.cos(angles), np.sin(angles)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
+def simulated(plan, row, keys, values, start):
+    """Keys and values [H, T, D] as the plan would store them, in float64 and from the profile's arrays alone."""
+    basis_set, heads = plan.basis_set, len(keys)
+    angles = (start + np.arange(keys.shape[1]))[:, None] * np.array(plan.shape.rope.inv_freq)
+    pre = plan.method.rope == "pre"
+    x = np.concatenate([turned(keys, -angles) if pre else keys, values])
+    groups, channels = basis_set.mean.shape[1:]
+    x = x.reshape(groups, -1, *x.shape[1:]).transpose(0, 2, 1, 3).reshape(groups, -1, channels)
+    weight = np.repeat(basis_set.weight[row].astype(np.float64), plan.shape.head_dim, axis=-1)[:, None]
+    mean, basis = basis_set.mean[row][:, None], orthonormalize(basis_set.basis[row]).astype(np.float64)
+    y = (((x - mean) * weight) @ basis).reshape(groups, -1, 16, basis.shape[-1])
+    sigma = np.sqrt(basis_set.variance[row].astype(np.float64))[..., BANDS].transpose(0, 2, 1)[:, None]
+    z, decoded = DCT @ y / sigma, np.zeros_like(y)
+    widths = np.broadcast_to(plan.widths[row][..., BANDS].transpose(0, 2, 1)[:, None], z.shape)
+    for bits, levels in basis_set.levels.items():
+        code = np.searchsorted(thresholds(levels), z)
+        decoded = np.where(widths == bits, plan.levels[bits][code], decoded)
+    x = (DCT.T @ (decoded * sigma)).reshape(groups, -1, basis.shape[-1]) @ basis.swapaxes(-1, -2) / weight + mean
+    x = x.reshape(groups, x.shape[1], -1, plan.shape.head_dim).transpose(0, 2, 1, 3).reshape(2 * heads, x.shape[1], -1)
+    return turned(x[:heads], angles) if pre else x[:heads], x[heads:]
+
+
+@pytest.mark.parametrize("name", ["spectral", "spectral-dense"])
+def test_the_packed_cache_is_a_float_simulation_of_itself(name):
+    model, tokenizer = load_model(demo_model_path(), "float32")
+    text = (files("spectral_kv_core") / "data" / "evaluation" / "prose.txt").read_text()
+    tokens = tokenizer.encode(text[:6000])[: 4 + 640 + 64 + 16]
+    prefix, after = tokens[:-16], tokens[-16:]  # one more token fed would seal the next block
+    plain = plain_cache(model)
+    before = feed(model, prefix, plain)
+    packed = make_prompt_cache(model, bits=2.0, method=replace(get_method(name), rounding="nearest"))
+    fill(packed, plain)
+    floating = copy.deepcopy(plain)
+    for row, layer_idx in enumerate(packed.plan.shape.layers):
+        layer = floating.layers[layer_idx]
+        held = (x[0, :, 4:644].double().numpy() for x in (layer.keys, layer.values))
+        for x, stored in zip((layer.keys, layer.values), simulated(packed.plan, row, *held, 4)):
+            x[0, :, 4:644] = torch.from_numpy(stored)
+    logits = [
+        np.concatenate([before, *(feed(model, [token], cache) for token in after[:-1])])
+        for cache in (plain, floating, packed)
+    ]
+    cost = compare_logits(logits[0], logits[2], after)["kl"]
+    assert cost > 3e-4  # something was lost, and both lose the same
+    assert compare_logits(logits[1], logits[2], after)["kl"] < 0.005 * cost
