@@ -84,25 +84,25 @@ def basis_set_summary(basis_set: BasisSet) -> dict:
 
 
 def plan_summary(plan: Plan) -> dict:
-    """Bits per layer and side, and how many coefficients each width has, for JSON."""
+    """Bits per layer and side, and how many coefficients each width (or each entropy-coded rate) has, for JSON."""
     summary = {
         "method": plan.method.name,
         "bits": plan.bits,
         "bits_per_element": plan.bits_per_element,
         "hash": plan.hash,
     }
-    if plan.widths is None:
+    if plan.basis_set is None:
         return summary
     sizes = band_sizes(plan.basis_set.block)
-    per_group = (plan.widths * sizes).sum((-1, -2)) / (plan.basis_set.block * plan.basis_set.mean.shape[-1])  # [L, G]
+    per_group = (plan.rates * sizes).sum((-1, -2)) / (plan.basis_set.block * plan.basis_set.mean.shape[-1])  # [L, G]
     half = max(per_group.shape[1] // 2, 1)
-    counts = np.bincount(np.repeat(plan.widths.reshape(-1, len(sizes)), sizes, axis=1).reshape(-1), minlength=9)
+    widths, counts = np.unique(np.repeat(plan.rates.reshape(-1, len(sizes)), sizes, axis=1), return_counts=True)
     return {
         **summary,
         "layers": list(plan.shape.layers),
         "key_bits": np.round(per_group[:, :half].mean(1), 3),
         "value_bits": np.round(per_group[:, half:].mean(1), 3) if per_group.shape[1] > 1 else None,
-        "coefficients_by_width": {str(b): int(n) for b, n in enumerate(counts) if n},
+        "coefficients_by_width": {f"{b:.3g}": int(n) for b, n in zip(widths, counts)},
     }
 
 
