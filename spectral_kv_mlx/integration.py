@@ -27,6 +27,7 @@ from mlx_lm.models.cache import (
 )
 from mlx_lm.utils import _download, load_config
 
+from spectral_kv_core import paths
 from spectral_kv_core.profile import ModelShape
 from spectral_kv_core.prompt_file import ExactLayer
 from spectral_kv_core.rope import Rope
@@ -317,8 +318,10 @@ def load_model(name: str | os.PathLike, dtype: str | None = None):
 
 
 def model_name(model) -> str:
-    """Where `load_model` found the model, else its kind."""
-    return getattr(model, "name_or_path", None) or str(_field(model, "model_type") or type(model).__name__)
+    """Hub id or folder that `load_model` found the model in, else its kind."""
+    return paths.model_name(getattr(model, "name_or_path", "")) or str(
+        _field(model, "model_type") or type(model).__name__
+    )
 
 
 def _config_corrections(config: dict) -> dict:

@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+from spectral_kv_core import paths
 from spectral_kv_core.profile import ModelShape
 from spectral_kv_core.prompt_file import ExactLayer
 from spectral_kv_core.rope import Rope
@@ -140,8 +141,8 @@ def _kept(layer, seen: int) -> int:
 
 
 def model_name(model) -> str:
-    """Where transformers found the model, else its kind."""
-    return model.config.name_or_path or type(model).__name__
+    """Hub id or folder of the model, else its kind."""
+    return paths.model_name(model.config.name_or_path) or type(model).__name__
 
 
 def model_shape(model) -> tuple[ModelShape, dict[int, str]]:

@@ -1,4 +1,4 @@
-"""Where files that can be made again are kept."""
+"""Where files that can be made again are kept, and what files call a model."""
 
 from __future__ import annotations
 
@@ -16,3 +16,8 @@ def user_cache_dir() -> Path:
     xdg = os.environ.get("XDG_CACHE_HOME", "")
     base = Path(xdg) if os.path.isabs(xdg) else Path.home() / ".cache"
     return base / "spectralkv"
+
+
+def model_name(found: str) -> str:
+    """What files call a model that was `found` there: its hub id, or the last part of its folder, which nobody else has."""
+    return os.path.basename(os.path.normpath(found)) if os.path.isabs(found) else found
