@@ -199,7 +199,9 @@ def fill(cache: Cache, plain: Cache) -> None:
     """
     for layer_idx, (layer, host) in enumerate(zip(cache.layers, plain.layers)):
         if not isinstance(layer, SpectralKVLayer):
-            cache.layers[layer_idx] = copy.deepcopy(host)
+            cache.layers[layer_idx] = copied = copy.deepcopy(host)
+            if isinstance(getattr(host, "keys", None), torch.Tensor):  # a sliding window is a view of all that came in
+                copied.keys, copied.values = ops.copy(host.keys), ops.copy(host.values)
         elif isinstance(host, SpectralKVLayer):
             layer.append(*host.keys_and_values(), host.store.padding)
         else:

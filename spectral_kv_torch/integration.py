@@ -20,6 +20,7 @@ from spectral_kv_core.profile import ModelShape
 from spectral_kv_core.prompt_file import ExactLayer
 from spectral_kv_core.rope import Rope
 
+from . import ops
 from .handles import Handle
 
 ATTENTION = "spectralkv"
@@ -132,7 +133,7 @@ def set_exact_layer(layer, held: ExactLayer) -> None:
             f"Expected the last {keep:,} tokens for a window of {layer.sliding_window:,}, received {held.keys.shape[2]:,}: "
             "the cache is of a model with another window. Make it again."
         )
-    layer.keys, layer.values = held.keys[:, :, -keep:].contiguous(), held.values[:, :, -keep:].contiguous()
+    layer.keys, layer.values = (ops.copy(x[:, :, -keep:]) for x in (held.keys, held.values))
 
 
 def _kept(layer, seen: int) -> int:

@@ -363,6 +363,8 @@ def test_filling_equals_reading_the_prefix(torch_backend, name, method):
     assert (size, size.dense_nbytes) == (expected_size, expected_size.dense_nbytes)
     copied = backend.plain_cache(model)
     backend.fill(copied, plain)
+    held = sum(x.nbytes for layer in copied.layers for x in (layer.keys, layer.values))
+    assert backend.cache_nbytes(copied) == held  # a copied sliding window does not keep the whole prefix alive
     plain_logits = np.concatenate([backend.feed(model, [t], copied) for t in after])
     if method == "identity":
         assert_close("plain logits", got, plain_logits)
