@@ -20,7 +20,7 @@ from mlx_lm.models.cache import (
 from spectral_kv_core.cache import LATENT_QUERIES, CacheSize, Lane, LayerCache
 from spectral_kv_core.codec import Chunk, make_staging_codec
 from spectral_kv_core.plan import Plan
-from spectral_kv_core.prompt_file import codec_of
+from spectral_kv_core.stored import codec_of
 
 from . import ops
 from .handles import RoutedCache, caller_is_routed

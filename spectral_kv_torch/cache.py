@@ -13,7 +13,7 @@ from spectral_kv_core.codec import make_staging_codec
 from spectral_kv_core.methods import get_live_method
 from spectral_kv_core.plan import Plan, make_plan
 from spectral_kv_core.profile import Profile
-from spectral_kv_core.prompt_file import codec_of
+from spectral_kv_core.stored import codec_of
 
 from . import ops
 from .handles import Pending
@@ -199,9 +199,9 @@ def fill(cache: Cache, plain: Cache) -> None:
     """
     for layer_idx, (layer, host) in enumerate(zip(cache.layers, plain.layers)):
         if not isinstance(layer, SpectralKVLayer):
-            cache.layers[layer_idx] = copied = copy.deepcopy(host)
-            if isinstance(getattr(host, "keys", None), torch.Tensor):  # a sliding window is a view of all that came in
-                copied.keys, copied.values = ops.copy(host.keys), ops.copy(host.values)
+            held = [x for x in (getattr(host, "keys", None), getattr(host, "values", None)) if x is not None]
+            # a sliding window is a view of all that came in, and deepcopy copies what a view keeps alive
+            cache.layers[layer_idx] = copy.deepcopy(host, {id(x): ops.copy(x) for x in held})
         elif isinstance(host, SpectralKVLayer):
             layer.append(*host.keys_and_values(), host.store.padding)
         else:

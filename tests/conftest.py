@@ -18,14 +18,12 @@ from spectral_kv_core.profile import Profile  # noqa: E402
 
 @pytest.fixture(scope="session", params=["numpy", "torch", "mlx"])
 def xp(request):
-    """The core's array operations on one library; SPECTRALKV_TEST_MLX=0 leaves MLX out."""
+    """The core's array operations on one library."""
     if request.param == "numpy":
         return importlib.import_module("spectral_kv_core.ops")
     if request.param == "torch":
         pytest.importorskip("torch").set_num_threads(1)
         return importlib.import_module("spectral_kv_torch.ops")
-    if os.environ.get("SPECTRALKV_TEST_MLX") == "0":
-        pytest.skip("SPECTRALKV_TEST_MLX=0")
     pytest.importorskip("mlx.core")
     return importlib.import_module("spectral_kv_mlx.ops")
 

@@ -141,7 +141,7 @@ def sealed_bits(bits: float, lengths) -> dict[int, float]:
 def test_stored_bits_stay_under_the_ceiling(bits):
     lengths = range(64, 3001, 16)
     over = {length: stored for length, stored in sealed_bits(bits, lengths).items() if stored > bits}
-    assert max(over, default=0) < 1280 and max(over.values(), default=0) < 1.02 * bits, over
+    assert max(over, default=0) < 1024 and max(over.values(), default=0) < 1.02 * bits, over
     if over:
         pytest.xfail(f"partly filled units: above the ceiling at {len(over)} lengths up to {max(over)} tokens")
 

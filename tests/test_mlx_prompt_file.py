@@ -200,10 +200,9 @@ def test_plain_caches_go_in_and_come_out(pair, tmp_path):
     np.testing.assert_array_equal(follow(mlx_backend, pair.mlx, loaded), follow(mlx_backend, pair.mlx, plain))
 
 
+@pytest.mark.parametrize("pair", ["llama"], indirect=True)
 def test_the_command_line_on_both(pair, tmp_path, capsys):
     """One backend stores, the other goes on, with the text of the two in one piece."""
-    if pair.name == "gemma3":
-        pytest.skip("one model is enough")
     document, question = "There was a table, and on it stood 23 cups. " * 5, "How many cups?"
     common = ["--model", str(pair.folder), "--dtype", "float32", "--json", "--prompt"]
     after = ["--max-tokens", "8", "--ignore-eos"]

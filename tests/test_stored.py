@@ -13,7 +13,7 @@ from spectral_kv_core import ops
 from spectral_kv_core.codec import make_codec
 from spectral_kv_core.methods import Method, get_live_method, get_method
 from spectral_kv_core.plan import STORED_BITS, Plan, elements_per_token, make_plan
-from spectral_kv_core.stored import FIT_SLACK, fit_bits, make_stored_codec
+from spectral_kv_core.stored import FIT_SLACK, StoredCodec, fit_bits
 
 pytest.importorskip("constriction")
 MODEL = ToyModel(layers=1, rotated=True)
@@ -43,7 +43,7 @@ def test_error_falls_as_bytes_grow(xp, group, rope):
     keys, values = sample(batch=2)
     errors, sizes = [], []
     for bits in (0.25, 0.5, 1, 2, 4):
-        codec = make_stored_codec(xp, stored_plan(bits, group, rope), 0)
+        codec = StoredCodec(xp, stored_plan(bits, group, rope), 0)
         chunk = codec.encode(xp.asarray(keys), xp.asarray(values), 0)
         got = decoded(codec, chunk)
         errors.append([relative_rms(got[0], keys), relative_rms(got[1], values)])
@@ -57,7 +57,7 @@ def test_entropy_coding_beats_fixed_widths():
     """At the bytes of the live method with the same basis, on other text than was calibrated on."""
     keys, values = sample()
     live = make_codec(ops, plan_of(MODEL, 1, "layer", "pre"), 0)
-    stored = make_stored_codec(ops, stored_plan(0.92, rounding="nearest"), 0)
+    stored = StoredCodec(ops, stored_plan(0.92, rounding="nearest"), 0)
     chunk = stored.encode(keys, values, 0)
     assert real_bits(chunk) <= 1
     for of_stored, of_live, x in zip(decoded(stored, chunk), live.decode(live.encode(keys, values, 0)), (keys, values)):
@@ -65,7 +65,7 @@ def test_entropy_coding_beats_fixed_widths():
 
 
 def test_bytes_of_one_library_decode_on_every_other(xp):
-    codec, reference = (make_stored_codec(x, stored_plan(2), 0) for x in (xp, ops))
+    codec, reference = (StoredCodec(x, stored_plan(2), 0) for x in (xp, ops))
     chunk = reference.encode(*sample(), 20)
     moved = type(chunk)(chunk.batch, chunk.start, chunk.tokens, tuple(map(xp.asarray, chunk.arrays)))
     for got, expected in zip(decoded(codec, moved), decoded(reference, chunk)):
@@ -73,23 +73,23 @@ def test_bytes_of_one_library_decode_on_every_other(xp):
 
 
 def test_a_chunk_remembers_where_it_starts():
-    codec = make_stored_codec(ops, stored_plan(4), 0)
+    codec = StoredCodec(ops, stored_plan(4), 0)
     keys, values = sample()
     late = codec.encode(keys[:, :, 512:], values[:, :, 512:], 512)
     assert relative_rms(codec.decode(late)[0], keys[:, :, 512:]) < 0.05
 
 
 def test_bytes_of_another_plan_are_refused():
-    chunk = make_stored_codec(ops, stored_plan(2), 0).encode(*sample(), 0)
+    chunk = StoredCodec(ops, stored_plan(2), 0).encode(*sample(), 0)
     with pytest.raises(ValueError, match="Expected counts"):
-        make_stored_codec(ops, stored_plan(1), 0).decode(chunk)
+        StoredCodec(ops, stored_plan(1), 0).decode(chunk)
 
 
 def test_nan_is_refused():
     keys, values = sample()
     keys[0, 0, 7, 3] = np.nan
     with pytest.raises(ValueError, match="finite"):
-        make_stored_codec(ops, stored_plan(2), 0).encode(keys, values, 0)
+        StoredCodec(ops, stored_plan(2), 0).encode(keys, values, 0)
 
 
 @pytest.mark.parametrize("bits", [0.3, 1.0, 3.0])
@@ -97,7 +97,7 @@ def test_files_are_as_large_as_asked_and_never_larger(bits):
     keys, values = sample(5)
 
     def make(planned):
-        chunk = make_stored_codec(ops, stored_plan(planned), 0).encode(keys, values, 0)
+        chunk = StoredCodec(ops, stored_plan(planned), 0).encode(keys, values, 0)
         return chunk, real_bits(chunk)
 
     real = real_bits(fit_bits(make, bits))

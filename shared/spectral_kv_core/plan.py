@@ -22,7 +22,8 @@ MIN_BITS, MAX_BITS = 0.25, 8.0
 STORED_BITS = (0.1, 7.0)  # the range of entropy-coded plans
 RATE_UNIT = 2**-16  # of the rates of entropy-coded tables, in bits: sums of integers are the same on every machine
 AFFINE_WIDTHS = (2, 3, 4, 5, 6, 8)
-PADDING = 1 / 1024  # share of the budget kept for codes that do not fill a byte, so that `bits` stays a ceiling
+PADDING = 1 / 1024  # share of the budget kept for codes that do not fill a byte, so that `bits` stays a ceiling;
+FULL_PADDING = 0.5  # below so many bits more, as the bytes that they waste stay the same
 STAGING_BITS = 4.0  # of a prompt that is still coming in
 MIN_GAIN = 1e-3  # a frequency that costs next to nothing still has a defined rounding
 MEASURED_SHARE = 0.9  # of the measured cost beside the product model; results/experiments.md
@@ -169,7 +170,8 @@ def make_plan(
     if method.codec == "stored":
         return _stored_plan(shape, profile, method, bits)
     sizes = band_sizes(basis_set.block)
-    budget = int(np.floor(bits * (1 - PADDING) * elements_per_token(shape) * basis_set.block))
+    padding = PADDING * max(1.0, FULL_PADDING / bits)
+    budget = int(np.floor(bits * (1 - padding) * elements_per_token(shape) * basis_set.block))
     copies = np.broadcast_to(sizes, basis_set.variance.shape).reshape(-1)
     costs = _costs(basis_set) * sizes[:, None]
     widths = allocate_bits(costs.reshape(len(copies), -1), copies, budget)

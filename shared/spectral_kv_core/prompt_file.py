@@ -17,13 +17,14 @@ import numpy as np
 
 from . import __version__
 from .cache import CacheSize, Lane, LayerCache
-from .codec import Chunk, make_codec
+from .codec import Chunk
 from .methods import METHODS, Method
 from .plan import Plan, make_plan
 from .profile import ModelShape, Profile
 from .profile_store import find_profile
 from .quantizer import UNIT
 from .signed_file import FileFormat
+from .stored import fit_bits
 from .transform import band_sizes
 
 log = logging.getLogger("spectralkv")
@@ -263,15 +264,6 @@ class PromptFile:
                     yield from ((f"{name}/lanes/{number}/{side}", (size, dtype)) for side in ("keys", "values"))
 
 
-def codec_of(xp, plan: Plan, row: int, like=None):
-    """Codec of compressible layer number `row`, of a live cache or of one that is only the contents of a file."""
-    if plan.method.live:
-        return make_codec(xp, plan, row, like)
-    from .stored import make_stored_codec
-
-    return make_stored_codec(xp, plan, row, like)
-
-
 def chunk_arrays(plan: Plan, row: int, batch: int, tokens: int) -> list[tuple]:
     """(shape, dtype) of every array of a chunk under `plan`; shape None for entropy-coded bytes."""
     method, shape = plan.method, plan.shape
@@ -305,7 +297,6 @@ def encode_within(encode: Callable[[Plan], Any], stores: Callable[[Any], Sequenc
     """
     if plan.method.live:
         return encode(plan)
-    from .stored import fit_bits
 
     def encode_at(bits: float) -> tuple[Any, float]:
         cache = encode(make_plan(plan.shape, plan.profile, plan.method, bits))

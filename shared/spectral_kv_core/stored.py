@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .codec import Chunk, TransformCodec, by_frequency, check_finite, deviations, kept_components
+from .codec import Chunk, TransformCodec, by_frequency, check_finite, deviations, kept_components, make_codec
 from .entropy import decode_streams, dequantize_steps, encode_streams, quantize_steps
 from .plan import STORED_BITS, Plan
 from .rounding import round_in_time
@@ -100,9 +100,9 @@ class StoredCodec(TransformCodec):
         return self.vectors(xp.permute_dims(z, (0, 1, 3, 4, 2)) * self.scale, chunk.start)
 
 
-def make_stored_codec(xp, plan: Plan, row: int, like=None) -> StoredCodec:
-    """Codec of compressible layer number `row` for a plan that makes files."""
-    return StoredCodec(xp, plan, row, like)
+def codec_of(xp, plan: Plan, row: int, like=None):
+    """Codec of compressible layer number `row`, of a live cache or of one that is only the contents of a file."""
+    return (make_codec if plan.method.live else StoredCodec)(xp, plan, row, like)
 
 
 def fit_bits(make: Callable[[float], tuple[object, float]], bits: float) -> object:
