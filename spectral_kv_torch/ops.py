@@ -8,10 +8,12 @@ import numpy as np
 import torch
 from torch import clip, cos, exp, float16, float32, int32, matmul, permute, round, sin, sqrt, square, uint8
 
+from . import kernels
+
 __all__ = [
     "all_finite", "asarray", "astype", "clip", "concat", "copy", "cos", "exp", "float16", "float32", "from_file", "int32",
-    "matmul", "max", "maximum", "mean", "min", "permute_dims", "round", "sin", "split_bytes", "sqrt", "square", "stack",
-    "sum", "take", "to_file", "to_numpy", "uint8", "where", "zeros",
+    "kernels", "matmul", "max", "maximum", "mean", "min", "permute_dims", "round", "sin", "split_bytes", "sqrt", "square",
+    "stack", "sum", "take", "to_file", "to_numpy", "uint8", "where", "zeros",
 ]  # fmt: skip
 
 permute_dims = permute

@@ -16,18 +16,22 @@ transformers = pytest.importorskip("transformers")
 from torch_models import CONFIGS, ByteTokenizer, tiny_model, tokens  # noqa: E402
 
 from spectral_kv_core import profile_store  # noqa: E402
+from spectral_kv_core.codec import SpectralCodec  # noqa: E402
 from spectral_kv_torch import (  # noqa: E402
     SpectralCache,
     SpectralProfiler,
     cache_nbytes,
     capture,
     make_prompt_cache,
+    ops,
     restore,
 )
 from spectral_kv_torch.cache import SpectralKVLayer  # noqa: E402
 from spectral_kv_torch.generation import generate, plain_cache, score  # noqa: E402
 from spectral_kv_torch.handles import Handle  # noqa: E402
 from spectral_kv_torch.integration import ATTENTION, model_shape  # noqa: E402
+from spectral_kv_torch.kernels import build  # noqa: E402
+from spectral_kv_torch.kernels.attention import LatentStep  # noqa: E402
 
 # uniformly random tokens, like the prompts below
 TEXT = [bytes(b - 3 for b in tokens(1024, seed=9 + i)[0].tolist()).decode("latin-1") for i in range(2)]
@@ -84,19 +88,24 @@ def test_greedy_generate_equals_the_plain_cache():
     assert compressed.shape == expected.shape
 
 
-def test_our_attention_function_gets_the_handles(monkeypatch):
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "stock"])
+def test_our_attention_function_gets_the_handles(monkeypatch, kernels):
     """The fast path really runs: nobody decodes the history while a step attends to codes."""
     model, profile = model_and_profile("llama")
+    if not kernels:
+        monkeypatch.setattr(ops, "kernels", None)
+    elif build.library() is None:
+        pytest.skip("there is no C compiler")
     cache = make_prompt_cache(model, profile)
     logits_of(model, tokens(300), cache)
     assert model.config._attn_implementation == ATTENTION
     decoded = []
     monkeypatch.setattr(Handle, "__torch_dispatch__", classmethod(lambda cls, func, *a, **k: decoded.append(func)))
     calls = []
-    codec = type(cache.layers[0].store.codec)
-    attend = codec.attend
-    monkeypatch.setattr(codec, "attend", lambda self, *a: calls.append(1) or attend(self, *a))
-    monkeypatch.setattr(codec, "decode", lambda self, *a: pytest.fail("the history was decoded"))
+    owner, name = (LatentStep, "__call__") if kernels else (SpectralCodec, "attend")
+    attend = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda self, *a: calls.append(1) or attend(self, *a))
+    monkeypatch.setattr(SpectralCodec, "decode", lambda self, *a: pytest.fail("the history was decoded"))
     logits_of(model, tokens(1, seed=3), cache)
     assert not decoded and len(calls) == len(cache.layers)
 

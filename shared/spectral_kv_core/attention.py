@@ -45,6 +45,20 @@ def merge_partials(xp, partials):
     return o / l
 
 
+def decode_step(xp, codec, chunks, queries, keys, values, scale: float):
+    """Attention [B, Hq, L, D] of L tokens over sealed `chunks` of `codec` and exact tokens, themselves last of these.
+
+    `queries` [B, Hq, L, D], `keys`, `values` [B, H, E, D] exact, all in the host's dtype.
+    """
+    heads, length = keys.shape[1], queries.shape[2]
+    rows = xp.astype(group_queries(queries, heads), xp.float32)
+    keys, values = xp.astype(keys, xp.float32), xp.astype(values, xp.float32)
+    mask = causal_rows(xp, queries.shape[1] // heads, length, keys.shape[2], like=queries)
+    partials = [codec.attend(chunk, rows, scale) for chunk in chunks]
+    partials.append(dense_partial(xp, rows, keys, values, scale, mask))
+    return xp.astype(merge_partials(xp, partials).reshape(*queries.shape[:3], values.shape[3]), queries.dtype)
+
+
 def causal_rows(xp, group: int, length: int, exact: int, like):
     """Mask [group * length, exact] for `length` new tokens at the end of `exact` keys; None for a single token."""
     if length == 1:

@@ -7,6 +7,7 @@ stored, so every row has its own sinks and block alignment and comes out as if i
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,8 @@ class LayerCache:
     def __init__(self, xp, codec, sinks: int, window: int, staging=None):
         self.xp, self.codec, self.sinks, self.window, self._make_staging = xp, codec, sinks, window, staging
         self._staging = None
+        kernel = xp.kernels and xp.kernels.decode_step(codec)
+        self._decode_step = kernel or partial(attention.decode_step, xp, codec)
         self.lanes: list[Lane] = []
         self.seen = 0  # slots seen, padding included
 
@@ -207,8 +210,8 @@ class LayerCache:
 
     def tables(self) -> list:
         """Every array that all sequences share."""
-        codecs = [codec for codec in (self.codec, self._staging) if codec is not None]
-        return list({id(x): x for codec in codecs for x in codec.tables()}.values())
+        owners = (self.codec, self._staging, self._decode_step)
+        return list({id(x): x for owner in owners if hasattr(owner, "tables") for x in owner.tables()}.values())
 
     def tokens(self) -> int:
         """Tokens held, summed over the rows, padding not counted."""
@@ -248,14 +251,8 @@ class LayerCache:
         if q.shape[2] > LATENT_QUERIES:
             old_k, old_v = self._lane_dense(lane, k.dtype)
             return fused(q, xp.concat([old_k, k], axis=2), xp.concat([old_v, v], axis=2), scale)
-        heads, length = k.shape[1], q.shape[2]
-        rows = xp.astype(attention.group_queries(q, heads), xp.float32)
-        exact_k = xp.astype(xp.concat([lane.exact_keys, k], axis=2), xp.float32)
-        exact_v = xp.astype(xp.concat([lane.exact_values, v], axis=2), xp.float32)
-        mask = attention.causal_rows(xp, q.shape[1] // heads, length, exact_k.shape[2], like=q)
-        partials = [self.codec.attend(chunk, rows, scale) for chunk in lane.chunks]
-        partials.append(attention.dense_partial(xp, rows, exact_k, exact_v, scale, mask))
-        return xp.astype(attention.merge_partials(xp, partials).reshape(*q.shape[:3], v.shape[3]), q.dtype)
+        keys, values = xp.concat([lane.exact_keys, k], axis=2), xp.concat([lane.exact_values, v], axis=2)
+        return self._decode_step(lane.chunks, q, keys, values, scale)
 
     def _append_lane(self, lane: Lane, k, v, prompt: bool) -> None:
         xp = self.xp

@@ -31,7 +31,7 @@ from .rounding import future_queries, round_in_time, token_weights
 from .transform import octave_bands, time_matrix, to_frequency, to_time
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chunk:
     """Packed codes of `tokens` consecutive tokens, the first of them at position `start`; arrays have the batch first."""
 

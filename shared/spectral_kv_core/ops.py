@@ -33,10 +33,12 @@ from numpy import (
     zeros,
 )
 
+kernels = None  # a module of functions that a backend runs faster than by the operations below
+
 __all__ = [
     "all_finite", "asarray", "astype", "clip", "concat", "copy", "cos", "exp", "float16", "float32", "from_file", "int32",
-    "matmul", "max", "maximum", "mean", "min", "permute_dims", "round", "sin", "split_bytes", "sqrt", "square", "stack",
-    "sum", "take", "to_file", "to_numpy", "uint8", "where", "zeros",
+    "kernels", "matmul", "max", "maximum", "mean", "min", "permute_dims", "round", "sin", "split_bytes", "sqrt", "square",
+    "stack", "sum", "take", "to_file", "to_numpy", "uint8", "where", "zeros",
 ]  # fmt: skip
 
 

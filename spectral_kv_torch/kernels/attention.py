@@ -1,0 +1,100 @@
+"""The decode step of `latent.c` on torch tensors."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, byref, c_float, c_int32, c_void_p
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+
+from spectral_kv_core.cache import CHUNK_TOKENS
+from spectral_kv_core.codec import Chunk, SpectralCodec
+
+from .build import library
+
+MAX_WIDTHS, FREQUENCIES, LEVELS = 8, 16, 256
+
+
+class _Codec(ctypes.Structure):
+    _fields_ = [
+        *((name, c_int32) for name in ("kv_heads", "dim", "rank", "widths")),
+        ("bits", c_int32 * MAX_WIDTHS),
+        *((name, c_void_p * MAX_WIDTHS) for name in ("first", "component", "scale", "levels")),
+        *((name, c_void_p) for name in ("time", "basis", "mean")),
+    ]
+
+
+class _Call(ctypes.Structure):
+    _fields_ = [
+        *((n, c_int32) for n in ("batch", "rows", "length", "chunks", "exact", "exact_is_bfloat16", "threads")),
+        ("scale", c_float),
+        *((name, c_void_p) for name in ("blocks", "codes", "queries", "exact_keys", "exact_values", "output")),
+    ]
+
+
+class LatentStep:
+    """`attention.decode_step` for one layer's codec, as one call of the kernel."""
+
+    def __init__(self, codec: SpectralCodec):
+        lib = library()
+        self._run = lib.spectralkv_attend
+        self._run.argtypes, self._run.restype = (POINTER(_Codec), POINTER(_Call)), ctypes.c_int
+        self._addresses: WeakKeyDictionary[Chunk, np.ndarray] = WeakKeyDictionary()
+        self._tables = [codec.time.contiguous(), codec.basis.contiguous(), codec.mean.contiguous()]
+        self._widths = len(codec.bits)
+        c = self._codec = _Codec(codec.kv_heads, codec.head_dim, codec.rank, self._widths)
+        c.time, c.basis, c.mean = (x.data_ptr() for x in self._tables)
+        for i, (bits, rows, scale, levels) in enumerate(zip(codec.bits, codec.rows, codec.scale, codec.levels)):
+            rows = rows.numpy()
+            starts = np.searchsorted(rows, np.arange(codec.groups * FREQUENCIES + 1) * codec.rank)
+            held = (
+                torch.from_numpy(starts.astype(np.int32)),
+                torch.from_numpy((rows % codec.rank).astype(np.int16)),
+                scale.contiguous(),
+                torch.nn.functional.pad(levels, (0, LEVELS - len(levels))),
+            )
+            c.bits[i] = bits
+            c.first[i], c.component[i], c.scale[i], c.levels[i] = (x.data_ptr() for x in held)
+            self._tables += held
+
+    def __call__(self, chunks: list[Chunk], queries, keys, values, scale: float):
+        """As `attention.decode_step`."""
+        batch, heads, length, _ = queries.shape
+        kv_heads = keys.shape[1]
+        rows = queries.float().contiguous()
+        if keys.dtype not in (torch.float32, torch.bfloat16):
+            keys, values = keys.float(), values.float()
+        keys, values = keys.contiguous(), values.contiguous()
+        out = torch.empty_like(rows)
+        addresses = np.concatenate([self._address(chunk) for chunk in chunks])
+        blocks = np.array([chunk.tokens // FREQUENCIES for chunk in chunks], np.int32)
+        call = _Call(
+            batch, heads // kv_heads * length, length, len(chunks), keys.shape[2], keys.dtype == torch.bfloat16,
+            torch.get_num_threads(), scale, blocks.ctypes.data, addresses.ctypes.data, rows.data_ptr(), keys.data_ptr(),
+            values.data_ptr(), out.data_ptr(),
+        )  # fmt: skip
+        if self._run(byref(self._codec), byref(call)):
+            raise MemoryError("Expected memory for one decode step of attention, the system has none left.")
+        return out.to(queries.dtype)
+
+    def tables(self) -> list[torch.Tensor]:
+        """Every tensor that all sequences share."""
+        return self._tables
+
+    def _address(self, chunk: Chunk) -> np.ndarray:
+        """Where the codes of a chunk lie, found once."""
+        found = self._addresses.get(chunk)
+        if found is None:
+            assert chunk.tokens <= CHUNK_TOKENS and all(x.is_contiguous() for x in chunk.arrays)
+            found = self._addresses[chunk] = np.array([x.data_ptr() for x in chunk.arrays], np.uint64)
+        return found
+
+
+def decode_step(codec) -> LatentStep | None:
+    """The kernel for `codec`; None where there is none, and stock operations take over."""
+    fits = isinstance(codec, SpectralCodec) and codec.method.latent and codec.block == FREQUENCIES
+    if not fits or codec.basis.device.type != "cpu" or library() is None:
+        return None
+    return LatentStep(codec)

@@ -1,0 +1,165 @@
+"""The C kernels of the PyTorch backend: equal to the stock operations, and what happens where they cannot be built."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+from cases import Case, ToyModel, every_case, plan_of
+from tolerances import assert_close
+
+torch = pytest.importorskip("torch")
+
+from spectral_kv_core import attention  # noqa: E402
+from spectral_kv_core.cache import CHUNK_TOKENS  # noqa: E402
+from spectral_kv_core.codec import make_codec  # noqa: E402
+from spectral_kv_torch import ops  # noqa: E402
+from spectral_kv_torch.kernels import build, decode_step  # noqa: E402
+
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+
+
+VARIANTS = {"native": build.VARIANTS, "avx2": (("-march=x86-64-v3", "-fopenmp"),), "portable": (("-fopenmp",), ())}
+
+
+@pytest.fixture(params=VARIANTS)
+def kernels(request, monkeypatch, tmp_path_factory):
+    """Kernels for this processor, for older ones of its kind, and without vector instructions of any one kind."""
+    if request.param == "avx2" and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        pytest.skip("not an x86 processor with AVX2")
+    if request.param != "native":
+        monkeypatch.setattr(build, "VARIANTS", VARIANTS[request.param])
+        folder = tmp_path_factory.getbasetemp() / "kernels"  # built once
+        monkeypatch.setenv("SPECTRALKV_CACHE", str(folder))
+    build.library.cache_clear()
+    yield
+    build.library.cache_clear()
+
+
+def chunks_of(codec, case: Case, sizes: list[int]) -> list:
+    keys, values = map(torch.from_numpy, case.model.sample(1, sum(sizes), case.batch))
+    stops = np.cumsum(sizes)
+    return [codec.encode(keys[:, :, b - n : b], values[:, :, b - n : b], 4 + b - n) for n, b in zip(sizes, stops)]
+
+
+def both(codec, case: Case, sizes: list[int], length: int = 1, exact: int = 9, dtype=torch.float32) -> tuple:
+    """The kernel's output and that of stock operations."""
+    queries = torch.from_numpy(case.model.queries(1, length, case.batch)).to(dtype)
+    keys, values = (torch.from_numpy(x).to(dtype) for x in case.model.sample(2, exact, case.batch))
+    chunks, scale = chunks_of(codec, case, sizes), case.head_dim**-0.5
+    step = decode_step(codec)
+    assert step is not None
+    expected = attention.decode_step(ops, codec, chunks, queries, keys, values, scale)
+    return step(chunks, queries, keys, values, scale), expected
+
+
+@needs_compiler
+@every_case
+@pytest.mark.parametrize("bits", [0.5, 2, 3.7, 6, 8])
+def test_a_step_equals_stock_operations(kernels, case, bits):
+    codec = make_codec(ops, plan_of(case.model, bits), 0)
+    tokens = max(case.tokens // 16 * 16, 16)
+    sizes = [CHUNK_TOKENS] * (tokens // CHUNK_TOKENS) + [tokens % CHUNK_TOKENS]
+    assert_close("output", *both(codec, case, sizes))
+
+
+@needs_compiler
+@pytest.mark.parametrize("blocks", range(1, 65, 3))
+def test_a_chunk_of_any_number_of_blocks(kernels, blocks):
+    """Whole vectors, an odd unit, and codes that wait for their unit."""
+    case = Case(0, 64, 2, 6)
+    assert_close("output", *both(make_codec(ops, plan_of(case.model, 3), 0), case, [16 * blocks]))
+
+
+@needs_compiler
+@pytest.mark.parametrize("q_heads, length", [(1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (7, 3), (2, 16)])
+def test_any_number_of_query_rows_and_new_tokens(kernels, q_heads, length):
+    case = Case(0, 64, 1, q_heads, batch=2)
+    codec = make_codec(ops, plan_of(case.model, 2), 0)
+    assert_close("output", *both(codec, case, [1024] * 5 + [48], length, exact=length + 3))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_any_dtype(kernels, dtype):
+    case = Case(0, 128, 2, 8)
+    got, expected = both(make_codec(ops, plan_of(case.model, 2), 0), case, [1024, 112], dtype=getattr(torch, dtype))
+    assert got.dtype == expected.dtype == getattr(torch, dtype)
+    assert_close("output", got.float(), expected.float(), dtype)
+
+
+@needs_compiler
+def test_scores_far_apart_and_a_masked_future(kernels):
+    case = Case(0, 64, 2, 4)
+    codec = make_codec(ops, plan_of(case.model, 3), 0)
+    chunks, scale = chunks_of(codec, case, [1024, 1024]), 3.0  # exp(score) would leave the range of float32
+    queries = 20 * torch.from_numpy(case.model.queries(1, 4))
+    keys, values = map(torch.from_numpy, case.model.sample(2, 6))
+    got = decode_step(codec)(chunks, queries, keys, values, scale)
+    assert got.isfinite().all()
+    assert_close("output", got, attention.decode_step(ops, codec, chunks, queries, keys, values, scale), limit=1e-4)
+
+
+@needs_compiler
+def test_a_layer_without_any_bits_attends_to_its_means(kernels):
+    case = Case(0, 64, 1, 2)
+    plan = plan_of(case.model, 0.25)
+    codec = make_codec(ops, type(plan)(**{**vars_of(plan), "widths": np.zeros_like(plan.widths)}), 0)
+    assert codec.bits == []
+    assert_close("output", *both(codec, case, [64]))
+
+
+def vars_of(plan) -> dict:
+    return {name: getattr(plan, name) for name in plan.__dataclass_fields__}
+
+
+@needs_compiler
+def test_the_kernel_is_built_once_and_its_tables_are_counted(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPECTRALKV_CACHE", str(tmp_path))
+    build.library.cache_clear()
+    try:
+        assert build.library() is not None
+        built = [path.stat().st_mtime_ns for path in (tmp_path / "kernels").iterdir()]
+        build.library.cache_clear()
+        monkeypatch.setattr(build, "_compile", lambda *a: pytest.fail("built twice"))
+        assert build.library() is not None
+        assert len(built) == 1
+    finally:
+        build.library.cache_clear()
+    codec = make_codec(ops, plan_of(ToyModel(), 3), 0)
+    tables = decode_step(codec).tables()
+    rows = sum(len(x) for x in codec.rows)
+    assert sum(x.nbytes for x in tables if x.dtype == torch.int16) == 2 * rows
+
+
+def test_stock_operations_take_over_without_kernels(monkeypatch, tmp_path):
+    codec = make_codec(ops, plan_of(ToyModel(), 3), 0)
+    build.library.cache_clear()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setenv("SPECTRALKV_KERNELS", "0")
+            assert decode_step(codec) is None
+        build.library.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(build.shutil, "which", lambda name: None)
+            assert decode_step(codec) is None
+        build.library.cache_clear()
+        broken = tmp_path / "cc"
+        broken.write_text("#!/bin/sh\necho 'fatal: no memory' >&2\nexit 1\n")
+        broken.chmod(0o755)
+        monkeypatch.setenv("CC", str(broken))
+        monkeypatch.setenv("SPECTRALKV_CACHE", str(tmp_path))
+        with pytest.warns(UserWarning, match="fatal: no memory.*stock operations"):
+            assert decode_step(codec) is None
+        with warnings.catch_warnings():  # once is enough
+            warnings.simplefilter("error")
+            assert decode_step(codec) is None
+    finally:
+        build.library.cache_clear()
+
+
+def test_other_codecs_have_no_kernel():
+    assert decode_step(None) is None
+    assert decode_step(make_codec(ops, plan_of(ToyModel(), 3, "layer", "pre"), 0)) is None
