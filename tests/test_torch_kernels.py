@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 from spectral_kv_core import attention  # noqa: E402
 from spectral_kv_core.cache import CHUNK_TOKENS  # noqa: E402
 from spectral_kv_core.codec import make_codec  # noqa: E402
+from spectral_kv_core.rounding import round_in_time  # noqa: E402
 from spectral_kv_torch import ops  # noqa: E402
 from spectral_kv_torch.kernels import build, decode_step  # noqa: E402
 
@@ -163,3 +164,17 @@ def test_stock_operations_take_over_without_kernels(monkeypatch, tmp_path):
 def test_other_codecs_have_no_kernel():
     assert decode_step(None) is None
     assert decode_step(make_codec(ops, plan_of(ToyModel(), 3, "layer", "pre"), 0)) is None
+
+
+@needs_compiler
+@pytest.mark.parametrize("group, rope", [("head", "post"), ("layer", "pre")])
+@pytest.mark.parametrize("bits", [0.5, 2, 6])
+def test_time_rounding_gives_the_codes_of_stock_operations(kernels, monkeypatch, group, rope, bits):
+    codec = make_codec(ops, plan_of(ToyModel(), bits, group, rope, "expected-attention"), 0)
+    z, weights = codec.coefficients(*map(torch.from_numpy, ToyModel().sample(1, 2048, 2)), 4)
+    assert build.library() is not None
+    got = round_in_time(ops, z, weights, codec.gain, codec.time, codec.quantizers)
+    monkeypatch.setattr(ops, "kernels", None)
+    expected = round_in_time(ops, z, weights, codec.gain, codec.time, codec.quantizers)
+    assert (got != codec.quantizers.quantize(z)).float().mean() > 0.01  # rounding to the nearest is something else
+    assert np.count_nonzero(got != expected) <= max(1, got.numel() // 10_000)

@@ -78,6 +78,8 @@ def round_in_time(xp, z, weights, gain, matrix, tables):
     (r e)' F diag(w) F' (r e); one round of coordinate descent over the frequencies from plain rounding lowers that, and
     more rounds did not lower the divergence of a model's predictions any further.
     """
+    if xp.kernels and (codes := xp.kernels.round_in_time(z, weights, gain, matrix, tables)) is not None:
+        return codes
     metric = xp.matmul(matrix * weights[..., None, :], xp.permute_dims(matrix, (1, 0)))  # [B, G, n, F, F]
     codes = tables.quantize(z)
     error = (z - tables.dequantize(codes)) * gain

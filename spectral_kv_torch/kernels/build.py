@@ -33,7 +33,7 @@ def library() -> ctypes.CDLL | None:
     compiler = next(filter(None, map(shutil.which, compilers)), None)
     if compiler is None:
         return None
-    sources = sorted(Path(__file__).parent.glob("*.c"))
+    sources = sorted(Path(__file__).parent.glob("*.[ch]"))
     try:
         return _load(compiler, sources)
     except (OSError, subprocess.SubprocessError) as error:
@@ -60,6 +60,7 @@ def _load(compiler: str, sources: list[Path]) -> ctypes.CDLL:
 
 
 def _compile(compiler: str, sources: list[Path], work: Path) -> Path:
+    sources = [source for source in sources if source.suffix == ".c"]
     objects = [str(work / f"{source.stem}.o") for source in sources]
     for variant in VARIANTS:
         try:

@@ -7,26 +7,13 @@
 //
 // Work is split over (sequence, KV head) and groups of chunks, whose softmaxes are partial and merged at the end.
 
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__BMI2__)
-#include <immintrin.h>
-#define USE_AVX512 1
-#define LANES 16   // codes of a vector: one or two units
+#include "vectors.h"
+
+#if USE_AVX512
 #define AT_ONCE 4  // vectors of a row that are kept in registers for all query rows
 #else
-#if defined(__AVX2__) && defined(__FMA__) && defined(__BMI2__)
-#include <immintrin.h>
-#define USE_AVX2 1
-#endif
-#define LANES 8
 #define AT_ONCE 2
 #endif
-
-#define INLINE static inline __attribute__((always_inline))
-#define FREQUENCIES 16  // tokens of a time block
 #define UNIT 8          // codes of a packed unit
 #define BLOCKS 64       // time blocks of a full chunk
 #define VECTORS (BLOCKS / LANES)
@@ -35,11 +22,8 @@
 #define MAX_WIDTHS 8
 #define LOWEST (-1e30f)
 
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t __attribute__((may_alias, aligned(1))) word;
 typedef uint64_t __attribute__((may_alias, aligned(1))) long_word;
-typedef float __attribute__((may_alias, aligned(4), vector_size(4 * LANES))) loose_vec;
 typedef float v4 __attribute__((vector_size(4 * ROWS)));
 
 // What all sequences share. Groups are the KV heads' keys, then their values.
@@ -66,21 +50,6 @@ typedef struct {
 } Call;
 
 // ---------------------------------------------------------------------------------------------------- vectors
-
-INLINE vec splat(float x) { return x - (vec){0}; }
-
-INLINE vec load(const float *x) { return *(const loose_vec *)x; }
-
-INLINE vec larger(vec a, vec b) {
-#ifdef USE_AVX512
-  return (vec)_mm512_max_ps((__m512)a, (__m512)b);
-#elif USE_AVX2
-  return (vec)_mm256_max_ps((__m256)a, (__m256)b);
-#else
-  ivec take = a > b;
-  return (vec)(((ivec)a & take) | ((ivec)b & ~take));
-#endif
-}
 
 INLINE float sum(vec x) {
   float s = 0;
