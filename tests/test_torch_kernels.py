@@ -7,14 +7,15 @@ import warnings
 
 import numpy as np
 import pytest
-from cases import Case, ToyModel, every_case, plan_of
+from cases import Case, ToyModel, every_case, plan_of, toy_profile_of
 from tolerances import assert_close
 
 torch = pytest.importorskip("torch")
 
 from spectral_kv_core import attention  # noqa: E402
-from spectral_kv_core.cache import CHUNK_TOKENS  # noqa: E402
-from spectral_kv_core.codec import make_codec  # noqa: E402
+from spectral_kv_core.cache import CHUNK_TOKENS, LayerCache  # noqa: E402
+from spectral_kv_core.codec import make_codec, make_staging_codec  # noqa: E402
+from spectral_kv_core.plan import make_plan  # noqa: E402
 from spectral_kv_core.rounding import round_in_time  # noqa: E402
 from spectral_kv_torch import ops  # noqa: E402
 from spectral_kv_torch.kernels import build, decode_step  # noqa: E402
@@ -178,3 +179,30 @@ def test_time_rounding_gives_the_codes_of_stock_operations(kernels, monkeypatch,
     expected = round_in_time(ops, z, weights, codec.gain, codec.time, codec.quantizers)
     assert (got != codec.quantizers.quantize(z)).float().mean() > 0.01  # rounding to the nearest is something else
     assert np.count_nonzero(got != expected) <= max(1, got.numel() // 10_000)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_later_part_of_a_prompt_attends_to_one_chunk_at_a_time(monkeypatch, dtype):
+    """As to the whole history at once, with left padding and staged chunks."""
+    model = ToyModel(kv_heads=2, q_heads=6, layers=1)
+    plan = make_plan(model.shape, toy_profile_of(model), "spectral", 2)
+    q, (k, v) = model.queries(1, 3000, 2), model.sample(1, 3000, 2)
+    q, k, v = (torch.from_numpy(x).to(getattr(torch, dtype)) for x in (q, k, v))
+    outputs, decoded = [], []
+    for kernels in (ops.kernels, None):
+        monkeypatch.setattr(ops, "kernels", kernels)
+        store = LayerCache(ops, make_codec(ops, plan, 0), 4, 64, lambda: make_staging_codec(ops, plan, 0))
+        store.start(2, [0, 30])
+        whole = store._lane_dense
+        monkeypatch.setattr(store, "_lane_dense", lambda *a, whole=whole: decoded.append(1) or whole(*a))
+        parts = [slice(0, 1300), slice(1300, 2500), slice(2500, 3000)]
+        outputs.append([store.attend(q[:, :, p], k[:, :, p], v[:, :, p], 0.125, fused) for p in parts])
+        assert store.is_staged
+        assert len(decoded) == (4 if kernels is None else 0)
+    for got, expected in zip(*outputs):
+        assert_close("output", got.float(), expected.float(), dtype)
+
+
+def fused(q, k, v, scale):
+    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)

@@ -7,6 +7,8 @@ FlashAttention, algorithm 1; the merge is exact).
 
 from __future__ import annotations
 
+from functools import partial, reduce
+
 import numpy as np
 
 
@@ -35,13 +37,17 @@ def dense_partial(xp, queries, keys, values, scale: float, mask=None):
     return xp.matmul(p, values), m, l
 
 
+def add_partials(xp, first, second):
+    """The partial over the keys of both."""
+    (o, m, l), (next_o, next_m, next_l) = first, second
+    top = xp.maximum(m, next_m)
+    old, new = xp.exp(m - top), xp.exp(next_m - top)
+    return o * old + next_o * new, top, l * old + next_l * new
+
+
 def merge_partials(xp, partials):
-    """Softmax-weighted mean over all partials -> [B, H, M, D]."""
-    o, m, l = partials[0]
-    for next_o, next_m, next_l in partials[1:]:
-        top = xp.maximum(m, next_m)
-        old, new = xp.exp(m - top), xp.exp(next_m - top)
-        o, m, l = o * old + next_o * new, top, l * old + next_l * new
+    """Softmax-weighted mean over all of an iterable of partials -> [B, H, M, D]."""
+    o, _, l = reduce(partial(add_partials, xp), partials)
     return o / l
 
 

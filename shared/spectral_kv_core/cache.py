@@ -249,10 +249,25 @@ class LayerCache:
                 k, v = xp.concat([lane.exact_keys, k], axis=2), xp.concat([lane.exact_values, v], axis=2)
             return fused(q, k, v, scale)
         if q.shape[2] > LATENT_QUERIES:
+            if xp.kernels and xp.kernels.supports_partial_attention(q):
+                return self._attend_blocks(lane, q, k, v, scale)
             old_k, old_v = self._lane_dense(lane, k.dtype)
             return fused(q, xp.concat([old_k, k], axis=2), xp.concat([old_v, v], axis=2), scale)
         keys, values = xp.concat([lane.exact_keys, k], axis=2), xp.concat([lane.exact_values, v], axis=2)
         return self._decode_step(lane.chunks, q, keys, values, scale)
+
+    def _attend_blocks(self, lane: Lane, q, k, v, scale):
+        """Attention of many new tokens, with never more than one chunk of the history decoded."""
+        xp, attend = self.xp, self.xp.kernels.partial_attention
+
+        def partials():
+            yield attend(q, k, v, scale, causal=True)
+            yield attend(q, lane.exact_keys, lane.exact_values, scale)
+            for codec, chunks in ((self.codec, lane.chunks), (self._staging, lane.staged)):
+                for chunk in chunks:
+                    yield attend(q, *(xp.astype(x, q.dtype) for x in codec.decode(chunk)), scale)
+
+        return xp.astype(attention.merge_partials(xp, partials()).reshape(q.shape), q.dtype)
 
     def _append_lane(self, lane: Lane, k, v, prompt: bool) -> None:
         xp = self.xp
