@@ -66,7 +66,7 @@ def test_steps_attend_to_what_they_should(monkeypatch):
     layer.compressed(plans["identity"], 4, 64)[0]()
     layer.middle = 200
     layer.gqa()()
-    np.testing.assert_allclose(*outputs, atol=1e-5)
+    np.testing.assert_allclose(*outputs[-2:], atol=1e-5)
 
 
 def test_the_layer_command(capsys):

@@ -18,6 +18,7 @@ from functools import cached_property
 from itertools import cycle, islice
 
 import numpy as np
+from tqdm import tqdm
 
 from . import evaluation
 from .backends import load_backend
@@ -57,12 +58,12 @@ class Settings:
         for method in self.methods:
             get_live_method(method)
         if self.synthetic is not None:
-            self.plans  # noqa: B018, raises ValueError
+            _ = self.plans  # raises ValueError
         elif self.plan is not None:
             raise ValueError(
                 f"Expected --plan {self.plan} with --synthetic, received a model, whose profile makes the plan."
             )
-        self.evaluated  # noqa: B018, too
+        _ = self.evaluated
         least = SINKS + WINDOW + SEAL
         for context in self.contexts:
             if context < least:
@@ -116,7 +117,7 @@ def bench_layer(bench, settings: Settings, dtype: str) -> dict:
     """`rows` of a synthetic layer, and the machine's read bandwidth. `bench`: a backend's module of that name."""
     shape, plans = settings.shape, settings.plans
     rows, sweeps = [], []
-    for context in settings.contexts:
+    for context in tqdm(settings.contexts, desc="bench", unit="context"):
         layer = bench.BenchLayer(shape, *synthetic_vectors(shape, context + SEAL), dtype)
         steps = {way: getattr(layer, way)() for way in WAYS}
         reason = None
@@ -153,7 +154,7 @@ def bench_model(host, bench, model, tokenizer, settings: Settings, names: dict) 
     jobs, skipped = evaluation.plan_jobs(host, model, tokenizer, settings.evaluated)
     dtype = str(host.model_dtype(model)).rpartition(".")[2]
     rows = []
-    for context in settings.contexts:
+    for context in tqdm(settings.contexts, desc="bench", unit="context"):
         runs = _Runs(host, bench, model, real_prompt(tokenizer, context + 1))
         for _ in range(REPEATS):
             runs.go_round(jobs)

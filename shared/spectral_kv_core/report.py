@@ -295,9 +295,8 @@ def print_bench(result: dict) -> None:
         for row in rows:
             table.add_row(f"{row['method']}, {row['bits_per_element']:.3g} bits", *_bench_cells(row))
         console.print(table)
-        for row in rows:
-            if "peak_bytes" in row:
-                console.print(_end_to_end(row))
+        if "peak_bytes" in first:
+            console.print(_end_to_end(rows))
         if first["host_quantized_reason"]:
             console.print(f"{machine['host_quantized']}: not measured. {first['host_quantized_reason']}")
 
@@ -323,9 +322,12 @@ def _bench_cells(row: dict) -> list[str]:
     return ["" if row.get(key) is None else form.format(row[key]) for key, form in _BENCH_COLUMNS.values()]
 
 
-def _end_to_end(row: dict) -> str:
-    return (
-        f"{row['method']} (plain): decode {row['decode_tokens_per_s']:.1f} ({row['plain_decode_tokens_per_s']:.1f}) and "
-        f"prefill {row['prefill_tokens_per_s']:.0f} ({row['plain_prefill_tokens_per_s']:.0f}) tokens/s, peak "
-        f"{row['peak_bytes'] / 2**20:,.0f} ({row['plain_peak_bytes'] / 2**20:,.0f}) MiB"
-    )
+def _end_to_end(rows: list[dict]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("cache")
+    for name in ("decode tokens/s", "prefill tokens/s", "peak MiB"):
+        table.add_column(name, justify="right")
+    keys = {"decode_tokens_per_s": 1, "prefill_tokens_per_s": 1, "peak_bytes": 2**20}
+    for label, row, prefix in [("plain", rows[0], "plain_"), *((row["method"], row, "") for row in rows)]:
+        table.add_row(label, *(f"{row[prefix + key] / unit:,.1f}" for key, unit in keys.items()))
+    return table
