@@ -25,13 +25,15 @@ lint: $(VENV)/.installed-all
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 
-bench: $(VENV)/.installed-$(BACKEND)
-	$(VENV)/bin/spectralkv generate --model demo --prompt-file shared/spectral_kv_core/data/demo_prompt.txt --bits 2 --max-tokens 64 --ignore-eos --compare --json
+bench: $(VENV)/.installed-bench
+	$(VENV)/bin/spectralkv bench --synthetic llama-3.1-8b --bits 2
+	$(VENV)/bin/spectralkv bench --model demo --context 1024,4096 --bits 2
 
 clean:
 	rm -rf $(VENV) build *.egg-info
 
 $(VENV)/.installed-all: EXTRAS := mlx,torch,dev
+$(VENV)/.installed-bench: EXTRAS := $(BACKEND),bench
 $(VENV)/.installed-mlx: EXTRAS := mlx
 $(VENV)/.installed-torch: EXTRAS := torch
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable
 
@@ -12,6 +10,7 @@ import numpy as np
 from mlx_lm.generate import generate_step
 
 from spectral_kv_core.generation import Generated
+from spectral_kv_core.machine import process_peak_bytes
 from spectral_kv_core.methods import get_live_method
 from spectral_kv_core.plan import plan_for
 from spectral_kv_core.profile import Profile
@@ -160,7 +159,7 @@ def peak_bytes() -> int:
     """Peak memory so far: MLX's own count on a GPU, else that of the process."""
     if mx.default_device() != mx.Device(mx.cpu):
         return mx.get_peak_memory()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return process_peak_bytes()
 
 
 def context_limit(model) -> int | None:

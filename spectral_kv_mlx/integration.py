@@ -7,7 +7,7 @@ import hashlib
 import os
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -43,8 +43,13 @@ def install(model) -> None:
     for name in _attention_modules(model):
         module = sys.modules[name]
         if not is_dispatcher(getattr(module, ATTENTION)):
-            setattr(module, ATTENTION, make_dispatcher(getattr(module, ATTENTION), _fused, _check_mask))
+            setattr(module, ATTENTION, dispatcher(getattr(module, ATTENTION)))
         _users.setdefault(name, {})[id(model)] = weakref.ref(model)
+
+
+def dispatcher(host: Callable) -> Callable:
+    """Attention that attends to our caches as codes; all else goes to `host`."""
+    return make_dispatcher(host, _fused, _check_mask)
 
 
 def restore(model) -> None:
@@ -69,6 +74,20 @@ def routed(model) -> Iterator[None]:
     finally:
         if not before:
             restore(model)
+
+
+@contextmanager
+def replaced_attention(model, around: Callable[[Callable], Callable]) -> Iterator[None]:
+    """Put `around(dispatcher)` where `model` calls attention, for a while."""
+    install(model)
+    before = {name: getattr(sys.modules[name], ATTENTION) for name in _attention_modules(model)}
+    try:
+        for name, function in before.items():
+            setattr(sys.modules[name], ATTENTION, around(function))
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(sys.modules[name], ATTENTION, function)
 
 
 def _attention_modules(model) -> set[str]:

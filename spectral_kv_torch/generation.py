@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable
 
@@ -13,6 +11,7 @@ from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
 from spectral_kv_core.generation import Generated
+from spectral_kv_core.machine import process_peak_bytes
 from spectral_kv_core.methods import get_live_method
 from spectral_kv_core.plan import plan_for
 from spectral_kv_core.profile import Profile
@@ -166,7 +165,7 @@ def peak_bytes() -> int:
     """Peak memory so far: of the card where there is one, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return process_peak_bytes()
 
 
 def context_limit(model) -> int | None:

@@ -18,8 +18,8 @@ def backend_names() -> list[str]:
     return sorted({point.name for point in entry_points(group=GROUP)}, key=lambda name: (name != natural, name))
 
 
-def load_backend(name: str = "auto") -> tuple[str, ModuleType]:
-    """Name and `generation` module of backend `name`; `auto` takes the natural one, or whichever is installed.
+def load_backend(name: str = "auto", module: str = "generation") -> tuple[str, ModuleType]:
+    """Name and `module` of backend `name`; `auto` takes the natural one, or whichever is installed.
 
     Raises ValueError for an unknown name and ImportError, which names the extra, when its packages are missing.
     """
@@ -31,24 +31,24 @@ def load_backend(name: str = "auto") -> tuple[str, ModuleType]:
     if name != "auto":
         if name not in names:
             raise ValueError(f"Expected a backend among {', '.join(['auto', *names])}, received {name!r}.")
-        return name, _import(name)
+        return name, _import(name, module)
     missing = None
     for candidate in names:
         try:
-            module = _import(candidate)
+            found = _import(candidate, module)
         except ImportError as error:
             missing = missing or error
             continue
         if missing:
             log.warning("%s Using %s instead.", missing, candidate)
-        return candidate, module
+        return candidate, found
     raise missing
 
 
-def _import(name: str) -> ModuleType:
+def _import(name: str, module: str) -> ModuleType:
     package = next(point.value for point in entry_points(group=GROUP) if point.name == name)
     try:
-        return importlib.import_module(f"{package}.generation")
+        return importlib.import_module(f"{package}.{module}")
     except ModuleNotFoundError as error:
         raise ImportError(
             f'Expected the packages of backend {name}, {error.name} is not installed: pip install "spectralkv[{name}]".'

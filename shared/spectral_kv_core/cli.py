@@ -12,6 +12,9 @@ from . import __version__, commands
 from .evaluation import SUITES
 from .methods import DEFAULT_METHOD
 from .prompt_file import DEFAULT_FILE_METHOD
+from .synthetic import PLANS, SHAPES
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -22,10 +25,11 @@ def build_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--json", action="store_true", help="print exactly one JSON object on stdout")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    model = argparse.ArgumentParser(add_help=False)
+    host = argparse.ArgumentParser(add_help=False)
+    host.add_argument("--backend", default="auto", help="auto (mlx on Apple silicon, else torch), mlx or torch")
+    model = argparse.ArgumentParser(add_help=False, parents=[host])
     model.add_argument("--model", required=True, help="a directory, a hub id, or demo")
-    model.add_argument("--backend", default="auto", help="auto (mlx on Apple silicon, else torch), mlx or torch")
-    model.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: as stored")
+    model.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as stored")
 
     def command(name: str, run, help: str, *parents) -> argparse.ArgumentParser:
         sub = subparsers.add_parser(name, help=help, description=help, parents=[*parents, common])
@@ -107,6 +111,23 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--sinks", type=int, default=4, help="first tokens kept exactly (default %(default)s)")
     sub.add_argument("--profile", default="auto", help="profile file; auto looks for one, or calibrates")
     sub.add_argument("--output", required=True, metavar="DIR", help="results; a run that was cut off goes on from them")
+
+    sub = command(
+        "bench", commands.bench, "measure speed and memory beside the host's plain and quantized caches", host
+    )
+    measured = sub.add_mutually_exclusive_group()
+    measured.add_argument("--model", help="a directory, a hub id, or demo (default demo)")
+    measured.add_argument("--synthetic", metavar="NAME", help=f"one random layer: {', '.join(SHAPES)}")
+    sub.add_argument("--dtype", choices=DTYPES, help="of weights and caches; default: as stored")
+    sub.add_argument("--context", metavar="A,B", help="tokens in the cache (default 1024,4096,16384)")
+    sub.add_argument("--methods", metavar="A,B", default=DEFAULT_METHOD, help="recipes (default %(default)s)")
+    sub.add_argument("--bits", type=float, default=3.0, help="stored bits per sealed element (default %(default)g)")
+    sub.add_argument(
+        "--plan",
+        choices=PLANS,
+        help="of a synthetic layer: every width --bits (flat), or as in a real plan (default flat)",
+    )
+    sub.add_argument("--output", metavar="FILE", help="file to write the JSON object to")
 
     sub = command(
         "inspect", commands.inspect, "show a profile and the plan a budget gets from it, or a stored prompt cache"

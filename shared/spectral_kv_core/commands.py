@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from . import bench as benchmark
 from . import evaluation, report
 from .backends import load_backend
 from .calibration_text import load_texts
@@ -207,6 +209,39 @@ def evaluate(args: argparse.Namespace) -> dict:
     if not args.json:
         report.print_evaluation(result)
         print(f"Saved {output / 'summary.md'}, summary.json and rows.jsonl")
+    return result
+
+
+def bench(args: argparse.Namespace) -> dict:
+    """`spectralkv bench`: speed, bytes and peak memory beside the host's plain and quantized caches."""
+    settings = benchmark.Settings(
+        methods=_values(args.methods, "--methods", str),
+        contexts=_values(args.context, "--context", int) or benchmark.CONTEXTS,
+        bits=args.bits,
+        synthetic=args.synthetic,
+        plan=args.plan or ("flat" if args.synthetic else None),
+    )
+    if args.output is not None:
+        _check_output(args.output)
+    name, host = load_backend(args.backend)
+    _, timed = load_backend(name, "bench")
+    result = {"backend": name, "bits": args.bits, "machine": benchmark.machine(host, timed)}
+    if args.synthetic:
+        result |= {"synthetic": args.synthetic, "plan": settings.plan}
+        result |= benchmark.bench_layer(timed, settings, args.dtype or timed.default_dtype())
+    else:
+        path = _model_path(args.model or "demo")
+        model, tokenizer = host.load_model(path, args.dtype)
+        settings = settings.within(host.context_limit(model), drop=args.context is None)
+        result["model"] = args.model or "demo"
+        result |= benchmark.bench_model(
+            host, timed, model, tokenizer, settings, {"backend": name, "model": path, "dtype": args.dtype}
+        )
+    if args.output is not None:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.output).write_text(json.dumps(result, indent=1, default=to_plain) + "\n", encoding="utf-8")
+    if not args.json:
+        report.print_bench(result)
     return result
 
 

@@ -163,7 +163,7 @@ def evaluate(
         "documents": rows,
         "skipped": skipped,
         **{key: value for key, value in common.items() if key != "library_version"},
-        "versions": _versions(backend),
+        "versions": versions(backend),
         "settings": asdict(settings) | {"texts": {text.name: text.digest for text in texts}},
     }
 
@@ -311,11 +311,12 @@ def _key(document: Document, task: str, job: Job, settings: Settings, common: di
     }
 
 
-def _versions(backend) -> dict[str, str]:
-    versions = {"spectralkv": __version__, "numpy": np.__version__}
+def versions(backend) -> dict[str, str]:
+    """Versions that a result belongs to: ours, NumPy's, and the host's."""
+    found = {"spectralkv": __version__, "numpy": np.__version__}
     for package in backend.HOST_PACKAGES:
         try:
-            versions[package] = version(package)
+            found[package] = version(package)
         except PackageNotFoundError:  # mlx has other names on some platforms
             continue
-    return versions
+    return found

@@ -257,3 +257,77 @@ def save_evaluation(result: dict, folder: Path) -> None:
         temporary = folder / f"{name}.tmp"
         temporary.write_text(text + "\n", encoding="utf-8")
         os.replace(temporary, folder / name)
+
+
+def print_bench(result: dict) -> None:
+    """A table per context: the host's caches, then the methods with their ratios."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 140
+    machine = result["machine"]
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    name = f"a layer of {result['synthetic']}, {result['plan']} plan" if "synthetic" in result else result["model"]
+    on = "" if machine["device"] == "cpu" else f", {machine['device']}"
+    console.print(
+        f"[bold]{name}[/bold] on {machine['cpu']}{on}: {machine['cores']} cores, "
+        f"{machine['threads']} threads; {versions}"
+    )
+    console.print(
+        f"Memory is read at {result['machine_read_gb_per_s']:.1f} GB/s. Ratios above 1: faster than that cache."
+    )
+    for context, rows in groupby(result["rows"], lambda row: row["context"]):
+        rows = list(rows)
+        first = rows[0]
+        console.print(f"[bold]{context:,} tokens, {first['dtype']}[/bold]")
+        table = Table(box=None, pad_edge=False)
+        table.add_column("cache")
+        for name in _BENCH_COLUMNS:
+            table.add_column(name, justify="right")
+        for way, label in _PLAIN_WAYS.items():
+            microseconds = first[f"plain_{way}_us"]
+            rate = first["plain_bytes"] / microseconds / 1e3
+            table.add_row(
+                label,
+                *_bench_cells({"attention_us": microseconds, "bytes": first["plain_bytes"], "read_gb_per_s": rate}),
+            )
+        if first["host_quantized_us"]:
+            table.add_row("host's quantized cache", *_bench_cells({"attention_us": first["host_quantized_us"]}))
+        for row in rows:
+            table.add_row(f"{row['method']}, {row['bits_per_element']:.3g} bits", *_bench_cells(row))
+        console.print(table)
+        if "peak_bytes" in first:
+            console.print(_end_to_end(rows))
+        if first["host_quantized_reason"]:
+            console.print(f"{machine['host_quantized']}: not measured. {first['host_quantized_reason']}")
+
+
+_PLAIN_WAYS = {
+    "host": "plain, as the host calls it",
+    "gqa": "plain, kernel with enable_gqa",
+    "grouped": "plain, kernel with grouped rows",
+}
+_BENCH_COLUMNS = {  # label: key of a row, format
+    "µs": ("attention_us", "{:,.0f}"),
+    "x fastest plain": ("ratio_to_dense", "{:.2f}"),
+    "x host": ("ratio_to_host", "{:.2f}"),
+    "x gqa": ("ratio_to_gqa", "{:.2f}"),
+    "x quantized": ("ratio_to_host_quantized", "{:.2f}"),
+    "kept": ("kept_share", "{:.0%}"),
+    "bytes": ("bytes", "{:,}"),
+    "GB/s": ("read_gb_per_s", "{:.1f}"),
+}
+
+
+def _bench_cells(row: dict) -> list[str]:
+    return ["" if row.get(key) is None else form.format(row[key]) for key, form in _BENCH_COLUMNS.values()]
+
+
+def _end_to_end(rows: list[dict]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("cache")
+    for name in ("decode tokens/s", "prefill tokens/s", "peak MiB"):
+        table.add_column(name, justify="right")
+    keys = {"decode_tokens_per_s": 1, "prefill_tokens_per_s": 1, "peak_bytes": 2**20}
+    for label, row, prefix in [("plain", rows[0], "plain_"), *((row["method"], row, "") for row in rows)]:
+        table.add_row(label, *(f"{row[prefix + key] / unit:,.1f}" for key, unit in keys.items()))
+    return table

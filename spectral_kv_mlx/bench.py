@@ -1,0 +1,216 @@
+"""Timed decode steps on MLX: our cache and mlx-lm's own, through the functions that a model calls."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models import base
+from mlx_lm.models.cache import KVCache, QuantizedKVCache
+
+from spectral_kv_core.bench import Clock
+from spectral_kv_core.cache import SEAL
+from spectral_kv_core.machine import cpu_cores
+from spectral_kv_core.plan import Plan
+from spectral_kv_core.profile import ModelShape
+
+from . import ops
+from .cache import SpectralKVCache
+from .handles import RoutedCache
+from .integration import dispatcher, exact_layer, replaced_attention
+
+__all__ = [
+    "HOST_QUANTIZED",
+    "SWEEP_BYTES",
+    "BenchLayer",
+    "attention_clock",
+    "default_dtype",
+    "device_name",
+    "quantized_cache",
+    "sweep",
+    "threads",
+]
+HOST_QUANTIZED = "mlx-lm QuantizedKVCache, 4 bits, groups of 64"
+QUANTIZED = {"group_size": 64, "bits": 4}
+SWEEP_BYTES = 256 * 2**20
+
+# our cache looks for the dispatcher under this name in the module that calls it, as in mlx-lm's models
+scaled_dot_product_attention = dispatcher(base.scaled_dot_product_attention)
+
+
+class BenchLayer:
+    """One attention layer; `queries`, `keys`, `values` [1, H, T, D] end with the `SEAL` tokens that steps bring.
+
+    Every method gives a step: a function that takes one token in, attends, and returns its seconds. A compressed cache
+    goes through the last `SEAL` tokens; the others stay at the middle of them.
+    """
+
+    def __init__(self, shape: ModelShape, queries: np.ndarray, keys: np.ndarray, values: np.ndarray, dtype: str):
+        self.queries, self.keys, self.values = (
+            ops.asarray(x).astype(getattr(mx, dtype)) for x in (queries, keys, values)
+        )
+        self.context = keys.shape[2] - SEAL
+        self.middle = self.context + SEAL // 2
+        self.scale = shape.head_dim**-0.5
+        self.plain_bytes = 2 * self.keys[:, :, : self.middle + 1].nbytes
+
+    def compressed(self, plan: Plan, sinks: int, window: int) -> tuple[Callable[[], float], int]:
+        """A step of our cache, and the bytes that it holds after one step that is not timed."""
+        cache, prompt = SpectralKVCache(plan, 0, sinks, window), self.context - 1
+        cache.append(self.keys[:, :, :prompt], self.values[:, :, :prompt])
+        self._step(cache, prompt)
+        tokens = iter(range(self.context, self.context + SEAL))
+        return lambda: self._step(cache, next(tokens)), cache.nbytes
+
+    def host(self) -> Callable[[], float]:
+        """As mlx-lm does it: `KVCache.update_and_fetch`, then its own attention function."""
+        return self._repeated(KVCache())
+
+    def quantized(self) -> Callable[[], float]:
+        """mlx-lm's quantized cache and its attention on the codes."""
+        return self._repeated(QuantizedKVCache(**QUANTIZED))
+
+    def gqa(self) -> Callable[[], float]:
+        """The kernel alone, on keys and values that lie ready."""
+        return self._kernel(_gqa)
+
+    def grouped(self) -> Callable[[], float]:
+        """The kernel alone, with the query heads of a KV head as rows."""
+        return self._kernel(_grouped)
+
+    def _repeated(self, cache: KVCache | QuantizedKVCache) -> Callable[[], float]:
+        cache.update_and_fetch(self.keys[:, :, : self.middle], self.values[:, :, : self.middle])
+        mx.eval(cache.keys, cache.values)
+
+        def step():
+            seconds = self._step(cache, self.middle)
+            cache.trim(1)
+            return seconds
+
+        return step
+
+    def _kernel(self, attend: Callable) -> Callable[[], float]:
+        keys, values = (mx.contiguous(x[:, :, : self.middle + 1]) for x in (self.keys, self.values))
+        query = self._token(self.queries, self.middle)
+        mx.eval(keys, values)
+        return lambda: _seconds(lambda: attend(query, keys, values, self.scale))
+
+    def _step(self, cache, token: int) -> float:
+        query, key, value = (self._token(x, token) for x in (self.queries, self.keys, self.values))
+
+        def run():
+            keys, values = cache.update_and_fetch(key, value)
+            out = scaled_dot_product_attention(query, keys, values, cache, self.scale, None)
+            return out, _held(cache)
+
+        return _seconds(run)
+
+    @staticmethod
+    def _token(x: mx.array, token: int) -> mx.array:
+        x = mx.contiguous(x[:, :, token : token + 1])
+        mx.eval(x)
+        return x
+
+
+def quantized_cache(model, plain: list) -> list:
+    """mlx-lm's quantized cache with the tokens of `plain`; raises ValueError for layers that it cannot hold."""
+    made = []
+    for host in plain:
+        if type(host) is not KVCache:
+            raise ValueError(f"Expected layers that mlx-lm can quantize, received a {type(host).__name__}.")
+        held, cache = exact_layer(host), QuantizedKVCache(**QUANTIZED)
+        cache.update_and_fetch(held.keys, held.values)
+        mx.eval(cache.keys, cache.values)
+        made.append(cache)
+    return made
+
+
+@contextmanager
+def attention_clock(model, cache: list, layers: tuple[int, ...], way: str = "host") -> Iterator[Clock]:
+    """Clock of the attention of `layers`; `way` of attending to a plain cache.
+
+    What a cache of mlx-lm does to take a token in, a write in place, is not counted; our own cache's share is.
+    """
+    clock = Clock()
+    chosen = {id(cache[i]) for i in layers}
+
+    def around(attention):
+        def timed(queries, keys, values, cache, scale, mask, sinks=None):
+            attend = partial(attention, queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
+            if id(cache) not in chosen:
+                return attend()
+            if way != "host":
+                attend = partial({"gqa": _gqa, "grouped": _grouped}[way], queries, keys, values, scale)
+            mx.eval(queries, keys, values)
+            return clock.time(_finished, attend, cache, count=True)
+
+        timed.host = attention.host
+        return timed
+
+    with replaced_attention(model, around):
+        yield clock
+
+
+def sweep() -> float:
+    """Seconds to read `SWEEP_BYTES` of memory, after which no cache of the processor holds anything else."""
+    started = time.perf_counter()
+    float(_field().max())
+    return time.perf_counter() - started
+
+
+def threads() -> int:
+    """Threads that the BLAS under the CPU build may compute with."""
+    names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
+    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), cpu_cores())
+
+
+def device_name() -> str:
+    """Name of the GPU, or cpu."""
+    return "cpu" if _on_cpu() else mx.device_info()["device_name"]
+
+
+def default_dtype() -> str:
+    """What models are mostly stored in, and float32 on the CPU, where half precision is emulated."""
+    return "float32" if _on_cpu() else "bfloat16"
+
+
+@cache
+def _field() -> mx.array | np.ndarray:
+    # the reductions of MLX's CPU build read at a fraction of the memory's speed
+    field = np.ones(SWEEP_BYTES // 4, np.float32) if _on_cpu() else mx.ones(SWEEP_BYTES // 4)
+    float(field.max())
+    return field
+
+
+def _on_cpu() -> bool:
+    return mx.default_device() == mx.Device(mx.cpu)
+
+
+def _gqa(query, keys, values, scale: float):
+    return mx.fast.scaled_dot_product_attention(query, keys, values, scale=scale)
+
+
+def _grouped(query, keys, values, scale: float):
+    rows = query.reshape(query.shape[0], keys.shape[1], -1, query.shape[3])
+    return mx.fast.scaled_dot_product_attention(rows, keys, values, scale=scale).reshape(query.shape)
+
+
+def _held(cache) -> tuple:
+    return (*cache.arrays(),) if isinstance(cache, RoutedCache) else (cache.keys, cache.values)
+
+
+def _finished(attend: Callable, cache):
+    out = attend()
+    mx.eval(out, _held(cache))
+    return out
+
+
+def _seconds(run: Callable) -> float:
+    started = time.perf_counter()
+    mx.eval(run())
+    return time.perf_counter() - started
