@@ -35,6 +35,10 @@ class ModelShape:
     layers: tuple[int, ...]
     rope: Rope | None
 
+    def layer_groups(self, group: str) -> tuple[tuple[int, ...], ...]:
+        """Indices of the layers that every row of a basis set of `group` (`methods.GROUPS`) stands for."""
+        return tuple((layer_idx,) for layer_idx in self.layers)
+
     @property
     def fingerprint(self) -> str:
         """File-name part: the integers of the architecture and the slowest RoPE frequency to two digits."""
@@ -73,8 +77,9 @@ class ModelShape:
 class BasisSet:
     """Bases, spectra and sensitivities for one way of grouping vectors.
 
-    L compressible layers, G groups per layer of m (side, head) members each, in the order K heads then V heads;
-    Dg = m * head_dim channels, R components, F time bands, W = len(BIT_WIDTHS).
+    L rows, one per tuple of `ModelShape.layer_groups`, G groups per row of m (side, head) members each, in the order K
+    heads then V heads, those of a row's first layer first; Dg = m * head_dim channels, R components, F time bands,
+    W = len(BIT_WIDTHS). A row of fewer layers than others fills the first members, channels and components.
 
     mean [L, G, Dg]; weight [L, G, m] scales every member before the basis; basis [L, G, Dg, R] orthonormal columns;
     variance, sensitivity [L, G, R, F]: E[y^2] of the coefficients and E[g^2] of the score gradient along them;
@@ -276,17 +281,19 @@ class Profile:
 
 
 def _check_sizes(basis_set: BasisSet, shape: ModelShape, path: str | os.PathLike) -> None:
-    layers, groups, channels, rank = basis_set.basis.shape
+    rows, groups, channels, rank = basis_set.basis.shape
     bands = len(band_sizes(basis_set.block))
-    members = 2 * shape.kv_heads // groups
+    layer_groups = shape.layer_groups(basis_set.group)
+    heads = 2 * shape.kv_heads * max(map(len, layer_groups))
+    members = heads // groups
     expected = {
-        "mean": (layers, groups, channels),
-        "weight": (layers, groups, members),
-        "variance": (layers, groups, rank, bands),
-        "sensitivity": (layers, groups, rank, bands),
-        "cost": (layers, groups, rank, bands, len(BIT_WIDTHS)),
+        "mean": (rows, groups, channels),
+        "weight": (rows, groups, members),
+        "variance": (rows, groups, rank, bands),
+        "sensitivity": (rows, groups, rank, bands),
+        "cost": (rows, groups, rank, bands, len(BIT_WIDTHS)),
     }
     found = {name: getattr(basis_set, name).shape for name in expected}
-    whole = layers == len(shape.layers) and groups * channels == 2 * shape.kv_heads * shape.head_dim
+    whole = rows == len(layer_groups) and groups * channels == heads * shape.head_dim
     if found != expected or not whole:
         raise ValueError(f"Expected arrays that fit the model shape in the header, {path} has {found}. Make it again.")
