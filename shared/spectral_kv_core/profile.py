@@ -11,6 +11,7 @@ import numpy as np
 
 from . import __version__
 from .basis import effective_rank, rank_for_energy
+from .methods import PAIRS
 from .quantizer import BIT_WIDTHS
 from .rope import Rope
 from .signed_file import FileFormat
@@ -36,8 +37,23 @@ class ModelShape:
     rope: Rope | None
 
     def layer_groups(self, group: str) -> tuple[tuple[int, ...], ...]:
-        """Indices of the layers that every row of a basis set of `group` (`methods.GROUPS`) stands for."""
-        return tuple((layer_idx,) for layer_idx in self.layers)
+        """Indices of the layers that every row of a basis set of `group` (`methods.GROUPS`) stands for.
+
+        One, or for `layer2` two that follow each other in the model, from the first on; what finds no neighbour stays
+        alone. Raises ValueError for `layer2` where no two layers follow each other.
+        """
+        groups: list[tuple[int, ...]] = []
+        for layer_idx in self.layers:
+            if group == "layer2" and groups and groups[-1] == (layer_idx - 1,):
+                groups[-1] += (layer_idx,)
+            else:
+                groups.append((layer_idx,))
+        if group == "layer2" and all(len(layers) == 1 for layers in groups):
+            raise ValueError(
+                f"Expected layers that follow each other to pair, received the compressible layers "
+                f"{', '.join(map(str, self.layers))}. Use spectral-stored, which codes every layer alone."
+            )
+        return tuple(groups)
 
     @property
     def fingerprint(self) -> str:
@@ -242,9 +258,10 @@ class Profile:
     def basis_set(self, name: str) -> BasisSet:
         """The basis set `name`; raises ValueError with what to do when the profile lacks it."""
         if name not in self.basis_sets:
+            self.shape.layer_groups(name.split(".")[0])  # raises where another calibration would not help
             raise ValueError(
                 f"Expected a profile with the basis set {name}, {self.path or 'this one'} has {', '.join(self.basis_sets)}. "
-                f"Calibrate again: spectralkv profile --model {self.model}"
+                f"Calibrate again: spectralkv profile --model {self.model}{' --pairs' if name == PAIRS else ''}"
             )
         return self.basis_sets[name]
 
