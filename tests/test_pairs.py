@@ -12,6 +12,7 @@ from cases import ToyModel, toy_profile_of
 from tolerances import assert_close, relative_rms
 
 from spectral_kv_core import cli, ops
+from spectral_kv_core.evaluation import Settings, plan_jobs
 from spectral_kv_core.methods import BASIS_SETS, PAIRS, Method, get_method
 from spectral_kv_core.plan import elements_per_token, make_plan
 from spectral_kv_core.profile import Profile
@@ -264,6 +265,16 @@ def test_pairs_are_calibrated_beside_what_is_there(tmp_path, monkeypatch):
     assert cached_profile_path(profile.shape).read_bytes() == before
     assert found[1].path == str(cached_profile_path(profile.shape, PAIRS))
     assert set(profiler.profile_for(model, get_method("spectral"))[2].basis_sets) == {*BASIS_SETS}
+
+
+def test_evaluation_calibrates_pairs(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPECTRALKV_CACHE", str(tmp_path))
+    small = functools.partial(SpectralProfiler, tokens=512, document=512, progress=False)
+    monkeypatch.setattr(backend, "SpectralProfiler", small)
+    settings = Settings(methods=(METHOD, "spectral-stored"), bits=(1.0,))
+    jobs, skipped = plan_jobs(backend, model_and_profile("llama")[0], ByteTokenizer(), settings)
+    assert [job.method.name for job in jobs] == [METHOD, "spectral-stored"] and not skipped
+    assert [PAIRS in job.plan.profile.basis_sets for job in jobs] == [True, False]
 
 
 def test_a_model_with_nothing_to_pair(monkeypatch, tmp_path):
