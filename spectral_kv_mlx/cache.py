@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -20,7 +22,7 @@ from mlx_lm.models.cache import (
 from spectral_kv_core.cache import LATENT_QUERIES, CacheSize, Lane, LayerCache
 from spectral_kv_core.codec import Chunk, make_staging_codec
 from spectral_kv_core.plan import Plan
-from spectral_kv_core.stored import codec_of
+from spectral_kv_core.stored import codec_of, join_layers, split_layers
 
 from . import ops
 from .handles import RoutedCache, caller_is_routed
@@ -28,8 +30,9 @@ from .integration import exact_layer
 
 
 class SpectralKVCache(RoutedCache):
-    """One compressed layer; row `row` of the plan's tables. `left_padding` counts slots, row by row of the batch.
+    """The compressed layers of row `row` of the plan's tables: one, or several that a file codes together.
 
+    `left_padding` counts slots, row by row of the batch.
     Where our dispatcher is installed, `update_and_fetch` gives back the new tokens only and the dispatcher attends to
     the codes; for anybody else it gives back dense keys and values.
     """
@@ -39,6 +42,16 @@ class SpectralKVCache(RoutedCache):
         self.left_padding = [int(p) for p in left_padding] if left_padding is not None else None
         staging = partial(make_staging_codec, ops, plan, row) if plan.staging else None
         self.store = LayerCache(ops, codec_of(ops, plan, row), sinks, window, staging)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Indices of the layers of the row."""
+        return self.plan.layer_groups[self.row]
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads of all of these layers."""
+        return self.plan.shape.kv_heads * len(self.layers)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Take in [B, H, L, D] post-RoPE keys and values."""
@@ -195,12 +208,24 @@ class SpectralKVCache(RoutedCache):
             self.store.start(keys.shape[0], self.left_padding)
 
     def _check(self, keys: mx.array) -> None:
-        shape = self.plan.shape
-        expected, received = (shape.kv_heads, shape.head_dim), (keys.shape[1], keys.shape[3])
+        expected, received = (self.kv_heads, self.plan.shape.head_dim), (keys.shape[1], keys.shape[3])
         if expected != received:
             raise ValueError(
                 f"Expected keys with (kv_heads, head_dim) {expected}, received {received}: the profile is of another model."
             )
+
+
+def layer_contents(cache: list, layers: Sequence[int]) -> Iterator[tuple]:
+    """(keys, values) [B, H, seen, D] of every one of `layers`, ascending; what is coded is decoded.
+
+    Rows of several layers are decoded once.
+    """
+    for layer in dict.fromkeys(cache[layer_idx] for layer_idx in layers):
+        if isinstance(layer, SpectralKVCache):
+            yield from split_layers(*layer.keys_and_values(), len(layer.layers))
+        else:
+            held = exact_layer(layer)
+            yield held.keys, held.values
 
 
 def fill(cache: list, plain: list) -> None:
@@ -212,12 +237,10 @@ def fill(cache: list, plain: list) -> None:
     for layer_idx, (layer, host) in enumerate(zip(cache, plain)):
         if not isinstance(layer, SpectralKVCache):
             cache[layer_idx] = copy.deepcopy(host)
-            continue
-        if isinstance(host, SpectralKVCache):
-            layer.append(*host.keys_and_values())
-        else:
-            held = exact_layer(host)
-            layer.append(held.keys, held.values)
+    layers = [layer_idx for layer_idx, layer in enumerate(cache) if isinstance(layer, SpectralKVCache)]
+    contents = layer_contents(plain, layers)
+    for layer in dict.fromkeys(cache[layer_idx] for layer_idx in layers):
+        layer.append(*join_layers(ops, tuple(islice(contents, len(layer.layers)))))
         mx.eval(layer.arrays())  # else the keys and values of every layer live until the last one
 
 
@@ -225,11 +248,11 @@ def cache_nbytes(cache: list) -> CacheSize:
     """Bytes of every array that `cache` holds for its sequences, window, sinks and passed-through layers included."""
     stored = dense = 0
     tables = {}
-    for layer in cache:
+    for layer in dict.fromkeys(cache):
         if isinstance(layer, SpectralKVCache):
             stored += layer.nbytes
             tables |= {id(x): x.nbytes for x in layer.tables()}  # some are shared by all layers
-            dense += layer.store.tokens() * 2 * 2 * layer.plan.shape.kv_heads * layer.plan.shape.head_dim
+            dense += layer.store.tokens() * 2 * 2 * layer.kv_heads * layer.plan.shape.head_dim
         elif not layer.empty():
             exact = isinstance(layer, (KVCache, RotatingKVCache, BatchRotatingKVCache))
             state = (layer.keys, layer.values) if exact else layer.state

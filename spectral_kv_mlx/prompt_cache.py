@@ -15,7 +15,7 @@ from spectral_kv_core.profile import Profile
 from spectral_kv_core.prompt_file import ExactLayer, PromptFile, encode_within
 
 from . import ops
-from .cache import SpectralKVCache, fill
+from .cache import SpectralKVCache, fill, layer_contents
 from .integration import (
     exact_layer,
     host_layers,
@@ -105,13 +105,14 @@ def load_prompt_cache(
     padding = file.padding if any(file.padding) else None
     cache = host_layers(model)
     for layer_idx, host in enumerate(cache):
-        if layer_idx in plan.shape.layers:
-            row = plan.shape.layers.index(layer_idx)
-            cache[layer_idx] = SpectralKVCache(plan, row, file.sinks, file.window, padding)
-            file.restore(layer_idx, cache[layer_idx].store, dtype)
-        else:
+        if layer_idx not in plan.shape.layers:
             cache[layer_idx] = padded(host, padding) if padding else host
             set_exact_layer(cache[layer_idx], file.exact(ops, layer_idx, dtype))
+    for row, layers in enumerate(plan.layer_groups):
+        made = SpectralKVCache(plan, row, file.sinks, file.window, padding)
+        file.restore(layers[0], made.store, dtype)
+        for layer_idx in layers:
+            cache[layer_idx] = made
     if target is not None:
         profile = SpectralProfiler().profile_for(model, target, profile or plan.profile)[2]
         wanted = make_plan(plan.shape, profile, target, bits)
@@ -139,10 +140,12 @@ def sealed_bits(cache: list) -> float:
 
 def _encode(plan: Plan, cache: list, sinks: int, window: int) -> list:
     made = list(cache)
-    for row, layer_idx in enumerate(plan.shape.layers):
-        padding = getattr(cache[layer_idx], "left_padding", None)
+    for row, layers in enumerate(plan.layer_groups):
+        padding = getattr(cache[layers[0]], "left_padding", None)
         padding = padding if padding is None or isinstance(padding, list) else padding.tolist()
-        made[layer_idx] = SpectralKVCache(plan, row, sinks, window, padding)
+        layer = SpectralKVCache(plan, row, sinks, window, padding)
+        for layer_idx in layers:
+            made[layer_idx] = layer
     fill(made, cache)
     return made
 
@@ -151,14 +154,15 @@ def decode_cache(cache: list, model) -> list:
     """The plain cache of `model` with what `cache` holds, decoded; `cache` stays as it is."""
     plain = plain_cache(model)
     for layer_idx, layer in enumerate(cache):
-        if isinstance(layer, SpectralKVCache):
-            if layer.left_padding:
-                plain[layer_idx] = padded(plain[layer_idx], layer.left_padding)
-            set_exact_layer(plain[layer_idx], ExactLayer(*layer.keys_and_values(), layer.size()))
-        else:
+        if not isinstance(layer, SpectralKVCache):
             plain[layer_idx] = copy.deepcopy(layer)
+    layers = [layer_idx for layer_idx, layer in enumerate(cache) if isinstance(layer, SpectralKVCache)]
+    for layer_idx, held in zip(layers, layer_contents(cache, layers)):
+        if cache[layer_idx].left_padding:
+            plain[layer_idx] = padded(plain[layer_idx], cache[layer_idx].left_padding)
+        set_exact_layer(plain[layer_idx], ExactLayer(*held, cache[layer_idx].size()))
     return plain
 
 
 def _stores(cache: list) -> list[LayerCache]:
-    return [layer.store for layer in cache if isinstance(layer, SpectralKVCache)]
+    return [layer.store for layer in dict.fromkeys(cache) if isinstance(layer, SpectralKVCache)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import islice
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
@@ -13,7 +15,7 @@ from spectral_kv_core.codec import make_staging_codec
 from spectral_kv_core.methods import get_live_method
 from spectral_kv_core.plan import Plan, make_plan
 from spectral_kv_core.profile import Profile
-from spectral_kv_core.stored import codec_of
+from spectral_kv_core.stored import codec_of, join_layers, split_layers
 
 from . import ops
 from .handles import Pending
@@ -21,7 +23,7 @@ from .integration import exact_layer
 
 
 class SpectralKVLayer(CacheLayerMixin):
-    """One compressed layer; row `row` of the plan's tables.
+    """The compressed layers of row `row` of the plan's tables: one, or several that a file codes together.
 
     `update` gives handles back: our attention function attends to the codes through them, for anybody else they turn
     into dense keys and values.
@@ -38,14 +40,23 @@ class SpectralKVLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Open the store on the device of the first keys."""
-        shape = self.plan.shape
-        expected = (shape.kv_heads, shape.head_dim)
+        expected = (self.kv_heads, self.plan.shape.head_dim)
         received = (key_states.shape[1], key_states.shape[3])
         if expected != received:
             raise ValueError(
                 f"Expected keys with (kv_heads, head_dim) {expected}, received {received}: the profile is of another model."
             )
         self.open(key_states.device)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Indices of the layers of the row."""
+        return self.plan.layer_groups[self.row]
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads of all of these layers."""
+        return self.plan.shape.kv_heads * len(self.layers)
 
     def open(self, device: torch.device) -> LayerCache:
         """Put the codec's tables on `device`; returns the store, empty."""
@@ -178,8 +189,10 @@ class SpectralCache(Cache):
     ):
         plan = plan or make_plan(profile.shape, profile, get_live_method(method), bits)
         layers = list(layers) if layers is not None else [DynamicLayer() for _ in range(plan.shape.num_layers)]
-        for row, layer_idx in enumerate(plan.shape.layers):
-            layers[layer_idx] = SpectralKVLayer(plan, row, sinks, window)
+        for row, layer_group in enumerate(plan.layer_groups):
+            layer = SpectralKVLayer(plan, row, sinks, window)
+            for layer_idx in layer_group:
+                layers[layer_idx] = layer
         super().__init__(layers=layers)
         self.plan = plan
 
@@ -188,6 +201,20 @@ class SpectralCache(Cache):
         for layer in self.layers:
             if isinstance(layer, SpectralKVLayer):
                 layer.finalize()
+
+
+def layer_contents(cache: Cache, layers: Sequence[int]) -> Iterator[tuple]:
+    """(keys, values) [B, H, seen, D] of every one of `layers`, ascending, and its left padding; what is coded is decoded.
+
+    Rows of several layers are decoded once.
+    """
+    for layer in dict.fromkeys(cache.layers[layer_idx] for layer_idx in layers):
+        if isinstance(layer, SpectralKVLayer):
+            for held in split_layers(*layer.keys_and_values(), len(layer.layers)):
+                yield held, layer.store.padding
+        else:
+            held = exact_layer(layer)
+            yield (held.keys, held.values), None
 
 
 @torch.no_grad()
@@ -202,24 +229,24 @@ def fill(cache: Cache, plain: Cache) -> None:
             held = [x for x in (getattr(host, "keys", None), getattr(host, "values", None)) if x is not None]
             # a sliding window is a view of all that came in, and deepcopy copies what a view keeps alive
             cache.layers[layer_idx] = copy.deepcopy(host, {id(x): ops.copy(x) for x in held})
-        elif isinstance(host, SpectralKVLayer):
-            layer.append(*host.keys_and_values(), host.store.padding)
-        else:
-            held = exact_layer(host)
-            layer.append(held.keys, held.values)
+    layers = [layer_idx for layer_idx, layer in enumerate(cache.layers) if isinstance(layer, SpectralKVLayer)]
+    contents = layer_contents(plain, layers)
+    for layer in dict.fromkeys(cache.layers[layer_idx] for layer_idx in layers):
+        held, paddings = zip(*islice(contents, len(layer.layers)))
+        layer.append(*join_layers(ops, held), paddings[0])
 
 
 def cache_nbytes(cache: Cache) -> CacheSize:
     """Bytes of every tensor that `cache` holds for its sequences, window, sinks and passed-through layers included."""
     stored = dense = 0
     tables = {}
-    for layer in cache.layers:
+    for layer in dict.fromkeys(cache.layers):
         if isinstance(layer, SpectralKVLayer):
             layer.commit()
             stored += sum(map(_held, layer.arrays()))
             tables |= {id(x): _held(x) for x in layer.tables()}  # some are shared by all layers
             if layer.store is not None:
-                dense += layer.store.tokens() * 2 * 2 * layer.plan.shape.kv_heads * layer.plan.shape.head_dim
+                dense += layer.store.tokens() * 2 * 2 * layer.kv_heads * layer.plan.shape.head_dim
         elif getattr(layer, "is_initialized", False):
             held = [x for x in (layer.keys, layer.values) if x is not None]
             stored += sum(map(_held, held))

@@ -18,7 +18,7 @@ from spectral_kv_core.profile import Profile
 from spectral_kv_core.prompt_file import ExactLayer, PromptFile, encode_within
 
 from . import ops
-from .cache import SpectralCache, SpectralKVLayer, fill
+from .cache import SpectralCache, SpectralKVLayer, fill, layer_contents
 from .integration import (
     exact_layer,
     host_layers,
@@ -105,10 +105,10 @@ def load_prompt_cache(
     plan = file.plan(profile)
     cache = SpectralCache(plan=plan, window=file.window, sinks=file.sinks, layers=host_layers(model))
     for layer_idx, layer in enumerate(cache.layers):
-        if isinstance(layer, SpectralKVLayer):
-            file.restore(layer_idx, layer.open(model.device), model.dtype, model.device)
-        else:
+        if not isinstance(layer, SpectralKVLayer):
             set_exact_layer(layer, file.exact(ops, layer_idx, model.dtype, model.device))
+        elif layer_idx == layer.layers[0]:
+            file.restore(layer_idx, layer.open(model.device), model.dtype, model.device)
     if target is not None:
         profile = SpectralProfiler().profile_for(model, target, profile or plan.profile)[2]
         wanted = make_plan(plan.shape, profile, target, bits)
@@ -145,13 +145,13 @@ def decode_cache(cache: SpectralCache, model) -> Cache:
     """The plain cache of `model` with what `cache` holds, decoded; `cache` stays as it is."""
     plain = plain_cache(model)
     for layer_idx, layer in enumerate(cache.layers):
-        if isinstance(layer, SpectralKVLayer):
-            held = ExactLayer(*layer.keys_and_values(), layer.get_seq_length())
-            set_exact_layer(plain.layers[layer_idx], held)
-        else:
+        if not isinstance(layer, SpectralKVLayer):
             plain.layers[layer_idx] = copy.deepcopy(layer)
+    layers, seen = cache.plan.shape.layers, cache.get_seq_length()
+    for layer_idx, (held, _) in zip(layers, layer_contents(cache, layers)):
+        set_exact_layer(plain.layers[layer_idx], ExactLayer(*held, seen))
     return plain
 
 
 def _stores(cache: SpectralCache) -> list[LayerCache]:
-    return [layer.store for layer in cache.layers if isinstance(layer, SpectralKVLayer)]
+    return [layer.store for layer in dict.fromkeys(cache.layers) if isinstance(layer, SpectralKVLayer)]

@@ -23,6 +23,7 @@ from transformers import Gemma3TextConfig
 import spectral_kv_mlx
 import spectral_kv_torch
 from spectral_kv_core import cli
+from spectral_kv_core.plan import elements_per_token, make_plan
 from spectral_kv_core.prompt_file import PromptFile
 from spectral_kv_mlx import generation as mlx_backend
 from spectral_kv_mlx.cache import SpectralKVCache
@@ -50,7 +51,8 @@ def pair(request, tmp_path_factory):
     theirs, tokenizer = spectral_kv_torch.load_model(folder, "float32")
     ours, _ = spectral_kv_mlx.load_model(folder)
     texts = ["".join(map(chr, (t % 95 + 32 for t in make_tokens(700, seed=100 + n)))) for n in range(2)]
-    profiler = spectral_kv_torch.SpectralProfiler(tokens=1024, document=512, progress=False)
+    pairs = request.param == "llama"  # the full-attention layers of Gemma 3 have no neighbours
+    profiler = spectral_kv_torch.SpectralProfiler(tokens=1024, document=512, progress=False, pairs=pairs)
     profile = profiler.profile_from_model(theirs, tokenizer, texts)
     return SimpleNamespace(name=request.param, torch=theirs, mlx=ours, profile=profile, folder=folder)
 
@@ -72,6 +74,11 @@ def follow(backend, model, cache) -> np.ndarray:
 
 def greedy(model, cache) -> list[int]:
     return mlx_backend.generate(model, None, [5, 6], cache, 10, True, lambda token: None).tokens
+
+
+def exact_arrays(cache) -> list:
+    """(keys, values) of every layer of a plain cache."""
+    return [tuple(np.array(x[:, :, :200]) for x in (c.keys, c.values)) for c in getattr(cache, "layers", cache)]
 
 
 def equal(cache, other) -> None:
@@ -125,6 +132,65 @@ def test_a_file_for_both_is_decoded_alike(pair, tmp_path):
     assert_close("keys", np.array(on_mlx[1].keys), on_torch.layers[1].keys.numpy())
     expected = follow(torch_backend, pair.torch, on_torch)
     assert_close("logits", follow(mlx_backend, pair.mlx, on_mlx), expected, limit=1e-3)
+
+
+@pytest.mark.parametrize("pair", ["llama"], indirect=True)
+def test_two_layer_groups_from_each_to_both(pair, tmp_path):
+    """Three layers: a pair and a lone one."""
+    tokens, sides = make_tokens(200), ((torch_backend, pair.torch), (mlx_backend, pair.mlx))
+    sealed, decoded = 176 * elements_per_token(pair.profile.shape), []
+    for first, model in sides:
+        plain = first.plain_cache(model)
+        first.feed(model, tokens, plain)
+        options = {"model": model, "profile": pair.profile, "bits": 5.0, **SMALL}
+        path = first.save_prompt_cache(tmp_path / "c", plain, tokens, method="spectral-stored-pairs", **options)
+        assert 0.8 * 5 < 8 * PromptFile.load(path).bytes_by_part()["codes"] / sealed <= 5
+        container = first.encode_cache(
+            make_plan(pair.profile.shape, pair.profile, "spectral-stored-pairs", 5), plain, 4, 16
+        )
+        assert PromptFile.load(path).size() == first.cache_nbytes(container)
+        assert PromptFile.load(path).size().dense_nbytes == first.cache_nbytes(container).dense_nbytes
+        loaded = [backend.load_prompt_cache(path, m, pair.profile) for backend, m in sides]
+        assert [told for _, told in loaded] == [tokens, tokens]
+        decoded += [exact_arrays(cache) for cache, _ in loaded]
+        expected = follow(torch_backend, pair.torch, loaded[0][0])
+        assert_close("logits", follow(mlx_backend, pair.mlx, loaded[1][0]), expected, limit=1e-3)
+        live, _ = first.load_prompt_cache(path, model, pair.profile, method="spectral", bits=4.0)
+        assert all(codes(store) for store in stores(live)) and len(stores(live)) == 3
+        again = [store.xp.to_numpy(store.dense()[0]) for store in stores(live)]
+        assert_close("keys, coded again", again, [keys for keys, _ in decoded[-1]], limit=0.2)
+    for other in decoded[1:]:
+        assert_close("decoded", other, decoded[0], limit=1e-3)  # a code in a thousand may differ between the hosts
+    own = exact_arrays(plain)
+    for got, expected in zip(decoded[-1], own, strict=True):
+        assert_close("layer", got, expected, limit=0.2)
+        np.testing.assert_array_equal(np.array(got)[:, :, :, -16:], np.array(expected)[:, :, :, -16:])
+
+
+@pytest.mark.parametrize("pair", ["llama"], indirect=True)
+def test_two_layer_groups_of_a_left_padded_batch(pair, tmp_path):
+    rows = [make_tokens(n, seed=n) for n in (90, 41)]
+    padding = [90 - len(row) for row in rows]
+    cache = spectral_kv_mlx.make_prompt_cache(pair.mlx, pair.profile, 6.0, left_padding=padding, **SMALL)
+    pair.mlx(mx.array([[0] * p + row for p, row in zip(padding, rows)]), cache=cache)
+    options = {"model": pair.mlx, "profile": pair.profile, "bits": 6.0, **SMALL}
+    path = spectral_kv_mlx.save_prompt_cache(tmp_path / "c", cache, method="spectral-stored-pairs", **options)
+    assert PromptFile.load(path).padding == padding
+    loaded, _ = spectral_kv_mlx.load_prompt_cache(path, pair.mlx, pair.profile)
+    more = mx.array([[7], [8]])
+    assert_close("next", np.array(pair.mlx(more, cache=loaded)), np.array(pair.mlx(more, cache=cache)), limit=0.05)
+
+
+def test_profiles_of_mlx_have_pairs_on_request(pair):
+    profiler = spectral_kv_mlx.SpectralProfiler(tokens=256, document=256, gradients=False, progress=False, pairs=True)
+    tokenizer = SimpleNamespace(encode=lambda text: [ord(c) for c in text])
+    text = ["".join(map(chr, make_tokens(256)))]
+    if pair.name == "gemma3":
+        with pytest.raises(ValueError, match="compressible layers 1. Use spectral-stored"):
+            profiler.profile_from_model(pair.mlx, tokenizer, text)
+    else:
+        made = profiler.profile_from_model(pair.mlx, tokenizer, text)
+        assert made.basis_sets["layer2.pre"].mean.shape == (2, 1, 8 * 16)
 
 
 def test_bfloat16_travels_to_the_bit(pair, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -86,12 +86,19 @@ class Spool:
         )
         self.documents = max(self.documents, document + 1)
 
-    def read(self, row: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Vectors [2H, T, D], keys first, and gradients [S, 2H, T, D] of layer number `row`, document by document."""
+    def read(self, *rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Vectors [2H, T, D] and gradients [S, 2H, T, D] of layers number `rows`, document by document.
+
+        The keys of all of these layers come first, layer by layer; H counts the heads of all of them.
+        """
         for document in range(self.documents):
-            with np.load(self._path(row, document)) as arrays:
-                x = arrays["x"].astype(np.float32) * arrays["spread"] + arrays["mean"]
-                yield x, arrays["gradients"].astype(np.float32) * arrays["peak"]
+            layers = [self._load(row, document) for row in rows]
+            yield tuple(_keys_first(arrays) for arrays in zip(*layers))
+
+    def _load(self, row: int, document: int) -> tuple[np.ndarray, np.ndarray]:
+        with np.load(self._path(row, document)) as arrays:
+            x = arrays["x"].astype(np.float32) * arrays["spread"] + arrays["mean"]
+            return x, arrays["gradients"].astype(np.float32) * arrays["peak"]
 
     def _path(self, row: int, document: int) -> Path:
         return Path(self._folder.name) / f"{row}-{document}.npz"
@@ -116,23 +123,24 @@ def fit_basis_set(
     positions misses what comes later. Every document is therefore taken `SPREAD` times, moved to places spread over
     the first `positions` tokens (0: left where it is); moving is exact, RoPE being a rotation.
     """
-    layers = len(shape.layers)
     if group not in GROUPS:
         raise ValueError(f"Expected a group in {GROUPS}, received {group!r}.")
-    groups = {"head": 2 * shape.kv_heads, "side": 2, "layer": 1}[group]
-    members = 2 * shape.kv_heads // groups
+    layer_groups = shape.layer_groups(group)
+    rows, heads = len(layer_groups), 2 * shape.kv_heads * max(map(len, layer_groups))
+    groups = {"head": heads, "side": 2, "layer": 1, "layer2": 1}[group]
+    members = heads // groups
     channels, bands = members * shape.head_dim, len(band_sizes(block))
     result = BasisSet(
         group,
         rope,
         time,
         block,
-        mean=np.zeros((layers, groups, channels), np.float32),
-        weight=np.ones((layers, groups, members), np.float32),
-        basis=np.zeros((layers, groups, channels, channels), np.float32),
-        variance=np.zeros((layers, groups, channels, bands), np.float32),
-        sensitivity=np.zeros((layers, groups, channels, bands), np.float32),
-        cost=np.zeros((layers, groups, channels, bands, len(BIT_WIDTHS)), np.float32),
+        mean=np.zeros((rows, groups, channels), np.float32),
+        weight=np.ones((rows, groups, members), np.float32),
+        basis=np.zeros((rows, groups, channels, channels), np.float32),
+        variance=np.zeros((rows, groups, channels, bands), np.float32),
+        sensitivity=np.zeros((rows, groups, channels, bands), np.float32),
+        cost=np.zeros((rows, groups, channels, bands, len(BIT_WIDTHS)), np.float32),
         levels={},
     )
     pooled = np.zeros(HISTOGRAM_BINS, np.int64)
@@ -140,24 +148,37 @@ def fit_basis_set(
     with (
         tempfile.TemporaryFile() as shelf
     ):  # gradient-weighted histograms wait here for the tables they are costed with
-        for row in progress(range(layers)):
-            documents = _Documents(spool, row, shape, rope, groups, block, positions, copies)
-            _fit_basis(result, row, documents, members)
-            np.save(shelf, _fit_spectrum(result, row, documents, pooled))
+        for row, layers in enumerate(progress(layer_groups)):
+            numbers = tuple(map(shape.layers.index, layers))
+            documents = _Documents(spool, numbers, shape, rope, groups, block, positions, copies)
+            part = _narrowed(result, 2 * shape.kv_heads * len(layers) // groups, shape.head_dim)
+            _fit_basis(part, row, documents)
+            np.save(shelf, _fit_spectrum(part, row, documents, pooled))
         result.levels, result.histogram = empirical_tables(pooled, HISTOGRAM_LIMIT), pooled
         errors = _cell_errors(result.levels)
         shelf.seek(0)
-        for row in range(layers):
-            result.cost[row] = (np.load(shelf) @ errors) * result.variance[row][..., None]
+        for row in range(len(layer_groups)):
+            weighted = np.load(shelf)  # [G, R, F, cells], R of this row
+            rank = weighted.shape[1]
+            result.cost[row, :, :rank] = (weighted @ errors) * result.variance[row, :, :rank, :, None]
     return result.rounded()
+
+
+def _keys_first(layers: tuple[np.ndarray, ...]) -> np.ndarray:
+    """Arrays [..., 2H, T, D] of several layers, each with its keys first -> the keys of all, then the values of all."""
+    sides = zip(*(np.split(x, 2, axis=-3) for x in layers))
+    return np.concatenate([x for side in sides for x in side], axis=-3)
 
 
 @dataclass(frozen=True)
 class _Documents:
-    """The documents of one layer as `_grouped` gives them, read again at every iteration to keep one in memory."""
+    """The documents of a row's layers as `_grouped` gives them, read again at every iteration to keep one in memory.
+
+    numbers: of the layers among the compressible ones.
+    """
 
     spool: Spool
-    row: int
+    numbers: tuple[int, ...]
     shape: ModelShape
     rope: str
     groups: int
@@ -167,7 +188,7 @@ class _Documents:
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         places = self.spool.documents * self.copies
-        for d, (x, g) in enumerate(self.spool.read(self.row)):
+        for d, (x, g) in enumerate(self.spool.read(*self.numbers)):
             for i in range(self.copies):
                 # squares: half of the places lie in the first quarter, where most contexts end
                 offset = (d * self.copies + i) ** 2 * self.positions // places**2
@@ -176,7 +197,7 @@ class _Documents:
 
 def _grouped(x, gradients, shape, rope, groups, block, offset):
     """Vectors [G, T, Dg] and gradients [S, G, T, Dg] of the tokens of a document that a cache would have sealed."""
-    heads = shape.kv_heads
+    heads = x.shape[0] // 2
     if rope == "pre" and shape.rope is not None:
         scaling = shape.rope.scaling  # k_post = s R k_pre, hence the gradient turns back and is scaled by s
         x = np.concatenate([unrotate(ops, x[:heads], shape.rope, 0), x[heads:]])
@@ -206,7 +227,21 @@ def _weights(basis_set: BasisSet, row: int) -> np.ndarray:
     return np.repeat(basis_set.weight[row], basis_set.mean.shape[-1] // members, axis=-1)[:, None, :]
 
 
-def _fit_basis(basis_set: BasisSet, row: int, documents: _Documents, members: int) -> None:
+def _narrowed(basis_set: BasisSet, members: int, head_dim: int) -> BasisSet:
+    """The first `members` of every group: views, which are filled for a row that has no more."""
+    channels = members * head_dim
+    return replace(
+        basis_set,
+        mean=basis_set.mean[..., :channels],
+        weight=basis_set.weight[..., :members],
+        basis=basis_set.basis[..., :channels, :channels],
+        variance=basis_set.variance[:, :, :channels],
+        sensitivity=basis_set.sensitivity[:, :, :channels],
+    )
+
+
+def _fit_basis(basis_set: BasisSet, row: int, documents: _Documents) -> None:
+    members = basis_set.weight.shape[-1]
     moments, energy = Moments(), []
     for x, g in documents:
         moments.update(x)

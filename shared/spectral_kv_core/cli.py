@@ -44,6 +44,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--positions", type=int, help="context length to prepare for (default: the model's, at most 32768)"
     )
     sub.add_argument("--no-gradients", action="store_true", help="no backward pass: less memory, somewhat worse plans")
+    sub.add_argument(
+        "--pairs",
+        action="store_true",
+        help="a basis for every two layers too, for spectral-stored-pairs: a larger file",
+    )
     sub.add_argument("--target-energy", type=float, default=0.95, help="energy that the summary reports ranks at")
     sub.add_argument("--output", metavar="FILE", help="where to save (default: the user cache folder)")
     sub.add_argument("--quiet", action="store_true", help="no progress bar")

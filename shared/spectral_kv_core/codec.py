@@ -42,26 +42,29 @@ class Chunk:
 
 
 class TransformCodec:
-    """Keys and values of one layer <-> coefficients: basis across channels, transform over blocks of time.
+    """Keys and values of a row's layers <-> coefficients: basis across channels, transform over blocks of time.
 
-    Components of which the plan stores no coefficient are never computed.
+    H counts the heads of all layers that the row stands for, its first layer's first. Components of which the plan stores
+    no coefficient are never computed.
     """
 
     def __init__(self, xp, plan: Plan, row: int, like=None):
         basis_set, method = plan.basis_set, plan.method
         self.xp, self.method, self.block = xp, method, basis_set.block
         self.rope = plan.shape.rope
-        self.kv_heads, self.head_dim = plan.shape.kv_heads, plan.shape.head_dim
-        self.groups, self.channels = basis_set.mean.shape[1:]
+        self.kv_heads, self.head_dim = plan.shape.kv_heads * len(plan.layer_groups[row]), plan.shape.head_dim
+        self.groups = basis_set.mean.shape[1]
+        members = 2 * self.kv_heads // self.groups  # the first ones of a row that has fewer layers than others
+        self.channels = members * self.head_dim
 
         def table(x, dtype=np.float32):
             return xp.asarray(np.ascontiguousarray(x, dtype), like=like)
 
         kept = kept_components(plan.coded[row])  # [G, R]
         self.rank = kept.shape[1]
-        basis = np.take_along_axis(orthonormalize(basis_set.basis[row]), kept[:, None], -1)
-        weight = np.repeat(basis_set.weight[row], self.head_dim, axis=-1)[:, None]
-        self.mean = table(basis_set.mean[row][:, None])  # [G, 1, Dg]
+        basis = np.take_along_axis(orthonormalize(basis_set.basis[row]), kept[:, None], -1)[:, : self.channels]
+        weight = np.repeat(basis_set.weight[row, :, :members], self.head_dim, axis=-1)[:, None]
+        self.mean = table(basis_set.mean[row, :, None, : self.channels])  # [G, 1, Dg]
         self.basis = table(basis)  # [G, Dg, R]
         self.weight = None if np.all(weight == 1) else table(weight)  # [G, 1, Dg]
         self.time = table(time_matrix(basis_set.time, basis_set.block))

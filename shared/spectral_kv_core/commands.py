@@ -44,6 +44,7 @@ def profile(args: argparse.Namespace) -> dict:
         positions=args.positions,
         gradients=not args.no_gradients,
         progress=not args.quiet,
+        pairs=args.pairs,
     )
     model, tokenizer = backend.load_model(_model_path(args.model), args.dtype)
     started = time.perf_counter()

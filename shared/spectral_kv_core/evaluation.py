@@ -14,6 +14,7 @@ import math
 import os
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from . import __version__
 from .divergence import compare_logits
 from .evaluation_rows import RowFile, summarise
 from .evaluation_text import Text, copy_span, split_documents
-from .methods import Method, get_method
+from .methods import PAIRS, Method, get_method
 from .plan import Plan, bits_range, make_plan
 from .profile import Profile
 from .profile_store import auto_profile
@@ -207,7 +208,9 @@ def plan_jobs(
         found = None
         if method.basis_set:
             found = profile or auto_profile(
-                shape, method.basis_set, lambda: backend.SpectralProfiler().profile_from_model(model, tokenizer)
+                shape,
+                method.basis_set,
+                partial(backend.SpectralProfiler(pairs=method.basis_set == PAIRS).profile_from_model, model, tokenizer),
             )
             found.check(shape)
             found.basis_set(method.basis_set)

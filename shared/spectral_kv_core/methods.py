@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-GROUPS = ("head", "side", "layer")  # vectors that share one basis: one head; all K heads or all V heads; all of both
+# vectors that share one basis: one head; all K heads or all V heads; all of both; all of two layers that follow each other
+GROUPS = ("head", "side", "layer", "layer2")
 ROUNDINGS = ("nearest", "expected-attention")
 CODECS = ("none", "affine", "spectral", "stored")
 
@@ -41,6 +42,8 @@ class Method:
             raise ValueError(f"Expected a group in {GROUPS}, received {self.group!r}.")
         if self.rounding not in ROUNDINGS:
             raise ValueError(f"Expected a rounding in {ROUNDINGS}, received {self.rounding!r}.")
+        if self.group == "layer2" and self.codec != "stored":  # a live cache gets its layers one after the other
+            raise ValueError(f"Expected the codec stored for the group layer2, received {self.codec!r}.")
 
     @property
     def basis_set(self) -> str | None:
@@ -93,6 +96,17 @@ METHODS = {
             rounding="expected-attention",
         ),
         Method(
+            "spectral-stored-pairs",
+            "stored",
+            "spectral-stored with one basis for every two layers that follow each other; profile made with --pairs",
+            "as spectral-stored; neighbouring layers read nearly the same hidden state",
+            rope="pre",
+            group="layer2",
+            time="dct",
+            block=16,
+            rounding="expected-attention",
+        ),
+        Method(
             "affine",
             "affine",
             "grouped asymmetric quantization per token, in the layout of mlx-lm's QuantizedKVCache",
@@ -102,6 +116,8 @@ METHODS = {
     )
 }
 DEFAULT_METHOD = "spectral"
+PAIRS = METHODS["spectral-stored-pairs"].basis_set  # in a profile on request only: larger than all others together
+BASIS_SETS = tuple(dict.fromkeys(m.basis_set for m in METHODS.values() if m.basis_set not in (None, PAIRS)))
 
 
 def get_method(name: str | Method) -> Method:

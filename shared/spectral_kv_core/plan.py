@@ -51,6 +51,11 @@ class Plan:
     tables: tuple[StepTable, ...] = ()
     choices: np.ndarray | None = None
 
+    @cached_property
+    def layer_groups(self) -> tuple[tuple[int, ...], ...]:
+        """Indices of the layers that every row of the plan stands for."""
+        return self.shape.layer_groups(self.method.group)
+
     @property
     def coded(self) -> np.ndarray:
         """Which coefficients are stored at all: bool [L, G, R, F]."""
@@ -104,9 +109,10 @@ class Plan:
         return self.method.rounding != "nearest" and self.profile is not None and self.profile.queries is not None
 
     def query_statistics(self, row: int) -> tuple:
-        """Arguments of `rounding.future_queries` for compressible layer number `row`."""
-        queries = self.profile.queries
-        return queries.mean[row], queries.root[row], self.shape.rope
+        """Arguments of `rounding.future_queries` for the heads of the layers of `row`."""
+        numbers = [self.shape.layers.index(layer_idx) for layer_idx in self.layer_groups[row]]
+        mean, root = (np.concatenate(x[numbers]) for x in (self.profile.queries.mean, self.profile.queries.root))
+        return mean, root, self.shape.rope
 
     def gain(self, row: int) -> np.ndarray:
         """Root of what losing a whole coefficient costs [G, R, F], relative to the largest of its component."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from . import __version__
 from .basis import effective_rank, rank_for_energy
+from .methods import PAIRS
 from .quantizer import BIT_WIDTHS
 from .rope import Rope
 from .signed_file import FileFormat
@@ -34,6 +35,25 @@ class ModelShape:
     head_dim: int
     layers: tuple[int, ...]
     rope: Rope | None
+
+    def layer_groups(self, group: str) -> tuple[tuple[int, ...], ...]:
+        """Indices of the layers that every row of a basis set of `group` (`methods.GROUPS`) stands for.
+
+        One, or for `layer2` two that follow each other in the model, from the first on; what finds no neighbour stays
+        alone. Raises ValueError for `layer2` where no two layers follow each other.
+        """
+        groups: list[tuple[int, ...]] = []
+        for layer_idx in self.layers:
+            if group == "layer2" and groups and groups[-1] == (layer_idx - 1,):
+                groups[-1] += (layer_idx,)
+            else:
+                groups.append((layer_idx,))
+        if group == "layer2" and all(len(layers) == 1 for layers in groups):
+            raise ValueError(
+                f"Expected layers that follow each other to pair, received the compressible layers "
+                f"{', '.join(map(str, self.layers))}. Use spectral-stored, which codes every layer alone."
+            )
+        return tuple(groups)
 
     @property
     def fingerprint(self) -> str:
@@ -73,8 +93,9 @@ class ModelShape:
 class BasisSet:
     """Bases, spectra and sensitivities for one way of grouping vectors.
 
-    L compressible layers, G groups per layer of m (side, head) members each, in the order K heads then V heads;
-    Dg = m * head_dim channels, R components, F time bands, W = len(BIT_WIDTHS).
+    L rows, one per tuple of `ModelShape.layer_groups`, G groups per row of m (side, head) members each, in the order K
+    heads then V heads, those of a row's first layer first; Dg = m * head_dim channels, R components, F time bands,
+    W = len(BIT_WIDTHS). A row of fewer layers than others fills the first members, channels and components.
 
     mean [L, G, Dg]; weight [L, G, m] scales every member before the basis; basis [L, G, Dg, R] orthonormal columns;
     variance, sensitivity [L, G, R, F]: E[y^2] of the coefficients and E[g^2] of the score gradient along them;
@@ -237,9 +258,10 @@ class Profile:
     def basis_set(self, name: str) -> BasisSet:
         """The basis set `name`; raises ValueError with what to do when the profile lacks it."""
         if name not in self.basis_sets:
+            self.shape.layer_groups(name.split(".")[0])  # raises where another calibration would not help
             raise ValueError(
                 f"Expected a profile with the basis set {name}, {self.path or 'this one'} has {', '.join(self.basis_sets)}. "
-                f"Calibrate again: spectralkv profile --model {self.model}"
+                f"Calibrate again: spectralkv profile --model {self.model}{' --pairs' if name == PAIRS else ''}"
             )
         return self.basis_sets[name]
 
@@ -276,17 +298,19 @@ class Profile:
 
 
 def _check_sizes(basis_set: BasisSet, shape: ModelShape, path: str | os.PathLike) -> None:
-    layers, groups, channels, rank = basis_set.basis.shape
+    rows, groups, channels, rank = basis_set.basis.shape
     bands = len(band_sizes(basis_set.block))
-    members = 2 * shape.kv_heads // groups
+    layer_groups = shape.layer_groups(basis_set.group)
+    heads = 2 * shape.kv_heads * max(map(len, layer_groups))
+    members = heads // groups
     expected = {
-        "mean": (layers, groups, channels),
-        "weight": (layers, groups, members),
-        "variance": (layers, groups, rank, bands),
-        "sensitivity": (layers, groups, rank, bands),
-        "cost": (layers, groups, rank, bands, len(BIT_WIDTHS)),
+        "mean": (rows, groups, channels),
+        "weight": (rows, groups, members),
+        "variance": (rows, groups, rank, bands),
+        "sensitivity": (rows, groups, rank, bands),
+        "cost": (rows, groups, rank, bands, len(BIT_WIDTHS)),
     }
     found = {name: getattr(basis_set, name).shape for name in expected}
-    whole = layers == len(shape.layers) and groups * channels == 2 * shape.kv_heads * shape.head_dim
+    whole = rows == len(layer_groups) and groups * channels == heads * shape.head_dim
     if found != expected or not whole:
         raise ValueError(f"Expected arrays that fit the model shape in the header, {path} has {found}. Make it again.")

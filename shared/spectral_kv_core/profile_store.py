@@ -7,6 +7,7 @@ from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
+from .methods import PAIRS
 from .paths import user_cache_dir
 from .profile import FORMAT_VERSION, ModelShape, Profile
 
@@ -18,14 +19,19 @@ def packaged_profiles() -> list[Path]:
     return sorted(Path(str(p)) for p in files("spectral_kv_core.profiles").iterdir() if p.name.endswith(".safetensors"))
 
 
-def cached_profile_path(shape: ModelShape) -> Path:
-    """Where this machine keeps the profile of a model of `shape`."""
-    return user_cache_dir() / "profiles" / f"{shape.fingerprint}-v{FORMAT_VERSION}.safetensors"
+def cached_profile_path(shape: ModelShape, basis_set: str | None = None) -> Path:
+    """Where this machine keeps the profile of a model of `shape`; one made for the sake of pairs has a place of its own.
+
+    Stored prompts need the very profile that they were made with.
+    """
+    pairs = "-pairs" if basis_set == PAIRS else ""
+    return user_cache_dir() / "profiles" / f"{shape.fingerprint}-v{FORMAT_VERSION}{pairs}.safetensors"
 
 
 def find_profile(shape: ModelShape, basis_set: str) -> Profile | None:
     """A packaged profile, or one from the cache folder, that fits `shape` and has `basis_set`."""
-    for path in [*packaged_profiles(), cached_profile_path(shape)]:
+    cached = dict.fromkeys([cached_profile_path(shape), cached_profile_path(shape, basis_set)])
+    for path in [*packaged_profiles(), *cached]:
         if path.is_file():
             profile = Profile.load(path)
             if profile.shape.mismatch(shape) is None and basis_set in profile.basis_sets:
@@ -37,9 +43,9 @@ def auto_profile(shape: ModelShape, basis_set: str, calibrate: Callable[[], Prof
     """`find_profile`, or calibrate now and keep the result."""
     profile = find_profile(shape, basis_set)
     if profile is None:
-        log.warning("No profile for this model yet: calibrating once, which takes minutes.")
+        log.warning("No profile with %s for this model yet: calibrating once, which takes minutes.", basis_set)
         profile = calibrate()
-        log.warning("Saved the profile as %s", profile.save(cached_profile_path(shape)))
+        log.warning("Saved the profile as %s", profile.save(cached_profile_path(shape, basis_set)))
     return profile
 
 

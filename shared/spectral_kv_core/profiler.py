@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -11,14 +12,13 @@ from tqdm import tqdm
 
 from .calibration import Spool, fit_basis_set, split_documents
 from .calibration_text import TEXT_NAME, load_default_texts, text_digest
-from .methods import METHODS, Method
+from .methods import BASIS_SETS, PAIRS, Method
 from .profile import ModelShape, Profile, QueryStatistics
 from .profile_store import auto_profile, name_passed_layers, warn_if_other_weights
 from .sensitivity import local_gradients
 from .statistics import QueryMoments
 
 MAX_POSITIONS = 32768
-BASIS_SETS = tuple(dict.fromkeys(m.basis_set for m in METHODS.values() if m.basis_set))  # of all methods
 SCORED_SHARE = 16  # the last sixteenth of a document is scored: its gradients reach the tokens before it
 
 
@@ -30,7 +30,8 @@ class ProfilerBase(ABC):
     positions: context length that post-RoPE keys are prepared for (default: the model's own, at most 32,768);
     gradients: False takes the gradients of every layer's own attention output in place of those of the scored tokens'
     probability: no backward pass and a fraction of the memory, at a price in quality (results/experiments.md);
-    basis_sets: which ways of grouping vectors the profile covers (`group.rope`; default: those of all methods).
+    basis_sets: which ways of grouping vectors the profile covers (`group.rope`; default: those of all methods but
+    spectral-stored-pairs); pairs: that of spectral-stored-pairs too.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class ProfilerBase(ABC):
         gradients: bool = True,
         basis_sets: tuple[str, ...] = BASIS_SETS,
         progress: bool = True,
+        pairs: bool = False,
     ):
         if not 0 < target_energy <= 1:
             raise ValueError(f"Expected target_energy in (0, 1], received {target_energy}.")
@@ -51,10 +53,11 @@ class ProfilerBase(ABC):
             raise ValueError(f"Expected at least 64 tokens, received {min(tokens, document)}.")
         self.target_energy, self.tokens, self.document = target_energy, tokens, document
         self.samples, self.seed, self.positions, self.progress = samples, seed, positions, progress
-        self.gradients, self.basis_sets = gradients, tuple(basis_sets)
+        self.gradients = gradients
+        self.basis_sets = tuple(dict.fromkeys((*basis_sets, PAIRS) if pairs else basis_sets))
         for name in self.basis_sets:
-            if name not in BASIS_SETS:
-                raise ValueError(f"Expected basis sets among {', '.join(BASIS_SETS)}, received {name!r}.")
+            if name not in (*BASIS_SETS, PAIRS):
+                raise ValueError(f"Expected basis sets among {', '.join((*BASIS_SETS, PAIRS))}, received {name!r}.")
 
     @abstractmethod
     def load(self, name: str):
@@ -79,7 +82,8 @@ class ProfilerBase(ABC):
     def profile_from_model(self, model, tokenizer=None, texts: list[str] | None = None, name: str = "") -> Profile:
         """Calibrate `model` (an object, a directory or a hub id) on `texts` (default: the packaged ones).
 
-        Raises ValueError for a model without compressible layers, too little text, or NaN in activations.
+        Raises ValueError for a model without compressible layers, or without any to pair where pairs are asked for, too
+        little text, or NaN in activations.
         """
         if isinstance(model, (str, os.PathLike)):
             name = name or str(model)
@@ -89,6 +93,8 @@ class ProfilerBase(ABC):
             raise ValueError(
                 f"Expected full-attention layers, received only: {', '.join(sorted(set(passed.values())))}."
             )
+        for key in self.basis_sets:
+            shape.layer_groups(key.split(".")[0])  # raises before anything long runs
         text_name = TEXT_NAME if texts is None else "own text"
         texts = load_default_texts() if texts is None else texts
         documents = split_documents(texts, tokenizer.encode, self.document, self.tokens)
@@ -142,7 +148,9 @@ class ProfilerBase(ABC):
                 f"Expected full-attention layers to compress, received only: {', '.join(set(passed.values()))}."
             )
         if profile is None and method.basis_set:
-            profile = auto_profile(shape, method.basis_set, lambda: self.profile_from_model(model, tokenizer))
+            profiler = copy.copy(self)
+            profiler.basis_sets = tuple(dict.fromkeys((*self.basis_sets, method.basis_set)))
+            profile = auto_profile(shape, method.basis_set, lambda: profiler.profile_from_model(model, tokenizer))
         name_passed_layers(passed)
         if method.basis_set:
             profile.check(shape)

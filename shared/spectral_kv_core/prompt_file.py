@@ -48,7 +48,8 @@ class PromptFile:
 
     method, bits, shape: what the plan called `plan_hash` follows from, with the profile that `profile` describes.
     seen: slots, padding included. layers: per layer of the model its dtype and its lanes, or its `size` [H, n, D] where
-    it passes through. metadata: what the writer wanted to add.
+    it passes through, or nothing where the plan codes it together with an earlier one: lanes then hold the heads of all
+    of these layers. metadata: what the writer wanted to add.
     """
 
     method: Method
@@ -86,15 +87,19 @@ class PromptFile:
     ) -> PromptFile:
         """The file of a cache with these `layers`, whose prompt has ended (`LayerCache.finalize`).
 
+        Layers that the plan codes together have one `LayerCache`.
         tokens: ids [seen] or [B, seen] of the prompt, padding included. Raises ValueError for other `tokens` and for an
         empty cache.
         """
         first = layers[plan.shape.layers[0]]
         if not first.seen:
             raise ValueError("Expected a cache that has read a prompt, received an empty one.")
-        arrays, states = {}, []
+        arrays, states, followers = {}, [], {i for group in plan.layer_groups for i in group[1:]}
         for layer_idx, layer in enumerate(layers):
             assert layer.seen == first.seen, "all layers have seen the same tokens"
+            if layer_idx in followers:
+                states.append({})
+                continue
             pack = _pack_lanes if isinstance(layer, LayerCache) else _pack_exact
             states.append(pack(xp, f"layers/{layer_idx}", layer, arrays))
         if tokens is not None:
@@ -183,7 +188,7 @@ class PromptFile:
         return plan
 
     def restore(self, layer_idx: int, store: LayerCache, dtype, like=None) -> None:
-        """Fill the empty `store` of a compressed layer; its exact keys and values become `dtype`."""
+        """Fill the empty `store` of a compressed layer, the first of its row; exact keys and values become `dtype`."""
         xp, state = store.xp, self.layers[layer_idx]
         for number, fields in enumerate(state["lanes"]):
             name = f"layers/{layer_idx}/lanes/{number}"
@@ -243,24 +248,25 @@ class PromptFile:
         shape, batch = self.shape, len(self.padding)
         if "tokens" in self.arrays:
             yield "tokens", ((self.seen,) if self.arrays["tokens"].ndim == 1 else (batch, self.seen), "int32")
-        for layer_idx in range(shape.num_layers):
+        for layer_idx in sorted({*range(shape.num_layers)} - {*shape.layers}):
             state, name = self.layers[layer_idx], f"layers/{layer_idx}"
-            dtype = FILE_DTYPES[state["dtype"]]
-            if layer_idx not in shape.layers:
-                yield from ((f"{name}/{side}", ((batch, *state["size"]), dtype)) for side in ("keys", "values"))
-                continue
+            size = (batch, *state["size"]), FILE_DTYPES[state["dtype"]]
+            yield from ((f"{name}/{side}", size) for side in ("keys", "values"))
+        for row, layers in enumerate(plan.layer_groups):
+            state, name = self.layers[layers[0]], f"layers/{layers[0]}"
+            heads, dtype = len(layers) * shape.kv_heads, FILE_DTYPES[state["dtype"]]
             for number, lane in enumerate(state["lanes"]):
-                rows, sealed = len(lane["rows"]), 0
+                batch, sealed = len(lane["rows"]), 0
                 for place, (start, tokens) in enumerate(lane["chunks"]):
                     if start != self.sinks + sealed:
                         raise ValueError(f"Expected chunks without gaps, {self._name} has one. Make it again.")
                     sealed += tokens
-                    parts = chunk_arrays(plan, shape.layers.index(layer_idx), rows, tokens)
+                    parts = chunk_arrays(plan, row, batch, tokens)
                     for i, (size, kind) in enumerate(parts):
                         array = f"{name}/lanes/{number}/chunks/{place}/{i}"
                         yield array, (size or self.arrays[array].shape, kind)
                 if self.seen > lane["pad"]:
-                    size = rows, shape.kv_heads, self.seen - lane["pad"] - sealed, shape.head_dim
+                    size = batch, heads, self.seen - lane["pad"] - sealed, shape.head_dim
                     yield from ((f"{name}/lanes/{number}/{side}", (size, dtype)) for side in ("keys", "values"))
 
 

@@ -94,12 +94,14 @@ def plan_summary(plan: Plan) -> dict:
     if plan.basis_set is None:
         return summary
     sizes = band_sizes(plan.basis_set.block)
-    per_group = (plan.rates * sizes).sum((-1, -2)) / (plan.basis_set.block * plan.basis_set.mean.shape[-1])  # [L, G]
+    heads = 2 * plan.shape.kv_heads * np.array([[len(layers)] for layers in plan.layer_groups])
+    channels = heads * plan.shape.head_dim / plan.basis_set.mean.shape[1]  # [L, 1]
+    per_group = (plan.rates * sizes).sum((-1, -2)) / (plan.basis_set.block * channels)  # [L, G]
     half = max(per_group.shape[1] // 2, 1)
     widths, counts = np.unique(np.repeat(plan.rates.reshape(-1, len(sizes)), sizes, axis=1), return_counts=True)
     return {
         **summary,
-        "layers": list(plan.shape.layers),
+        "layers": [layers[0] if len(layers) == 1 else list(layers) for layers in plan.layer_groups],
         "key_bits": np.round(per_group[:, :half].mean(1), 3),
         "value_bits": np.round(per_group[:, half:].mean(1), 3) if per_group.shape[1] > 1 else None,
         "coefficients_by_width": {f"{b:.3g}": int(n) for b, n in zip(widths, counts)},
@@ -120,7 +122,7 @@ def print_plan(plan: Plan) -> None:
         table.add_column(name, justify="right")
     values = summary["value_bits"] if summary["value_bits"] is not None else summary["key_bits"]
     for layer, k, v in zip(summary["layers"], summary["key_bits"], values):
-        table.add_row(str(layer), f"{k:.2f}", f"{v:.2f}")
+        table.add_row(str(layer).strip("[]"), f"{k:.2f}", f"{v:.2f}")
     console.print(table)
     total = sum(summary["coefficients_by_width"].values())
     shares = ", ".join(f"{b} bits {n / total:.0%}" for b, n in summary["coefficients_by_width"].items())

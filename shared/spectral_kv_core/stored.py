@@ -5,7 +5,7 @@ RATE_DISTORTION_2.md, section 3. A chunk is one stream of bytes: it cannot be ap
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -54,7 +54,7 @@ class StepRows:
 
 
 class StoredCodec(TransformCodec):
-    """Entropy-coded coefficients of one layer. A chunk holds one array: uint8 [bytes] of `encode_streams`.
+    """Entropy-coded coefficients of one row. A chunk holds one array: uint8 [bytes] of `encode_streams`.
 
     Codes are ordered table by table, and in a table by batch row, (group, frequency, component) and block.
     """
@@ -100,8 +100,21 @@ class StoredCodec(TransformCodec):
         return self.vectors(xp.permute_dims(z, (0, 1, 3, 4, 2)) * self.scale, chunk.start)
 
 
+def join_layers(xp, layers: Sequence[tuple]) -> tuple:
+    """Keys and values [B, H, T, D] of the layers of a row -> [B, layers * H, T, D], as its codec takes them."""
+    if len(layers) == 1:
+        return layers[0]
+    return tuple(xp.concat(list(side), axis=1) for side in zip(*layers))
+
+
+def split_layers(keys, values, layers: int) -> list[tuple]:
+    """Inverse of `join_layers`."""
+    heads = keys.shape[1] // layers
+    return [tuple(x[:, i * heads : (i + 1) * heads] for x in (keys, values)) for i in range(layers)]
+
+
 def codec_of(xp, plan: Plan, row: int, like=None):
-    """Codec of compressible layer number `row`, of a live cache or of one that is only the contents of a file."""
+    """Codec of row `row` of the plan, of a live cache or of one that is only the contents of a file."""
     return (make_codec if plan.method.live else StoredCodec)(xp, plan, row, like)
 
 
