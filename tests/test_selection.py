@@ -127,3 +127,8 @@ def test_overlaps_are_counted_once():
     assert select(ops, np.zeros((1, 1, 20), np.float32), 8, 4, 2, [(2, 6), (4, 6)]).tolist() == [
         [[0, 1, 2, 3, 4, 5, 18, 19]]
     ]
+
+
+def test_a_budget_too_small_is_refused_before_the_text_is_long():
+    with pytest.raises(ValueError, match="at least 6 tokens"):
+        select(ops, np.zeros((1, 1, 3), np.float32), 5, 4, 2)
