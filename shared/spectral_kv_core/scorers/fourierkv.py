@@ -9,13 +9,13 @@ from .terms import with_terms
 BANDS = ("low", "high")
 
 
-def scores(xp, pre_rope, band="low", cutoff=0.25, roll=0.5, recency=0.0, norm=0.0):
+def scores(xp, pre_rope, band="low", cutoff=0.5, roll=0.5, recency=0.0, norm=-0.2):
     """Norm of every token's part in a band of `pre_rope` [B, H, T, D] minus its mean over time -> [B, H, T] float32.
 
     band: `low` keeps what the smooth course of the text explains, `high` what departs from it. cutoff: top of the low
     band as a share of the Nyquist frequency; at 1 all is low. roll: the mask falls to 0 at cutoff * (1 + roll).
-    recency, norm: see `with_terms`. No paper: the definition follows the name. A transform over all tokens: when one is
-    appended, every score may change.
+    recency, norm: see `with_terms`. No paper: the definition follows the name; defaults by results/experiments.md. A
+    transform over all tokens: when one is appended, every score may change.
     """
     if band not in BANDS:
         raise ValueError(f"Expected a band in {BANDS}, received {band!r}.")

@@ -24,7 +24,7 @@ def scores(xp, post_rope, query_mean, query_amplitude, rope: Rope | None, now: i
     the first sum is one product with the centre turned to the mean of the future positions, and true positions of kept
     tokens are in the keys already. `query_mean` [Hq, D], `query_amplitude` [Hq, rotary_dim / 2] of `QueryStatistics`;
     `now`: position of the last token seen. pool: `mean` over the offsets, or the `max`. Channels without RoPE count as
-    pairs of frequency 0 in the first sum; the paper has none.
+    pairs of frequency 0 in the first sum; the paper has none. When a token is appended, every score may change.
     """
     if pool not in POOLS:
         raise ValueError(f"Expected a pool in {POOLS}, received {pool!r}.")

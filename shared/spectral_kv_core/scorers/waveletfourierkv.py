@@ -12,12 +12,13 @@ FRAME = 64  # tokens of a windowed transform: the coarsest octave, 1/64 to 1/32 
 BLOCKS = 8  # equal pieces of the text whose energies are compared
 
 
-def scores(xp, pre_rope, wavelet="haar", roll=0.5, recency=0.0, norm=0.0):
+def scores(xp, pre_rope, wavelet="db2", roll=0.5, recency=0.0, norm=0.0):
     """Wavelet and Fourier energies of `pre_rope` [B, H, T, D], blended by non-stationarity -> [B, H, T] float32.
 
     Every wavelet band goes through a windowed FFT and a Tukey mask on its own octave (`roll` as in FourierKV), which
     takes out what short filters let through from other octaves. Where the energy is uneven over time, wavelets count
-    more; else the cleaned bands do. recency, norm: see `with_terms`. No paper: the definition follows the name.
+    more; else the cleaned bands do. recency, norm: see `with_terms`. No paper: the definition follows the name;
+    defaults by results/experiments.md.
 
     When a token is appended, band energies change for the last `reach` + 63 tokens only; gains and blend move in common.
     """

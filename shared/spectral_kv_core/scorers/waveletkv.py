@@ -16,15 +16,15 @@ FILTERS = {
 MAX_LEVELS = 5
 
 
-def scores(xp, pre_rope, wavelet="haar", gains=None, recency=0.0, norm=0.0):
+def scores(xp, pre_rope, wavelet="db2", gains=None, recency=0.0, norm=0.0):
     """Sum over bands of gain * energy of `pre_rope` [B, H, T, D] -> [B, H, T] float32.
 
     gains: array [H, J + 1], details from fine to coarse and then the approximation; None: those of `band_gains`.
-    recency, norm: see `with_terms`. No paper: the definition follows the name.
+    recency, norm: see `with_terms`. No paper: the definition follows the name; defaults by results/experiments.md.
 
     When a token is appended, band energies change for the last `reach` tokens only (15 with Haar, 46 with db2, from
     128 tokens on): a window at least as long leaves those of all tokens that compete as they are. Measured gains move with
-    the median of all tokens, in common for all of them, and a level is added at 16, 32, 64 and 128 tokens.
+    the median of all tokens, in common for all of them, and a level is added at 8, 16, 32, 64 and 128 tokens.
     """
     keys = xp.astype(pre_rope, xp.float32)
     energy = band_energies(xp, bands(xp, keys, wavelet))

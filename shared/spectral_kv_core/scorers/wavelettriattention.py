@@ -7,11 +7,12 @@ from .terms import with_terms, zscore
 
 
 def scores(
-    xp, pre_rope, post_rope, query_mean, query_amplitude, rope, now, weight=0.5, wavelet="haar", recency=0.0, norm=0.0
+    xp, pre_rope, post_rope, query_mean, query_amplitude, rope, now, weight=0.5, wavelet="db2", recency=0.0, norm=0.2
 ):
     """weight * z(WaveletKV) + (1 - weight) * z(TriAttention) -> [B, H, T] float32; arguments as in these two.
 
-    recency, norm: see `with_terms`. No paper: the definition follows the name.
+    recency, norm: see `with_terms`. No paper: the definition follows the name; defaults by results/experiments.md. When
+    a token is appended, every score may change.
     """
     if not 0 <= weight <= 1:
         raise ValueError(f"Expected a weight in [0, 1], received {weight}.")
