@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 from mlx.core import (
+    argsort,
     clip,
     cos,
     exp,
@@ -19,19 +20,24 @@ from mlx.core import (
     permute_dims,
     round,
     sin,
+    sort,
     sqrt,
     square,
     stack,
     sum,
     take,
+    take_along_axis,
     uint8,
     where,
 )
+from mlx.core import cumsum as cumulative_sum
+from mlx.core.fft import irfft, rfft
 
 __all__ = [
-    "all_finite", "asarray", "astype", "clip", "concat", "copy", "cos", "exp", "float16", "float32", "from_file", "int32",
-    "kernels", "matmul", "max", "maximum", "mean", "min", "permute_dims", "round", "sin", "split_bytes", "sqrt", "square",
-    "stack", "sum", "take", "to_file", "to_numpy", "uint8", "where", "zeros",
+    "all_finite", "argsort", "asarray", "astype", "clip", "concat", "copy", "cos", "cumulative_sum", "exp", "float16",
+    "float32", "from_file", "int32", "irfft", "kernels", "matmul", "max", "maximum", "mean", "min", "permute_dims", "rfft",
+    "round", "sin", "sort", "split_bytes", "sqrt", "square", "stack", "sum", "take", "take_along_axis", "to_file", "to_numpy",
+    "uint8", "where", "zeros",
 ]  # fmt: skip
 
 kernels = None

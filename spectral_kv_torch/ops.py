@@ -11,9 +11,10 @@ from torch import clip, cos, exp, float16, float32, int32, matmul, permute, roun
 from . import kernels
 
 __all__ = [
-    "all_finite", "asarray", "astype", "clip", "concat", "copy", "cos", "exp", "float16", "float32", "from_file", "int32",
-    "kernels", "matmul", "max", "maximum", "mean", "min", "permute_dims", "round", "sin", "split_bytes", "sqrt", "square",
-    "stack", "sum", "take", "to_file", "to_numpy", "uint8", "where", "zeros",
+    "all_finite", "argsort", "asarray", "astype", "clip", "concat", "copy", "cos", "cumulative_sum", "exp", "float16",
+    "float32", "from_file", "int32", "irfft", "kernels", "matmul", "max", "maximum", "mean", "min", "permute_dims", "rfft",
+    "round", "sin", "sort", "split_bytes", "sqrt", "square", "stack", "sum", "take", "take_along_axis", "to_file", "to_numpy",
+    "uint8", "where", "zeros",
 ]  # fmt: skip
 
 permute_dims = permute
@@ -88,6 +89,31 @@ def mean(x, axis, keepdims=False):
 
 def sum(x, axis, keepdims=False):
     return torch.sum(x, dim=axis, keepdim=keepdims)
+
+
+def sort(x, axis=-1):
+    return torch.sort(x, dim=axis).values
+
+
+def argsort(x, axis=-1):
+    """Indices that sort `x`; equal entries stay in their order."""
+    return torch.argsort(x, dim=axis, stable=True)
+
+
+def cumulative_sum(x, axis=-1):
+    return torch.cumsum(x, dim=axis)
+
+
+def take_along_axis(x, indices, axis=-1):
+    return torch.take_along_dim(x, indices.long(), dim=axis)
+
+
+def rfft(x, n=None, axis=-1):
+    return torch.fft.rfft(x, n=n, dim=axis)
+
+
+def irfft(x, n=None, axis=-1):
+    return torch.fft.irfft(x, n=n, dim=axis)
 
 
 def zeros(shape, dtype=float32, like=None):

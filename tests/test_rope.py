@@ -7,7 +7,7 @@ import pytest
 from tolerances import HOST_ROPE, assert_close
 
 from spectral_kv_core import ops
-from spectral_kv_core.rope import Rope, rotate, shift, unrotate
+from spectral_kv_core.rope import Rope, mean_rotation, pair_lengths, rotate, rotate_at, shift, unrotate, unrotate_at
 
 
 def frequencies(dim: int, base: float = 10000.0) -> tuple[float, ...]:
@@ -105,3 +105,51 @@ def test_shift_moves_rotated_vectors_on():
     x = np.random.default_rng(0).normal(size=(2, 5, 10)).astype(np.float32)
     moved = shift(ops, rotate(ops, x, rope, 3), rope, 70)
     np.testing.assert_allclose(moved, rotate(ops, x, rope, 73), atol=1e-5)
+
+
+@every_rope
+def test_a_row_of_positions_is_a_start(xp, rope):
+    """Bit by bit: what a cache stores must not depend on which of the two is called."""
+    x = xp.asarray(vectors())
+    for start in (0, 5, 100_000):
+        expected = xp.to_numpy(rotate(xp, x, rope, start))
+        np.testing.assert_array_equal(xp.to_numpy(rotate_at(xp, x, rope, start + np.arange(63))), expected)
+        each = np.broadcast_to(start + np.arange(63), (2, 3, 63))
+        np.testing.assert_array_equal(xp.to_numpy(rotate_at(xp, x, rope, each)), expected)
+
+
+@every_rope
+def test_every_head_has_its_own_positions(xp, rope):
+    rng = np.random.default_rng(0)
+    positions = np.sort(rng.integers(0, 200_000, (2, 3, 63)), axis=-1)  # with gaps, and a few twice
+    x = vectors()
+    expected = np.empty_like(x)
+    for index in np.ndindex(positions.shape):
+        expected[index] = rotate(ops, x[index][None], rope, int(positions[index]))[0]
+    turned = rotate_at(xp, xp.asarray(x), rope, positions)
+    assert_close("rotated", xp.to_numpy(turned), expected)
+    assert_close("round trip", xp.to_numpy(unrotate_at(xp, turned, rope, positions)), x)
+
+
+@every_rope
+def test_mean_rotation_is_the_mean_of_rotations(rope):
+    x, places = vectors(5), np.array([3, 17, 18, 4000])
+    expected = np.mean([[rotate(ops, x[:, :, [t]], rope, int(p))[:, :, 0] for t in range(5)] for p in places], axis=0)
+    got = np.moveaxis(mean_rotation(x, rope, places), 2, 0)
+    assert_close("rotated channels", got[..., : rope.rotary_dim] * rope.scaling, expected[..., : rope.rotary_dim])
+    assert_close("other channels", got[..., rope.rotary_dim :], expected[..., rope.rotary_dim :])
+    assert_close("one position", mean_rotation(x, None, places), x)
+
+
+@every_rope
+def test_no_rotation_changes_the_length_of_a_pair(xp, rope):
+    x = xp.asarray(vectors())
+    before = xp.to_numpy(pair_lengths(xp, x, rope))
+    assert before.shape[-1] == rope.rotary_dim // 2
+    after = xp.to_numpy(pair_lengths(xp, rotate(xp, x, rope, 9), rope))
+    assert_close("lengths", after, before * rope.scaling)
+    assert_close("sum", np.square(before).sum(-1), np.square(vectors()[..., : rope.rotary_dim]).sum(-1))
+
+
+def test_empty_positions(xp):
+    assert rotate_at(xp, xp.zeros((2, 3, 0, 64)), ROPES["half"], np.zeros((2, 3, 0), int)).shape == (2, 3, 0, 64)

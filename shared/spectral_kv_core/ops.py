@@ -11,6 +11,7 @@ from numpy import (
     clip,
     concat,
     cos,
+    cumulative_sum,
     exp,
     float16,
     float32,
@@ -23,22 +24,25 @@ from numpy import (
     permute_dims,
     round,
     sin,
+    sort,
     sqrt,
     square,
     stack,
     sum,
     take,
+    take_along_axis,
     uint8,
     where,
-    zeros,
 )
+from numpy.fft import irfft, rfft
 
 kernels = None  # a module of functions that a backend runs faster than by the operations below
 
 __all__ = [
-    "all_finite", "asarray", "astype", "clip", "concat", "copy", "cos", "exp", "float16", "float32", "from_file", "int32",
-    "kernels", "matmul", "max", "maximum", "mean", "min", "permute_dims", "round", "sin", "split_bytes", "sqrt", "square",
-    "stack", "sum", "take", "to_file", "to_numpy", "uint8", "where", "zeros",
+    "all_finite", "argsort", "asarray", "astype", "clip", "concat", "copy", "cos", "cumulative_sum", "exp", "float16",
+    "float32", "from_file", "int32", "irfft", "kernels", "matmul", "max", "maximum", "mean", "min", "permute_dims", "rfft",
+    "round", "sin", "sort", "split_bytes", "sqrt", "square", "stack", "sum", "take", "take_along_axis", "to_file", "to_numpy",
+    "uint8", "where", "zeros",
 ]  # fmt: skip
 
 
@@ -67,6 +71,15 @@ def from_file(x: np.ndarray, dtype: str, like=None):
 def copy(x):
     """A compact copy that shares no memory with `x`: a slice that stays must not keep its parent alive."""
     return np.array(x)
+
+
+def zeros(shape, dtype=float32, like=None):
+    return np.zeros(shape, dtype)
+
+
+def argsort(x, axis=-1):
+    """Indices that sort `x`; equal entries stay in their order."""
+    return np.argsort(x, axis=axis, kind="stable")
 
 
 def split_bytes(x, width: int):

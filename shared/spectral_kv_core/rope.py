@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from . import ops
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -44,16 +46,44 @@ class Rope:
 
 def rotate(xp, x, rope: Rope, start: int, inverse: bool = False):
     """Rotate `x` [..., T, D], whose tokens stand at positions `start`, `start` + 1, ...; float32 result."""
-    angle = np.arange(start, start + x.shape[-2], dtype=np.float64)[:, None] * np.array(rope.inv_freq)
-    sign, factor = (-1.0, 1.0 / rope.scaling) if inverse else (1.0, rope.scaling)
-    cos = xp.asarray((np.cos(angle) * factor).astype(np.float32), like=x)
-    sin = xp.asarray((np.sin(angle) * factor * sign).astype(np.float32), like=x)
-    return _turn(xp, x, rope, cos, sin)
+    return rotate_at(xp, x, rope, np.arange(start, start + x.shape[-2]), inverse)
 
 
 def unrotate(xp, x, rope: Rope, start: int):
     """Inverse of `rotate`: post-RoPE vectors back to pre-RoPE ones."""
     return rotate(xp, x, rope, start, inverse=True)
+
+
+def rotate_at(xp, x, rope: Rope, positions: np.ndarray, inverse: bool = False):
+    """`rotate` for tokens at any `positions`, NumPy integers [T] or as many axes as `x` has but the last.
+
+    What is left after eviction has gaps, and other ones in every head. Angles are computed in float64 on the host, once
+    for every position that occurs, and looked up on the device.
+    """
+    places, index = positions, None
+    if positions.ndim > 1:
+        places, index = np.unique(positions, return_inverse=True)
+    angle = places.astype(np.float64)[:, None] * np.array(rope.inv_freq)
+    sign, factor = (-1.0, 1.0 / rope.scaling) if inverse else (1.0, rope.scaling)
+    cos = xp.asarray((np.cos(angle) * factor).astype(np.float32), like=x)
+    sin = xp.asarray((np.sin(angle) * factor * sign).astype(np.float32), like=x)
+    if index is not None:
+        index = xp.asarray(index.reshape(-1).astype(np.int32), like=x)
+        cos, sin = (xp.take(table, index, axis=0).reshape(*positions.shape, len(rope.inv_freq)) for table in (cos, sin))
+    return _turn(xp, x, rope, cos, sin)
+
+
+def unrotate_at(xp, x, rope: Rope, positions: np.ndarray):
+    """Inverse of `rotate_at`."""
+    return rotate_at(xp, x, rope, positions, inverse=True)
+
+
+def mean_rotation(x: np.ndarray, rope: Rope | None, positions: np.ndarray) -> np.ndarray:
+    """Mean over `positions` [P] of what `x` [..., D] becomes there, float32; `scaling` left out. NumPy."""
+    if rope is None:
+        return np.asarray(x, np.float32)
+    angle = np.asarray(positions, np.float64)[:, None] * np.array(rope.inv_freq)
+    return _turn(ops, x, rope, *(f(angle).mean(0).astype(np.float32) for f in (np.cos, np.sin)))
 
 
 def shift(xp, x, rope: Rope, tokens: int):
@@ -76,3 +106,12 @@ def _turn(xp, x, rope: Rope, cos, sin):
         first, second = rotated[..., :half], rotated[..., half:]
         out = xp.concat([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return xp.concat([out, rest], axis=-1) if rest.shape[-1] else out
+
+
+def pair_lengths(xp, x, rope: Rope):
+    """Length of every rotated pair of `x` [..., D] -> [..., rotary_dim / 2]; no rotation changes it, `scaling` does."""
+    rotated = xp.square(x[..., : rope.rotary_dim])
+    half = rope.rotary_dim // 2
+    if rope.interleaved:
+        return xp.sqrt(rotated[..., 0::2] + rotated[..., 1::2])
+    return xp.sqrt(rotated[..., :half] + rotated[..., half:])

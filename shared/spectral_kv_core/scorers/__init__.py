@@ -1,0 +1,88 @@
+"""Token scorers: which of the stored tokens matter. Higher scores mean keep; selection is another matter.
+
+Every file has a pure function `scores(xp, ...) -> [B, Hkv, T]` float32; the table says what each one needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from . import (
+    expected_attention,
+    fourierkv,
+    keydiff,
+    knorm,
+    random,
+    snapkv,
+    streaming,
+    triattention,
+    waveletfourierkv,
+    waveletkv,
+    wavelettriattention,
+)
+from .tokens import Tokens
+
+__all__ = ["SCORERS", "Scorer", "Tokens", "get_scorer"]
+
+OPTIONAL = ("rope",)  # None is an answer: a model without rotary embedding
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A row of the table: `scores` takes the array namespace, then the fields of `Tokens` named in `needs`."""
+
+    name: str
+    scores: Callable
+    needs: tuple[str, ...]
+    summary: str
+
+    def __call__(self, tokens: Tokens, **options):
+        """Scores [B, Hkv, T] float32 of `tokens`; `options` are those of the scorer.
+
+        Raises ValueError when `tokens` lacks what the scorer needs.
+        """
+        if not tokens.count:
+            return tokens.xp.zeros(tuple(tokens.post_rope.shape[:3]), like=tokens.post_rope)
+        given = {name: getattr(tokens, name) for name in self.needs}
+        missing = [name for name, value in given.items() if value is None and name not in OPTIONAL]
+        if missing:
+            raise ValueError(f"Expected {', '.join(missing)} for the scorer {self.name}, received none.")
+        return self.scores(tokens.xp, *given.values(), **options)
+
+
+_QUERIES = ("query_mean", "query_amplitude", "rope", "now")
+
+SCORERS = {
+    scorer.name: scorer
+    for scorer in (
+        Scorer("fourierkv", fourierkv.scores, ("pre_rope",), "part of the key in a low or high band over time"),
+        Scorer("waveletkv", waveletkv.scores, ("pre_rope",), "departure from the neighbours at every scale of time"),
+        Scorer("waveletfourierkv", waveletfourierkv.scores, ("pre_rope",), "waveletkv, bands cleaned by windowed FFT"),
+        Scorer("triattention", triattention.scores, ("post_rope", *_QUERIES), "what calibrated queries will look at"),
+        Scorer(
+            "wavelettriattention",
+            wavelettriattention.scores,
+            ("pre_rope", "post_rope", *_QUERIES),
+            "waveletkv and triattention in equal parts",
+        ),
+        Scorer(
+            "expected-attention",
+            expected_attention.scores,
+            ("post_rope", "values", "query_mean", "query_root", "rope", "now"),
+            "share of attention from Gaussian queries, times the norm of the value",
+        ),
+        Scorer("snapkv", snapkv.scores, ("post_rope", "recent"), "what the last queries of the prompt looked at"),
+        Scorer("keydiff", keydiff.scores, ("post_rope",), "keys unlike the mean direction"),
+        Scorer("knorm", knorm.scores, ("post_rope",), "keys of low norm"),
+        Scorer("streaming", streaming.scores, ("post_rope", "positions"), "the latest tokens"),
+        Scorer("random", random.scores, ("post_rope", "positions"), "seeded random numbers"),
+    )
+}
+
+
+def get_scorer(name: str) -> Scorer:
+    """The row called `name`; raises ValueError that lists the names there are."""
+    if name not in SCORERS:
+        raise ValueError(f"Expected a scorer among {', '.join(SCORERS)}, received {name!r}.")
+    return SCORERS[name]
