@@ -117,7 +117,7 @@ INLINE uint64_t unpack_unit(const int bits, const uint8_t *p) {
   return codes;
 }
 
-INLINE uint32_t short_word(const uint8_t *p) { return p[0] | (uint32_t)p[1] << 8; }
+__attribute__((unused)) INLINE uint32_t short_word(const uint8_t *p) { return p[0] | (uint32_t)p[1] << 8; }
 
 #if USE_AVX512
 typedef struct {
