@@ -31,6 +31,7 @@ __all__ = [
     "attention_clock",
     "default_dtype",
     "device_name",
+    "layer_reader",
     "quantized_cache",
     "sweep",
     "threads",
@@ -115,6 +116,21 @@ class BenchLayer:
         x = mx.contiguous(x[:, :, token : token + 1])
         mx.eval(x)
         return x
+
+
+def layer_reader(shape: ModelShape, plan: Plan | None, sinks: int, window: int, dtype: str) -> Callable:
+    """What lets one layer attend from queries, keys and values [1, H, T, D] of the next T tokens; plan None: the host's."""
+    cache = KVCache() if plan is None else SpectralKVCache(plan, 0, sinks, window)
+
+    def read(*vectors: np.ndarray) -> mx.array:
+        query, key, value = (ops.asarray(x).astype(getattr(mx, dtype)) for x in vectors)
+        keys, values = cache.update_and_fetch(key, value)
+        mask = "causal" if query.shape[2] > 1 else None
+        out = scaled_dot_product_attention(query, keys, values, cache, shape.head_dim**-0.5, mask)
+        mx.eval(out, _held(cache))
+        return out
+
+    return read
 
 
 def quantized_cache(model, plain: list) -> list:

@@ -30,6 +30,7 @@ __all__ = [
     "attention_clock",
     "default_dtype",
     "device_name",
+    "layer_reader",
     "quantized_cache",
     "sweep",
     "threads",
@@ -105,6 +106,23 @@ class BenchLayer:
         return _seconds(
             lambda: attention_forward(self.module, query, *layer.update(key, value), None, scaling=self.scale)
         )
+
+
+def layer_reader(shape: ModelShape, plan: Plan | None, sinks: int, window: int, dtype: str) -> Callable:
+    """What lets one layer attend from queries, keys and values [1, H, T, D] of the next T tokens; plan None: the host's."""
+    like = torch.empty(0, device=_device())
+    module = SimpleNamespace(num_key_value_groups=shape.q_heads // shape.kv_heads, layer_idx=0)
+    layer = DynamicLayer() if plan is None else SpectralKVLayer(plan, 0, sinks, window)
+
+    @torch.inference_mode()
+    def read(*vectors: np.ndarray) -> torch.Tensor:
+        query, key, value = (ops.asarray(x, like).to(getattr(torch, dtype)) for x in vectors)
+        seen, length, mask = layer.get_seq_length(), query.shape[2], None
+        if plan is None and seen and length > 1:
+            mask = torch.ones(length, seen + length, dtype=torch.bool, device=query.device).tril(seen)[None, None]
+        return attention_forward(module, query, *layer.update(key, value), mask, scaling=shape.head_dim**-0.5)[0]
+
+    return read
 
 
 def quantized_cache(model, plain: Cache) -> QuantizedCache:

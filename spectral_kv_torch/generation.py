@@ -33,6 +33,7 @@ from .prompt_cache import decode_cache, encode_cache, load_prompt_cache, save_pr
 
 __all__ = [
     "HOST_PACKAGES",
+    "PREFILL_CHUNK",
     "SpectralProfiler",
     "cache_nbytes",
     "context_limit",

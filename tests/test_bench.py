@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from bench_rows import MODEL_KEYS, TINY, check_result
+from bench_rows import MODEL_KEYS, TINY, check_reader, check_result
 
 from spectral_kv_core import bench as core
 from spectral_kv_core import cli, ops, report, synthetic
@@ -120,9 +120,11 @@ class FakeBench:
         return SimpleNamespace(**ways, quantized=quantized, compressed=compressed, plain_bytes=9000)
 
 
-def test_ratios_follow_from_the_times():
+def test_ratios_follow_from_the_times(monkeypatch):
+    peaks = {None: 7, "spectral": 5}
+    monkeypatch.setattr(core, "fresh_peak", lambda **configuration: peaks[configuration["method"]])
     bench, settings = FakeBench(), core.Settings(("spectral",), (100,), 2, "tiny", "flat")
-    result = core.bench_layer(bench, settings, "float32")
+    result = core.bench_layer(bench, "torch", settings, "float32")
     (row,) = result["rows"]
     assert row["attention_us"] == pytest.approx(2000) and row["sealing_us"] == pytest.approx(1000)
     assert (row["ratio_to_dense"], row["ratio_to_host"], row["ratio_to_gqa"]) == pytest.approx((1.5, 3, 2))
@@ -130,6 +132,7 @@ def test_ratios_follow_from_the_times():
         row["ratio_to_host_quantized"] is None and row["host_quantized_reason"] == "Expected a package, received none."
     )
     assert (row["bytes"], row["plain_bytes"], row["threads"], row["bits"]) == (1000, 9000, 3, 2)
+    assert (row["peak_bytes"], row["plain_peak_bytes"]) == (5, 7)
     assert row["read_gb_per_s"] == pytest.approx(1000 / 2e-3 / 1e9) and result["machine_read_gb_per_s"] == 16
     assert bench.made == core.REPEATS + 1  # a fresh cache every round
     assert bench.log[:8] == ("sweep", "host", "sweep", "gqa", "sweep", "grouped", "sweep", "ours")
@@ -239,7 +242,15 @@ def test_torch_quantized_cache_says_why_it_cannot_run(torch_bench):
             layer.quantized()
 
 
-def test_torch_layer_command(capsys, tmp_path, torch_bench):
+def test_torch_layer_reads_call_by_call(torch_bench):
+    check_reader(torch_bench, synthetic.synthetic_shape("tiny"), plan_of("identity", 2, "flat"))
+
+
+def test_torch_layer_command(capsys, tmp_path, torch_bench, monkeypatch):
+    from spectral_kv_torch import generation
+
+    monkeypatch.setattr(generation, "PREFILL_CHUNK", 64)
+    monkeypatch.setattr(core, "fresh_peak", core.measure_layer_peak)  # a new process does not know the shape
     arguments = ["--synthetic", "tiny", "--context", "90,150", "--methods", "spectral,identity", "--bits", "2"]
     arguments += ["--backend", "torch", "--output", str(tmp_path / "new" / "rows.json")]
     assert cli.main(["bench", *arguments, "--json"]) == 0

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("mlx.core")
 pytest.importorskip("mlx_lm")
 
-from bench_rows import MODEL_KEYS, TINY, check_result
+from bench_rows import MODEL_KEYS, TINY, check_reader, check_result
 from mlx_lm.models import llama
 from mlx_models import make_model, make_tokens, save_llama
 from test_mlx_backend import calibrate
@@ -69,7 +69,13 @@ def test_steps_attend_to_what_they_should(monkeypatch):
     np.testing.assert_allclose(*outputs[-2:], atol=1e-5)
 
 
-def test_the_layer_command(capsys):
+def test_a_layer_reads_call_by_call():
+    shape, method = synthetic.synthetic_shape("tiny"), METHODS["identity"]
+    check_reader(bench, shape, synthetic.synthetic_plan(shape, None, method, 2, "flat"))
+
+
+def test_the_layer_command(capsys, monkeypatch):
+    monkeypatch.setattr(core, "fresh_peak", core.measure_layer_peak)  # a new process does not know the shape
     arguments = ["--synthetic", "tiny", "--context", "150", "--methods", "spectral,affine", "--bits", "2"]
     assert cli.main(["bench", *arguments, "--backend", "mlx", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)

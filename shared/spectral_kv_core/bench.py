@@ -113,8 +113,8 @@ class Clock:
         return out
 
 
-def bench_layer(bench, settings: Settings, dtype: str) -> dict:
-    """`rows` of a synthetic layer, and the machine's read bandwidth. `bench`: a backend's module of that name."""
+def bench_layer(bench, backend: str, settings: Settings, dtype: str) -> dict:
+    """`rows` of a synthetic layer, and the machine's read bandwidth. `bench`: the module of that name of `backend`."""
     shape, plans = settings.shape, settings.plans
     rows, sweeps = [], []
     for context in tqdm(settings.contexts, desc="bench", unit="context"):
@@ -138,10 +138,18 @@ def bench_layer(bench, settings: Settings, dtype: str) -> dict:
                         times[name][repeat, i] = seconds
         typical = {name: np.median(t, axis=0) for name, t in times.items()}
         means = {name: float(t.mean()) for name, t in typical.items()}
+        names = {"backend": backend, "synthetic": settings.synthetic, "plan": settings.plan, "dtype": dtype}
+        plain_peak = fresh_peak(**names, context=context, method=None, bits=settings.bits)
         for name, plan in plans.items():
             row = _row(plan, context, dtype, bench.threads(), means, reason, sizes[name], layer.plain_bytes)
             rows.append(
-                row | {"bits": settings.bits, "sealing_us": 1e6 * (means[name] - float(np.median(typical[name])))}
+                row
+                | {
+                    "bits": settings.bits,
+                    "sealing_us": 1e6 * (means[name] - float(np.median(typical[name]))),
+                    "peak_bytes": fresh_peak(**names, context=context, method=name, bits=settings.bits),
+                    "plain_peak_bytes": plain_peak,
+                }
             )
     return {"rows": rows, **_bandwidth(bench, sweeps)}
 
@@ -249,7 +257,7 @@ def real_prompt(tokenizer, context: int) -> list[int]:
 
 
 def fresh_peak(**configuration) -> int:
-    """Peak bytes of `measure_peak(**configuration)` in a process of its own."""
+    """Peak bytes of `measure_peak` or, for a synthetic layer, of `measure_layer_peak` in a process of its own."""
     command = [sys.executable, "-m", __spec__.name, json.dumps(configuration)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -269,6 +277,22 @@ def measure_peak(
         cache = host.make_prompt_cache(loaded, None, bits, method=method, window=WINDOW, sinks=SINKS)
     host.reset_peak()
     host.generate(loaded, tokenizer, real_prompt(tokenizer, context), cache, PEAK_DECODED, True, lambda token: None)
+    return host.peak_bytes()
+
+
+def measure_layer_peak(
+    backend: str, synthetic: str, plan: str, dtype: str, context: int, method: str | None, bits: float
+) -> int:
+    """`measure_peak` of a synthetic layer; its vectors are drawn call by call."""
+    _, host = load_backend(backend)
+    _, bench = load_backend(backend, "bench")
+    shape = synthetic_shape(synthetic)
+    made = None if method is None else Settings((method,), (context,), bits, synthetic, plan).plans[method]
+    read = bench.layer_reader(shape, made, SINKS, WINDOW, dtype)
+    host.reset_peak()
+    whole, rest = divmod(context, host.PREFILL_CHUNK)
+    for seed, tokens in enumerate([host.PREFILL_CHUNK] * whole + [rest] * (rest > 0) + [1] * PEAK_DECODED):
+        read(*synthetic_vectors(shape, tokens, seed))
     return host.peak_bytes()
 
 
@@ -307,4 +331,5 @@ def _one_line(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    print(measure_peak(**json.loads(sys.argv[1])))
+    configuration = json.loads(sys.argv[1])
+    print((measure_layer_peak if "synthetic" in configuration else measure_peak)(**configuration))

@@ -229,7 +229,7 @@ def bench(args: argparse.Namespace) -> dict:
     result = {"backend": name, "bits": args.bits, "machine": benchmark.machine(host, timed)}
     if args.synthetic:
         result |= {"synthetic": args.synthetic, "plan": settings.plan}
-        result |= benchmark.bench_layer(timed, settings, args.dtype or timed.default_dtype())
+        result |= benchmark.bench_layer(timed, name, settings, args.dtype or timed.default_dtype())
     else:
         path = _model_path(args.model or "demo")
         model, tokenizer = host.load_model(path, args.dtype)

@@ -297,8 +297,7 @@ def print_bench(result: dict) -> None:
         for row in rows:
             table.add_row(f"{row['method']}, {row['bits_per_element']:.3g} bits", *_bench_cells(row))
         console.print(table)
-        if "peak_bytes" in first:
-            console.print(_end_to_end(rows))
+        console.print(_end_to_end(rows))
         if first["host_quantized_reason"]:
             console.print(f"{machine['host_quantized']}: not measured. {first['host_quantized_reason']}")
 
@@ -325,11 +324,16 @@ def _bench_cells(row: dict) -> list[str]:
 
 
 def _end_to_end(rows: list[dict]) -> Table:
+    columns = {
+        "decode tokens/s": ("decode_tokens_per_s", 1),
+        "prefill tokens/s": ("prefill_tokens_per_s", 1),
+        "peak MiB": ("peak_bytes", 2**20),
+    }
+    columns = {name: (key, unit) for name, (key, unit) in columns.items() if key in rows[0]}
     table = Table(box=None, pad_edge=False)
     table.add_column("cache")
-    for name in ("decode tokens/s", "prefill tokens/s", "peak MiB"):
+    for name in columns:
         table.add_column(name, justify="right")
-    keys = {"decode_tokens_per_s": 1, "prefill_tokens_per_s": 1, "peak_bytes": 2**20}
     for label, row, prefix in [("plain", rows[0], "plain_"), *((row["method"], row, "") for row in rows)]:
-        table.add_row(label, *(f"{row[prefix + key] / unit:,.1f}" for key, unit in keys.items()))
+        table.add_row(label, *(f"{row[prefix + key] / unit:,.1f}" for key, unit in columns.values()))
     return table
