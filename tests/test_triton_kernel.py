@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 
 from spectral_kv_core.codec import make_codec  # noqa: E402
 from spectral_kv_torch import ops  # noqa: E402
+from spectral_kv_torch.kernels import attention  # noqa: E402
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(
@@ -75,6 +76,28 @@ def type_of(value) -> str:
     if isinstance(value, torch.Tensor):
         return "*" + names[value.dtype]
     return {int: "i32", float: "fp32"}[type(value)]
+
+
+@needs_triton
+def test_which_cards_have_the_kernel(monkeypatch):
+    codec = make_codec(ops, plan_of(Case(0, 64, 1, 2).model, 2), 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert type(attention._triton_step(codec)).__name__ == "TritonStep"
+    monkeypatch.setenv("SPECTRALKV_KERNELS", "0")
+    assert attention._triton_step(codec) is None
+    monkeypatch.delenv("SPECTRALKV_KERNELS")
+    monkeypatch.setattr(codec, "head_dim", 512)
+    assert attention._triton_step(codec) is None
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert attention._triton_step(codec) is None
+
+
+def test_stock_operations_take_over_without_triton(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.delitem(sys.modules, "spectral_kv_torch.kernels.triton_attention", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert attention._triton_step(make_codec(ops, plan_of(Case(0, 64, 1, 2).model, 2), 0)) is None
 
 
 def test_triton_is_imported_for_a_gpu_only():

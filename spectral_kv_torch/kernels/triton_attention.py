@@ -1,7 +1,7 @@
 """The decode step of `latent.c` in Triton, for tensors on a GPU: three launches per layer and step.
 
-A program attends with a few query rows of one KV head to the codes of one *span*: up to 64 time blocks of a chunk, or its
-codes that wait for their unit. It reads one frequency of its head at a time, as a tile of all components by all blocks,
+A program attends with a few query rows of one KV head to the codes of one *span*: up to 64 time blocks of a chunk, or
+its codes that wait for their unit. It reads one frequency of its head at a time, as a tile of all components by all blocks,
 in which every row has its own width, and multiplies it with the query rows turned to each of the 16 tokens of a block:
 
     score[token, row, block] = sum over frequencies f, components r of (time[f, token] q[row, r]) y[f, r, block]
@@ -85,7 +85,7 @@ def _coefficients(
     for i in tl.static_range(4):
         if planes & (1 << i):
             codes |= _plane(address, bits, n, blocks, 1 << i, BLOCKS, REST)
-    return tl.load(levels + slot[None, :] * 256 + codes) * sigma[None, :]
+    return tl.load(levels + slot[None, :] * 256 + codes) * sigma[None, :]  # index 0 has levels of 0: flat_tables
 
 
 @triton.jit
