@@ -12,7 +12,7 @@ import torch
 from spectral_kv_core.cache import CHUNK_TOKENS
 from spectral_kv_core.codec import Chunk, SpectralCodec
 
-from .build import library
+from .build import disabled, library
 
 MAX_WIDTHS, FREQUENCIES, LEVELS = 8, 16, 256
 
@@ -92,9 +92,21 @@ class LatentStep:
         return found
 
 
-def decode_step(codec) -> LatentStep | None:
+def decode_step(codec):
     """The kernel for `codec`; None where there is none, and stock operations take over."""
-    fits = isinstance(codec, SpectralCodec) and codec.method.latent and codec.block == FREQUENCIES
-    if not fits or codec.basis.device.type != "cpu" or library() is None:
+    if not isinstance(codec, SpectralCodec) or not codec.method.latent or codec.block != FREQUENCIES:
         return None
-    return LatentStep(codec)
+    if codec.basis.device.type == "cuda":
+        return _triton_step(codec)
+    return LatentStep(codec) if codec.basis.device.type == "cpu" and library() else None
+
+
+def _triton_step(codec):
+    """The kernel for NVIDIA cards from Ampere on, whose tensor cores and shared memory it counts on."""
+    if disabled() or torch.version.hip or torch.cuda.get_device_capability(codec.basis.device) < (8, 0):
+        return None
+    try:
+        from .triton_attention import MAX_DIM, TritonStep
+    except ImportError:  # torch's wheels for Windows come without Triton
+        return None
+    return TritonStep(codec) if codec.head_dim <= MAX_DIM else None

@@ -21,13 +21,18 @@ VARIANTS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-marc
 TIMEOUT = 120  # seconds
 
 
+def disabled() -> bool:
+    """Whether SPECTRALKV_KERNELS=0 asks for stock operations."""
+    return os.environ.get("SPECTRALKV_KERNELS") == "0"
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where there is no compiler, or where SPECTRALKV_KERNELS=0 asks for stock operations.
+    """The compiled kernels; None where there is no compiler, or where they are `disabled`.
 
     The first call on a machine takes some seconds and leaves the result in the user cache folder.
     """
-    if os.environ.get("SPECTRALKV_KERNELS") == "0" or platform.system() == "Windows":
+    if disabled() or platform.system() == "Windows":
         return None
     compilers = (os.environ.get("CC") or "cc", "gcc", "clang")
     compiler = next(filter(None, map(shutil.which, compilers)), None)

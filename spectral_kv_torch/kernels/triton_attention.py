@@ -1,0 +1,351 @@
+"""The decode step of `latent.c` in Triton, for tensors on a GPU: three launches per layer and step.
+
+A program attends with a few query rows of one KV head to the codes of one *span*: up to 64 time blocks of a chunk, or
+its codes that wait for their unit. It reads one frequency of its head at a time, as a tile of all components by all blocks,
+in which every row has its own width, and multiplies it with the query rows turned to each of the 16 tokens of a block:
+
+    score[token, row, block] = sum over frequencies f, components r of (time[f, token] q[row, r]) y[f, r, block]
+
+so the time transform costs no pass of its own, and even one query row fills a tensor core's 16. Values go the same way
+back. One compilation serves every plan of a model, since widths are data. Formulas: codec.SpectralCodec.attend.
+
+Verified: under Triton's interpreter (TRITON_INTERPRET=1, CPU tensors) the numbers agree with stock operations; Triton
+compiles it for NVIDIA's sm_80, sm_86 and sm_90. Not verified: it has never run on a GPU, so neither the compiled
+numbers nor a time are known, and tiles and warps come from the compiler's counts of registers, shared memory and
+instructions: results/triton.md.
+"""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary, ref
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from spectral_kv_core.codec import Chunk, SpectralCodec
+from spectral_kv_core.quantizer import BIT_WIDTHS, UNIT
+
+MAX_DIM = 256  # channels of a head that the 99 KB of shared memory of most cards have room for
+TILE = 4096  # coefficients decoded at a time: 32 registers of each of 128 threads, 16 KB as an operand
+QUERY_ROWS, QUERY_TILE = 4, 512  # most query rows of a program, and most of them times components: 16 tokens of each
+FREQUENCIES = tl.constexpr(16)
+WAITING = tl.constexpr(16)  # columns for up to 7 codes that wait for their unit; a product wants no fewer
+LOG2E = tl.constexpr(1.4426950408889634)
+
+# A span is 3 x 8 numbers: by index in BIT_WIDTHS where its codes lie, and how far apart sequences do; then these.
+SLOTS = len(BIT_WIDTHS)
+BLOCKS_AT, UNITS_AT, LEFT_AT = (tl.constexpr(2 * SLOTS + i) for i in range(3))
+
+
+@triton.jit
+def _plane(address, bits, n, blocks, WIDTH: tl.constexpr, BLOCKS: tl.constexpr, REST: tl.constexpr):
+    """What the planes of WIDTH bits add to codes [BLOCKS, rows]; 0 in rows whose codes have no such plane.
+
+    `address` [rows]: of unit 0; `n`: numbers of the codes. A row's own units are read byte by byte.
+    """
+    PER_BYTE: tl.constexpr = 8 // WIDTH
+    start = bits & 7 & (8 - 2 * WIDTH)  # quantizer.planes: wider ones come first, and lower in the code
+    address += start
+    present = (bits & WIDTH) != 0
+    if REST:  # code by code, since neighbours share units
+        byte = address[None, :] + n // 8 * bits[None, :] + n % 8 // PER_BYTE
+        held = present[None, :] & (tl.arange(0, BLOCKS)[:, None] < blocks)
+        shift = n % PER_BYTE * WIDTH
+    else:
+        i = tl.arange(0, BLOCKS // PER_BYTE)[:, None]
+        byte = address[None, :] + i // WIDTH * bits[None, :] + i % WIDTH
+        held = present[None, :] & (i // WIDTH * 8 < blocks)
+        shift = tl.arange(0, PER_BYTE)[None, :, None] * WIDTH
+    fields = tl.load(byte.to(tl.pointer_type(tl.uint8)), mask=held, other=0).to(tl.int32) << start[None, :]
+    fields = fields >> shift if REST else tl.reshape(fields[:, None, :] >> shift, [BLOCKS, bits.shape[0]])
+    return fields & (((1 << WIDTH) - 1) << start)[None, :]
+
+
+@triton.jit
+def _coefficients(
+    span, sequence, at, planes, places, normalize, levels, RANK: tl.constexpr, RANK_TILE: tl.constexpr,
+    BLOCKS: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """Coefficients [BLOCKS, RANK_TILE] of a span at group and frequency `at`; 0 in components that are not stored."""
+    r = tl.arange(0, RANK_TILE)
+    place = tl.load(places + at * RANK + r, mask=r < RANK, other=0)
+    sigma = 1 / tl.load(normalize + at * RANK + r, mask=r < RANK, other=1.0)
+    slot, row = place % 8, place // 8
+    bits = slot + slot // 7  # quantizer.BIT_WIDTHS
+    address = tl.load(span + slot) + sequence * tl.load(span + 8 + slot)
+    n = tl.arange(0, BLOCKS)[:, None]
+    if REST:  # rows lie side by side
+        n += row[None, :] * tl.load(span + LEFT_AT).to(tl.int32)
+    else:
+        address += row * tl.load(span + UNITS_AT).to(tl.int32) * bits
+    blocks = tl.load(span + BLOCKS_AT).to(tl.int32)
+    codes = tl.zeros([BLOCKS, RANK_TILE], tl.int32)
+    for i in tl.static_range(4):
+        if planes & (1 << i):
+            codes |= _plane(address, bits, n, blocks, 1 << i, BLOCKS, REST)
+    return tl.load(levels + slot[None, :] * 256 + codes) * sigma[None, :]  # index 0 has levels of 0: flat_tables
+
+
+@triton.jit
+def _attend_codes(
+    span, sequence, head, kv_heads, first_row, query_rows, latent, offset, state, pooled, places, planes, normalize, levels,
+    time, RANK: tl.constexpr, RANK_TILE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, REST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Partial softmax of ROWS query rows over one span, to the base 2, values as latents."""
+    i, r = tl.arange(0, FREQUENCIES * ROWS), tl.arange(0, RANK_TILE)
+    token, m = i // ROWS, first_row + i % ROWS
+    query = tl.load(latent + m[:, None] * RANK + r, mask=(m < query_rows)[:, None] & (r < RANK), other=0.0)
+    scores = tl.zeros([FREQUENCIES * ROWS, BLOCKS], tl.float32)
+    for f in range(FREQUENCIES):
+        at = head * FREQUENCIES + f
+        present = tl.load(planes + at)
+        if present:
+            y = _coefficients(span, sequence, at, present, places, normalize, levels, RANK, RANK_TILE, BLOCKS, REST)
+            turned = query * tl.load(time + f * FREQUENCIES + token)[:, None]
+            scores = tl.dot(turned, tl.trans(y), scores, input_precision=PRECISION)
+    scores += tl.load(offset + m, mask=m < query_rows, other=0.0)[:, None]
+    scores = tl.where(tl.arange(0, BLOCKS) < tl.load(span + BLOCKS_AT), scores, float("-inf"))
+    scores = tl.reshape(scores, [FREQUENCIES, ROWS, BLOCKS])
+    top = tl.max(tl.max(scores, 2), 0)
+    p = tl.exp2(scores - top[None, :, None])
+    total = tl.sum(tl.sum(p, 2), 0)
+    p = tl.reshape(p, [FREQUENCIES * ROWS, BLOCKS])
+    sums = tl.zeros([FREQUENCIES * ROWS, RANK_TILE], tl.float32)
+    for f in range(FREQUENCIES):
+        at = (kv_heads + head) * FREQUENCIES + f
+        present = tl.load(planes + at)
+        if present:
+            y = _coefficients(span, sequence, at, present, places, normalize, levels, RANK, RANK_TILE, BLOCKS, REST)
+            turned = p * tl.load(time + f * FREQUENCIES + token)[:, None]
+            sums = tl.dot(turned, y, sums, input_precision=PRECISION)
+    m = first_row + tl.arange(0, ROWS)
+    tl.store(state + 2 * m, top, mask=m < query_rows)
+    tl.store(state + 2 * m + 1, total, mask=m < query_rows)
+    sums = tl.sum(tl.reshape(sums, [FREQUENCIES, ROWS, RANK_TILE]), 0)
+    tl.store(pooled + m[:, None] * RANK + r, sums, mask=(m < query_rows)[:, None] & (r < RANK))
+
+
+@triton.jit
+def _attend_exact(
+    first_row, query_rows, length, exact, scale, queries, keys, values, state, window, DIM: tl.constexpr,
+    DIM_TILE: tl.constexpr, ROWS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Partial softmax of ROWS query rows over the exact tokens; a new token is followed by those it may not see."""
+    i, d = tl.arange(0, 16), tl.arange(0, DIM_TILE)  # a product wants 16 rows
+    m = first_row + i
+    valid = (i < ROWS) & (m < query_rows)
+    query = tl.load(queries + m[:, None] * DIM + d, mask=valid[:, None] & (d < DIM), other=0.0).to(tl.float32)
+    last = exact - length + m % length
+    top = tl.full([16], -1e30, tl.float32)
+    total = tl.zeros([16], tl.float32)
+    sums = tl.zeros([16, DIM_TILE], tl.float32)
+    for start in range(0, exact, EXACT):
+        j = start + tl.arange(0, EXACT)
+        here, inside = j[:, None] * DIM + d, (j < exact)[:, None] & (d < DIM)
+        key = tl.load(keys + here, mask=inside, other=0.0).to(tl.float32)
+        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2E)
+        scores = tl.where(j[None, :] <= last[:, None], scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        p = tl.exp2(scores - higher[:, None])
+        fade = tl.exp2(top - higher)
+        value = tl.load(values + here, mask=inside, other=0.0).to(tl.float32)
+        sums = tl.dot(p, value, sums * fade[:, None], input_precision=PRECISION)
+        total = total * fade + tl.sum(p, 1)
+        top = higher
+    tl.store(state + 2 * m, top, mask=valid)
+    tl.store(state + 2 * m + 1, total, mask=valid)
+    tl.store(window + m[:, None] * DIM + d, sums, mask=valid[:, None] & (d < DIM))
+
+
+@triton.jit(do_not_specialize=["query_rows"])
+def _project(
+    query_rows, kv_heads, scale, queries, basis, mean, latent, offset, DIM: tl.constexpr, RANK: tl.constexpr,
+    RANK_TILE: tl.constexpr,
+):  # fmt: skip
+    """One query row on the basis of its head's keys, and on their mean, times the scale of logits to the base 2."""
+    m, sequence_head = tl.program_id(0), tl.program_id(1)
+    head = sequence_head % kv_heads
+    line = sequence_head.to(tl.int64) * query_rows + m
+    r = tl.arange(0, RANK_TILE)
+    sums, at_mean = tl.zeros([RANK_TILE], tl.float32), 0.0
+    for start in range(0, DIM, 16):
+        d = start + tl.arange(0, 16)
+        query = tl.load(queries + line * DIM + d, mask=d < DIM, other=0.0).to(tl.float32) * (scale * LOG2E)
+        axes = basis + head * DIM * RANK + d[:, None] * RANK + r
+        sums += tl.sum(query[:, None] * tl.load(axes, mask=(d < DIM)[:, None] & (r < RANK), other=0.0), 0)
+        at_mean += tl.sum(query * tl.load(mean + head * DIM + d, mask=d < DIM, other=0.0), 0)
+    tl.store(latent + line * RANK + r, sums, mask=r < RANK)
+    tl.store(offset + line, at_mean)
+
+
+@triton.jit(do_not_specialize=["query_rows", "length", "exact"])
+def _attend(
+    query_rows, length, exact, kv_heads, scale, spans, queries, keys, values, latent, offset, state, pooled, window, places,
+    planes, normalize, levels, time, DIM: tl.constexpr, DIM_TILE: tl.constexpr, RANK: tl.constexpr, RANK_TILE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCKS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Partials of every (group of query rows, span, sequence and KV head); the first is that of the exact tokens."""
+    first_row, number, sequence_head = tl.program_id(0) * ROWS, tl.program_id(1), tl.program_id(2).to(tl.int64)
+    state += (sequence_head * tl.num_programs(1) + number) * query_rows * 2
+    if number == 0:
+        _attend_exact(
+            first_row, query_rows, length, exact, scale, queries + sequence_head * query_rows * DIM,
+            keys + sequence_head * exact * DIM, values + sequence_head * exact * DIM, state,
+            window + sequence_head * query_rows * DIM, DIM, DIM_TILE, ROWS, EXACT, PRECISION,
+        )  # fmt: skip
+    else:
+        span = spans + (number - 1) * 24
+        sequence, head = sequence_head // kv_heads, (sequence_head % kv_heads).to(tl.int32)
+        latent += sequence_head * query_rows * RANK
+        offset += sequence_head * query_rows
+        pooled += (sequence_head * (tl.num_programs(1) - 1) + number - 1) * query_rows * RANK
+        if tl.load(span + LEFT_AT) > 0:
+            _attend_codes(
+                span, sequence, head, kv_heads, first_row, query_rows, latent, offset, state, pooled, places, planes,
+                normalize, levels, time, RANK, RANK_TILE, ROWS, WAITING, True, PRECISION,
+            )  # fmt: skip
+        else:
+            _attend_codes(
+                span, sequence, head, kv_heads, first_row, query_rows, latent, offset, state, pooled, places, planes,
+                normalize, levels, time, RANK, RANK_TILE, ROWS, BLOCKS, False, PRECISION,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["query_rows", "spans"])
+def _merge(
+    query_rows, spans, kv_heads, state, pooled, window, basis, mean, output, DIM: tl.constexpr, RANK: tl.constexpr,
+    RANK_TILE: tl.constexpr,
+):  # fmt: skip
+    """Weighted mean of the partials of one query row over `spans` and over the exact tokens."""
+    m, sequence_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    group = kv_heads + sequence_head % kv_heads
+    state += (sequence_head * (spans + 1) * query_rows + m) * 2
+    pooled += (sequence_head * spans * query_rows + m) * RANK
+    r = tl.arange(0, RANK_TILE)
+    top, exact = tl.load(state), tl.load(state + 1)
+    state += query_rows * 2
+    weight, sealed, sums = 1.0, 0.0, tl.zeros([RANK_TILE], tl.float32)
+    for start in range(0, spans, 16):
+        i = start + tl.arange(0, 16)
+        tops = tl.load(state + i * query_rows * 2, mask=i < spans, other=float("-inf"))
+        higher = tl.maximum(top, tl.max(tops, 0))
+        p, fade = tl.exp2(tops - higher), tl.exp2(top - higher)
+        parts = pooled + i[:, None] * query_rows * RANK + r
+        parts = tl.load(parts, mask=(i < spans)[:, None] & (r < RANK), other=0.0)
+        sums = sums * fade + tl.sum(p[:, None] * parts, 0)
+        sealed = sealed * fade + tl.sum(p * tl.load(state + i * query_rows * 2 + 1, mask=i < spans, other=0.0), 0)
+        weight *= fade
+        top = higher
+    line = sequence_head * query_rows + m
+    for start in range(0, DIM, 16):
+        d = start + tl.arange(0, 16)
+        axes = basis + group * DIM * RANK + d[:, None] * RANK + r
+        out = tl.sum(sums[None, :] * tl.load(axes, mask=(d < DIM)[:, None] & (r < RANK), other=0.0), 1)
+        out += sealed * tl.load(mean + group * DIM + d, mask=d < DIM, other=0.0)
+        out += weight * tl.load(window + line * DIM + d, mask=d < DIM, other=0.0)
+        out = out / (sealed + weight * exact)
+        tl.store(output + line * DIM + d, out.to(output.dtype.element_ty), mask=d < DIM)
+
+
+class TritonStep:
+    """`attention.decode_step` for one layer's codec, on the device of its tensors; the host never waits for it."""
+
+    def __init__(self, codec: SpectralCodec):
+        self._codec = codec
+        slots = codec.quantizers.slots.reshape(-1)  # indices in BIT_WIDTHS
+        device = slots.device
+        rows = dict(zip(codec.bits, map(len, codec.rows)))
+        first = np.cumsum([0, *(rows.get(bits, 0) for bits in BIT_WIDTHS[:-1])], dtype=np.int32)
+        # where a coefficient is stored: 8 times its row among those of its width, plus the index of the width
+        self._places = torch.where(slots > 0, (codec.order - torch.from_numpy(first).to(device)[slots]) * 8 + slots, 0)
+        # the planes in use at (group, frequency)
+        bits = torch.tensor(BIT_WIDTHS, dtype=torch.int32, device=device)[slots].reshape(-1, codec.rank, 1)
+        widths = torch.tensor([1, 2, 4, 8], dtype=torch.int32, device=device)
+        self._planes = ((bits & widths > 0).any(1) * widths).sum(-1, dtype=torch.int32)
+        self._spans: WeakKeyDictionary[Chunk, np.ndarray] = WeakKeyDictionary()
+        self._tables: WeakKeyDictionary[Chunk, tuple[ref[Chunk], torch.Tensor]] = WeakKeyDictionary()
+        self._rank_tile, self._dim_tile = (max(16, triton.next_power_of_2(n)) for n in (codec.rank, codec.head_dim))
+        self._blocks, self._exact = (max(16, min(64, TILE // n)) for n in (self._rank_tile, self._dim_tile))
+
+    def __call__(self, chunks: list[Chunk], queries, keys, values, scale: float):
+        """As `attention.decode_step`."""
+        codec, spans = self._codec, self._table(chunks)
+        batch, q_heads, length, dim = queries.shape
+        kv_heads, exact = keys.shape[1:3]
+        heads, rows, rank, parts = batch * kv_heads, q_heads // kv_heads * length, codec.rank, len(spans)
+        queries, keys, values = queries.contiguous(), keys.contiguous(), values.contiguous()
+        output = torch.empty_like(queries)
+
+        def empty(*shape):
+            return torch.empty(shape, dtype=torch.float32, device=queries.device)
+
+        latent, offset, state = empty(heads, rows, rank), empty(heads, rows), empty(heads, 1 + parts, rows, 2)
+        pooled, window = empty(heads, parts, rows, rank), empty(heads, rows, dim)
+        at_once = min(triton.next_power_of_2(rows), QUERY_ROWS, QUERY_TILE // self._rank_tile)
+        # ten bits of mantissa: no less than a half-precision query has
+        precision = "ieee" if queries.dtype == torch.float32 else "tf32"
+        with torch.cuda.device_of(queries):
+            _project[rows, heads](
+                rows, kv_heads, scale, queries, codec.basis, codec.mean, latent, offset, dim, rank, self._rank_tile
+            )
+            _attend[triton.cdiv(rows, at_once), 1 + parts, heads](
+                rows, length, exact, kv_heads, scale, spans, queries, keys, values, latent, offset, state, pooled, window,
+                self._places, self._planes, codec.normalize, codec.quantizers.levels, codec.time, dim, self._dim_tile, rank,
+                self._rank_tile, at_once, self._blocks, self._exact, precision, num_warps=8 if self._rank_tile > 128 else 4,
+            )  # fmt: skip
+            _merge[rows, heads](
+                rows,
+                parts,
+                kv_heads,
+                state,
+                pooled,
+                window,
+                codec.basis,
+                codec.mean,
+                output,
+                dim,
+                rank,
+                self._rank_tile,
+            )
+        return output
+
+    def tables(self) -> list[torch.Tensor]:
+        """Every tensor that all sequences share, and where the codes of each lie."""
+        return [self._places, self._planes, *(table for _, table in self._tables.values())]
+
+    def _table(self, chunks: list[Chunk]) -> torch.Tensor:
+        """The spans [n, 3, 8] of all chunks on the device, moved there once per sealing.
+
+        Chunks are never changed, only followed by others: the first and the last stand for all between.
+        """
+        last, table = self._tables.get(chunks[0], (None, None))
+        if last is None or last() is not chunks[-1]:
+            spans = np.concatenate([self._of_chunk(chunk) for chunk in chunks])
+            table = torch.from_numpy(spans).to(self._places.device)
+            self._tables[chunks[0]] = ref(chunks[-1]), table
+        return table
+
+    def _of_chunk(self, chunk: Chunk) -> np.ndarray:
+        """The spans of one chunk, found once."""
+        found = self._spans.get(chunk)
+        if found is None:
+            assert all(x.is_contiguous() for x in chunk.arrays)
+            units, left = divmod(chunk.tokens // self._codec.block, UNIT)
+            at_once = self._blocks // UNIT
+            starts = range(0, units, at_once)
+            found = np.zeros((len(starts) + bool(left), 3, SLOTS), np.int64)
+            for bits, whole, rest in zip(self._codec.bits, chunk.arrays[0::2], chunk.arrays[1::2]):
+                slot = BIT_WIDTHS.index(bits)
+                for span, start in zip(found, starts):
+                    span[:2, slot] = whole.data_ptr() + start * bits, whole[0].numel()
+                if left:
+                    found[-1, :2, slot] = rest.data_ptr(), rest[0].numel()
+            for span, start in zip(found, starts):
+                span[2, :2] = min(units - start, at_once) * UNIT, units
+            if left:
+                found[-1, 2, :3] = left, 0, left
+            self._spans[chunk] = found
+        return found

@@ -1,0 +1,107 @@
+"""The Triton kernel without a GPU: its numbers under Triton's interpreter, and that it compiles for one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from cases import Case, plan_of
+from test_torch_kernels import chunks_of
+
+torch = pytest.importorskip("torch")
+
+from spectral_kv_core.codec import make_codec  # noqa: E402
+from spectral_kv_torch import ops  # noqa: E402
+from spectral_kv_torch.kernels import attention  # noqa: E402
+
+HERE = Path(__file__).parent
+needs_triton = pytest.mark.skipif(
+    find_spec("triton") is None, reason="triton is not installed (Linux: pip install triton)"
+)
+
+
+@needs_triton
+def test_its_numbers_are_those_of_stock_operations():
+    """In a process of its own: the interpreter must be chosen before triton is imported, and nothing else may get it."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "triton_interpreted.py")]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert result.returncode == 0, result.stdout
+    assert " passed" in result.stdout and " skipped" not in result.stdout, result.stdout
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype, head_dim, capability", [("bfloat16", 128, 90), ("float32", 256, 86)])
+def test_it_compiles_for_gpus_that_are_not_there(monkeypatch, tmp_path, dtype, head_dim, capability):
+    """With the arguments of a step, whose launches are recorded; the interpreter takes programs that no compiler does."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from spectral_kv_torch.kernels import triton_attention
+
+    launches = []
+
+    class Recorder:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return lambda *args, **options: launches.append((self.kernel, args, options))
+
+    for name in ("_project", "_attend", "_merge"):
+        monkeypatch.setattr(triton_attention, name, Recorder(getattr(triton_attention, name)))
+    case = Case(0, head_dim, 1, 4)
+    codec = make_codec(ops, plan_of(case.model, 8), 0)
+    queries, keys = (torch.zeros(1, heads, 1, head_dim, dtype=getattr(torch, dtype)) for heads in (4, 1))
+    triton_attention.TritonStep(codec)(chunks_of(codec, case, [16]), queries, keys, keys, 0.125)
+    assert len(launches) == 3
+    for kernel, args, options in launches:
+        signature, constants = {}, {}
+        for i, (parameter, value) in enumerate(zip(kernel.params, args, strict=True)):
+            signature[parameter.name] = "constexpr" if parameter.is_constexpr else type_of(value)
+            if parameter.is_constexpr:
+                constants[(i,)] = value
+        compiled = triton.compile(ASTSource(kernel, signature, constants), GPUTarget("cuda", capability, 32), options)
+        assert compiled.metadata.shared <= 99 * 1024  # what every card from Ampere on has for one program
+
+
+def type_of(value) -> str:
+    """Triton's name of the type of an argument."""
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
+    if isinstance(value, torch.Tensor):
+        return "*" + names[value.dtype]
+    return {int: "i32", float: "fp32"}[type(value)]
+
+
+@needs_triton
+def test_which_cards_have_the_kernel(monkeypatch):
+    codec = make_codec(ops, plan_of(Case(0, 64, 1, 2).model, 2), 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert type(attention._triton_step(codec)).__name__ == "TritonStep"
+    monkeypatch.setenv("SPECTRALKV_KERNELS", "0")
+    assert attention._triton_step(codec) is None
+    monkeypatch.delenv("SPECTRALKV_KERNELS")
+    monkeypatch.setattr(codec, "head_dim", 512)
+    assert attention._triton_step(codec) is None
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert attention._triton_step(codec) is None
+
+
+def test_stock_operations_take_over_without_triton(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.delitem(sys.modules, "spectral_kv_torch.kernels.triton_attention", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert attention._triton_step(make_codec(ops, plan_of(Case(0, 64, 1, 2).model, 2), 0)) is None
+
+
+def test_triton_is_imported_for_a_gpu_only():
+    code = (
+        "import sys, spectral_kv_torch.kernels; assert 'spectral_kv_torch.kernels.triton_attention' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,107 @@
+"""The Triton kernel under Triton's interpreter, on CPU tensors: `test_triton_kernel.py` runs this in its own process.
+
+TRITON_INTERPRET=1 must be set before triton is imported, and holds for everything in a process that uses it. One program
+takes a third of a second here, so cases are small.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from cases import Case, plan_of
+from test_torch_kernels import chunks_of, vars_of
+from tolerances import assert_close
+
+from spectral_kv_core import attention
+from spectral_kv_core.cache import LayerCache
+from spectral_kv_core.codec import make_codec
+from spectral_kv_torch import ops
+from spectral_kv_torch.kernels.triton_attention import TritonStep
+
+
+def compare(codec, case: Case, sizes: list[int], length: int = 1, exact: int = 9, dtype="float32", stretch=1.0) -> None:
+    """The kernel's output with that of stock operations; `stretch` multiplies the queries."""
+    queries = torch.from_numpy(case.model.queries(1, length, case.batch)).to(getattr(torch, dtype)) * stretch
+    keys, values = (torch.from_numpy(x).to(queries.dtype) for x in case.model.sample(2, exact, case.batch))
+    call = chunks_of(codec, case, sizes), queries, keys, values, case.head_dim**-0.5
+    got, expected = TritonStep(codec)(*call), attention.decode_step(ops, codec, *call)
+    assert got.dtype == queries.dtype and got.isfinite().all()
+    assert_close("output", got.float(), expected.float(), dtype)
+
+
+@pytest.mark.parametrize("bits", [0.5, 2, 3.7, 6, 8])
+def test_every_width(bits):
+    case = Case(0, 64, 1, 2)
+    compare(make_codec(ops, plan_of(case.model, bits), 0), case, [176])
+
+
+@pytest.mark.parametrize("sizes", [[16], [112], [128], [400], [1024, 1024, 48], [48, 128]], ids=str)
+def test_chunks_of_any_number_of_blocks(sizes):
+    """Whole units, codes that wait for theirs, and both."""
+    case = Case(0, 64, 1, 2)
+    compare(make_codec(ops, plan_of(case.model, 2), 0), case, sizes)
+
+
+def test_a_chunk_of_several_spans_and_a_head_that_is_no_power_of_two():
+    case = Case(0, 80, 1, 2)
+    compare(make_codec(ops, plan_of(case.model, 3), 0), case, [1024, 672])
+
+
+@pytest.mark.parametrize("kv_heads, q_heads, batch, length", [(1, 1, 1, 1), (2, 6, 2, 1), (1, 5, 1, 3), (1, 2, 1, 16)])
+def test_any_number_of_heads_sequences_and_new_tokens(kv_heads, q_heads, batch, length):
+    case = Case(0, 64, kv_heads, q_heads, batch)
+    compare(make_codec(ops, plan_of(case.model, 2), 0), case, [48], length, exact=70 + length)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision(dtype):
+    case = Case(0, 64, 1, 4)
+    compare(make_codec(ops, plan_of(case.model, 2), 0), case, [176], dtype=dtype)
+
+
+def test_scores_far_apart():
+    case = Case(0, 64, 1, 2)  # exp(score) would leave the range of float32
+    compare(make_codec(ops, plan_of(case.model, 3), 0), case, [128, 128, 16], length=2, stretch=400.0)
+
+
+def test_a_layer_without_any_bits_attends_to_its_means():
+    case = Case(0, 64, 1, 2)
+    plan = plan_of(case.model, 0.25)
+    codec = make_codec(ops, type(plan)(**{**vars_of(plan), "widths": np.zeros_like(plan.widths)}), 0)
+    assert codec.bits == []
+    compare(codec, case, [176])
+
+
+def test_a_cache_that_seals_while_it_decodes():
+    case = Case(0, 64, 1, 2)
+    q, (k, v) = case.model.queries(1, 72), case.model.sample(1, 72)
+    q, k, v = map(torch.from_numpy, (q, k, v))
+    codec, outputs = make_codec(ops, plan_of(case.model, 2), 0), []
+    for kernel in (True, False):
+        store = LayerCache(ops, codec, 4, 16)
+        if kernel:
+            store._decode_step = step = TritonStep(codec)
+        parts = [slice(0, 48), *(slice(i, i + 8) for i in range(48, 72, 8))]
+        outputs.append([store.attend(q[:, :, p], k[:, :, p], v[:, :, p], 0.125, fused) for p in parts])
+    for got, expected in zip(*outputs):
+        assert_close("output", got, expected)
+    assert len(step._tables) <= 1
+
+
+def fused(q, k, v, scale):
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+
+
+def test_what_lies_where_is_moved_once_per_sealing_and_counted():
+    case = Case(0, 64, 1, 2)
+    codec = make_codec(ops, plan_of(case.model, 2), 0)
+    step, chunks = TritonStep(codec), chunks_of(codec, case, [1024, 48, 16])
+    assert sum(x.nbytes for x in step.tables()) == 4 * codec.groups * 16 * (codec.rank + 1)
+    table = step._table(chunks)
+    assert step._table(list(chunks)) is table
+    assert step.tables()[-1] is table and table.nbytes == 3 * 192
+    assert step._table(chunks[:2]) is not table
+    assert len(step._tables) == 1
+    del chunks, table
+    assert len(step._tables) == 0
