@@ -6,7 +6,6 @@ import copy
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 
 import mlx.core as mx
@@ -20,9 +19,9 @@ from mlx_lm.models.cache import (
 )
 
 from spectral_kv_core.cache import LATENT_QUERIES, CacheSize, Lane, LayerCache
-from spectral_kv_core.codec import Chunk, make_staging_codec
+from spectral_kv_core.codec import Chunk
 from spectral_kv_core.plan import Plan
-from spectral_kv_core.stored import codec_of, join_layers, split_layers
+from spectral_kv_core.stored import codecs_of, join_layers, split_layers
 
 from . import ops
 from .handles import RoutedCache, caller_is_routed
@@ -40,8 +39,8 @@ class SpectralKVCache(RoutedCache):
     def __init__(self, plan: Plan, row: int, sinks: int, window: int, left_padding: list[int] | None = None):
         self.plan, self.row = plan, row
         self.left_padding = [int(p) for p in left_padding] if left_padding is not None else None
-        staging = partial(make_staging_codec, ops, plan, row) if plan.staging else None
-        self.store = LayerCache(ops, codec_of(ops, plan, row), sinks, window, staging)
+        staging = (lambda: codecs_of(ops, plan.staging)[row]) if plan.staging else None
+        self.store = LayerCache(ops, codecs_of(ops, plan)[row], sinks, window, staging)
 
     @property
     def layers(self) -> tuple[int, ...]:

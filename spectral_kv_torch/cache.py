@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from functools import partial
 from itertools import islice
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from spectral_kv_core.cache import CacheSize, LayerCache
-from spectral_kv_core.codec import make_staging_codec
 from spectral_kv_core.methods import get_live_method
 from spectral_kv_core.plan import Plan, make_plan
 from spectral_kv_core.profile import Profile
-from spectral_kv_core.stored import codec_of, join_layers, split_layers
+from spectral_kv_core.stored import codecs_of, join_layers, split_layers
 
 from . import ops
 from .handles import Pending
@@ -60,8 +58,8 @@ class SpectralKVLayer(CacheLayerMixin):
 
     def open(self, device: torch.device) -> LayerCache:
         """Put the codec's tables on `device`; returns the store, empty."""
-        codec = codec_of(ops, self.plan, self.row, like=device)
-        staging = partial(make_staging_codec, ops, self.plan, self.row, device) if self.plan.staging else None
+        codec = codecs_of(ops, self.plan, device)[self.row]
+        staging = (lambda: codecs_of(ops, self.plan.staging, device)[self.row]) if self.plan.staging else None
         self.store = LayerCache(ops, codec, self.sinks, self.window, staging)
         self.is_initialized = True
         return self.store

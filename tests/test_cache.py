@@ -9,7 +9,7 @@ from tolerances import ATTENTION_RMS, assert_close, assert_codes_close, relative
 
 from spectral_kv_core import ops
 from spectral_kv_core.cache import CHUNK_TOKENS, CacheSize, LayerCache
-from spectral_kv_core.codec import make_codec, make_staging_codec
+from spectral_kv_core.codec import make_codec
 
 MODEL = ToyModel()
 SCALE = 0.125
@@ -356,7 +356,7 @@ def test_cache_size_reports_compression():
 def staged_cache(xp):
     """Cache of a plan at 2 bits with the codec that holds a prompt at 4."""
     plan = plan_of(ToyModel(), 2)
-    return LayerCache(xp, make_codec(xp, plan, 0), 4, 64, lambda: make_staging_codec(xp, plan, 0))
+    return LayerCache(xp, make_codec(xp, plan, 0), 4, 64, lambda: make_codec(xp, plan.staging, 0))
 
 
 def held_bits(cache) -> float:
@@ -400,7 +400,6 @@ def test_ending_a_prompt_is_encoding_what_was_staged(xp, staged_cache):
     assert staged_cache.tokens() == 3 * 699 and not staged_cache.is_staged
 
 
-def test_no_staging_where_the_plan_has_as_many_bits(xp):
-    plan = plan_of(ToyModel(), 4)
-    assert plan.staging is None and make_staging_codec(xp, plan, 0) is None
+def test_no_staging_where_the_plan_has_as_many_bits():
+    assert plan_of(ToyModel(), 4).staging is None
     assert plan_of(ToyModel(), 3.9).staging.bits == 4

@@ -14,11 +14,12 @@ torch = pytest.importorskip("torch")
 
 from spectral_kv_core import attention  # noqa: E402
 from spectral_kv_core.cache import CHUNK_TOKENS, LayerCache  # noqa: E402
-from spectral_kv_core.codec import make_codec, make_staging_codec  # noqa: E402
+from spectral_kv_core.codec import make_codec  # noqa: E402
 from spectral_kv_core.plan import make_plan  # noqa: E402
 from spectral_kv_core.rounding import round_in_time  # noqa: E402
+from spectral_kv_core.stored import codecs_of  # noqa: E402
 from spectral_kv_torch import ops  # noqa: E402
-from spectral_kv_torch.kernels import build, decode_step  # noqa: E402
+from spectral_kv_torch.kernels import build, checked, decode_step  # noqa: E402
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 
@@ -191,7 +192,7 @@ def test_a_later_part_of_a_prompt_attends_to_one_chunk_at_a_time(monkeypatch, dt
     outputs, decoded = [], []
     for kernels in (ops.kernels, None):
         monkeypatch.setattr(ops, "kernels", kernels)
-        store = LayerCache(ops, make_codec(ops, plan, 0), 4, 64, lambda: make_staging_codec(ops, plan, 0))
+        store = LayerCache(ops, make_codec(ops, plan, 0), 4, 64, lambda: make_codec(ops, plan.staging, 0))
         store.start(2, [0, 30])
         whole = store._lane_dense
         monkeypatch.setattr(store, "_lane_dense", lambda *a, whole=whole: decoded.append(1) or whole(*a))
@@ -206,3 +207,41 @@ def test_a_later_part_of_a_prompt_attends_to_one_chunk_at_a_time(monkeypatch, dt
 def fused(q, k, v, scale):
     mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
+
+
+@pytest.mark.parametrize("fault", [None, "wrong", "raises"])
+def test_a_kernel_not_seen_on_a_card_is_checked_at_its_first_step(monkeypatch, fault):
+    monkeypatch.setattr(checked, "_verdicts", {})
+    case = Case(0, 64, 1, 2)
+    codec = make_codec(ops, plan_of(case.model, 2), 0)
+    calls = []
+
+    def kernel(*call):
+        calls.append(1)
+        if fault == "raises":
+            raise RuntimeError("out of resources")
+        return attention.decode_step(ops, codec, *call) * (1.1 if fault else 1)
+
+    step = checked.CheckedStep(ops, codec, kernel)
+    call = (chunks_of(codec, case, [64]), torch.from_numpy(case.model.queries(1, 1)), *exact(case), 0.125)
+    expected = attention.decode_step(ops, codec, *call)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            assert_close("output", step(*call), expected)
+    assert len(calls) == (1 if fault else 3)
+    assert [str(w.message).split(" on cpu")[0] for w in caught] == {
+        None: [],
+        "wrong": ["spectralkv's kernel differs by 10.0%"],
+        "raises": ["spectralkv's kernel fails: out of resources"],
+    }[fault]
+
+
+def exact(case: Case) -> tuple:
+    return tuple(map(torch.from_numpy, case.model.sample(2, 9)))
+
+
+def test_caches_of_one_plan_share_their_codecs():
+    plan = plan_of(ToyModel(), 2)
+    first, second = (codecs_of(ops, plan, torch.device("cpu")) for _ in range(2))
+    assert first is second and len(first) == ToyModel().layers

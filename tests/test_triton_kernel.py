@@ -17,6 +17,7 @@ torch = pytest.importorskip("torch")
 from spectral_kv_core.codec import make_codec  # noqa: E402
 from spectral_kv_torch import ops  # noqa: E402
 from spectral_kv_torch.kernels import attention  # noqa: E402
+from spectral_kv_torch.kernels.checked import CheckedStep  # noqa: E402
 
 HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(
@@ -82,7 +83,7 @@ def type_of(value) -> str:
 def test_which_cards_have_the_kernel(monkeypatch):
     codec = make_codec(ops, plan_of(Case(0, 64, 1, 2).model, 2), 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert type(attention._triton_step(codec)).__name__ == "TritonStep"
+    assert isinstance(attention._triton_step(codec), CheckedStep)
     monkeypatch.setenv("SPECTRALKV_KERNELS", "0")
     assert attention._triton_step(codec) is None
     monkeypatch.delenv("SPECTRALKV_KERNELS")

@@ -77,11 +77,11 @@ def test_a_cache_that_seals_while_it_decodes():
     case = Case(0, 64, 1, 2)
     q, (k, v) = case.model.queries(1, 72), case.model.sample(1, 72)
     q, k, v = map(torch.from_numpy, (q, k, v))
-    codec, outputs = make_codec(ops, plan_of(case.model, 2), 0), []
+    codec, outputs, step = make_codec(ops, plan_of(case.model, 2), 0), [], None
     for kernel in (True, False):
         store = LayerCache(ops, codec, 4, 16)
-        if kernel:
-            store._decode_step = step = TritonStep(codec)
+        codec.kernel = TritonStep(codec) if kernel else None
+        step = codec.kernel or step
         parts = [slice(0, 48), *(slice(i, i + 8) for i in range(48, 72, 8))]
         outputs.append([store.attend(q[:, :, p], k[:, :, p], v[:, :, p], 0.125, fused) for p in parts])
     for got, expected in zip(*outputs):

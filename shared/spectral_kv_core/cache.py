@@ -7,7 +7,6 @@ stored, so every row has its own sinks and block alignment and comes out as if i
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -75,8 +74,6 @@ class LayerCache:
     def __init__(self, xp, codec, sinks: int, window: int, staging=None):
         self.xp, self.codec, self.sinks, self.window, self._make_staging = xp, codec, sinks, window, staging
         self._staging = None
-        kernel = xp.kernels and xp.kernels.decode_step(codec)
-        self._decode_step = kernel or partial(attention.decode_step, xp, codec)
         self.lanes: list[Lane] = []
         self.seen = 0  # slots seen, padding included
 
@@ -210,8 +207,8 @@ class LayerCache:
 
     def tables(self) -> list:
         """Every array that all sequences share."""
-        owners = (self.codec, self._staging, self._decode_step)
-        return list({id(x): x for owner in owners if hasattr(owner, "tables") for x in owner.tables()}.values())
+        codecs = [codec for codec in (self.codec, self._staging) if codec is not None]
+        return list({id(x): x for codec in codecs for x in codec.tables()}.values())
 
     def tokens(self) -> int:
         """Tokens held, summed over the rows, padding not counted."""
@@ -254,7 +251,7 @@ class LayerCache:
             old_k, old_v = self._lane_dense(lane, k.dtype)
             return fused(q, xp.concat([old_k, k], axis=2), xp.concat([old_v, v], axis=2), scale)
         keys, values = xp.concat([lane.exact_keys, k], axis=2), xp.concat([lane.exact_values, v], axis=2)
-        return self._decode_step(lane.chunks, q, keys, values, scale)
+        return self.codec.decode_step(lane.chunks, q, keys, values, scale)
 
     def _attend_blocks(self, lane: Lane, q, k, v, scale):
         """Attention of many new tokens, with never more than one chunk of the history decoded."""

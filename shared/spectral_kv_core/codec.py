@@ -7,6 +7,7 @@ re-quantized. `xp` is `spectral_kv_core.ops` or a backend's module of the same n
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -146,6 +147,7 @@ class SpectralCodec(TransformCodec):
         self.rows = [table(chosen, np.int32) for chosen in rows]
         self.scale = [table(sigma[chosen][:, None]) for chosen in rows]
         self.levels = [table(plan.levels[b]) for b in self.bits]
+        self.kernel = xp.kernels and xp.kernels.decode_step(self)
 
     def quantize(self, z, weights=None):
         """Coefficients [B, G, n, block, R] -> codes, one [B, rows, n] uint8 array per width of `bits`."""
@@ -223,10 +225,15 @@ class SpectralCodec(TransformCodec):
         output = xp.matmul(pooled, xp.permute_dims(self.basis[h:], (0, 2, 1))) + l * self.mean[h:]
         return output, m, l
 
+    def decode_step(self, chunks, queries, keys, values, scale: float):
+        """`attention.decode_step`, by the kernel that the array library has for it or by its operations."""
+        step = self.kernel or partial(attention.decode_step, self.xp, self)
+        return step(chunks, queries, keys, values, scale)
+
     def tables(self) -> list:
         """Every array that all sequences share."""
         rows = [self.order, *self.rows, *self.scale, *self.levels]
-        return super().tables() + rows + self.quantizers.arrays()
+        return super().tables() + rows + self.quantizers.arrays() + (self.kernel.tables() if self.kernel else [])
 
 
 class AffineCodec:
@@ -269,6 +276,10 @@ class AffineCodec:
         keys, values = self.decode(chunk)
         return attention.dense_partial(self.xp, queries, keys, values, scale)
 
+    def decode_step(self, chunks, queries, keys, values, scale: float):
+        """`attention.decode_step`."""
+        return attention.decode_step(self.xp, self, chunks, queries, keys, values, scale)
+
     def tables(self) -> list:
         """No array is shared."""
         return []
@@ -278,11 +289,6 @@ def make_codec(xp, plan: Plan, row: int, like=None):
     """Codec of compressible layer number `row`, or None for a plan that compresses nothing."""
     kind = {"spectral": SpectralCodec, "affine": AffineCodec, "none": None}[get_live_method(plan.method).codec]
     return kind(xp, plan, row, like) if kind else None
-
-
-def make_staging_codec(xp, plan: Plan, row: int, like=None):
-    """Codec that holds a prompt until it ends; None where the plan's own does it."""
-    return SpectralCodec(xp, plan.staging, row, like) if plan.staging else None
 
 
 def kept_components(coded: np.ndarray) -> np.ndarray:

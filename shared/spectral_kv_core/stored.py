@@ -118,6 +118,18 @@ def codec_of(xp, plan: Plan, row: int, like=None):
     return (make_codec if plan.method.live else StoredCodec)(xp, plan, row, like)
 
 
+def codecs_of(xp, plan: Plan, like=None) -> list:
+    """`codec_of` for every row, made once on every device and shared by all caches of `plan`.
+
+    All at a time: arrays that stay, made among those of a forward pass, leave the memory of a process in pieces.
+    """
+    made = plan.__dict__.setdefault("_codecs", {})
+    key = (xp.__name__, str(getattr(like, "device", like)))
+    if key not in made:
+        made[key] = [codec_of(xp, plan, row, like) for row in range(len(plan.layer_groups))]
+    return made[key]
+
+
 def fit_bits(make: Callable[[float], tuple[object, float]], bits: float) -> object:
     """What `make(planned)` -> (cache, real bits) gives for the most planned bits whose real ones stay within `bits`.
 

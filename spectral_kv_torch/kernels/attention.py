@@ -13,6 +13,7 @@ from spectral_kv_core.cache import CHUNK_TOKENS
 from spectral_kv_core.codec import Chunk, SpectralCodec
 
 from .build import disabled, library
+from .checked import CheckedStep
 
 MAX_WIDTHS, FREQUENCIES, LEVELS = 8, 16, 256
 
@@ -109,4 +110,4 @@ def _triton_step(codec):
         from .triton_attention import MAX_DIM, TritonStep
     except ImportError:  # torch's wheels for Windows come without Triton
         return None
-    return TritonStep(codec) if codec.head_dim <= MAX_DIM else None
+    return CheckedStep(codec.xp, codec, TritonStep(codec)) if codec.head_dim <= MAX_DIM else None
