@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
+from functools import reduce
+from operator import or_
+
 import mlx.core as mx
 import numpy as np
 from mlx.core import (
@@ -80,12 +84,17 @@ def zeros(shape, dtype=float32, like=None):
 
 def split_bytes(x, width: int):
     """Fields of `width` bits of every byte, low bits first: [...] uint8 -> [..., 8 / width] uint8."""
-    return _fields(x, mx.arange(0, 8, width, dtype=mx.uint8), 2**width - 1)
+    return _split_bytes(x, width).view(mx.uint8).reshape(*x.shape, 8 // width)
 
 
 @mx.compile  # into one operation
-def _fields(x, shifts, mask: int):
-    return (x[..., None] >> shifts) & mask
+def _split_bytes(x, width: int):
+    """The fields of every byte as the bytes of one integer: [...] uint8 -> [...] of 8 / width bytes."""
+    fields, wide = 8 // width, {8: mx.uint8, 4: mx.uint16, 2: mx.uint32, 1: mx.uint64}[width]
+    x = x.astype(wide)
+    # field i moves from bit i * width to bit i * 8
+    spread = reduce(or_, (x << mx.array(i * (8 - width), wide) for i in range(fields)))
+    return spread & mx.array(builtins.sum((2**width - 1) << (8 * i) for i in range(fields)), wide)
 
 
 def all_finite(x) -> bool:
