@@ -16,7 +16,13 @@ from spectral_kv_core.codec import make_codec  # noqa: E402
 from spectral_kv_core.plan import make_plan  # noqa: E402
 from spectral_kv_mlx import ops  # noqa: E402
 from spectral_kv_mlx.kernels import attention as fast  # noqa: E402
-from spectral_kv_mlx.kernels import decode_step  # noqa: E402
+from spectral_kv_mlx.kernels import decode_step, rows  # noqa: E402
+
+
+@pytest.fixture(params=[False, True], ids=["decoded", "multiplied"])
+def products(request, monkeypatch):
+    """Products as the CPU build takes them, and as Metal does."""
+    monkeypatch.setattr(rows, "on_gpu", lambda: request.param)
 
 
 def chunks_of(codec, case: Case, sizes: list[int]) -> list:
@@ -48,7 +54,7 @@ def assert_step(case: Case, bits: float, sizes: list[int], scale: float = 0.125,
 
 @every_case
 @pytest.mark.parametrize("bits", [0.5, 2, 6])
-def test_a_step_equals_the_core(case, bits):
+def test_a_step_equals_the_core(products, case, bits):
     assert_step(case, bits, full(max(case.tokens // 16 * 16, 16)))
 
 
@@ -64,20 +70,20 @@ def test_a_step_equals_numpy(case):
     assert_close("output", np.array(decode_step(codecs[0])(chunks, *given, 0.125)), expected)
 
 
-@pytest.mark.parametrize("chunks", [2, 7, 8, 9, 17])
-def test_any_number_of_chunks(monkeypatch, chunks):
-    """Tiles of two, so that few tokens are enough for several of them."""
-    monkeypatch.setattr(fast, "TILE_CHUNKS", 2 if chunks > 8 else 8)
+@pytest.mark.parametrize("chunks", [1, 2, 3, 7])
+def test_any_number_of_chunks(products, monkeypatch, chunks):
+    """In tiles of three."""
+    monkeypatch.setitem(fast.TILE_CHUNKS, "cpu", 3)
     assert_step(Case(0, 32, 1, 2), 2, [CHUNK_TOKENS] * chunks + [48])
 
 
 @pytest.mark.parametrize("blocks", [1, 7, 8, 13, 63])
-def test_a_last_chunk_of_any_number_of_blocks(blocks):
+def test_a_last_chunk_of_any_number_of_blocks(products, blocks):
     assert_step(Case(0, 64, 2, 6, batch=2), 3, [CHUNK_TOKENS, 16 * blocks])
 
 
 @pytest.mark.parametrize("q_heads, length", [(1, 1), (5, 1), (7, 3), (2, 16)])
-def test_any_number_of_query_rows_and_new_tokens(q_heads, length):
+def test_any_number_of_query_rows_and_new_tokens(products, q_heads, length):
     assert_step(Case(0, 64, 1, q_heads, batch=2), 2, [1024, 1024, 48], length=length, exact=length + 3)
 
 
@@ -95,13 +101,14 @@ def test_other_codecs_have_no_faster_step():
     assert decode_step(make_codec(ops, plan_of(ToyModel(), 3, "layer", "pre"), 0)) is None
 
 
-def test_joined_codes_are_held_once():
+def test_joined_codes_are_held_once(monkeypatch):
     case = Case(0, 64, 1, 2)
     codec = make_codec(ops, plan_of(case.model, 2), 0)
     chunks, given = chunks_of(codec, case, [CHUNK_TOKENS] * 3), inputs(case)
     before = [codes_of(codec, chunk) for chunk in chunks]
     mx.eval([chunk.arrays for chunk in chunks])
     codes = sum(x.nbytes for chunk in chunks for x in chunk.arrays)
+    monkeypatch.setitem(fast.TILE_CHUNKS, "cpu", 3)
     step = decode_step(codec)
     for count in (2, 3, 3):
         outputs = step(chunks[:count], *given, 0.125)
@@ -113,7 +120,7 @@ def test_joined_codes_are_held_once():
     del tiles, outputs
     chunks.clear()
     assert len(step._tiles) == 0
-    assert codes <= held - mx.get_active_memory() < 1.1 * codes
+    assert codes <= held - mx.get_active_memory() < 1.5 * codes  # what is held beside them is small
 
 
 def test_a_cache_with_left_padding_takes_the_faster_step(monkeypatch):

@@ -1,0 +1,147 @@
+"""Products with packed rows of coefficients: all rows of one width, of keys or of values, with one or two operations."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import mlx.core as mx
+import numpy as np
+
+from spectral_kv_core.quantizer import UNIT, dequantize, unpack
+
+MULTIPLIED = (1, 2, 4, 8)  # widths that are packed as `mx.quantized_matmul` has them
+GROUP = 64  # codes that share a scale there; ours are all the same
+
+
+class Rows:
+    """Rows of `bits` bits that lie segment behind segment, a segment being one KV head and frequency.
+
+    `segment` [rows]: of each row, ascending; `codes`: which rows of the width these are. Queries and sums have `slots`
+    rows, of which `places` [rows] are in use. The codes of n blocks come as `pack_rows` has them.
+    """
+
+    def __init__(self, xp, bits: int, levels: mx.array, segment: np.ndarray, segments: int, codes: slice):
+        self.xp, self.bits, self.levels, self.segments, self.codes = xp, bits, levels, segments, codes
+        self.slots, self.places = len(segment), np.arange(len(segment))
+        self.step, self.first = levels[1] - levels[0], levels[0]
+        self.even = has_even_levels(levels)
+
+    def decode(self, packed: tuple, n: int) -> mx.array:
+        """Coefficients [B, rows, n] in standard deviations."""
+        (units, rest), left, parts = packed, n % UNIT, []
+        if n >= UNIT:
+            parts.append(_unpack(self.xp, self.bits)(units[:, self.codes]))
+        if left:
+            batch, rows = units.shape[:2]
+            rest = unpack(self.xp, rest, self.bits, rows * left).reshape(batch, rows, left)
+            parts.append(rest[:, self.codes])
+        codes = mx.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
+        return _spread(codes, self.step, self.first) if self.even else dequantize(self.xp, codes, self.levels)
+
+    def tables(self) -> list[mx.array]:
+        """Every array that all sequences share."""
+        return [self.step, self.first]
+
+
+class RaggedRows(Rows):
+    """Any number of rows in every segment, decoded."""
+
+    def __init__(self, xp, bits, levels, segment, segments, codes):
+        super().__init__(xp, bits, levels, segment, segments, codes)
+        self._segment, self._indices = segment, cache(self._make_indices)
+
+    def scores(self, packed: tuple, n: int, queries):
+        """Sums over the key rows of every segment [B, segments, M, n]; `queries` [B, slots, M]."""
+        batch, slots, m = queries.shape
+        y = self.decode(packed, n).reshape(batch * slots, n)
+        sums = mx.segmented_mm(queries.reshape(batch * slots, m).T, y, self._indices(batch)[0])
+        return sums.reshape(batch, self.segments, m, n)
+
+    def pooled(self, packed: tuple, n: int, weights):
+        """Sums over time of every value row [B, slots, M]; `weights` [B, segments, M, n]."""
+        batch, _, m, _ = weights.shape
+        y = self.decode(packed, n).reshape(-1, n, 1)
+        return mx.gather_mm(weights.reshape(-1, m, n), y, lhs_indices=self._indices(batch)[1]).reshape(batch, -1, m)
+
+    def _make_indices(self, batch: int) -> tuple:
+        """First and last row of every segment, [B * segments, 2], and the segment of every row, [B * rows]."""
+        first = np.arange(batch)[:, None]
+        bounds = np.searchsorted(self._segment, np.arange(self.segments + 1)) + first * self.slots
+        bounds = np.stack([bounds[:, :-1], bounds[:, 1:]], axis=-1).reshape(-1, 2)
+        rows = (self._segment + first * self.segments).reshape(-1)
+        return mx.array(bounds.astype(np.uint32)), mx.array(rows.astype(np.uint32))
+
+
+class PaddedRows(Rows):
+    """As many slots in every segment; those without a row have other codes and do not count.
+
+    `multiplied`: codes go into the product as they are, without being decoded.
+    """
+
+    def __init__(self, xp, bits, levels, segment, segments, codes, multiplied: bool):
+        super().__init__(xp, bits, levels, segment, segments, codes)
+        counts = np.bincount(segment, minlength=segments)
+        most, self._multiplied = int(counts.max()), multiplied
+        self.places = segment * most + np.arange(len(segment)) - (np.cumsum(counts) - counts)[segment]
+        self._row = None
+        if self.slots != most * segments:
+            self.slots, row = most * segments, np.zeros(most * segments, np.int32)
+            row[self.places] = np.arange(len(segment))
+            self._row = mx.array(row)
+        self._scales = cache(
+            lambda n: (mx.full((most, n // GROUP), self.step), mx.full((most, n // GROUP), self.first))
+        )
+
+    def scores(self, packed: tuple, n: int, queries):
+        """As `RaggedRows.scores`."""
+        batch, _, m = queries.shape
+        return self._product(queries.reshape(batch, self.segments, -1, m).swapaxes(2, 3), packed, n, False)
+
+    def pooled(self, packed: tuple, n: int, weights):
+        """As `RaggedRows.pooled`."""
+        batch, _, m, _ = weights.shape
+        return self._product(weights, packed, n, True).swapaxes(2, 3).reshape(batch, -1, m)
+
+    def _product(self, x, packed: tuple, n: int, transpose: bool):
+        """`x` [B, segments, M, ...] times the rows [B, segments, slots / segments, n], or times these transposed."""
+        lead = (*x.shape[:2], self.slots // self.segments)
+        if not self._multiplied or n % GROUP:
+            y = self._padded(self.decode(packed, n)).reshape(*lead, n)
+            return x @ (y.swapaxes(2, 3) if transpose else y)
+        codes = self._padded(packed[0][:, self.codes]).reshape(*lead, -1).view(mx.uint32)
+        scales = (mx.broadcast_to(s, (*lead, n // GROUP)) for s in self._scales(n))
+        return mx.quantized_matmul(x, codes, *scales, transpose, GROUP, self.bits)
+
+    def _padded(self, rows):
+        return rows if self._row is None else mx.take(rows, self._row, axis=1)
+
+
+def make_rows(xp, bits: int, levels: mx.array, segment: np.ndarray, segments: int, codes: slice) -> Rows:
+    """The kind of rows that is fastest where MLX runs."""
+    arguments = xp, bits, levels, segment, segments, codes
+    # in the CPU build products with codes are slower than decoding; on Metal they move a fraction of the bytes
+    multiplied = on_gpu() and bits in MULTIPLIED and has_even_levels(levels)
+    if multiplied or len(set(np.bincount(segment, minlength=segments))) == 1:
+        return PaddedRows(*arguments, multiplied)
+    return RaggedRows(*arguments)
+
+
+def on_gpu() -> bool:
+    """Whether MLX computes on a GPU."""
+    return mx.default_device() != mx.Device(mx.cpu)
+
+
+def has_even_levels(levels: mx.array) -> bool:
+    """Whether a level is its code times a step, but for an offset."""
+    steps = np.diff(np.array(levels))
+    return bool(np.ptp(steps) <= 1e-6 * steps[0])
+
+
+@cache
+def _unpack(xp, bits: int):
+    return mx.compile(lambda units: unpack(xp, units, bits, units.shape[2] * UNIT))
+
+
+@mx.compile  # into one operation
+def _spread(codes, step, first):
+    return codes.astype(mx.float32) * step + first
