@@ -54,22 +54,24 @@ class RaggedRows(Rows):
         """Sums over the key rows of every segment [B, segments, M, n]; `queries` [B, slots, M]."""
         batch, slots, m = queries.shape
         y = self.decode(packed, n).reshape(batch * slots, n)
-        sums = mx.segmented_mm(queries.reshape(batch * slots, m).T, y, self._indices(batch)[0])
+        bounds, _, _ = self._indices(batch)
+        sums = mx.segmented_mm(queries.reshape(batch * slots, m).T, y, bounds)
         return sums.reshape(batch, self.segments, m, n)
 
     def pooled(self, packed: tuple, n: int, weights):
         """Sums over time of every value row [B, slots, M]; `weights` [B, segments, M, n]."""
         batch, _, m, _ = weights.shape
         y = self.decode(packed, n).reshape(-1, n, 1)
-        return mx.gather_mm(weights.reshape(-1, m, n), y, lhs_indices=self._indices(batch)[1]).reshape(batch, -1, m)
+        _, segment, row = self._indices(batch)
+        return mx.gather_mm(weights.reshape(-1, m, n), y, segment, row).reshape(batch, -1, m)
 
     def _make_indices(self, batch: int) -> tuple:
-        """First and last row of every segment, [B * segments, 2], and the segment of every row, [B * rows]."""
+        """First and last row of every segment, [B * segments, 2]; the segment of every row, and all rows, [B * rows]."""
         first = np.arange(batch)[:, None]
         bounds = np.searchsorted(self._segment, np.arange(self.segments + 1)) + first * self.slots
         bounds = np.stack([bounds[:, :-1], bounds[:, 1:]], axis=-1).reshape(-1, 2)
-        rows = (self._segment + first * self.segments).reshape(-1)
-        return mx.array(bounds.astype(np.uint32)), mx.array(rows.astype(np.uint32))
+        segment = (self._segment + first * self.segments).reshape(-1)
+        return tuple(mx.array(x.astype(np.uint32)) for x in (bounds, segment, np.arange(len(segment))))
 
 
 class PaddedRows(Rows):
