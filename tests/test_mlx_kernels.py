@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+from functools import partial
+
 import numpy as np
 import pytest
 from cases import CASES, Case, ToyModel, codes_of, every_case, plan_of, toy_profile_of
@@ -22,7 +25,15 @@ from spectral_kv_mlx.kernels import decode_step, rows  # noqa: E402
 @pytest.fixture(params=[False, True], ids=["decoded", "multiplied"])
 def products(request, monkeypatch):
     """Products as the CPU build takes them, and as Metal does."""
-    monkeypatch.setattr(rows, "on_gpu", lambda: request.param)
+    for module in (rows, fast):
+        monkeypatch.setattr(module, "on_gpu", lambda: request.param)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: request.param)
+    for name in ("gather_mm", "segmented_mm"):  # float32 only in the CPU build
+        monkeypatch.setattr(mx, name, partial(in_float32, getattr(mx, name)))
+
+
+def in_float32(product, a, b, *indices):
+    return product(a.astype(mx.float32), b.astype(mx.float32), *indices).astype(a.dtype)
 
 
 def chunks_of(codec, case: Case, sizes: list[int]) -> list:
@@ -73,7 +84,7 @@ def test_a_step_equals_numpy(case):
 @pytest.mark.parametrize("chunks", [1, 2, 3, 7])
 def test_any_number_of_chunks(products, monkeypatch, chunks):
     """In tiles of three."""
-    monkeypatch.setitem(fast.TILE_CHUNKS, "cpu", 3)
+    monkeypatch.setattr(fast, "TILE_CHUNKS", {"cpu": 3, "gpu": 3})
     assert_step(Case(0, 32, 1, 2), 2, [CHUNK_TOKENS] * chunks + [48])
 
 
@@ -88,7 +99,7 @@ def test_any_number_of_query_rows_and_new_tokens(products, q_heads, length):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision(dtype):
+def test_half_precision(products, dtype):
     assert_step(Case(0, 128, 2, 8), 2, [1024, 112], dtype=dtype)
 
 
@@ -141,3 +152,21 @@ def test_a_cache_with_left_padding_takes_the_faster_step(monkeypatch):
             mx.concatenate([store.attend(q[:, :, t], k[:, :, t], v[:, :, t], 0.125, None) for t in steps], 2)
         )
     assert_close("output", *map(ops.to_numpy, outputs))
+
+
+def test_a_longer_history_takes_no_more_operations(monkeypatch):
+    """Three chunks in one tile as many as two, and as many more for every further tile."""
+    monkeypatch.setitem(fast.TILE_CHUNKS, "cpu", 3)
+    case = Case(0, 64, 1, 2)
+    codec = make_codec(ops, plan_of(case.model, 3), 0)
+    step, chunks, given = decode_step(codec), chunks_of(codec, case, [CHUNK_TOKENS] * 9), inputs(case)
+
+    def operations(count: int) -> int:
+        mx.eval(step(chunks[:count], *given, 0.125))  # joins
+        graph = io.StringIO()
+        mx.export_to_dot(graph, step(chunks[:count], *given, 0.125))
+        return graph.getvalue().count("shape=rectangle")
+
+    two, three, six, nine = map(operations, (2, 3, 6, 9))
+    assert 0 < two == three < six
+    assert nine - six == six - three

@@ -21,6 +21,8 @@ from .rows import Rows, make_rows, on_gpu
 # tile costs dispatches on a GPU
 TILE_CHUNKS = {"cpu": 2, "gpu": 8}
 
+WEIGHT = 2**10  # times the weights of tokens, which alone may be too small for float16; exact
+
 
 class Side:
     """The rows of keys or of values, width by width, with `slots` in all; `first`: the codec's first row of the side.
@@ -72,24 +74,31 @@ class LatentStep:
         slot[coefficient[coefficient >= 0]] = np.flatnonzero(coefficient >= 0)
         self._slot = mx.array(slot)
         self._key_scale = self.keys.scale
-        self._value_scale = mx.concatenate([self.values.scale, mx.zeros((1, 1))])  # coefficients without bits are zero
+        self._value_scale = mx.concatenate(
+            [self.values.scale / WEIGHT, mx.zeros((1, 1))]
+        )  # coefficients without bits are zero
 
     def __call__(self, chunks: list[Chunk], queries, keys, values, scale: float):
         """As `attention.decode_step`."""
         codec, h = self.codec, self.codec.kv_heads
         rows = group_queries(queries, h).astype(mx.float32) * scale  # [B, H, M, D]
         keys, values = keys.astype(mx.float32), values.astype(mx.float32)
+        dtype = mx.float16 if on_gpu() and queries.dtype != mx.float32 else mx.float32
         tiles = self._joined(chunks)
         # q . mu, which the scores of all latents lack, is taken off the others: only differences matter
         exact = rows @ keys.swapaxes(2, 3) - rows @ codec.mean[:h].swapaxes(1, 2)
         mask = causal_rows(codec.xp, queries.shape[1] // h, queries.shape[2], keys.shape[2], like=queries)
         if mask is not None:
             exact = mx.where(mask, exact, -mx.inf)
-        scores = [*self._scores(tiles, rows @ codec.basis[:h]), exact]
+        scores = [*self._scores(tiles, rows @ codec.basis[:h], dtype), exact]
         p = mx.softmax(mx.concatenate(scores, axis=-1), axis=-1)
         *parts, p_exact = mx.split(p, np.cumsum([tile.tokens for tile in tiles]).tolist(), axis=-1)
         share = 1 - p_exact.sum(-1, keepdims=True)
-        out = self._pooled(tiles, parts) @ codec.basis[h:].swapaxes(1, 2) + share * codec.mean[h:] + p_exact @ values
+        out = (
+            self._pooled(tiles, parts, dtype) @ codec.basis[h:].swapaxes(1, 2)
+            + share * codec.mean[h:]
+            + p_exact @ values
+        )
         return out.reshape(queries.shape).astype(queries.dtype)
 
     def tables(self) -> list[mx.array]:
@@ -97,7 +106,7 @@ class LatentStep:
         rows = [x for side in (self.keys, self.values) for _, rows in side.widths for x in rows.tables()]
         return [self._component, self._slot, self._key_scale, self._value_scale, *rows]
 
-    def _scores(self, tiles: list[Chunk], latent) -> list:
+    def _scores(self, tiles: list[Chunk], latent, dtype: mx.Dtype) -> list:
         """Scores [B, H, M, T] of every tile but for q . mu, from latent queries [B, H, M, R]."""
         codec, (batch, h, m, rank) = self.codec, latent.shape
         latent = latent.swapaxes(2, 3).reshape(batch, h * rank, m)
@@ -106,20 +115,20 @@ class LatentStep:
         scores = []
         for tile in tiles:
             n = tile.tokens // codec.block
-            sums = [rows.scores(codes, n, q) for (rows, codes), q in zip(self.keys.of(tile), queries)]
+            sums = [rows.scores(codes, n, q, dtype) for (rows, codes), q in zip(self.keys.of(tile), queries)]
             sums = reduce(add, sums or [mx.zeros((batch, h * codec.block, m, n))])
             by_frequency = sums.reshape(batch, h, codec.block, m, n).swapaxes(2, 3)
             scores.append((codec.time.T @ by_frequency).reshape(batch, h, m, -1))
         return scores
 
-    def _pooled(self, tiles: list[Chunk], parts: list):
+    def _pooled(self, tiles: list[Chunk], parts: list, dtype: mx.Dtype):
         """Latent values [B, H, M, R] summed with the weights `parts` [B, H, M, T] of every tile."""
         codec, (batch, h, m, _), by_tile = self.codec, parts[0].shape, []
         for tile, p in zip(tiles, parts):
             n = tile.tokens // codec.block
-            p = codec.time @ p.reshape(batch, h, m, codec.block, n)
+            p = (WEIGHT * codec.time) @ p.reshape(batch, h, m, codec.block, n)
             p = p.swapaxes(2, 3).reshape(batch, -1, m, n)
-            by_tile.append([rows.pooled(codes, n, p) for rows, codes in self.values.of(tile)])
+            by_tile.append([rows.pooled(codes, n, p, dtype) for rows, codes in self.values.of(tile)])
         sums = [reduce(add, of_width) for of_width in zip(*by_tile)]
         sums = mx.concatenate([*sums, mx.zeros((batch, 1, m))], axis=1) * self._value_scale
         pooled = mx.take(sums, self._slot, axis=1).reshape(batch, h, codec.block, -1, m)

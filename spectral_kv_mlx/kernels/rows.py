@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, reduce
+from operator import or_
 
 import mlx.core as mx
 import numpy as np
 
-from spectral_kv_core.quantizer import UNIT, dequantize, unpack
+from spectral_kv_core.quantizer import UNIT, dequantize, planes, unpack
 
 MULTIPLIED = (1, 2, 4, 8)  # widths that are packed as `mx.quantized_matmul` has them
+SELECTED = (3, 4)  # widths with few enough levels to choose among them by comparisons
 GROUP = 64  # codes that share a scale there; ours are all the same
 
 
@@ -21,14 +23,18 @@ class Rows:
     """
 
     def __init__(self, xp, bits: int, levels: mx.array, segment: np.ndarray, segments: int, codes: slice):
-        self.xp, self.bits, self.levels, self.segments, self.codes = xp, bits, levels, segments, codes
+        self.xp, self.bits, self.segments, self.codes = xp, bits, segments, codes
         self.slots, self.places = len(segment), np.arange(len(segment))
-        self.step, self.first = levels[1] - levels[0], levels[0]
-        self.even = has_even_levels(levels)
+        self.even, self.step, self.first = has_even_levels(levels), levels[1] - levels[0], levels[0]
+        self._selected = on_gpu() and not self.even and bits in SELECTED
+        self._levels = cache(levels.astype)
+        self._each_level = cache(lambda dtype: [mx.array(x, dtype) for x in levels.tolist()])
 
-    def decode(self, packed: tuple, n: int) -> mx.array:
+    def decode(self, packed: tuple, n: int, dtype: mx.Dtype) -> mx.array:
         """Coefficients [B, rows, n] in standard deviations."""
         (units, rest), left, parts = packed, n % UNIT, []
+        if self._selected and not left:
+            return _select(self.bits)(units[:, self.codes], *self._each_level(dtype)).reshape(len(units), -1, n)
         if n >= UNIT:
             parts.append(_unpack(self.xp, self.bits)(units[:, self.codes]))
         if left:
@@ -36,7 +42,9 @@ class Rows:
             rest = unpack(self.xp, rest, self.bits, rows * left).reshape(batch, rows, left)
             parts.append(rest[:, self.codes])
         codes = mx.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
-        return _spread(codes, self.step, self.first) if self.even else dequantize(self.xp, codes, self.levels)
+        if self.even:
+            return _spread(codes, self.step, self.first).astype(dtype)
+        return dequantize(self.xp, codes, self._levels(dtype))
 
     def tables(self) -> list[mx.array]:
         """Every array that all sequences share."""
@@ -50,20 +58,20 @@ class RaggedRows(Rows):
         super().__init__(xp, bits, levels, segment, segments, codes)
         self._segment, self._indices = segment, cache(self._make_indices)
 
-    def scores(self, packed: tuple, n: int, queries):
-        """Sums over the key rows of every segment [B, segments, M, n]; `queries` [B, slots, M]."""
+    def scores(self, packed: tuple, n: int, queries, dtype: mx.Dtype):
+        """Sums over the key rows of every segment [B, segments, M, n]; `queries` [B, slots, M]; decoded to `dtype`."""
         batch, slots, m = queries.shape
-        y = self.decode(packed, n).reshape(batch * slots, n)
+        y = self.decode(packed, n, dtype).reshape(batch * slots, n)
         bounds, _, _ = self._indices(batch)
-        sums = mx.segmented_mm(queries.reshape(batch * slots, m).T, y, bounds)
+        sums = mx.segmented_mm(queries.reshape(batch * slots, m).T.astype(dtype), y, bounds)
         return sums.reshape(batch, self.segments, m, n)
 
-    def pooled(self, packed: tuple, n: int, weights):
-        """Sums over time of every value row [B, slots, M]; `weights` [B, segments, M, n]."""
+    def pooled(self, packed: tuple, n: int, weights, dtype: mx.Dtype):
+        """Sums over time of every value row [B, slots, M]; `weights` [B, segments, M, n]; decoded to `dtype`."""
         batch, _, m, _ = weights.shape
-        y = self.decode(packed, n).reshape(-1, n, 1)
+        y = self.decode(packed, n, dtype).reshape(-1, n, 1)
         _, segment, row = self._indices(batch)
-        return mx.gather_mm(weights.reshape(-1, m, n), y, segment, row).reshape(batch, -1, m)
+        return mx.gather_mm(weights.reshape(-1, m, n).astype(dtype), y, segment, row).reshape(batch, -1, m)
 
     def _make_indices(self, batch: int) -> tuple:
         """First and last row of every segment, [B * segments, 2]; the segment of every row, and all rows, [B * rows]."""
@@ -94,22 +102,22 @@ class PaddedRows(Rows):
             lambda n: (mx.full((most, n // GROUP), self.step), mx.full((most, n // GROUP), self.first))
         )
 
-    def scores(self, packed: tuple, n: int, queries):
+    def scores(self, packed: tuple, n: int, queries, dtype: mx.Dtype):
         """As `RaggedRows.scores`."""
         batch, _, m = queries.shape
-        return self._product(queries.reshape(batch, self.segments, -1, m).swapaxes(2, 3), packed, n, False)
+        return self._product(queries.reshape(batch, self.segments, -1, m).swapaxes(2, 3), packed, n, False, dtype)
 
-    def pooled(self, packed: tuple, n: int, weights):
+    def pooled(self, packed: tuple, n: int, weights, dtype: mx.Dtype):
         """As `RaggedRows.pooled`."""
         batch, _, m, _ = weights.shape
-        return self._product(weights, packed, n, True).swapaxes(2, 3).reshape(batch, -1, m)
+        return self._product(weights, packed, n, True, dtype).swapaxes(2, 3).reshape(batch, -1, m)
 
-    def _product(self, x, packed: tuple, n: int, transpose: bool):
+    def _product(self, x, packed: tuple, n: int, transpose: bool, dtype: mx.Dtype):
         """`x` [B, segments, M, ...] times the rows [B, segments, slots / segments, n], or times these transposed."""
         lead = (*x.shape[:2], self.slots // self.segments)
         if not self._multiplied or n % GROUP:
-            y = self._padded(self.decode(packed, n)).reshape(*lead, n)
-            return x @ (y.swapaxes(2, 3) if transpose else y)
+            y = self._padded(self.decode(packed, n, dtype)).reshape(*lead, n)
+            return x.astype(dtype) @ (y.swapaxes(2, 3) if transpose else y)
         codes = self._padded(packed[0][:, self.codes]).reshape(*lead, -1).view(mx.uint32)
         scales = (mx.broadcast_to(s, (*lead, n // GROUP)) for s in self._scales(n))
         return mx.quantized_matmul(x, codes, *scales, transpose, GROUP, self.bits)
@@ -147,3 +155,27 @@ def _unpack(xp, bits: int):
 @mx.compile  # into one operation
 def _spread(codes, step, first):
     return codes.astype(mx.float32) * step + first
+
+
+@cache
+def _select(bits: int):
+    """Makes a function of whole units [..., bits] and all levels: [..., 2, 2, 2], one operation on a GPU."""
+
+    def chosen(codes, levels: list):
+        if len(levels) == 1:
+            return levels[0]
+        half = len(levels) // 2
+        return mx.where((codes & half) > 0, chosen(codes, levels[half:]), chosen(codes, levels[:half]))
+
+    def select(units, *levels):
+        parts, start = [], 0
+        for width, shift in planes(bits):
+            # the first dimensions count the bytes of the plane, the others the fields of a byte
+            dims = width.bit_length() - 1
+            plane = units[..., start : start + width].reshape(*units.shape[:-1], *dims * [2], *(3 - dims) * [1])
+            fields = mx.array(np.arange(0, 8, width, dtype=np.uint8).reshape((3 - dims) * [2]))
+            parts.append(((plane >> fields) & (2**width - 1)) << shift)
+            start += width
+        return chosen(reduce(or_, parts), levels)
+
+    return mx.compile(select)
