@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -105,6 +106,18 @@ def test_half_precision(products, dtype):
 
 def test_scores_far_apart():
     assert_step(Case(0, 64, 2, 4), 3, [1024, 1024], scale=30.0, length=4)  # exp(score) would leave the range of float32
+
+
+@pytest.mark.parametrize("side", [slice(0, 2), slice(2, 4)], ids=["keys", "values"])
+def test_a_side_without_any_bits(products, side):
+    case = Case(0, 64, 2, 4)
+    plan = plan_of(case.model, 2)
+    widths = plan.widths.copy()
+    widths[:, side] = 0
+    codec = make_codec(ops, replace(plan, widths=widths), 0)
+    chunks, given = chunks_of(codec, case, [1024, 64]), inputs(case)
+    expected = attention.decode_step(ops, codec, chunks, *given, 0.125)
+    assert_close("output", np.array(decode_step(codec)(chunks, *given, 0.125)), np.array(expected))
 
 
 def test_other_codecs_have_no_faster_step():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import reduce
+from itertools import takewhile
 from operator import add
 from weakref import WeakKeyDictionary
 
@@ -73,10 +74,8 @@ class LatentStep:
         slot = np.full(h * block * rank, len(coefficient), np.int32)
         slot[coefficient[coefficient >= 0]] = np.flatnonzero(coefficient >= 0)
         self._slot = mx.array(slot)
-        self._key_scale = self.keys.scale
-        self._value_scale = mx.concatenate(
-            [self.values.scale / WEIGHT, mx.zeros((1, 1))]
-        )  # coefficients without bits are zero
+        # the last slot is that of all coefficients without bits, and zero
+        self._value_scale = mx.concatenate([self.values.scale / WEIGHT, mx.zeros((1, 1))])
 
     def __call__(self, chunks: list[Chunk], queries, keys, values, scale: float):
         """As `attention.decode_step`."""
@@ -94,23 +93,20 @@ class LatentStep:
         p = mx.softmax(mx.concatenate(scores, axis=-1), axis=-1)
         *parts, p_exact = mx.split(p, np.cumsum([tile.tokens for tile in tiles]).tolist(), axis=-1)
         share = 1 - p_exact.sum(-1, keepdims=True)
-        out = (
-            self._pooled(tiles, parts, dtype) @ codec.basis[h:].swapaxes(1, 2)
-            + share * codec.mean[h:]
-            + p_exact @ values
-        )
+        pooled = self._pooled(tiles, parts, dtype) @ codec.basis[h:].swapaxes(1, 2)
+        out = pooled + share * codec.mean[h:] + p_exact @ values
         return out.reshape(queries.shape).astype(queries.dtype)
 
     def tables(self) -> list[mx.array]:
         """Every array that all sequences share."""
         rows = [x for side in (self.keys, self.values) for _, rows in side.widths for x in rows.tables()]
-        return [self._component, self._slot, self._key_scale, self._value_scale, *rows]
+        return [self._component, self._slot, self.keys.scale, self._value_scale, *rows]
 
     def _scores(self, tiles: list[Chunk], latent, dtype: mx.Dtype) -> list:
         """Scores [B, H, M, T] of every tile but for q . mu, from latent queries [B, H, M, R]."""
         codec, (batch, h, m, rank) = self.codec, latent.shape
         latent = latent.swapaxes(2, 3).reshape(batch, h * rank, m)
-        latent = mx.take(latent, self._component, axis=1) * self._key_scale
+        latent = mx.take(latent, self._component, axis=1) * self.keys.scale
         queries = mx.split(latent, np.cumsum(self.keys.slots)[:-1].tolist(), axis=1)
         scores = []
         for tile in tiles:
@@ -139,7 +135,7 @@ class LatentStep:
         tiles, step = [], self._tile_chunks
         for start in range(0, len(chunks), step):
             group = chunks[start : start + step]
-            full = [chunk for chunk in group if chunk.tokens == CHUNK_TOKENS]
+            full = list(takewhile(lambda chunk: chunk.tokens == CHUNK_TOKENS, group))
             tiles += [*self._joined_once(full), *group[len(full) :]]
         return tiles
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cache, reduce
 from operator import or_
 
@@ -25,16 +26,17 @@ class Rows:
     def __init__(self, xp, bits: int, levels: mx.array, segment: np.ndarray, segments: int, codes: slice):
         self.xp, self.bits, self.segments, self.codes = xp, bits, segments, codes
         self.slots, self.places = len(segment), np.arange(len(segment))
-        self.even, self.step, self.first = has_even_levels(levels), levels[1] - levels[0], levels[0]
+        self.levels, self.even = levels, has_even_levels(levels)
+        self.step, self.first = levels[1] - levels[0], levels[0]
         self._selected = on_gpu() and not self.even and bits in SELECTED
-        self._levels = cache(levels.astype)
-        self._each_level = cache(lambda dtype: [mx.array(x, dtype) for x in levels.tolist()])
+        self._made: dict = {}
 
     def decode(self, packed: tuple, n: int, dtype: mx.Dtype) -> mx.array:
         """Coefficients [B, rows, n] in standard deviations."""
         (units, rest), left, parts = packed, n % UNIT, []
         if self._selected and not left:
-            return _select(self.bits)(units[:, self.codes], *self._each_level(dtype)).reshape(len(units), -1, n)
+            levels = self._once(dtype, lambda: [mx.array(x, dtype) for x in self.levels.tolist()])
+            return _select(self.bits)(units[:, self.codes], *levels).reshape(len(units), -1, n)
         if n >= UNIT:
             parts.append(_unpack(self.xp, self.bits)(units[:, self.codes]))
         if left:
@@ -44,11 +46,17 @@ class Rows:
         codes = mx.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
         if self.even:
             return _spread(codes, self.step, self.first).astype(dtype)
-        return dequantize(self.xp, codes, self._levels(dtype))
+        return dequantize(self.xp, codes, self.levels.astype(dtype))
 
     def tables(self) -> list[mx.array]:
         """Every array that all sequences share."""
-        return [self.step, self.first]
+        return [self.step, self.first, *(x for made in self._made.values() for x in made)]
+
+    def _once(self, key, make: Callable) -> Sequence[mx.array]:
+        """What `make` gives, made at the first call with `key`."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
 
 class RaggedRows(Rows):
@@ -56,13 +64,13 @@ class RaggedRows(Rows):
 
     def __init__(self, xp, bits, levels, segment, segments, codes):
         super().__init__(xp, bits, levels, segment, segments, codes)
-        self._segment, self._indices = segment, cache(self._make_indices)
+        self._segment = segment
 
     def scores(self, packed: tuple, n: int, queries, dtype: mx.Dtype):
         """Sums over the key rows of every segment [B, segments, M, n]; `queries` [B, slots, M]; decoded to `dtype`."""
         batch, slots, m = queries.shape
         y = self.decode(packed, n, dtype).reshape(batch * slots, n)
-        bounds, _, _ = self._indices(batch)
+        bounds, _, _ = self._once(batch, lambda: self._indices(batch))
         sums = mx.segmented_mm(queries.reshape(batch * slots, m).T.astype(dtype), y, bounds)
         return sums.reshape(batch, self.segments, m, n)
 
@@ -70,10 +78,10 @@ class RaggedRows(Rows):
         """Sums over time of every value row [B, slots, M]; `weights` [B, segments, M, n]; decoded to `dtype`."""
         batch, _, m, _ = weights.shape
         y = self.decode(packed, n, dtype).reshape(-1, n, 1)
-        _, segment, row = self._indices(batch)
+        _, segment, row = self._once(batch, lambda: self._indices(batch))
         return mx.gather_mm(weights.reshape(-1, m, n).astype(dtype), y, segment, row).reshape(batch, -1, m)
 
-    def _make_indices(self, batch: int) -> tuple:
+    def _indices(self, batch: int) -> tuple:
         """First and last row of every segment, [B * segments, 2]; the segment of every row, and all rows, [B * rows]."""
         first = np.arange(batch)[:, None]
         bounds = np.searchsorted(self._segment, np.arange(self.segments + 1)) + first * self.slots
@@ -98,9 +106,6 @@ class PaddedRows(Rows):
             self.slots, row = most * segments, np.zeros(most * segments, np.int32)
             row[self.places] = np.arange(len(segment))
             self._row = mx.array(row)
-        self._scales = cache(
-            lambda n: (mx.full((most, n // GROUP), self.step), mx.full((most, n // GROUP), self.first))
-        )
 
     def scores(self, packed: tuple, n: int, queries, dtype: mx.Dtype):
         """As `RaggedRows.scores`."""
@@ -119,7 +124,9 @@ class PaddedRows(Rows):
             y = self._padded(self.decode(packed, n, dtype)).reshape(*lead, n)
             return x.astype(dtype) @ (y.swapaxes(2, 3) if transpose else y)
         codes = self._padded(packed[0][:, self.codes]).reshape(*lead, -1).view(mx.uint32)
-        scales = (mx.broadcast_to(s, (*lead, n // GROUP)) for s in self._scales(n))
+        shape = lead[2], n // GROUP  # the same for all segments, as the kernels want the last two dimensions contiguous
+        scales = self._once(n, lambda: [mx.full(shape, self.step), mx.full(shape, self.first)])
+        scales = (mx.broadcast_to(x, (*lead[:2], *shape)) for x in scales)
         return mx.quantized_matmul(x, codes, *scales, transpose, GROUP, self.bits)
 
     def _padded(self, rows):
