@@ -107,11 +107,15 @@ class LatentStep:
         codec, (batch, h, m, rank) = self.codec, latent.shape
         latent = latent.swapaxes(2, 3).reshape(batch, h * rank, m)
         latent = mx.take(latent, self._component, axis=1) * self.keys.scale
-        queries = mx.split(latent, np.cumsum(self.keys.slots)[:-1].tolist(), axis=1)
+        bounds = np.cumsum(self.keys.slots)[:-1].tolist()
+        queries = {d: mx.split(latent.astype(d), bounds, axis=1) for d in {mx.float32, dtype}}
         scores = []
         for tile in tiles:
             n = tile.tokens // codec.block
-            sums = [rows.scores(codes, n, q, dtype) for (rows, codes), q in zip(self.keys.of(tile), queries)]
+            sums = [
+                rows.scores(codes, n, queries[rows.dtype(n, dtype)][i])
+                for i, (rows, codes) in enumerate(self.keys.of(tile))
+            ]
             sums = reduce(add, sums or [mx.zeros((batch, h * codec.block, m, n))])
             by_frequency = sums.reshape(batch, h, codec.block, m, n).swapaxes(2, 3)
             scores.append((codec.time.T @ by_frequency).reshape(batch, h, m, -1))
@@ -124,7 +128,8 @@ class LatentStep:
             n = tile.tokens // codec.block
             p = (WEIGHT * codec.time) @ p.reshape(batch, h, m, codec.block, n)
             p = p.swapaxes(2, 3).reshape(batch, -1, m, n)
-            by_tile.append([rows.pooled(codes, n, p, dtype) for rows, codes in self.values.of(tile)])
+            weights = {d: p.astype(d) for d in (mx.float32, dtype)}
+            by_tile.append([r.pooled(codes, n, weights[r.dtype(n, dtype)]) for r, codes in self.values.of(tile)])
         sums = [reduce(add, of_width) for of_width in zip(*by_tile)]
         sums = mx.concatenate([*sums, mx.zeros((batch, 1, m))], axis=1) * self._value_scale
         pooled = mx.take(sums, self._slot, axis=1).reshape(batch, h, codec.block, -1, m)

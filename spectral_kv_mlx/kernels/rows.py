@@ -48,6 +48,10 @@ class Rows:
             return _spread(codes, self.step, self.first).astype(dtype)
         return dequantize(self.xp, codes, self.levels.astype(dtype))
 
+    def dtype(self, n: int, decoded: mx.Dtype) -> mx.Dtype:
+        """What queries and weights of n blocks come in: `decoded`, or float32 where nothing is decoded."""
+        return decoded
+
     def tables(self) -> list[mx.array]:
         """Every array that all sequences share."""
         return [self.step, self.first, *(x for made in self._made.values() for x in made)]
@@ -66,20 +70,20 @@ class RaggedRows(Rows):
         super().__init__(xp, bits, levels, segment, segments, codes)
         self._segment = segment
 
-    def scores(self, packed: tuple, n: int, queries, dtype: mx.Dtype):
-        """Sums over the key rows of every segment [B, segments, M, n]; `queries` [B, slots, M]; decoded to `dtype`."""
+    def scores(self, packed: tuple, n: int, queries):
+        """Sums over the key rows of every segment [B, segments, M, n]; `queries` [B, slots, M], whose dtype they have."""
         batch, slots, m = queries.shape
-        y = self.decode(packed, n, dtype).reshape(batch * slots, n)
+        y = self.decode(packed, n, queries.dtype).reshape(batch * slots, n)
         bounds, _, _ = self._once(batch, lambda: self._indices(batch))
-        sums = mx.segmented_mm(queries.reshape(batch * slots, m).T.astype(dtype), y, bounds)
+        sums = mx.segmented_mm(queries.reshape(batch * slots, m).T, y, bounds)
         return sums.reshape(batch, self.segments, m, n)
 
-    def pooled(self, packed: tuple, n: int, weights, dtype: mx.Dtype):
-        """Sums over time of every value row [B, slots, M]; `weights` [B, segments, M, n]; decoded to `dtype`."""
+    def pooled(self, packed: tuple, n: int, weights):
+        """Sums over time of every value row [B, slots, M]; `weights` [B, segments, M, n], whose dtype they have."""
         batch, _, m, _ = weights.shape
-        y = self.decode(packed, n, dtype).reshape(-1, n, 1)
+        y = self.decode(packed, n, weights.dtype).reshape(-1, n, 1)
         _, segment, row = self._once(batch, lambda: self._indices(batch))
-        return mx.gather_mm(weights.reshape(-1, m, n).astype(dtype), y, segment, row).reshape(batch, -1, m)
+        return mx.gather_mm(weights.reshape(-1, m, n), y, segment, row).reshape(batch, -1, m)
 
     def _indices(self, batch: int) -> tuple:
         """First and last row of every segment, [B * segments, 2]; the segment of every row, and all rows, [B * rows]."""
@@ -107,27 +111,33 @@ class PaddedRows(Rows):
             row[self.places] = np.arange(len(segment))
             self._row = mx.array(row)
 
-    def scores(self, packed: tuple, n: int, queries, dtype: mx.Dtype):
+    def scores(self, packed: tuple, n: int, queries):
         """As `RaggedRows.scores`."""
         batch, _, m = queries.shape
-        return self._product(queries.reshape(batch, self.segments, -1, m).swapaxes(2, 3), packed, n, False, dtype)
+        return self._product(queries.reshape(batch, self.segments, -1, m).swapaxes(2, 3), packed, n, False)
 
-    def pooled(self, packed: tuple, n: int, weights, dtype: mx.Dtype):
+    def pooled(self, packed: tuple, n: int, weights):
         """As `RaggedRows.pooled`."""
         batch, _, m, _ = weights.shape
-        return self._product(weights, packed, n, True, dtype).swapaxes(2, 3).reshape(batch, -1, m)
+        return self._product(weights, packed, n, True).swapaxes(2, 3).reshape(batch, -1, m)
 
-    def _product(self, x, packed: tuple, n: int, transpose: bool, dtype: mx.Dtype):
+    def _product(self, x, packed: tuple, n: int, transpose: bool):
         """`x` [B, segments, M, ...] times the rows [B, segments, slots / segments, n], or times these transposed."""
         lead = (*x.shape[:2], self.slots // self.segments)
-        if not self._multiplied or n % GROUP:
-            y = self._padded(self.decode(packed, n, dtype)).reshape(*lead, n)
-            return x.astype(dtype) @ (y.swapaxes(2, 3) if transpose else y)
+        if not self._multiplies(n):
+            y = self._padded(self.decode(packed, n, x.dtype)).reshape(*lead, n)
+            return x @ (y.swapaxes(2, 3) if transpose else y)
         codes = self._padded(packed[0][:, self.codes]).reshape(*lead, -1).view(mx.uint32)
         shape = lead[2], n // GROUP  # the same for all segments, as the kernels want the last two dimensions contiguous
         scales = self._once(n, lambda: [mx.full(shape, self.step), mx.full(shape, self.first)])
-        scales = (mx.broadcast_to(x, (*lead[:2], *shape)) for x in scales)
+        scales = (mx.broadcast_to(s, (*lead[:2], *shape)) for s in scales)
         return mx.quantized_matmul(x, codes, *scales, transpose, GROUP, self.bits)
+
+    def dtype(self, n: int, decoded: mx.Dtype) -> mx.Dtype:
+        return mx.float32 if self._multiplies(n) else decoded
+
+    def _multiplies(self, n: int) -> bool:
+        return self._multiplied and n % GROUP == 0
 
     def _padded(self, rows):
         return rows if self._row is None else mx.take(rows, self._row, axis=1)
