@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from itertools import takewhile
 from operator import add
 from weakref import WeakKeyDictionary
@@ -116,8 +116,8 @@ class LatentStep:
                 rows.scores(codes, n, queries[rows.dtype(n, dtype)][i])
                 for i, (rows, codes) in enumerate(self.keys.of(tile))
             ]
-            sums = reduce(add, sums or [mx.zeros((batch, h * codec.block, m, n))])
-            by_frequency = sums.reshape(batch, h, codec.block, m, n).swapaxes(2, 3)
+            total = _sum(*sums) if sums else mx.zeros((batch, h * codec.block, m, n))
+            by_frequency = total.reshape(batch, h, codec.block, m, n).swapaxes(2, 3)
             scores.append((codec.time.T @ by_frequency).reshape(batch, h, m, -1))
         return scores
 
@@ -130,7 +130,7 @@ class LatentStep:
             p = p.swapaxes(2, 3).reshape(batch, -1, m, n)
             weights = {d: p.astype(d) for d in (mx.float32, dtype)}
             by_tile.append([r.pooled(codes, n, weights[r.dtype(n, dtype)]) for r, codes in self.values.of(tile)])
-        sums = [reduce(add, of_width) for of_width in zip(*by_tile)]
+        sums = [_sum(*of_width) for of_width in zip(*by_tile)]
         sums = mx.concatenate([*sums, mx.zeros((batch, 1, m))], axis=1) * self._value_scale
         pooled = mx.take(sums, self._slot, axis=1).reshape(batch, h, codec.block, -1, m)
         return pooled.sum(2).swapaxes(2, 3)
@@ -164,6 +164,11 @@ def decode_step(codec) -> LatentStep | None:
     fits = isinstance(codec, SpectralCodec) and codec.method.latent and codec.bits
     runs = not on_gpu() or mx.metal.is_available()  # CUDA does not have every operation
     return LatentStep(codec) if fits and runs else None
+
+
+@partial(mx.compile, shapeless=True)  # into one operation
+def _sum(*arrays):
+    return reduce(add, arrays)
 
 
 def _flat(units, rest) -> tuple:
