@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
+from functools import reduce
+from operator import or_
+
 import mlx.core as mx
 import numpy as np
 from mlx.core import (
@@ -25,7 +29,6 @@ from mlx.core import (
     square,
     stack,
     sum,
-    take,
     take_along_axis,
     uint8,
     where,
@@ -33,14 +36,14 @@ from mlx.core import (
 from mlx.core import cumsum as cumulative_sum
 from mlx.core.fft import irfft, rfft
 
+from . import kernels
+
 __all__ = [
     "all_finite", "argsort", "asarray", "astype", "clip", "concat", "copy", "cos", "cumulative_sum", "exp", "float16",
     "float32", "from_file", "int32", "irfft", "kernels", "matmul", "max", "maximum", "mean", "min", "permute_dims", "rfft",
     "round", "sin", "sort", "split_bytes", "sqrt", "square", "stack", "sum", "take", "take_along_axis", "to_file", "to_numpy",
     "uint8", "where", "zeros",
 ]  # fmt: skip
-
-kernels = None
 
 
 def asarray(x, like=None):
@@ -73,7 +76,12 @@ def concat(arrays, axis=0):
 
 def copy(x):
     """A compact copy that shares no memory with `x`: a slice that stays must not keep its parent alive."""
-    return take(x, mx.arange(x.shape[0]), axis=0)
+    return mx.take(x, mx.arange(x.shape[0]), axis=0)
+
+
+def take(x, indices, axis=0):
+    # a look-up in a table, which `take_along_axis` does ten times faster than `take` on the CPU
+    return mx.take_along_axis(x, indices, axis=axis) if x.ndim == 1 else mx.take(x, indices, axis=axis)
 
 
 def zeros(shape, dtype=float32, like=None):
@@ -82,7 +90,17 @@ def zeros(shape, dtype=float32, like=None):
 
 def split_bytes(x, width: int):
     """Fields of `width` bits of every byte, low bits first: [...] uint8 -> [..., 8 / width] uint8."""
-    return stack([(x >> shift) & (2**width - 1) for shift in range(0, 8, width)], axis=-1)
+    return _split_bytes(x, width).view(mx.uint8).reshape(*x.shape, 8 // width)
+
+
+@mx.compile  # into one operation
+def _split_bytes(x, width: int):
+    """The fields of every byte as the bytes of one integer: [...] uint8 -> [...] of 8 / width bytes."""
+    fields, wide = 8 // width, {8: mx.uint8, 4: mx.uint16, 2: mx.uint32, 1: mx.uint64}[width]
+    x = x.astype(wide)
+    # field i moves from bit i * width to bit i * 8
+    spread = reduce(or_, (x << mx.array(i * (8 - width), wide) for i in range(fields)))
+    return spread & mx.array(builtins.sum((2**width - 1) << (8 * i) for i in range(fields)), wide)
 
 
 def all_finite(x) -> bool:
