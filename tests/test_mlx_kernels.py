@@ -157,7 +157,7 @@ def test_a_cache_with_left_padding_takes_the_faster_step(monkeypatch):
     for kernels in (ops.kernels, None):
         monkeypatch.setattr(ops, "kernels", kernels)
         store = LayerCache(ops, make_codec(ops, plan, 0), 4, 60)
-        assert isinstance(store._decode_step, fast.LatentStep) == (kernels is not None)
+        assert isinstance(store.codec.kernel, fast.LatentStep) == (kernels is not None)
         store.start(2, [0, 30])
         store.append(k[:, :, :2080], v[:, :, :2080])
         steps = [slice(t, t + 8) for t in range(2080, 2144, 8)]
