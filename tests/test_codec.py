@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from cases import ToyModel, attention, codes_of, every_case, plan_of, toy_profile_of
@@ -242,11 +244,21 @@ def test_non_finite_vectors_are_refused(xp, bad, side, name):
 def test_tables_hold_every_shared_array(xp):
     for group, rope in RECIPES:
         codec = make_codec(xp, plan_of(MODEL, 3, group, rope, "expected-attention"), 0)
-        values = [*vars(codec).values(), *vars(codec.quantizers).values()]
-        held = [
-            x for v in values for x in (v if isinstance(v, (list, tuple)) else [v]) if isinstance(x, type(codec.mean))
-        ]
-        assert {id(x) for x in held} == {id(x) for x in codec.tables()}
+        assert set(arrays_in(codec, type(codec.mean), set())) == {id(x) for x in codec.tables()}
+
+
+def arrays_in(value, kind: type, seen: set[int]) -> Iterator[int]:
+    """Ids of the arrays of type `kind` that can be reached from `value` through attributes."""
+    if isinstance(value, kind):
+        yield id(value)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from arrays_in(item, kind, seen)
+    elif isinstance(value, dict):
+        yield from arrays_in([*value.values()], kind, seen)
+    elif type(value).__module__.startswith("spectral_kv") and id(value) not in seen:
+        seen.add(id(value))
+        yield from arrays_in(vars(value), kind, seen)
 
 
 @pytest.mark.parametrize("bits", [2.5, 4.5, 8.5])

@@ -47,7 +47,7 @@ class Side:
             scale.append(np.zeros((made.slots, 1), np.float32))
             coefficient[-1][made.places], scale[-1][made.places] = rows, np.array(deviation[codes])
         self.coefficient = np.concatenate([np.zeros(0, np.int32), *coefficient])
-        self.scale = mx.array(np.concatenate([np.zeros((0, 1), np.float32), *scale]))
+        self.scale = np.concatenate([np.zeros((0, 1), np.float32), *scale])
         self.slots = [rows.slots for _, rows in self.widths]
 
     def of(self, chunk: Chunk) -> Iterator[tuple]:
@@ -75,7 +75,8 @@ class LatentStep:
         slot[coefficient[coefficient >= 0]] = np.flatnonzero(coefficient >= 0)
         self._slot = mx.array(slot)
         # the last slot is that of all coefficients without bits, and zero
-        self._value_scale = mx.concatenate([self.values.scale / WEIGHT, mx.zeros((1, 1))])
+        self._value_scale = mx.array(np.append(self.values.scale / WEIGHT, np.zeros((1, 1), np.float32), axis=0))
+        self._key_scale = mx.array(self.keys.scale)
 
     def __call__(self, chunks: list[Chunk], queries, keys, values, scale: float):
         """As `attention.decode_step`."""
@@ -100,13 +101,13 @@ class LatentStep:
     def tables(self) -> list[mx.array]:
         """Every array that all sequences share."""
         rows = [x for side in (self.keys, self.values) for _, rows in side.widths for x in rows.tables()]
-        return [self._component, self._slot, self.keys.scale, self._value_scale, *rows]
+        return [self._component, self._slot, self._key_scale, self._value_scale, *rows]
 
     def _scores(self, tiles: list[Chunk], latent, dtype: mx.Dtype) -> list:
         """Scores [B, H, M, T] of every tile but for q . mu, from latent queries [B, H, M, R]."""
         codec, (batch, h, m, rank) = self.codec, latent.shape
         latent = latent.swapaxes(2, 3).reshape(batch, h * rank, m)
-        latent = mx.take(latent, self._component, axis=1) * self.keys.scale
+        latent = mx.take(latent, self._component, axis=1) * self._key_scale
         bounds = np.cumsum(self.keys.slots)[:-1].tolist()
         queries = {d: mx.split(latent.astype(d), bounds, axis=1) for d in {mx.float32, dtype}}
         scores = []
