@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import islice
 
 import mlx.core as mx
@@ -192,14 +191,10 @@ class SpectralKVCache(RoutedCache):
         )
 
     def __deepcopy__(self, memo) -> SpectralKVCache:
-        """An independent cache; arrays are never changed in place, so both share them."""
+        """An independent cache that shares the plan and the arrays."""
         self.commit()
         new = copy.copy(self)
-        new.store = copy.copy(self.store)
-        new.store.lanes = [
-            replace(lane, rows=list(lane.rows), chunks=list(lane.chunks), staged=list(lane.staged))
-            for lane in self.store.lanes
-        ]
+        new.store = copy.deepcopy(self.store)
         return new
 
     def _start(self, keys: mx.array) -> None:

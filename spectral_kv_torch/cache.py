@@ -36,6 +36,13 @@ class SpectralKVLayer(CacheLayerMixin):
         self.store: LayerCache | None = None
         self.pending: Pending | None = None
 
+    def __deepcopy__(self, memo) -> SpectralKVLayer:
+        """An independent layer that shares the plan and the tensors: a prefix can be read once and copied."""
+        self.commit()
+        new = copy.copy(self)
+        new.store = copy.deepcopy(self.store)
+        return new
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Open the store on the device of the first keys."""
         expected = (self.kv_heads, self.plan.shape.head_dim)

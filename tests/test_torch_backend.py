@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from itertools import pairwise
@@ -108,6 +109,20 @@ def test_our_attention_function_gets_the_handles(monkeypatch, kernels):
     monkeypatch.setattr(SpectralCodec, "decode", lambda self, *a: pytest.fail("the history was decoded"))
     logits_of(model, tokens(1, seed=3), cache)
     assert not decoded and len(calls) == len(cache.layers)
+
+
+def test_a_copy_of_a_cache_goes_its_own_way():
+    """Reading a prefix once and copying it is what transformers' guide does."""
+    model, profile = model_and_profile("llama")
+    prefix, tail = tokens(300), tokens(40, seed=5)
+    cache = make_prompt_cache(model, profile)
+    logits_of(model, prefix, cache)
+    copies = copy.deepcopy(cache)
+    expected = logits_of(model, tail, cache, 1)
+    assert (cache.get_seq_length(), copies.get_seq_length()) == (340, 300)
+    assert torch.equal(logits_of(model, tail, copies, 1), expected)
+    assert cache_nbytes(copies) == cache_nbytes(cache)
+    assert cache_nbytes(copies).table_nbytes == cache_nbytes(cache).table_nbytes
 
 
 def test_other_attention_gets_dense_keys():

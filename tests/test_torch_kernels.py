@@ -204,6 +204,17 @@ def test_a_later_part_of_a_prompt_attends_to_one_chunk_at_a_time(monkeypatch, dt
         assert_close("output", got.float(), expected.float(), dtype)
 
 
+def test_a_later_part_of_a_prompt_where_nothing_is_exact():
+    model = ToyModel(layers=1)
+    store = LayerCache(ops, make_codec(ops, plan_of(model, 3), 0), 0, 0)
+    q, (k, v) = torch.from_numpy(model.queries(1, 128)), map(torch.from_numpy, model.sample(1, 128))
+    for p in (slice(0, 64), slice(64, 128)):
+        got = store.attend(q[:, :, p], k[:, :, p], v[:, :, p], 0.125, fused)
+    held_k, held_v = store.dense()
+    held_k[:, :, 64:], held_v[:, :, 64:] = k[:, :, 64:], v[:, :, 64:]
+    assert_close("output", got, fused(q[:, :, 64:], held_k, held_v, 0.125))
+
+
 def fused(q, k, v, scale):
     mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)

@@ -6,7 +6,8 @@ stored, so every row has its own sinks and block alignment and comes out as if i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,15 @@ class LayerCache:
         self._staging = None
         self.lanes: list[Lane] = []
         self.seen = 0  # slots seen, padding included
+
+    def __deepcopy__(self, memo) -> LayerCache:
+        """An independent cache of the same codec; arrays are never changed in place, so both share them."""
+        new = copy(self)
+        new.lanes = [
+            replace(lane, rows=list(lane.rows), chunks=list(lane.chunks), staged=list(lane.staged))
+            for lane in self.lanes
+        ]
+        return new
 
     def start(self, batch: int, padding=None) -> None:
         """Open the lanes of an empty cache for `batch` rows; `padding` [batch] counts left padding in slots."""
@@ -259,7 +269,8 @@ class LayerCache:
 
         def partials():
             yield attend(q, k, v, scale, causal=True)
-            yield attend(q, lane.exact_keys, lane.exact_values, scale)
+            if lane.exact:  # no fused kernel takes 0 keys
+                yield attend(q, lane.exact_keys, lane.exact_values, scale)
             for codec, chunks in ((self.codec, lane.chunks), (self._staging, lane.staged)):
                 for chunk in chunks:
                     yield attend(q, *(xp.astype(x, q.dtype) for x in codec.decode(chunk)), scale)

@@ -51,6 +51,10 @@ class Plan:
     tables: tuple[StepTable, ...] = ()
     choices: np.ndarray | None = None
 
+    def __deepcopy__(self, memo) -> Plan:
+        """Itself: nothing in a plan changes, and caches that are copied share what was made of it."""
+        return self
+
     @cached_property
     def layer_groups(self) -> tuple[tuple[int, ...], ...]:
         """Indices of the layers that every row of the plan stands for."""
