@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 
-from . import __version__, commands
+from . import __version__, commands, plots
 from .evaluation import SUITES
 from .methods import DEFAULT_METHOD
 from .prompt_file import DEFAULT_FILE_METHOD
@@ -155,6 +155,13 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--profile", default="auto", help="profile file; auto looks for one, and counts a typical one if there is none"
     )
+
+    sub = command("plot", commands.plot, "draw pictures of the JSON of eval and bench, and of profiles")
+    sub.add_argument("results", nargs="+", metavar="RESULTS", help="result JSON, profile, or a folder of result JSON")
+    sub.add_argument("--output", default="figures", metavar="DIR", help="where to draw (default %(default)s)")
+    sub.add_argument("--format", metavar="A,B", help=f"{', '.join(plots.FORMATS)} (default png)")
+    sub.add_argument("--only", metavar="A,B", help=f"of {', '.join(plots.PICTURES)} (default: all that can be drawn)")
+    sub.add_argument("--bits", type=float, help="budget of the plan that a profile's bits are shown for (default 3)")
     return parser
 
 

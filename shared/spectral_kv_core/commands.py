@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from . import bench as benchmark
-from . import evaluation, report
+from . import evaluation, plots, report
 from . import fit as fitting
 from .backends import load_backend
 from .calibration_text import load_texts
@@ -306,6 +306,23 @@ def fit(args: argparse.Namespace) -> dict:
     }
     if not args.json:
         report.print_fit(result)
+    return result
+
+
+def plot(args: argparse.Namespace) -> dict:
+    """`spectralkv plot`: pictures of result JSON, and of profiles; what a result lacks the fields for is named."""
+    formats = _values(args.format, "--format", str) or ("png",)
+    if Path(args.output).is_file():
+        raise ValueError(f"Expected a folder for --output, received the file {args.output}.")
+    _check_output(str(Path(args.output) / "picture"))
+    results = plots.read_results(args.results, args.bits)
+    result = plots.draw(results, args.output, formats, _values(args.only, "--only", str))
+    for skipped in result["skipped"]:
+        print(
+            f"spectralkv: no picture {skipped['picture']} of {skipped['result']}: {skipped['reason']}", file=sys.stderr
+        )
+    if not args.json:
+        print("\n".join(result["pictures"]))
     return result
 
 
