@@ -12,6 +12,7 @@ from . import __version__, commands
 from .evaluation import SUITES
 from .methods import DEFAULT_METHOD
 from .prompt_file import DEFAULT_FILE_METHOD
+from .selection import MODES
 from .synthetic import PLANS, SHAPES
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -78,8 +79,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--window", type=int, help=f"recent tokens kept exactly (default {commands.WINDOW})")
     sub.add_argument("--sinks", type=int, help=f"first tokens kept exactly (default {commands.SINKS})")
-    sub.add_argument("--budget-tokens", type=int, help="tokens to keep, for methods that drop tokens")
-    sub.add_argument("--protect", metavar="A:B", help="tokens never dropped, for methods that drop tokens")
+    sub.add_argument(
+        "--budget-tokens", type=int, help="tokens to keep, sinks and window included, by a method that drops"
+    )
+    sub.add_argument("--protect", nargs="+", action="extend", metavar="A:B", help="positions of tokens never dropped")
+    sub.add_argument("--selection", choices=MODES, help=f"who keeps the same tokens (default {MODES[0]})")
     sub.add_argument(
         "--compare", action="store_true", help="run the plain cache too and compare bytes, quality and speed"
     )

@@ -19,7 +19,7 @@ from .chat_template import encode_opening, encode_prompt, encode_rest, has_templ
 from .demo import demo_model_path
 from .divergence import compare_logits
 from .evaluation_text import Text, default_texts, read_text
-from .methods import DEFAULT_METHOD, METHODS, Method, get_live_method, get_method
+from .methods import DEFAULT_METHOD, METHODS, Method, get_keeping_method, get_live_method
 from .plan import make_plan, plan_for
 from .profile import Profile
 from .profile_store import cached_profile_path
@@ -68,17 +68,12 @@ def generate(args: argparse.Namespace) -> dict:
     """`spectralkv generate`: an answer from a compressed cache, beside the plain cache's with `--compare`."""
     stored = _open_prompt_file(args) if args.prompt_cache_file else None
     method = _live_method(args, stored)
-    for option in ("budget_tokens", "protect"):
-        if getattr(args, option) is not None:
-            raise ValueError(
-                f"Expected a method that drops tokens for --{option.replace('_', '-')}, {args.method or DEFAULT_METHOD} "
-                "keeps every token."
-            )
+    protect = _spans(args.protect)
     prompt_text = _prompt_text(args)
     score_text = _read(args.score_file, "--score-file") if args.score_file else None
     if args.max_tokens < 0 or (args.max_tokens == 0 and score_text is None):
         raise ValueError(f"Expected --max-tokens of at least 1, or 0 with --score-file, received {args.max_tokens}.")
-    given = args.profile != "auto" and (stored or method.basis_set)
+    given = args.profile != "auto" and (stored or method.profile_set)
     loaded = Profile.load(args.profile) if given else None
     name, backend = load_backend(args.backend)
     model, tokenizer = backend.load_model(_model_path(args.model), args.dtype)
@@ -102,6 +97,9 @@ def generate(args: argparse.Namespace) -> dict:
             args.bits,
             budget_bytes=args.budget_bytes,
             max_context=(args.max_context or longest) if args.budget_bytes is not None else None,
+            budget_tokens=args.budget_tokens,
+            protect=protect,
+            selection=args.selection,
             method=method,
             window=WINDOW if args.window is None else args.window,
             sinks=SINKS if args.sinks is None else args.sinks,
@@ -155,7 +153,7 @@ def cache_prompt(args: argparse.Namespace) -> dict:
     The plain cache reads it, so that every token attends exactly; what is stored is encoded at the end.
     """
     _check_output(args.output)
-    method = get_method(args.method)
+    method = get_keeping_method(args.method)
     prompt_text = _prompt_text(args)
     loaded = Profile.load(args.profile) if args.profile != "auto" and method.basis_set else None
     name, backend = load_backend(args.backend)
@@ -282,8 +280,9 @@ def methods(args: argparse.Namespace) -> dict:
             "group": m.group,
             "time": m.time,
             "block": m.block,
-            "needs_profile": m.basis_set is not None,
+            "needs_profile": m.profile_set is not None,
             "latent_attention": m.latent,
+            "drops_tokens": m.scorer is not None,
             "source": m.source,
         }
         for m in METHODS.values()
@@ -335,7 +334,7 @@ def _model_path(name: str) -> str:
 def _open_prompt_file(args: argparse.Namespace) -> PromptFile:
     """The file of `--prompt-cache-file`; raises ValueError for options that it leaves no choice in."""
     stored = PromptFile.load(args.prompt_cache_file)
-    for option in ("window", "sinks", "budget_bytes", "max_context"):
+    for option in ("window", "sinks", "budget_bytes", "max_context", "budget_tokens", "protect", "selection"):
         if getattr(args, option) is not None:
             raise ValueError(
                 f"Expected no --{option.replace('_', '-')} with --prompt-cache-file, which has its own window and sinks and "
@@ -402,6 +401,17 @@ def _values(text: str | None, option: str, kind: type) -> tuple:
         what = {int: "whole numbers", float: "numbers", str: "names"}[kind]
         raise ValueError(f"Expected {what} separated by commas for {option}, received {text!r}.")
     return values
+
+
+def _spans(arguments: list[str] | None) -> list[tuple[int, int]]:
+    """The spans of tokens that `--protect` arguments A:B name."""
+    spans = []
+    for argument in arguments or ():
+        start, colon, end = argument.partition(":")
+        if not (colon and start.isdecimal() and end.isdecimal() and int(start) < int(end)):
+            raise ValueError(f"Expected A:B with token positions A < B for --protect, received {argument!r}.")
+        spans.append((int(start), int(end)))
+    return spans
 
 
 def _named_text(argument: str) -> Text:

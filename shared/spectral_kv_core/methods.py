@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from .scorers import SCORERS, get_scorer
 
 # vectors that share one basis: one head; all K heads or all V heads; all of both; all of two layers that follow each other
 GROUPS = ("head", "side", "layer", "layer2")
 ROUNDINGS = ("nearest", "expected-attention")
 CODECS = ("none", "affine", "spectral", "stored")
+DROPPING = ("affine", "spectral")  # codecs whose sealed tokens can be dropped
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class Method:
     group: what shares one basis (`GROUPS`). block: tokens per time block. time: transform inside a block.
     group_size: channels that share a scale, for `affine`.
     rounding: `nearest` code, or by `expected-attention`: the error of a block goes to its least attended tokens.
+    scorer: says which tokens a cache drops (`scorers.SCORERS`); None keeps every token.
     """
 
     name: str
@@ -32,6 +36,7 @@ class Method:
     block: int = 1
     group_size: int = 64
     rounding: str = "nearest"
+    scorer: str | None = None
 
     def __post_init__(self):
         if self.codec not in CODECS:
@@ -42,6 +47,8 @@ class Method:
             raise ValueError(f"Expected a group in {GROUPS}, received {self.group!r}.")
         if self.rounding not in ROUNDINGS:
             raise ValueError(f"Expected a rounding in {ROUNDINGS}, received {self.rounding!r}.")
+        if self.scorer is not None:
+            get_scorer(self.scorer)
         if self.group == "layer2" and self.codec != "stored":  # a live cache gets its layers one after the other
             raise ValueError(f"Expected the codec stored for the group layer2, received {self.codec!r}.")
 
@@ -49,6 +56,12 @@ class Method:
     def basis_set(self) -> str | None:
         """Name of the profile's basis set that this method reads, None for a method that needs no profile."""
         return f"{self.group}.{self.rope}" if self.codec in ("spectral", "stored") else None
+
+    @property
+    def profile_set(self) -> str | None:
+        """Name of a basis set that a profile for this method has; None for a method that needs no profile."""
+        queries = self.scorer is not None and get_scorer(self.scorer).needs_queries
+        return self.basis_set or (METHODS[DEFAULT_METHOD].basis_set if queries else None)
 
     @property
     def live(self) -> bool:
@@ -113,6 +126,10 @@ METHODS = {
             "mlx.core.quantize, affine mode; here scale and bias are plain minimum and range, rounded to float16 first",
         ),
         Method("identity", "none", "the plain cache: nothing is compressed", "reference"),
+        *(
+            Method(scorer.name, "none", f"drops tokens, keeps: {scorer.summary}", scorer.source, scorer=scorer.name)
+            for scorer in SCORERS.values()
+        ),
     )
 }
 DEFAULT_METHOD = "spectral"
@@ -121,12 +138,30 @@ BASIS_SETS = tuple(dict.fromkeys(m.basis_set for m in METHODS.values() if m.basi
 
 
 def get_method(name: str | Method) -> Method:
-    """The row called `name`; raises ValueError that lists the names there are."""
+    """The row called `name`, or of `SCORER+METHOD` the method that drops tokens by that scorer.
+
+    Raises ValueError that lists the names there are.
+    """
     if isinstance(name, Method):
         return name
-    if name not in METHODS:
-        raise ValueError(f"Expected a method among {', '.join(METHODS)}, received {name!r}.")
-    return METHODS[name]
+    if name in METHODS:
+        return METHODS[name]
+    scorer, plus, codec = name.partition("+")
+    if plus and scorer in SCORERS and codec in METHODS and METHODS[codec].codec in DROPPING:
+        return replace(METHODS[codec], name=name, scorer=scorer, summary=f"{METHODS[codec].summary}; drops tokens")
+    raise ValueError(
+        f"Expected a method among {', '.join(METHODS)}, or SCORER+METHOD such as triattention+spectral, received {name!r}."
+    )
+
+
+def get_keeping_method(name: str | Method) -> Method:
+    """`get_method` for what is stored as a whole; raises ValueError for a method that drops tokens."""
+    method = get_method(name)
+    if method.scorer is not None:
+        raise ValueError(
+            f"Expected a method that keeps every token for a stored prompt, received {method.name}, which drops some."
+        )
+    return method
 
 
 def get_live_method(name: str | Method) -> Method:

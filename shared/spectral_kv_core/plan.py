@@ -129,7 +129,8 @@ class Plan:
     @property
     def hash(self) -> str:
         """Identifies what codes mean: method, widths and every table."""
-        recipe = {key: value for key, value in vars(self.method).items() if key not in ("summary", "source")}
+        apart = ("summary", "source", "scorer")
+        recipe = {key: value for key, value in vars(self.method).items() if key not in apart}
         digest = hashlib.sha256(f"{recipe}{self.affine_bits}{json.dumps(self.shape.to_json())}".encode())
         if self.basis_set is not None:
             tables = (self.basis_set.mean, self.basis_set.weight, self.basis_set.basis, self.basis_set.variance)
@@ -159,18 +160,19 @@ def make_plan(
     method = get_method(method)
     if bits is None:
         bits = {"none": 16.0, "affine": 4 + 32 / method.group_size, "spectral": 3.0, "stored": 1.0}[method.codec]
+    if method.profile_set and profile is not None:
+        profile.check(shape)
     if method.codec == "affine":
-        return _affine_plan(shape, method, bits)
+        return replace(_affine_plan(shape, method, bits), profile=profile if method.profile_set else None)
     low, high = bits_range(method)
     if not low <= bits <= high:
         raise ValueError(f"Expected bits between {low:g} and {high:g} for {method.name}, received {bits:g}.")
     if method.codec == "none":
-        return Plan(method, bits, shape)
+        return Plan(method, bits, shape, profile=profile)
     if profile is None:
         raise ValueError(
             f"Expected a profile for the method {method.name}, received none. Make one: spectralkv profile"
         )
-    profile.check(shape)
     basis_set = profile.basis_set(method.basis_set)
     if (basis_set.time, basis_set.block) != (method.time, method.block):
         raise ValueError(

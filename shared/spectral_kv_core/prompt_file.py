@@ -94,6 +94,11 @@ class PromptFile:
         first = layers[plan.shape.layers[0]]
         if not first.seen:
             raise ValueError("Expected a cache that has read a prompt, received an empty one.")
+        if first.eviction is not None:
+            raise ValueError(
+                f"Expected a cache that keeps every token, {plan.method.name} drops some: that cannot be stored yet. Keep the "
+                "prompt itself."
+            )
         arrays, states, followers = {}, [], {i for group in plan.layer_groups for i in group[1:]}
         for layer_idx, layer in enumerate(layers):
             assert layer.seen == first.seen, "all layers have seen the same tokens"
@@ -291,7 +296,7 @@ def sealed_bits(stores: Sequence[LayerCache]) -> float:
     """Stored bits per key or value element of the sealed tokens, 0 where nothing is sealed."""
     stored = elements = 0
     for lane in (lane for store in stores for lane in store.lanes if lane.chunks):
-        stored += 8 * sum(array.nbytes for chunk in lane.chunks for array in chunk.arrays)
+        stored += 8 * sum(array.nbytes for chunk in lane.chunks for array in chunk.held)
         elements += 2 * lane.sealed * len(lane.rows) * lane.exact_keys.shape[1] * lane.exact_keys.shape[3]
     return stored / elements if elements else 0.0
 
@@ -334,7 +339,7 @@ def _pack_exact(xp, name: str, layer: ExactLayer, arrays: dict) -> dict:
 
 
 def _recipe(method: Method) -> dict:
-    return {key: value for key, value in vars(method).items() if key not in ("summary", "source")}
+    return {key: value for key, value in vars(method).items() if key not in ("summary", "source", "scorer")}
 
 
 def _describe(profile: Profile | None) -> str:
