@@ -14,8 +14,8 @@ import numpy as np
 
 from . import attention
 from .codec import Chunk, select_rows
+from .plan import SEAL
 
-SEAL = 16  # tokens are sealed in multiples of this
 CHUNK_TOKENS = 1024  # tokens of a full chunk: the unit that is decoded at a time
 LATENT_QUERIES = 16  # up to so many new tokens attend to the codes; more are a prefill and use the host's fused kernel
 
@@ -67,7 +67,8 @@ class Lane:
 class LayerCache:
     """Keys and values of one layer; `codec` None keeps everything exact.
 
-    sinks, window: first and last tokens kept exactly. Up to 15 further tokens wait until their block is full.
+    sinks, window: first and last tokens kept exactly. Further ones, up to 15 or one less than the codec's block, wait
+    until their block is full.
     staging: makes a codec of the same layer, at more bits, that holds what further calls of more than `LATENT_QUERIES`
     tokens bring until the prompt ends: `finalize`, or the first call with fewer; None: the plan's own holds it.
     """
@@ -75,6 +76,7 @@ class LayerCache:
     def __init__(self, xp, codec, sinks: int, window: int, staging=None):
         self.xp, self.codec, self.sinks, self.window, self._make_staging = xp, codec, sinks, window, staging
         self._staging = None
+        self.seal = SEAL if codec is None else max(SEAL, codec.block)  # tokens are sealed in multiples of this
         self.lanes: list[Lane] = []
         self.seen = 0  # slots seen, padding included
 
@@ -285,7 +287,7 @@ class LayerCache:
             k, v = xp.concat([lane.exact_keys, k], axis=2), xp.concat([lane.exact_values, v], axis=2)
         total, ready = k.shape[2], 0
         if self.codec is not None:
-            ready = max(total - self.sinks - self.window, 0) // SEAL * SEAL
+            ready = max(total - self.sinks - self.window, 0) // self.seal * self.seal
         if not ready:
             # what came in may be a view of the projection of all heads
             lane.exact_keys, lane.exact_values = (k, v) if lane.exact else (xp.copy(k), xp.copy(v))
@@ -341,7 +343,7 @@ class LayerCache:
         left = max(keep - self.sinks, 0)
         chunks, tail = [], None
         for chunk in lane.chunks:
-            whole = min(left, chunk.tokens) // SEAL * SEAL
+            whole = min(left, chunk.tokens) // self.seal * self.seal
             if whole:
                 chunks.append(chunk if whole == chunk.tokens else self.codec.cut(chunk, whole))
             if whole < min(left, chunk.tokens):

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 # vectors that share one basis: one head; all K heads or all V heads; all of both; all of two layers that follow each other
 GROUPS = ("head", "side", "layer", "layer2")
 ROUNDINGS = ("nearest", "expected-attention")
-CODECS = ("none", "affine", "spectral", "stored")
+FILE_CODECS = ("stored",)  # chunks that cannot grow: a file fills a plain cache, or a live one of another method
+CODECS = ("none", "affine", "spectral", *FILE_CODECS)
 
 
 @dataclass(frozen=True)
@@ -16,9 +17,10 @@ class Method:
 
     codec: `none` keeps the host's precision, `affine` quantizes channels as they are, `spectral` quantizes latents,
     `stored` does so with an entropy coder, for files.
+    Those of the published methods are in `codecs`, named as they are.
     rope: keys are coded before (`pre`) or after (`post`) the rotary embedding.
     group: what shares one basis (`GROUPS`). block: tokens per time block. time: transform inside a block.
-    group_size: channels that share a scale, for `affine`.
+    group_size: numbers that share a scale. reads: the profile's basis set, where it is not that of group and rope.
     rounding: `nearest` code, or by `expected-attention`: the error of a block goes to its least attended tokens.
     """
 
@@ -32,6 +34,7 @@ class Method:
     block: int = 1
     group_size: int = 64
     rounding: str = "nearest"
+    reads: str | None = None
 
     def __post_init__(self):
         if self.codec not in CODECS:
@@ -42,18 +45,18 @@ class Method:
             raise ValueError(f"Expected a group in {GROUPS}, received {self.group!r}.")
         if self.rounding not in ROUNDINGS:
             raise ValueError(f"Expected a rounding in {ROUNDINGS}, received {self.rounding!r}.")
-        if self.group == "layer2" and self.codec != "stored":  # a live cache gets its layers one after the other
-            raise ValueError(f"Expected the codec stored for the group layer2, received {self.codec!r}.")
+        if self.group not in GROUPS[:3] and self.live:  # a live cache gets its layers one after the other
+            raise ValueError(f"Expected the codec stored for the group {self.group}, received {self.codec!r}.")
 
     @property
     def basis_set(self) -> str | None:
         """Name of the profile's basis set that this method reads, None for a method that needs no profile."""
-        return f"{self.group}.{self.rope}" if self.codec in ("spectral", "stored") else None
+        return f"{self.group}.{self.rope}" if self.codec in ("spectral", "stored") else self.reads
 
     @property
     def live(self) -> bool:
         """Whether tokens can be appended and attended to; a method that is not live makes files only."""
-        return self.codec != "stored"
+        return self.codec not in FILE_CODECS
 
     @property
     def latent(self) -> bool:
