@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .codecs import FAMILIES
+
 # vectors that share one basis: one head; all K heads or all V heads; all of both; all of two layers that follow each other
 GROUPS = ("head", "side", "layer", "layer2")
 ROUNDINGS = ("nearest", "expected-attention")
 FILE_CODECS = ("stored",)  # chunks that cannot grow: a file fills a plain cache, or a live one of another method
-CODECS = ("none", "affine", "spectral", *FILE_CODECS)
+CODECS = ("none", "affine", "spectral", "stored", *FAMILIES)
+LATENT_CODECS = ("turboquant", "turboquant-qjl", "jarviskv")  # attention runs on what they code, per head after RoPE
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Method:
     @property
     def latent(self) -> bool:
         """Whether attention can run on the latents: a rotation after the codec, or a shared basis, rules it out."""
-        return self.codec == "spectral" and self.rope == "post" and self.group == "head"
+        return self.codec in ("spectral", *LATENT_CODECS) and self.rope == "post" and self.group == "head"
 
 
 METHODS = {
@@ -114,6 +117,58 @@ METHODS = {
             "affine",
             "grouped asymmetric quantization per token, in the layout of mlx-lm's QuantizedKVCache",
             "mlx.core.quantize, affine mode; here scale and bias are plain minimum and range, rounded to float16 first",
+        ),
+        Method(
+            "kivi",
+            "kivi",
+            "asymmetric quantization of keys per channel over 32 tokens and of values per token over 32 channels",
+            "KIVI (2402.02750), algorithm 1; the exact residual is the window, values are sealed 32 tokens at a time too",
+            block=32,
+            group_size=32,
+        ),
+        Method(
+            "turboquant",
+            "turboquant",
+            "norm of every vector, random rotation, one Gaussian codebook for all coordinates; attended as rotated",
+            "TurboQuant (2504.19874), Q_mse (algorithm 1) with signs and Hadamard as rotation, and norm correction",
+        ),
+        Method(
+            "turboquant-qjl",
+            "turboquant-qjl",
+            "turboquant with one bit less for keys and a sign sketch of what is left of them: unbiased scores",
+            "TurboQuant (2504.19874), Q_prod (algorithm 2) for keys with an orthogonal sketch, Q_mse for values",
+        ),
+        Method(
+            "jarviskv",
+            "jarviskv",
+            "SVD latents per head after RoPE, rotated, b-bit codes and a sign bit of the residual; rank by energy",
+            "derived from the package spectral-kv 1.0, no paper known; share of energy and b follow from the bits",
+            reads="head.post",
+        ),
+        Method(
+            "svdq",
+            "svdq",
+            "keys before RoPE, all heads of a layer, SVD latents in 8 groups of falling bits per channel; values in float16",
+            "SVDq (2502.15304), section 3: uniform codes at the middle of their cell, ranges over 128 tokens of a channel",
+            rope="pre",
+            group="side",
+            block=128,
+            reads="layer.pre",
+        ),
+        Method(
+            "eigen-attention",
+            "eigen-attention",
+            "low rank per head without quantization: keys before RoPE in a basis of keys and queries, values in their own",
+            "Eigen Attention (2408.05646), section 3; one share of the singular values for all layers, from the bits",
+            rope="pre",
+            reads="layer.pre",
+        ),
+        Method(
+            "think",
+            "think",
+            "keys without the channels that matter least by query energy times key energy; values in float16",
+            "ThinK (2407.21018), equation 6; query energy from the profile instead of the prompt's last queries",
+            reads="head.post",
         ),
         Method("identity", "none", "the plain cache: nothing is compressed", "reference"),
     )

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from importlib import import_module
 
-FAMILIES: dict[str, tuple[str, str]] = {}  # codec of a method -> file, class of its plan
+FAMILIES = {  # codec of a method -> file, class of its plan
+    "kivi": ("kivi", "KiviPlan"),
+    "turboquant": ("turboquant", "TurboQuantPlan"),
+    "turboquant-qjl": ("turboquant", "TurboQuantPlan"),
+    "jarviskv": ("jarviskv", "JarvisPlan"),
+    "svdq": ("svdq", "SvdqPlan"),
+    "eigen-attention": ("eigen_attention", "EigenPlan"),
+    "think": ("think", "ThinkPlan"),
+}
 
 
 def plan_class(codec: str):

@@ -9,6 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from .. import attention
+from ..basis import rank_for_energy
 from ..cache import CHUNK_TOKENS
 from ..codec import Chunk, check_finite
 from ..methods import Method
@@ -76,10 +77,7 @@ class ArrayCodec:
         """A new chunk from T tokens, T a multiple of `block`; raises ValueError on NaN or infinity."""
         xp = self.xp
         arrays = self.store(xp.astype(keys, xp.float32), xp.astype(values, xp.float32), start)
-        for array in arrays:
-            if array.dtype == xp.float16:  # scales and latents: NaN, infinity, and what float16 cannot hold
-                check_finite(xp, array)
-        return Chunk(keys.shape[0], start, keys.shape[2], arrays)
+        return Chunk(keys.shape[0], start, keys.shape[2], self._checked(*arrays))
 
     def append(self, chunk: Chunk, keys, values) -> Chunk:
         """`chunk` with T more tokens behind its own, whose codes stay."""
@@ -108,6 +106,55 @@ class ArrayCodec:
         """Every array that all sequences share."""
         return self._tables
 
+    def _checked(self, *arrays) -> tuple:
+        for array in arrays:
+            if array.dtype == self.xp.float16:  # scales and latents: NaN, infinity, and what float16 cannot hold
+                check_finite(self.xp, array)
+        return arrays
+
+
+class LatentCodec(ArrayCodec):
+    """Vectors of a head as coefficients of an orthonormal basis after RoPE, which attention works on.
+
+    A subclass calls `set_bases`, and gives `store` and `latents(chunk)` -> coefficients of keys and of values,
+    [B, H, T, R] float32.
+    """
+
+    def set_bases(self, bases: Sequence[np.ndarray], means: Sequence[np.ndarray] | None = None) -> None:
+        """`bases`: of keys and of values, [H or 1, D, R]; `means` [H, D] that go off before, if any."""
+        self.bases = [self.table(basis) for basis in bases]
+        self.means = None if means is None else [self.table(mean[:, None]) for mean in means]
+
+    def project(self, keys, values) -> list:
+        """Coefficients [B, H, T, R] of keys and of values [B, H, T, D]."""
+        sides = (keys, values) if self.means is None else (x - mean for x, mean in zip((keys, values), self.means))
+        return [self.xp.matmul(x, basis) for x, basis in zip(sides, self.bases)]
+
+    def latents(self, chunk: Chunk) -> tuple:
+        raise NotImplementedError
+
+    def decode(self, chunk: Chunk) -> tuple:
+        """Keys and values [B, H, T, D] float32 of a chunk."""
+        xp = self.xp
+        sides = [xp.matmul(z, _transposed(xp, basis)) for z, basis in zip(self.latents(chunk), self.bases)]
+        return tuple(sides if self.means is None else (x + mean for x, mean in zip(sides, self.means)))
+
+    def attend(self, chunk: Chunk, queries, scale: float) -> tuple:
+        """Partial softmax of grouped `queries` [B, H, M, D] float32: neither keys nor values are rebuilt."""
+        xp = self.xp
+        keys, values = self.latents(chunk)
+        scores = xp.matmul(xp.matmul(queries, self.bases[0]), _transposed(xp, keys))
+        if self.means is not None:
+            scores = scores + xp.matmul(queries, _transposed(xp, self.means[0]))
+        p, m, l = attention.partial_from_scores(xp, scores * scale)
+        output = xp.matmul(xp.matmul(p, values), _transposed(xp, self.bases[1]))
+        return (output if self.means is None else output + l * self.means[1]), m, l
+
+
+def _transposed(xp, x):
+    axes = tuple(range(x.ndim))
+    return xp.permute_dims(x, (*axes[:-2], axes[-1], axes[-2]))
+
 
 def pack_tokens(xp, codes, bits: int):
     """Pack codes [B, H, T, R] along time, so that no rank wastes bytes -> [B, H, T / 8, R, bits]; T a multiple of 8."""
@@ -130,3 +177,22 @@ def highest_within(method: Method, options: Sequence[tuple[float, object]], bits
         names = ", ".join(f"{cost:g}" for cost, _ in options)
         raise ValueError(f"Expected bits of {names} for {method.name}, received {bits:g}.")
     return reachable[-1]
+
+
+def ranks_within(spectrum: np.ndarray, budget: float, steps: Sequence[int]) -> np.ndarray:
+    """Ranks [L, 2] out of `steps`, for the largest share of `spectrum` [L, 2, H, D] at which their mean is in `budget`.
+
+    The rank of a layer's keys or values is that of the head that needs most for the share; one share for the model.
+    """
+    steps = np.array(steps)
+
+    def ranks(share: float) -> np.ndarray:
+        return steps[np.searchsorted(steps, rank_for_energy(spectrum, share).max(-1))]
+
+    low, high = 0.0, 1.0
+    if ranks(high).mean() <= budget:
+        return ranks(high)
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if ranks(middle).mean() <= budget else (low, middle)
+    return ranks(low)
