@@ -16,9 +16,9 @@ import numpy as np
 from . import attention
 from .codec import Chunk, positions_of, select_rows
 from .eviction import Eviction
+from .plan import SEAL
 from .selection import select
 
-SEAL = 16  # tokens are sealed in multiples of this
 CHUNK_TOKENS = 1024  # tokens of a full chunk: the unit that is decoded at a time
 RECENT = 64  # queries of a call that scorers may look at
 LATENT_QUERIES = 16  # up to so many new tokens attend to the codes; more are a prefill and use the host's fused kernel
@@ -84,7 +84,8 @@ class Lane:
 class LayerCache:
     """Keys and values of one layer; `codec` None keeps everything exact.
 
-    sinks, window: first and last tokens kept exactly. Up to 15 further tokens wait until their block is full.
+    sinks, window: first and last tokens kept exactly. Further ones, up to 15 or one less than the codec's block, wait
+    until their block is full.
     staging: makes a codec of the same layer, at more bits, that holds what further calls of more than `LATENT_QUERIES`
     tokens bring until the prompt ends: `finalize`, or the first call with fewer; None: the plan's own holds it.
     eviction: which tokens of layer number `row` are dropped; a prompt then stays exact, cut to the budget, until it ends.
@@ -96,6 +97,7 @@ class LayerCache:
         self.xp, self.codec, self.sinks, self.window, self._make_staging = xp, codec, sinks, window, staging
         self.eviction, self.row = eviction, row
         self._staging = None
+        self.seal = SEAL if codec is None else max(SEAL, codec.block)  # tokens are sealed in multiples of this
         self.lanes: list[Lane] = []
         self.seen = 0  # slots seen, padding included
 
@@ -358,7 +360,7 @@ class LayerCache:
 
     def _ready(self, lane: Lane) -> int:
         """Exact tokens of `lane` that lie before the window and fill blocks."""
-        return 0 if self.codec is None else max(lane.exact - self.sinks - self.window, 0) // SEAL * SEAL
+        return 0 if self.codec is None else max(lane.exact - self.sinks - self.window, 0) // self.seal * self.seal
 
     def _seal(self, lane: Lane, staged: bool) -> None:
         xp, ready = self.xp, self._ready(lane)
@@ -514,7 +516,7 @@ class LayerCache:
         left = max(keep - self.sinks, 0)
         chunks, tail = [], None
         for chunk in lane.chunks:
-            whole = min(left, chunk.tokens) // SEAL * SEAL
+            whole = min(left, chunk.tokens) // self.seal * self.seal
             if whole:
                 chunks.append(chunk if whole == chunk.tokens else self.codec.cut(chunk, whole))
             if whole < min(left, chunk.tokens):

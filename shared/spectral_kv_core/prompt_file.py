@@ -18,8 +18,9 @@ import numpy as np
 from . import __version__
 from .cache import CacheSize, Lane, LayerCache
 from .codec import Chunk
+from .codecs import plan_class
 from .methods import METHODS, Method
-from .plan import Plan, make_plan
+from .plan import Plan, bits_range, make_plan
 from .profile import ModelShape, Profile
 from .profile_store import find_profile
 from .quantizer import UNIT
@@ -278,6 +279,8 @@ class PromptFile:
 def chunk_arrays(plan: Plan, row: int, batch: int, tokens: int) -> list[tuple]:
     """(shape, dtype) of every array of a chunk under `plan`; shape None for entropy-coded bytes."""
     method, shape = plan.method, plan.shape
+    if plan_class(method.codec):
+        return plan.chunk_arrays(row, batch, tokens)
     if method.codec == "stored":
         return [(None, "uint8")]
     if method.codec == "affine":
@@ -313,7 +316,7 @@ def encode_within(encode: Callable[[Plan], Any], stores: Callable[[Any], Sequenc
         cache = encode(make_plan(plan.shape, plan.profile, plan.method, bits))
         return cache, sealed_bits(stores(cache)) or bits  # a prompt so short that nothing is sealed fits
 
-    return fit_bits(encode_at, plan.bits)
+    return fit_bits(encode_at, plan.bits, bits_range(plan.method, plan.shape))
 
 
 def _pack_lanes(xp, name: str, store: LayerCache, arrays: dict) -> dict:
