@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from . import bench as benchmark
-from . import evaluation, report
+from . import evaluation, plots, report
+from . import fit as fitting
 from .backends import load_backend
 from .calibration_text import load_texts
 from .chat_template import encode_opening, encode_prompt, encode_rest, has_template
@@ -22,7 +23,7 @@ from .evaluation_text import Text, default_texts, read_text
 from .methods import DEFAULT_METHOD, METHODS, Method, get_keeping_method, get_live_method
 from .plan import make_plan, plan_for
 from .profile import Profile
-from .profile_store import cached_profile_path
+from .profile_store import cached_profile_path, find_profile
 from .prompt_file import FORMAT as PROMPT_FORMAT
 from .prompt_file import PromptFile
 from .signed_file import format_name
@@ -266,6 +267,60 @@ def inspect(args: argparse.Namespace) -> dict:
     if not args.json:
         print(loaded.summary())
         report.print_plan(plan)
+    return result
+
+
+def fit(args: argparse.Namespace) -> dict:
+    """`spectralkv fit`: which context fits in memory at which bits; nothing of the weights is read but their sizes."""
+    memory = fitting.parse_bytes(args.memory)
+    bits, contexts = _values(args.bits, "--bits", float), _values(args.context, "--context", int)
+    method = get_live_method(args.method)
+    for option in ("window", "sinks"):
+        if getattr(args, option) < 0:
+            raise ValueError(
+                f"Expected --{option} to be a number of tokens, 0 or more, received {getattr(args, option)}."
+            )
+    loaded = Profile.load(args.profile) if args.profile != "auto" and method.basis_set else None
+    name, backend = load_backend(args.backend, "footprint")
+    model = backend.footprint(_model_path(args.model), args.dtype)
+    if loaded is not None:
+        loaded.check(model.shape)
+    elif method.basis_set:
+        loaded = find_profile(model.shape, method.basis_set)
+    options = {"window": args.window, "sinks": args.sinks}
+    result = {
+        "model": args.model,
+        "backend": name,
+        "method": method.name,
+        "memory_bytes": memory,
+        "weights_bytes": model.weights_bytes,
+        "element_bytes": model.element_bytes,
+        "context_limit": model.context,
+        "profile": None if loaded is None else loaded.path,
+        "passed": {i: reason for i, reason in model.passed.items() if i in model.passed_tokens},
+        "uncounted": {i: reason for i, reason in model.passed.items() if i not in model.passed_tokens},
+        **options,
+        **fitting.fit(model, memory, method, loaded, backend.table_nbytes, bits, contexts, **options),
+    }
+    if not args.json:
+        report.print_fit(result)
+    return result
+
+
+def plot(args: argparse.Namespace) -> dict:
+    """`spectralkv plot`: pictures of result JSON, and of profiles; what a result lacks the fields for is named."""
+    formats = _values(args.format, "--format", str) or ("png",)
+    if Path(args.output).is_file():
+        raise ValueError(f"Expected a folder for --output, received the file {args.output}.")
+    _check_output(str(Path(args.output) / "picture"))
+    results = plots.read_results(args.results, args.bits)
+    result = plots.draw(results, args.output, formats, _values(args.only, "--only", str))
+    for skipped in result["skipped"]:
+        print(
+            f"spectralkv: no picture {skipped['picture']} of {skipped['result']}: {skipped['reason']}", file=sys.stderr
+        )
+    if not args.json:
+        print("\n".join(result["pictures"]))
     return result
 
 
