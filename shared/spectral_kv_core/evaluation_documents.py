@@ -60,19 +60,19 @@ def _documents(tokenizer, text: Text, prefix: int, settings) -> list[Document]:
             scored = {task: scored[task] for task in settings.tasks if task in scored}
             if scored:
                 documents.append(Document(text, index, tokens[:prefix], scored))
-        if "needle" in settings.tasks:
-            documents += [
-                hide_needle(tokenizer, text, index, tokens[:prefix], depth, settings.sinks, settings.window)
-                for index, tokens in enumerate(pieces)
-                for depth in DEPTHS
-            ]
     if "drift" in settings.tasks:
         length = prefix + settings.turns * (settings.turn_tokens + settings.scored)
-        pieces = split_documents(
+        longer = split_documents(
             tokenizer, text, length, settings.documents, "--turns, --turn-tokens, --prefix or --scored"
         )
-        for index, tokens in enumerate(pieces):
+        for index, tokens in enumerate(longer):
             documents.append(Document(text, index, tokens[:prefix], {"drift": tokens[prefix:]}))
+    if "needle" in settings.tasks:
+        documents += [
+            hide_needle(tokenizer, text, index, tokens[:prefix], depth, settings.sinks, settings.window)
+            for index, tokens in enumerate(pieces)
+            for depth in DEPTHS
+        ]
     return documents
 
 
