@@ -317,56 +317,53 @@ def test_errors_shrink_with_bits(torch_backend, tmp_path, name):
             assert row["aop"] == pytest.approx(np.mean(row["aop_layers"]))
 
 
-@pytest.mark.parametrize("name, step", [("llama", 1), ("llama", 3), ("gemma3", 1)])
-def test_perturbation_is_that_of_plain_formulas(torch_backend, tmp_path, name, step):
-    """Queries and exact keys of one forward pass, the decoded prefix, and a softmax in NumPy."""
-    from spectral_kv_torch.capture import capture
+def perturbation_by_hand(layer, held, prefix: int) -> np.ndarray:
+    """[Hq, L] of the queries after `prefix` by a softmax in float64; `layer` (queries, keys, values [H, T, D], times the scale
+    of attention), of which a cache gives back `held` keys and values [H, prefix, D]."""
+    queries, *exact = (np.asarray(x, np.float64) for x in layer)
+    errors = np.zeros((len(queries), queries.shape[1] - prefix))
+    for head in range(len(queries)):
+        kv_head = head * len(exact[0]) // len(queries)
+        sides = (
+            [x[kv_head] for x in exact],
+            [np.concatenate([y[kv_head], x[kv_head, prefix:]]) for x, y in zip(exact, held)],
+        )
+        for query in range(errors.shape[1]):
+            seen, outputs = prefix + query + 1, []
+            for keys, values in sides:
+                scores = keys[:seen] @ queries[head, seen - 1]
+                weights = np.exp(scores - scores.max())
+                outputs.append(weights @ values[:seen] / weights.sum())
+            errors[head, query] = np.linalg.norm(outputs[0] - outputs[1]) / np.linalg.norm(outputs[0])
+    return errors
 
-    result, model = run_torch(torch_backend, name, tmp_path, methods=("spectral",), bits=(2.0,), step=step, scored=5)
-    (document,) = make_documents_of(result, torch_backend, model)
-    tokens = document.prefix + document.scored["text"][:-1]  # nothing is attended with the last one
-    captured = capture(model, tokens)
-    from test_torch_backend import model_and_profile
 
-    cache, plain = torch_backend.make_prompt_cache(model, model_and_profile(name)[1], 2.0, window=16), None
-    plain = torch_backend.plain_cache(model)
-    torch_backend.feed(model, document.prefix, plain)
-    torch_backend.fill(cache, plain)
-    layers = result["layers"]
-    expected = []
-    for layer_idx, (keys, values, _) in zip(layers, torch_backend.held_vectors(cache, layers)):
-        layer = captured.layers[layer_idx]
-        queries, exact_keys, exact_values = (x[0].double().numpy() for x in (layer.queries, layer.keys, layer.values))
-        group = len(queries) // len(keys)
-        errors = np.zeros((len(queries), 4))
-        for head in range(len(queries)):
-            sides = [
-                (exact_keys[head // group], exact_values[head // group]),
-                tuple(
-                    np.concatenate([x[head // group], y[head // group][160:]])
-                    for x, y in ((keys, exact_keys), (values, exact_values))
-                ),
-            ]
-            for query in range(4):
-                outputs = []
-                for k, v in sides:
-                    scores = k[: 161 + query] @ queries[head, 160 + query] * layer.scale
-                    weights = np.exp(scores - scores.max())
-                    outputs.append(weights @ v[: 161 + query] / weights.sum())
-                errors[head, query] = np.linalg.norm(outputs[0] - outputs[1]) / np.linalg.norm(outputs[0])
-        expected.append(errors)
-    (row,) = result["rows"]
+def check_perturbation(row: dict, expected: list[np.ndarray]) -> None:
     assert row["aop_layers"] == pytest.approx([x.mean() for x in expected], rel=1e-3)
     assert row["aop_max"] == pytest.approx(np.max(expected), rel=1e-3)
     assert row["aop_p95"] == pytest.approx(np.quantile(expected, 0.95), rel=1e-3)
 
 
-def make_documents_of(result, backend, model):
-    from test_torch_backend import TEXT
+@pytest.mark.parametrize("name, step", [("llama", 1), ("llama", 3), ("gemma3", 1)])
+def test_perturbation_is_that_of_plain_formulas(torch_backend, tmp_path, name, step):
+    """Queries and exact keys of one forward pass, the decoded prefix, and a softmax in NumPy; nothing is sealed on the way."""
+    from test_torch_backend import TEXT, model_and_profile
     from torch_models import ByteTokenizer
 
+    from spectral_kv_torch.profiler import SpectralProfiler
+
+    result, model = run_torch(torch_backend, name, tmp_path, methods=("spectral",), bits=(2.0,), step=step, scored=5)
     settings = Settings(**{k: v for k, v in result["settings"].items() if k != "texts"})
-    return make_documents(ByteTokenizer(), [Text("random", TEXT[0])], settings, backend.context_limit(model))
+    (document,) = make_documents(ByteTokenizer(), [Text("random", TEXT[0])], settings, None)
+    tokens = document.prefix + document.scored["text"][:-1]  # nothing is attended with the last one
+    cache = torch_backend.make_prompt_cache(model, model_and_profile(name)[1], 2.0, window=16)
+    plain = torch_backend.plain_cache(model)
+    torch_backend.feed(model, document.prefix, plain)
+    torch_backend.fill(cache, plain)
+    captured = SpectralProfiler().activations(model, torch_backend.model_shape(model)[0], tokens)
+    held = torch_backend.held_vectors(cache, result["layers"])
+    (row,) = result["rows"]
+    check_perturbation(row, [perturbation_by_hand(x, y[:2], 160) for x, y in zip(captured, held)])
 
 
 def test_recording_leaves_the_model_as_it_was(torch_backend):
