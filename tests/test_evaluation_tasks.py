@@ -34,7 +34,7 @@ class CopyingBackend(FakeBackend):
         for end in reversed(range(8, len(tokens))):
             if tokens[end - 8 : end] == tokens[-8:]:
                 return tokens[end]
-        return 0
+        return ord(" ")
 
 
 class DroppingBackend(CopyingBackend):
@@ -301,6 +301,7 @@ def run_torch(backend, name, folder, **changes):
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3"])  # gemma3 has layers with a sliding window
 def test_errors_shrink_with_bits(torch_backend, tmp_path, name):
+    coarse = []
     for changes in ({}, {"step": 5}, {"prefill_chunk": 40}):
         result, _ = run_torch(torch_backend, name, tmp_path, **changes)
         assert result["layers"] == ([1, 2] if name == "gemma3" else [0, 1, 2])
@@ -315,6 +316,8 @@ def test_errors_shrink_with_bits(torch_backend, tmp_path, name):
         for row in coded:
             assert row["aop"] <= row["aop_p95"] <= row["aop_max"] and len(row["aop_layers"]) == len(result["layers"])
             assert row["aop"] == pytest.approx(np.mean(row["aop_layers"]))
+        coarse.append(coded[0]["key_error"])
+    assert coarse[0] == coarse[1] < 2 * coarse[2]  # at the plan's bits, not at those that a prompt is held at
 
 
 def perturbation_by_hand(layer, held, prefix: int) -> np.ndarray:
