@@ -245,6 +245,20 @@ def layer_contents(cache: list, layers: Sequence[int]) -> Iterator[tuple]:
             yield held.keys, held.values
 
 
+def held_vectors(cache: list, layers: Sequence[int]) -> Iterator[tuple]:
+    """Of every one of `layers`, ascending: keys and values [H, N, D] float32 of row 0, decoded as they are after the prompt,
+    and the positions [H, N] that they stand at, None where every token is held.
+    """
+    same = {}  # rows of several layers stay one cache
+    ended = [copy.deepcopy(layer, same) if isinstance(layer, SpectralKVCache) else layer for layer in cache]
+    for layer in ended:
+        if isinstance(layer, SpectralKVCache):
+            layer.finalize()
+    for layer_idx, held in zip(layers, layer_contents(ended, layers)):
+        positions = getattr(getattr(ended[layer_idx], "store", None), "positions", None)
+        yield *(ops.to_numpy(x[0]) for x in held), positions
+
+
 def fill(cache: list, plain: list) -> None:
     """Let the empty `cache` take over the tokens of another, as one call with all of them would have left it.
 

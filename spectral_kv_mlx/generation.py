@@ -15,7 +15,8 @@ from spectral_kv_core.machine import process_peak_bytes
 from spectral_kv_core.methods import get_live_method
 from spectral_kv_core.profile import Profile
 
-from .cache import SpectralKVCache, cache_nbytes, fill
+from .cache import SpectralKVCache, cache_nbytes, fill, held_vectors
+from .capture import attend, recorded
 from .integration import (
     end_tokens,
     host_layers,
@@ -36,6 +37,7 @@ __all__ = [
     "HOST_PACKAGES",
     "PREFILL_CHUNK",
     "SpectralProfiler",
+    "attend",
     "cache_nbytes",
     "context_limit",
     "decode_cache",
@@ -43,6 +45,7 @@ __all__ = [
     "feed",
     "fill",
     "generate",
+    "held_vectors",
     "load_model",
     "load_prompt_cache",
     "make_prompt_cache",
@@ -51,6 +54,7 @@ __all__ = [
     "peak_bytes",
     "plain_cache",
     "prefill",
+    "recorded",
     "reset_peak",
     "save_prompt_cache",
     "score",

@@ -238,6 +238,18 @@ def layer_contents(cache: Cache, layers: Sequence[int]) -> Iterator[tuple]:
             yield (held.keys, held.values), None
 
 
+def held_vectors(cache: Cache, layers: Sequence[int]) -> Iterator[tuple]:
+    """Of every one of `layers`, ascending: keys and values [H, N, D] float32 of row 0, decoded as they are after the prompt,
+    and the positions [H, N] that they stand at, None where every token is held.
+    """
+    ended = copy.deepcopy(cache) if isinstance(cache, SpectralCache) else cache
+    if isinstance(ended, SpectralCache):
+        ended.finalize()
+    for layer_idx, (held, _) in zip(layers, layer_contents(ended, layers)):
+        positions = getattr(getattr(ended.layers[layer_idx], "store", None), "positions", None)
+        yield *(ops.to_numpy(x[0]) for x in held), positions
+
+
 @torch.no_grad()
 def fill(cache: Cache, plain: Cache) -> None:
     """Let the empty `cache` take over the tokens of another, as one call with all of them would have left it.

@@ -16,7 +16,8 @@ from spectral_kv_core.machine import process_peak_bytes
 from spectral_kv_core.methods import get_live_method
 from spectral_kv_core.profile import Profile
 
-from .cache import SpectralCache, cache_nbytes, fill
+from .cache import SpectralCache, cache_nbytes, fill, held_vectors
+from .capture import attend, recorded
 from .integration import (
     host_layers,
     install,
@@ -35,6 +36,7 @@ __all__ = [
     "HOST_PACKAGES",
     "PREFILL_CHUNK",
     "SpectralProfiler",
+    "attend",
     "cache_nbytes",
     "context_limit",
     "decode_cache",
@@ -42,6 +44,7 @@ __all__ = [
     "feed",
     "fill",
     "generate",
+    "held_vectors",
     "load_model",
     "load_prompt_cache",
     "make_prompt_cache",
@@ -50,6 +53,7 @@ __all__ = [
     "peak_bytes",
     "plain_cache",
     "prefill",
+    "recorded",
     "reset_peak",
     "save_prompt_cache",
     "score",

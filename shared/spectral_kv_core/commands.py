@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from . import bench as benchmark
-from . import evaluation, plots, report
+from . import evaluation, evaluation_report, plots, report
 from . import fit as fitting
 from .backends import load_backend
 from .calibration_text import load_texts
@@ -185,6 +185,7 @@ def evaluate(args: argparse.Namespace) -> dict:
         methods=_values(args.methods, "--methods", str),
         bits=_values(args.bits, "--bits", float) or evaluation.DEFAULT_BITS,
         tasks=_values(args.tasks, "--tasks", str) or suite["tasks"],
+        metrics=_values(args.metrics, "--metrics", str) or evaluation.METRICS,
         prefixes=_values(args.prefix, "--prefix", int) or suite["prefixes"],
         scored=suite["scored"] if args.scored is None else args.scored,
         documents=suite["documents"] if args.documents is None else args.documents,
@@ -192,6 +193,10 @@ def evaluate(args: argparse.Namespace) -> dict:
         prefill_chunk=args.prefill_chunk,
         window=args.window,
         sinks=args.sinks,
+        greedy=suite["greedy"] if args.greedy is None else args.greedy,
+        turns=args.turns,
+        turn_tokens=args.turn_tokens,
+        keep=_values(args.keep, "--keep", float),
     )
     texts = [_named_text(argument) for argument in args.text or ()] or default_texts()
     names = [text.name for text in texts]
@@ -205,9 +210,9 @@ def evaluate(args: argparse.Namespace) -> dict:
     model, tokenizer = backend.load_model(_model_path(args.model), args.dtype)
     called = {"model": args.model, "backend": name}
     result = evaluation.evaluate(backend, model, tokenizer, settings, texts, output, names=called, profile=loaded)
-    report.save_evaluation(result, output)
+    evaluation_report.save_evaluation(result, output)
     if not args.json:
-        report.print_evaluation(result)
+        evaluation_report.print_evaluation(result)
         print(f"Saved {output / 'summary.md'}, summary.json and rows.jsonl")
     return result
 
