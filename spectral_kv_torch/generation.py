@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 from spectral_kv_core.eviction import plan_and_eviction
 from spectral_kv_core.generation import Generated
 from spectral_kv_core.machine import process_peak_bytes
-from spectral_kv_core.methods import get_live_method
+from spectral_kv_core.methods import get_live_method, rounded_by
 from spectral_kv_core.profile import Profile
 
 from .cache import SpectralCache, cache_nbytes, fill, held_vectors
@@ -77,6 +77,7 @@ def make_prompt_cache(
     budget_tokens: int | None = None,
     protect: Sequence[tuple[int, int]] = (),
     selection: str | None = None,
+    rounding_scores: str | None = None,
     tokenizer=None,
 ) -> SpectralCache:
     """An empty compressed cache for `model`, to be passed as `past_key_values`.
@@ -84,10 +85,11 @@ def make_prompt_cache(
     bits: average stored bits per sealed element, a ceiling (default 3); or budget_bytes for max_context tokens.
     window, sinks: last and first tokens kept exactly. profile None looks for one, and calibrates (with `tokenizer`) if
     there is none. A method that drops tokens takes budget_tokens, all that stay stored, or budget_bytes; protect: spans
-    (start, end) of positions that stay; selection: see `Eviction.mode`. Raises ValueError for a budget out of range, a
-    profile of another model, or nothing to compress.
+    (start, end) of positions that stay; selection: see `Eviction.mode`. rounding_scores: the scorer whose scores weigh the
+    tokens of a block when codes are rounded, or `nearest`. Raises ValueError for a budget out of range, a profile of
+    another model, or nothing to compress.
     """
-    method = get_live_method(method)
+    method = rounded_by(get_live_method(method), rounding_scores)
     shape, passed, profile = SpectralProfiler().profile_for(model, method, profile, tokenizer)
     layers = host_layers(model)
     size = torch.empty((), dtype=model.dtype).element_size()

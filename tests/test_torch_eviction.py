@@ -148,3 +148,17 @@ def test_queries_of_the_prompt_reach_snapkv():
     with pytest.raises(ValueError, match="recent"):
         cache.update(torch.randn(1, 2, 300, 16), torch.randn(1, 2, 300, 16), 0)
         cache.layers[0].commit()
+
+
+def test_any_scorer_may_weigh_the_rounding():
+    model, profile = model_and_profile("qwen2")
+    ids = tokens(300)
+    held = {}
+    for scorer in (None, "expected-attention", "triattention", "nearest"):
+        cache = make_prompt_cache(model, profile, bits=2, rounding_scores=scorer)
+        logits_of(model, ids, cache)
+        held[scorer] = cache.layers[0].store.dense()[0]
+    assert torch.equal(held[None], held["expected-attention"])
+    assert not torch.equal(held[None], held["triattention"]) and not torch.equal(held[None], held["nearest"])
+    with pytest.raises(ValueError, match="rounds by scores"):
+        make_prompt_cache(model, profile, method="identity", rounding_scores="triattention")

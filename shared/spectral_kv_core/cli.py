@@ -10,7 +10,7 @@ import sys
 
 from . import __version__, commands, plots
 from .evaluation import SUITES
-from .methods import DEFAULT_METHOD
+from .methods import DEFAULT_METHOD, ROUNDINGS
 from .prompt_file import DEFAULT_FILE_METHOD
 from .selection import MODES
 from .synthetic import PLANS, SHAPES
@@ -83,6 +83,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--budget-tokens", type=int, help="tokens to keep, sinks and window included, by a method that drops"
     )
     sub.add_argument("--protect", nargs="+", action="extend", metavar="A:B", help="positions of tokens never dropped")
+    sub.add_argument(
+        "--rounding-scores", choices=ROUNDINGS, help="what weighs tokens when codes are rounded (default: the recipe's)"
+    )
     sub.add_argument("--selection", choices=MODES, help=f"who keeps the same tokens (default {MODES[0]})")
     sub.add_argument(
         "--compare", action="store_true", help="run the plain cache too and compare bytes, quality and speed"

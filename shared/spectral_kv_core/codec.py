@@ -30,7 +30,7 @@ from .quantizer import (
     unpack_rows,
 )
 from .rope import rotate, unrotate
-from .rounding import future_queries, round_in_time, token_weights
+from .rounding import TokenWeights, round_in_time
 from .transform import octave_bands, time_matrix, to_frequency, to_time
 
 
@@ -82,8 +82,8 @@ class TransformCodec:
         self.time = table(time_matrix(basis_set.time, basis_set.block))
 
         self.normalize = table(1 / deviations(basis_set, row, kept)[:, None])  # [G, 1, F, R]
-        self.queries = plan.rounds and tuple(map(table, future_queries(*plan.query_statistics(row))))
-        self.gain = plan.rounds and table(by_frequency(plan.gain(row), kept, self.block)[:, None])
+        self.weigh = TokenWeights(xp, plan, row, table) if plan.rounds else None
+        self.gain = self.weigh and table(by_frequency(plan.gain(row), kept, self.block)[:, None])
 
     def coefficients(self, keys, values, start):
         """Transform [B, H, T, D] keys and values (T a multiple of `block`) of tokens at `start` (see `Chunk`).
@@ -93,16 +93,16 @@ class TransformCodec:
         """
         xp, pre = self.xp, self.method.rope == "pre"
         keys, values = xp.astype(keys, xp.float32), xp.astype(values, xp.float32)
-        turned = unrotate(xp, keys, self.rope, start) if self.rope and (pre or self.queries) else keys
+        turned = unrotate(xp, keys, self.rope, start) if self.rope and (pre or self.weigh) else keys
         x = xp.concat([turned if pre else keys, values], axis=1)
         batch, _, tokens, dim = x.shape
         x = x.reshape(batch, self.groups, -1, tokens, dim)
         x = xp.permute_dims(x, (0, 1, 3, 2, 4)).reshape(batch, self.groups, tokens, self.channels)
         x = x - self.mean if self.weight is None else (x - self.mean) * self.weight
         z = to_frequency(xp, xp.matmul(x, self.basis), self.time) * self.normalize
-        if not self.queries:
+        if self.weigh is None:
             return z, None
-        weights = token_weights(xp, turned, values, *self.queries, self.block)
+        weights = self.weigh(turned, values)
         weights = xp.concat([weights, weights], axis=1).reshape(batch, self.groups, -1, tokens)
         return z, xp.mean(weights, axis=2).reshape(*z.shape[:4])
 
@@ -126,8 +126,8 @@ class TransformCodec:
         arrays = [self.mean, self.basis, self.time, self.normalize]
         if self.weight is not None:
             arrays.append(self.weight)
-        if self.queries:
-            arrays += [*self.queries, self.gain]
+        if self.weigh is not None:
+            arrays += [*self.weigh.tables, self.gain]
         return arrays
 
 

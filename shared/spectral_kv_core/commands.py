@@ -101,6 +101,7 @@ def generate(args: argparse.Namespace) -> dict:
             budget_tokens=args.budget_tokens,
             protect=protect,
             selection=args.selection,
+            rounding_scores=args.rounding_scores,
             method=method,
             window=WINDOW if args.window is None else args.window,
             sinks=SINKS if args.sinks is None else args.sinks,
@@ -394,7 +395,16 @@ def _model_path(name: str) -> str:
 def _open_prompt_file(args: argparse.Namespace) -> PromptFile:
     """The file of `--prompt-cache-file`; raises ValueError for options that it leaves no choice in."""
     stored = PromptFile.load(args.prompt_cache_file)
-    for option in ("window", "sinks", "budget_bytes", "max_context", "budget_tokens", "protect", "selection"):
+    for option in (
+        "window",
+        "sinks",
+        "budget_bytes",
+        "max_context",
+        "budget_tokens",
+        "protect",
+        "selection",
+        "rounding_scores",
+    ):
         if getattr(args, option) is not None:
             raise ValueError(
                 f"Expected no --{option.replace('_', '-')} with --prompt-cache-file, which has its own window and sinks and "

@@ -93,11 +93,7 @@ class Eviction:
         `keys`, `values` [B, H, T, D] after RoPE; `positions` NumPy [B, H, T] or [T]; `now`: of the last token; `recent`
         [B, Hq, L, D]: queries of the last L tokens times the attention scale, where there are any.
         """
-        queries = self.plan.profile.queries if self.plan.profile is not None else None
-        statistics = {}
-        if queries is not None:
-            names = {"mean": "query_mean", "root": "query_root", "amplitude": "query_amplitude"}
-            statistics = {field: getattr(queries, name)[row] for name, field in names.items()}
+        statistics = self.plan.query_statistics(row)
         tokens = Tokens(xp, keys, values, positions, now, self.plan.shape.rope, recent=recent, **statistics)
         options = {"seed": row} if self.scorer.name == "random" else {}
         scores = self.scorer(tokens, **options)

@@ -9,7 +9,7 @@ from .scorers import SCORERS, get_scorer
 
 # vectors that share one basis: one head; all K heads or all V heads; all of both; all of two layers that follow each other
 GROUPS = ("head", "side", "layer", "layer2")
-ROUNDINGS = ("nearest", "expected-attention")
+ROUNDINGS = ("nearest", *(name for name in SCORERS if name != "snapkv"))  # which needs queries of the text
 FILE_CODECS = ("stored",)  # chunks that cannot grow: a file fills a plain cache, or a live one of another method
 CODECS = ("none", "affine", "spectral", "stored", *FAMILIES)
 LATENT_CODECS = ("turboquant", "turboquant-qjl", "jarviskv")  # attention runs on what they code, per head after RoPE
@@ -26,7 +26,7 @@ class Method:
     rope: keys are coded before (`pre`) or after (`post`) the rotary embedding.
     group: what shares one basis (`GROUPS`). block: tokens per time block. time: transform inside a block.
     group_size: numbers that share a scale. reads: the profile's basis set, where it is not that of group and rope.
-    rounding: `nearest` code, or by `expected-attention`: the error of a block goes to its least attended tokens.
+    rounding: `nearest` code, or by a scorer: the error of a block goes to the tokens that matter least.
     scorer: says which tokens a cache drops (`scorers.SCORERS`); None keeps every token.
     """
 
@@ -209,6 +209,18 @@ def get_method(name: str | Method) -> Method:
     raise ValueError(
         f"Expected a method among {', '.join(METHODS)}, or SCORER+METHOD such as triattention+spectral, received {name!r}."
     )
+
+
+def rounded_by(method: Method, scorer: str | None) -> Method:
+    """`method` with the scores of `scorer` as weights of time rounding, or `nearest` codes; None: as it is.
+
+    Raises ValueError for a method that does not round in time.
+    """
+    if scorer is None:
+        return method
+    if method.rounding == "nearest":
+        raise ValueError(f"Expected a method that rounds by scores for rounding_scores, {method.name} does not.")
+    return replace(method, rounding=scorer)
 
 
 def get_keeping_method(name: str | Method) -> Method:

@@ -17,6 +17,7 @@ from .entropy import StepTable, step_tables
 from .methods import Method, get_method
 from .profile import BasisSet, ModelShape, Profile
 from .quantizer import BIT_WIDTHS, flat_tables
+from .scorers import get_scorer
 from .transform import band_sizes
 
 SEAL = 16  # tokens are sealed in multiples of this, and of the block of their codec
@@ -112,13 +113,17 @@ class Plan:
     @property
     def rounds(self) -> bool:
         """Whether codes are chosen by what each token will weigh; a profile without query statistics rounds to nearest."""
-        return self.method.rounding != "nearest" and self.profile is not None and self.profile.queries is not None
+        if self.method.rounding == "nearest":
+            return False
+        return bool(self.query_statistics(0)) or not get_scorer(self.method.rounding).needs_queries
 
-    def query_statistics(self, row: int) -> tuple:
-        """Arguments of `rounding.future_queries` for the heads of the layers of `row`."""
+    def query_statistics(self, row: int) -> dict[str, np.ndarray]:
+        """What `scorers.Tokens` takes of the profile for the heads of the layers of `row`; empty where it has nothing."""
+        queries = self.profile.queries if self.profile is not None else None
+        if queries is None:
+            return {}
         numbers = [self.shape.layers.index(layer_idx) for layer_idx in self.layer_groups[row]]
-        mean, root = (np.concatenate(x[numbers]) for x in (self.profile.queries.mean, self.profile.queries.root))
-        return mean, root, self.shape.rope
+        return {f"query_{name}": np.concatenate(getattr(queries, name)[numbers]) for name in queries.ARRAYS}
 
     def gain(self, row: int) -> np.ndarray:
         """Root of what losing a whole coefficient costs [G, R, F], relative to the largest of its component."""
