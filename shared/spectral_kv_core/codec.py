@@ -14,7 +14,6 @@ import numpy as np
 
 from . import attention
 from .basis import orthonormalize
-from .codecs import plan_class
 from .methods import get_live_method
 from .plan import Plan
 from .profile import BasisSet
@@ -342,8 +341,8 @@ class AffineCodec:
 def make_codec(xp, plan: Plan, row: int, like=None):
     """Codec of compressible layer number `row`, or None for a plan that compresses nothing."""
     name = get_live_method(plan.method).codec
-    if family := plan_class(name):
-        return family.CODEC(xp, plan, row, like)
+    if hasattr(plan, "CODEC"):
+        return plan.CODEC(xp, plan, row, like)
     kind = {"spectral": SpectralCodec, "affine": AffineCodec, "none": None}[name]
     return kind(xp, plan, row, like) if kind else None
 

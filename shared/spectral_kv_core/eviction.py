@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from .codecs.tiers import make_tiered_plan
 from .methods import DROPPING, Method
 from .plan import Plan, elements_per_token, plan_for
 from .profile import ModelShape, Profile
@@ -111,6 +112,7 @@ def plan_and_eviction(
     budget_tokens: int | None = None,
     protect: Sequence[tuple[int, int]] = (),
     selection: str | None = None,
+    tiers: Sequence[tuple[float, float]] | None = None,
     window: int = 64,
     sinks: int = 4,
     element_bytes: int = 2,
@@ -118,9 +120,16 @@ def plan_and_eviction(
 ) -> tuple[Plan, Eviction | None]:
     """`plan_for`, and what a cache drops by `method`; None for a method that keeps every token.
 
-    A method that drops tokens takes `budget_tokens`, or `budget_bytes` that follow from `bits`. Raises ValueError for
-    arguments that do not fit the method, and for a budget that is too small for what must stay.
+    A method that drops tokens takes `budget_tokens`, or `budget_bytes` that follow from `bits`; with `tiers` it drops none
+    and gives bits by rank (`codecs.tiers`). Raises ValueError for arguments that do not fit the method, and for a budget
+    that is too small for what must stay.
     """
+    if tiers is not None:
+        given = {"bits": bits, "budget_bytes": budget_bytes, "budget_tokens": budget_tokens, "selection": selection}
+        for name, value in (given | {"protect": protect or None}).items():
+            if value is not None:
+                raise ValueError(f"Expected tiers alone, which say bits and drop no token, received {name} too.")
+        return make_tiered_plan(shape, profile, method, tiers), None
     if method.scorer is None:
         given = {"budget_tokens": budget_tokens, "protect": protect or None, "selection": selection}
         for name, value in given.items():
