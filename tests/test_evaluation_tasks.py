@@ -401,7 +401,9 @@ def test_drift_and_needle_on_real_caches(torch_backend, tmp_path):
     turns = {(r["method"], r["bits"], r["turn"]): r for r in rows if r["task"] == "drift"}
     assert len(turns) == 9
     for turn in (1, 2, 3):
-        exact, coarse, fine = (turns[(*job, turn)] for job in (("identity", 16.0), ("spectral", 1.0), ("spectral", 8.0)))
+        exact, coarse, fine = (
+            turns[(*job, turn)] for job in (("identity", 16.0), ("spectral", 1.0), ("spectral", 8.0))
+        )
         assert exact["kl"] < 1e-6 and exact["kl_fresh"] < 1e-6 and exact["aop"] < 1e-4
         for name in ("kl", "kl_fresh", "aop"):
             assert coarse[name] > 2 * fine[name] > 0
