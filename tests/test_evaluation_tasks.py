@@ -264,7 +264,7 @@ def test_tables_have_the_columns_of_their_task(tmp_path, dropping, capsys):
     assert len(tables) == 6 and all("| keep |" in head for head in heads)
     assert "| KL | worst |" in heads[0] and "| AOP | p95 | max | worst layer | key error |" in heads[1]
     assert "diverges at" in heads[1] and "diverges at" not in heads[3] and "key error" not in heads[3]
-    assert "| KL 1 | KL 2 | KL 3 | AOP 1 | 3 |" in heads[4] and "| found | plain |" in heads[5]
+    assert "| KL 1 | KL 2 | KL 3 | fresh 1 | fresh 3 | AOP 1 | AOP 3 |" in heads[4] and "| found | plain |" in heads[5]
     for table in tables:
         lines = table.strip().split("\n")[2:]
         assert len({line.count("|") for line in lines}) == 1 and len(lines) == 4
