@@ -33,7 +33,7 @@ class CaptureLayer(CacheLayerMixin):
     def update(self, key_states, value_states, *args, **kwargs):
         if self.leaves:
             return torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2)
-        return Pending(self, key_states, value_states).handles()
+        return Pending(self, key_states, value_states).handles(self.get_seq_length())
 
     def attend(self, pending, queries, scale, fused, padding=None):
         """Keep the queries [B, Hq, L, D], keys and values [B, H, L, D] of one forward pass and attend as usual."""
