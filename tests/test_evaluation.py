@@ -488,6 +488,38 @@ def test_the_command_reports_and_saves(checkpoint, capsys):
     assert "cups, copy: 1 document of 200 tokens" in printed and "spectral" in printed
 
 
+def test_the_command_runs_every_task(checkpoint, capsys):
+    options = [
+        "--tasks",
+        "text,copy,drift,needle",
+        "--turns",
+        "2",
+        "--turn-tokens",
+        "20",
+        "--greedy",
+        "4",
+        "--window",
+        "32",
+    ]
+    arguments = command(checkpoint, "--methods", "spectral", "--bits", "2", *options, output="every")
+    assert cli.main([*arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [row["task"] for row in result["documents"]] == ["text", "copy", "drift", "drift", *["needle"] * 10]
+    assert result["settings"]["turn_tokens"] == 20 and result["layers"] == [0, 1, 2]
+    text, _, first, last, *depths = result["rows"]
+    assert {"aop_layers", "key_error", "value_error", "spectral_fidelity", "first_divergence", "token_match"} <= set(
+        text
+    )
+    assert (first["turn"], first["context"], last["turn"], last["context"]) == (1, 220, 2, 248)
+    assert {"kl_fresh", "aop"} <= set(last) and [row["depth"] for row in depths] == [i / 20 for i in range(1, 20, 2)]
+    assert all({"found", "found_ref", "needle_kl", "needle_logp", "needle_logp_ref"} <= set(row) for row in depths)
+    rows = (checkpoint.folder / "every" / "rows.jsonl").read_text().splitlines()
+    assert len(rows) == 14 and cli.main(arguments) == 0
+    assert (checkpoint.folder / "every" / "rows.jsonl").read_text().splitlines() == rows
+    printed = capsys.readouterr().out
+    assert "cups, drift: 1 document of 200 tokens, 2 turns" in printed and "hidden at 10 depths" in printed
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -499,6 +531,19 @@ def test_the_command_reports_and_saves(checkpoint, capsys):
         (["--methods", "spectral", "--prefix", "5000", "--tasks", "text"], "the model's context"),
         (["--methods", "spectral", "--prefix", "3000"], "at least 3,008 tokens in the text cups"),
         (["--methods", "spectral", "--tasks", "speed"], "tasks among"),
+        (["--methods", "spectral", "--metrics", "kl;aop"], "metrics among kl, aop, reconstruction, received 'kl;aop'"),
+        (["--methods", "spectral", "--keep", "half"], "numbers separated by commas for --keep, received 'half'"),
+        (["--methods", "spectral", "--keep", "0.5"], "drops tokens for --keep, spectral keep every token"),
+        (["--methods", "spectral", "--tasks", "drift", "--turns", "0"], "--turns of at least 1, received 0"),
+        (["--methods", "spectral", "--tasks", "drift", "--turns", "12"], "lower --turns, --turn-tokens, --prefix or"),
+        (
+            ["--methods", "spectral", "--tasks", "drift", "--turns", "500"],
+            "500 turns of 264. Lower --prefix, --turns or",
+        ),
+        (
+            ["--methods", "spectral", "--tasks", "needle", "--window", "150"],
+            "tokens for the task needle with a window of 150",
+        ),
         (["--methods", "spectral", "--scored", "0"], "--scored of at least 2, received 0"),
         (["--methods", "spectral", "--text", "missing.txt"], "found nothing at missing.txt"),
         (["--methods", "spectral", "--text", "cups=missing.txt"], "found nothing at missing.txt"),

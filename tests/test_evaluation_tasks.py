@@ -264,7 +264,7 @@ def test_tables_have_the_columns_of_their_task(tmp_path, dropping, capsys):
     assert len(tables) == 6 and all("| keep |" in head for head in heads)
     assert "| KL | worst |" in heads[0] and "| AOP | p95 | max | worst layer | key error |" in heads[1]
     assert "diverges at" in heads[1] and "diverges at" not in heads[3] and "key error" not in heads[3]
-    assert "| KL 1 | KL 2 | KL 3 | AOP 1 | 3 |" in heads[4] and "| found | plain |" in heads[5]
+    assert "| KL 1 | KL 2 | KL 3 | fresh 1 | fresh 3 | AOP 1 | AOP 3 |" in heads[4] and "| found | plain |" in heads[5]
     for table in tables:
         lines = table.strip().split("\n")[2:]
         assert len({line.count("|") for line in lines}) == 1 and len(lines) == 4
@@ -401,7 +401,9 @@ def test_drift_and_needle_on_real_caches(torch_backend, tmp_path):
     turns = {(r["method"], r["bits"], r["turn"]): r for r in rows if r["task"] == "drift"}
     assert len(turns) == 9
     for turn in (1, 2, 3):
-        exact, coarse, fine = (turns[job, turn] for job in (("identity", 16.0), ("spectral", 1.0), ("spectral", 8.0)))
+        exact, coarse, fine = (
+            turns[(*job, turn)] for job in (("identity", 16.0), ("spectral", 1.0), ("spectral", 8.0))
+        )
         assert exact["kl"] < 1e-6 and exact["kl_fresh"] < 1e-6 and exact["aop"] < 1e-4
         for name in ("kl", "kl_fresh", "aop"):
             assert coarse[name] > 2 * fine[name] > 0

@@ -146,10 +146,10 @@ def evaluate(
         "library_version": __version__,
     }
     keys = {
-        (d, task, j): _keys(document, task, job, settings, common)
+        (d, task, job): _keys(document, task, job, settings, common)
         for d, document in enumerate(documents)
         for task in document.scored
-        for j, job in enumerate(jobs)
+        for job in jobs
         if _runs(task, job)
     }
 
@@ -159,9 +159,9 @@ def evaluate(
     total, runner = sum(map(len, keys.values())), Runner(backend, model, settings)
     with tqdm(total=total, initial=total - sum(len(missing(place)) for place in keys), desc="eval", unit="row") as bar:
         for d, document in enumerate(documents):
-            todo = {task: [job for j, job in enumerate(jobs) if missing((d, task, j))] for task in document.scored}
+            todo = {task: [job for job in jobs if missing((d, task, job))] for task in document.scored}
             for task, job, numbers in runner.measure(document, todo):
-                key = keys[d, task, jobs.index(job)][numbers.get("turn", 1) - 1]
+                key = keys[d, task, job][numbers.get("turn", 1) - 1]
                 if finished.find(key) is None:  # turns are run again from the first on
                     finished.append(key | numbers)
                     bar.update()

@@ -11,6 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+SHOWN_TURNS = 6  # of the task drift, in a table
 _JOB_COLUMNS = (  # label, key of a summary row, format
     ("method", "method", "{}"),
     ("bits", "bits", "{:g}"),
@@ -56,14 +57,15 @@ _NEEDLE_COLUMNS = (
 
 
 def _drift_columns(turns: list[int]) -> tuple:
-    kl = [(f"KL {turn}", f"kl{turn}", "{}") for turn in turns]
-    return (
-        *_JOB_COLUMNS,
-        *kl,
-        (f"AOP {turns[0]}", "first_aop", "{:.4f}"),
-        (str(turns[-1]), "aop", "{:.4f}"),
-        *_SIZE_COLUMNS,
-    )
+    """Columns of up to `SHOWN_TURNS` of `turns`, evenly spread; the control and AOP of the first and the last."""
+    places = np.linspace(0, len(turns) - 1, min(len(turns), SHOWN_TURNS)).round().astype(int)
+    kl = [(f"KL {turns[i]}", f"kl{turns[i]}", "{:.4f}") for i in places]
+    ends = [
+        (f"{label} {turn}", f"{name}{turn}", "{:.4f}")
+        for label, name in (("fresh", "kl_fresh"), ("AOP", "aop"))
+        for turn in dict.fromkeys((turns[0], turns[-1]))
+    ]
+    return (*_JOB_COLUMNS, *kl, *ends, *_SIZE_COLUMNS)
 
 
 def _evaluation_tables(result: dict):
@@ -79,9 +81,8 @@ def _evaluation_tables(result: dict):
         title = f"{text}, {task}: {many} of {prefix:,} tokens, "
         if task == "drift":
             rows, turns = _by_job(rows, _over_turns), list(dict.fromkeys(row["turn"] for row in rows))
-            tables = [
-                (f"{title}{len(turns)} turns; KL of one cache (and of one made at that turn)", _drift_columns(turns))
-            ]
+            ways = "KL of one cache, and of one that is made at that turn"
+            tables = [(f"{title}{len(turns)} turn{'s' if len(turns) > 1 else ''}: {ways}", _drift_columns(turns))]
         elif task == "needle":
             rows, depths = _by_job(rows, _over_depths), len({row["depth"] for row in rows})
             tables = [
@@ -107,9 +108,9 @@ def _by_job(rows: list[dict], join) -> list[dict]:
 
 
 def _over_turns(rows: list[dict]) -> dict:
-    """The last of the rows, with the KL of all turns, and the AOP of the first."""
-    kl = {f"kl{row['turn']}": f"{row['kl']:.4f} ({row['kl_fresh']:.4f})" for row in rows}
-    return rows[-1] | kl | {"first_aop": rows[0].get("aop")}
+    """The last of the rows, with figures of all turns under their names and the turn."""
+    names = ("kl", "kl_fresh", "aop")
+    return rows[-1] | {f"{name}{row['turn']}": row.get(name) for row in rows for name in names}
 
 
 def _over_depths(rows: list[dict]) -> dict:

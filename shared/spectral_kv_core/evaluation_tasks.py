@@ -25,7 +25,7 @@ from .plan import Plan
 LOW_PPL = 2.0  # a text this predictable was learnt by heart or repeats itself: little can go wrong on it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a job is itself: plans are not compared
 class Job:
     """One compressed cache to measure; `keep`: share of the prefix's tokens for a method that drops some, else None."""
 
