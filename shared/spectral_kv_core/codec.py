@@ -32,6 +32,8 @@ from .rope import rotate, unrotate
 from .rounding import TokenWeights, round_in_time
 from .transform import octave_bands, time_matrix, to_frequency, to_time
 
+CHUNK_TOKENS = 1024  # tokens of a full chunk: the unit that is decoded at a time
+
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
