@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -45,7 +46,7 @@ class FakeBackend:
     HOST_PACKAGES = ("safetensors", "no-such-package")
 
     def __init__(self, profile=None, sharpness=8.0, limit=None):
-        self.profile, self.sharpness, self.limit, self.log = profile, sharpness, limit, []
+        self.profile, self.sharpness, self.limit, self.log, self.recording = profile, sharpness, limit, [], {}
         self.toy = toy_profile_of(ToyModel())
 
     def context_limit(self, model):
@@ -75,8 +76,31 @@ class FakeBackend:
     def feed(self, model, tokens, cache, keep=1):
         self.log.append(("feed", cache.kind, list(tokens)))
         cache.tokens += tokens
+        for calls in self.recording.get(id(cache), {}).values():
+            calls.append(SimpleNamespace(tokens=list(tokens), outputs=self.outputs(cache.tokens, len(tokens))))
         expected = (np.array(cache.tokens[-keep:]) + 1) % VOCABULARY
         return self.sharpness * np.eye(VOCABULARY, dtype=np.float32)[expected]
+
+    @staticmethod
+    def outputs(tokens, length):
+        """[1, length, 2]: says what the tokens that are attended to are, and how many."""
+        last = np.arange(len(tokens) - length, len(tokens)) + 1
+        return np.stack([np.cumsum(tokens)[last - 1], last], axis=-1)[None].astype(np.float32)
+
+    @contextmanager
+    def recorded(self, model, cache, layers):
+        self.recording[id(cache)] = {i: [] for i in layers}
+        yield self.recording[id(cache)]
+        del self.recording[id(cache)]
+
+    def attend(self, cache, layer_idx, call):
+        held = vars(cache).setdefault(f"layer{layer_idx}", list(cache.tokens))
+        held += call.tokens
+        return self.outputs(held, len(call.tokens))
+
+    def held_vectors(self, cache, layers):
+        for _ in layers:
+            yield *[np.array(cache.tokens, np.float32)[None, :, None]] * 2, None
 
     def cache_nbytes(self, cache):
         return CacheSize(len(cache.tokens), 4 * len(cache.tokens), 7)
@@ -234,7 +258,7 @@ def test_pairs_out_of_reach_are_skipped(caplog, tmp_path):
     [
         ({"methods": ("spectrel",)}, "method among"),
         ({"methods": ()}, "at least one value for --methods"),
-        ({"tasks": ("speed",)}, "tasks among text, copy, received 'speed'"),
+        ({"tasks": ("speed",)}, "tasks among text, copy, drift, needle, received 'speed'"),
         ({"bits": (0.0,)}, "bits above 0"),
         ({"bits": (float("nan"),)}, "bits above 0"),
         ({"prefixes": (60, 1)}, "--prefix of at least 2, received 1"),
@@ -464,6 +488,38 @@ def test_the_command_reports_and_saves(checkpoint, capsys):
     assert "cups, copy: 1 document of 200 tokens" in printed and "spectral" in printed
 
 
+def test_the_command_runs_every_task(checkpoint, capsys):
+    options = [
+        "--tasks",
+        "text,copy,drift,needle",
+        "--turns",
+        "2",
+        "--turn-tokens",
+        "20",
+        "--greedy",
+        "4",
+        "--window",
+        "32",
+    ]
+    arguments = command(checkpoint, "--methods", "spectral", "--bits", "2", *options, output="every")
+    assert cli.main([*arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [row["task"] for row in result["documents"]] == ["text", "copy", "drift", "drift", *["needle"] * 10]
+    assert result["settings"]["turn_tokens"] == 20 and result["layers"] == [0, 1, 2]
+    text, _, first, last, *depths = result["rows"]
+    assert {"aop_layers", "key_error", "value_error", "spectral_fidelity", "first_divergence", "token_match"} <= set(
+        text
+    )
+    assert (first["turn"], first["context"], last["turn"], last["context"]) == (1, 220, 2, 248)
+    assert {"kl_fresh", "aop"} <= set(last) and [row["depth"] for row in depths] == [i / 20 for i in range(1, 20, 2)]
+    assert all({"found", "found_ref", "needle_kl", "needle_logp", "needle_logp_ref"} <= set(row) for row in depths)
+    rows = (checkpoint.folder / "every" / "rows.jsonl").read_text().splitlines()
+    assert len(rows) == 14 and cli.main(arguments) == 0
+    assert (checkpoint.folder / "every" / "rows.jsonl").read_text().splitlines() == rows
+    printed = capsys.readouterr().out
+    assert "cups, drift: 1 document of 200 tokens, 2 turns" in printed and "hidden at 10 depths" in printed
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -475,6 +531,19 @@ def test_the_command_reports_and_saves(checkpoint, capsys):
         (["--methods", "spectral", "--prefix", "5000", "--tasks", "text"], "the model's context"),
         (["--methods", "spectral", "--prefix", "3000"], "at least 3,008 tokens in the text cups"),
         (["--methods", "spectral", "--tasks", "speed"], "tasks among"),
+        (["--methods", "spectral", "--metrics", "kl;aop"], "metrics among kl, aop, reconstruction, received 'kl;aop'"),
+        (["--methods", "spectral", "--keep", "half"], "numbers separated by commas for --keep, received 'half'"),
+        (["--methods", "spectral", "--keep", "0.5"], "drops tokens for --keep, spectral keep every token"),
+        (["--methods", "spectral", "--tasks", "drift", "--turns", "0"], "--turns of at least 1, received 0"),
+        (["--methods", "spectral", "--tasks", "drift", "--turns", "12"], "lower --turns, --turn-tokens, --prefix or"),
+        (
+            ["--methods", "spectral", "--tasks", "drift", "--turns", "500"],
+            "500 turns of 264. Lower --prefix, --turns or",
+        ),
+        (
+            ["--methods", "spectral", "--tasks", "needle", "--window", "150"],
+            "tokens for the task needle with a window of 150",
+        ),
         (["--methods", "spectral", "--scored", "0"], "--scored of at least 2, received 0"),
         (["--methods", "spectral", "--text", "missing.txt"], "found nothing at missing.txt"),
         (["--methods", "spectral", "--text", "cups=missing.txt"], "found nothing at missing.txt"),

@@ -1,22 +1,24 @@
 """The live cache of one attention layer: exact sinks, sealed chunks of packed codes, an exact recent window.
 
 Rows of a batch that start at the same slot form a *lane* and are stored and attended together; left padding is never
-stored, so every row has its own sinks and block alignment and comes out as if it were alone.
+stored, so every row has its own sinks and block alignment and comes out as if it were alone. A cache with an `Eviction`
+holds no more tokens than its budget and knows the positions of those that are left.
 """
 
 from __future__ import annotations
 
-from copy import copy
-from dataclasses import dataclass, field, replace
-from typing import Any
+from copy import copy, deepcopy
+from dataclasses import replace
 
 import numpy as np
 
 from . import attention
-from .codec import Chunk, select_rows
+from .codec import CHUNK_TOKENS, Chunk, select_rows
+from .eviction import Eviction
+from .lane import Lane
+from .plan import SEAL
 
-SEAL = 16  # tokens are sealed in multiples of this
-CHUNK_TOKENS = 1024  # tokens of a full chunk: the unit that is decoded at a time
+RECENT = 64  # queries of a call that scorers may look at
 LATENT_QUERIES = 16  # up to so many new tokens attend to the codes; more are a prefill and use the host's fused kernel
 
 
@@ -44,37 +46,23 @@ class CacheSize(int):
         return 16 / self.compression if self.dense_nbytes else 0.0
 
 
-@dataclass
-class Lane:
-    """State of batch rows `rows` that share their left padding `pad` (slots)."""
-
-    rows: list[int]
-    pad: int
-    exact_keys: Any = None  # [b, H, sinks + window, D], sinks first
-    exact_values: Any = None
-    chunks: list[Chunk] = field(default_factory=list)
-    staged: list[Chunk] = field(default_factory=list)  # behind `chunks`: a prompt that may go on, at more bits
-
-    @property
-    def exact(self) -> int:
-        return 0 if self.exact_keys is None else self.exact_keys.shape[2]
-
-    @property
-    def sealed(self) -> int:
-        return sum(chunk.tokens for chunk in (*self.chunks, *self.staged))
-
-
 class LayerCache:
     """Keys and values of one layer; `codec` None keeps everything exact.
 
-    sinks, window: first and last tokens kept exactly. Up to 15 further tokens wait until their block is full.
+    sinks, window: first and last tokens kept exactly. Further ones, up to 15 or one less than the codec's block, wait
+    until their block is full.
     staging: makes a codec of the same layer, at more bits, that holds what further calls of more than `LATENT_QUERIES`
     tokens bring until the prompt ends: `finalize`, or the first call with fewer; None: the plan's own holds it.
+    eviction: which tokens of layer number `row` are dropped; a prompt then stays exact, cut to the budget, until it ends.
     """
 
-    def __init__(self, xp, codec, sinks: int, window: int, staging=None):
+    def __init__(
+        self, xp, codec, sinks: int, window: int, staging=None, eviction: Eviction | None = None, row: int = 0
+    ):
         self.xp, self.codec, self.sinks, self.window, self._make_staging = xp, codec, sinks, window, staging
+        self.eviction, self.row = eviction, row
         self._staging = None
+        self.seal = SEAL if codec is None else max(SEAL, codec.block)  # tokens are sealed in multiples of this
         self.lanes: list[Lane] = []
         self.seen = 0  # slots seen, padding included
 
@@ -85,6 +73,7 @@ class LayerCache:
             replace(lane, rows=list(lane.rows), chunks=list(lane.chunks), staged=list(lane.staged))
             for lane in self.lanes
         ]
+        new.eviction = deepcopy(self.eviction, memo)
         return new
 
     def start(self, batch: int, padding=None) -> None:
@@ -116,7 +105,7 @@ class LayerCache:
                 outputs.append(self.xp.zeros(self._take(lane, queries).shape, dtype=queries.dtype, like=queries))
                 continue
             out = self._attend_lane(lane, q, k, v, scale, fused)
-            self._append_lane(lane, k, v, prompt)
+            self._append_lane(lane, k, v, prompt, q[:, :, -RECENT:] * scale)
             if missing:
                 blank = self.xp.zeros((*out.shape[:2], missing, out.shape[3]), dtype=out.dtype, like=out)
                 out = self.xp.concat([blank, out], axis=2)
@@ -145,11 +134,31 @@ class LayerCache:
     @property
     def is_staged(self) -> bool:
         """Whether a prompt is held at more bits than the plan has, until it ends."""
-        return any(lane.staged for lane in self.lanes)
+        return any(lane.staged or (self.eviction and self._ready(lane)) for lane in self.lanes)
+
+    @property
+    def has_dropped(self) -> bool:
+        """Whether any token is no longer there."""
+        return any(lane.dropped for lane in self.lanes)
+
+    def check_complete(self) -> None:
+        """Raise ValueError when some tokens are no longer there: what is left is not a prompt."""
+        if self.has_dropped:
+            raise ValueError(
+                "Expected a cache that holds every token, received one that has dropped some. Read the prompt again."
+            )
+
+    @property
+    def slots(self) -> int:
+        """Slots that `dense` gives back: all that were seen, or as many as the fullest rows hold once some were dropped."""
+        return max(lane.stored for lane in self.lanes) if self.has_dropped else self.seen
 
     def finalize(self) -> None:
         """End the prompt: what was staged is encoded at the plan's bits, chunk by chunk."""
         for lane in self.lanes:
+            if self.eviction:
+                self._seal(lane, staged=False)
+                continue
             position = self.sinks + sum(chunk.tokens for chunk in lane.chunks)
             for chunk in lane.staged:
                 lane.chunks = self._sealed(self.codec, lane.chunks, *self.staging.decode(chunk), position)
@@ -157,18 +166,26 @@ class LayerCache:
             lane.staged = []
 
     def dense(self, dtype=None):
-        """Keys and values [B, H, seen, D] of everything held, decoded; padded slots are zero. None when empty."""
+        """Keys and values [B, H, slots, D] of everything held, decoded; padded slots are zero. None when empty.
+
+        Raises ValueError where dropped tokens have left rows of a batch with more tokens than others.
+        """
+        if self.has_dropped and len({lane.stored for lane in self.lanes}) > 1:
+            raise ValueError(
+                "Expected rows of a batch that hold equally many tokens, received others after tokens were dropped: only "
+                "spectralkv's own attention can attend to them. Give the model no other attention, or no left padding."
+            )
         like = next((lane.exact_keys for lane in self.lanes if lane.exact_keys is not None), None)
         if like is None:
             return None
         sides, dtype = ([], []), dtype or like.dtype
         for lane in self.lanes:
             if lane.exact_keys is not None:
-                held = self._lane_dense(lane, dtype)
+                held = self.lane_dense(lane, dtype)
             else:  # only padding so far
                 held = [self.xp.zeros((len(lane.rows), like.shape[1], 0, like.shape[3]), dtype=dtype, like=like)] * 2
             for side, x in zip(sides, held):
-                missing = self.seen - x.shape[2]
+                missing = self.slots - x.shape[2]
                 if missing:
                     blank = self.xp.zeros((*x.shape[:2], missing, x.shape[3]), dtype=x.dtype, like=x)
                     x = self.xp.concat([blank, x], axis=2)
@@ -176,9 +193,18 @@ class LayerCache:
         return self._join(sides[0]), self._join(sides[1])
 
     def crop(self, tokens: int) -> None:
-        """Forget the last `tokens` tokens; a sealed block that the cut splits is decoded back into the window."""
+        """Forget the last `tokens` tokens; a sealed block that the cut splits is decoded back into the window.
+
+        Raises ValueError for more than the recent window once tokens before it were dropped.
+        """
         self.finalize()
         tokens = min(tokens, self.seen)
+        recent = min((lane.recent(self.window) for lane in self.lanes), default=0)
+        if self.has_dropped and recent < tokens < self.seen:
+            raise ValueError(
+                f"Expected at most {recent} tokens to forget, as tokens before the recent window were dropped, received "
+                f"{tokens}. Start again with an empty cache."
+            )
         self.seen -= tokens
         if not self.seen:
             self.lanes = []
@@ -197,13 +223,15 @@ class LayerCache:
             if not new:
                 continue
             local = np.array([lane.rows.index(rows[i]) for i in new], np.int32)
-            kept = Lane(new, lane.pad)
+            kept = Lane(new, lane.pad, dropped=lane.dropped)
             if lane.exact_keys is not None:
                 index = self.xp.asarray(local, like=lane.exact_keys)
                 kept.exact_keys = self.xp.take(lane.exact_keys, index, axis=0)
                 kept.exact_values = self.xp.take(lane.exact_values, index, axis=0)
                 kept.chunks = [select_rows(self.xp, chunk, index) for chunk in lane.chunks]
                 kept.staged = [select_rows(self.xp, chunk, index) for chunk in lane.staged]
+                if lane.positions is not None:
+                    kept.positions = self.xp.take(lane.positions, index, axis=0)
             lanes.append(kept)
         self.lanes = lanes
 
@@ -211,8 +239,8 @@ class LayerCache:
         """Every array held for the sequences."""
         held = []
         for lane in self.lanes:
-            held += [x for x in (lane.exact_keys, lane.exact_values) if x is not None]
-            held += [a for chunk in (*lane.chunks, *lane.staged) for a in chunk.arrays]
+            held += [x for x in (lane.exact_keys, lane.exact_values, lane.positions) if x is not None]
+            held += [a for chunk in (*lane.chunks, *lane.staged) for a in chunk.held]
         return held
 
     def tables(self) -> list:
@@ -221,12 +249,12 @@ class LayerCache:
         return list({id(x): x for codec in codecs for x in codec.tables()}.values())
 
     def tokens(self) -> int:
-        """Tokens held, summed over the rows, padding not counted."""
-        return sum((lane.exact + lane.sealed) * len(lane.rows) for lane in self.lanes)
+        """Tokens seen, dropped ones included, summed over the rows, padding not counted."""
+        return sum(lane.seen * len(lane.rows) for lane in self.lanes)
 
     def begin(self, tokens: int) -> bool:
         """Whether a call with so many `tokens` may go on with a prompt that is staged; ends the prompt if not."""
-        if self._make_staging is not None and tokens > LATENT_QUERIES:
+        if (self._make_staging or self.eviction) and tokens > LATENT_QUERIES:
             return True
         self.finalize()
         return False
@@ -258,7 +286,7 @@ class LayerCache:
         if q.shape[2] > LATENT_QUERIES:
             if xp.kernels and xp.kernels.supports_partial_attention(q):
                 return self._attend_blocks(lane, q, k, v, scale)
-            old_k, old_v = self._lane_dense(lane, k.dtype)
+            old_k, old_v = self.lane_dense(lane, k.dtype)
             return fused(q, xp.concat([old_k, k], axis=2), xp.concat([old_v, v], axis=2), scale)
         keys, values = xp.concat([lane.exact_keys, k], axis=2), xp.concat([lane.exact_values, v], axis=2)
         return self.codec.decode_step(lane.chunks, q, keys, values, scale)
@@ -277,44 +305,67 @@ class LayerCache:
 
         return xp.astype(attention.merge_partials(xp, partials()).reshape(q.shape), q.dtype)
 
-    def _append_lane(self, lane: Lane, k, v, prompt: bool) -> None:
+    def _append_lane(self, lane: Lane, k, v, prompt: bool, recent=None) -> None:
         xp = self.xp
         # the first call is encoded for good: most prompts come in one, and nothing was attended to with an error yet
-        prompt = prompt and lane.exact > 0
+        staged = prompt and lane.exact > 0
         if lane.exact:
-            k, v = xp.concat([lane.exact_keys, k], axis=2), xp.concat([lane.exact_values, v], axis=2)
-        total, ready = k.shape[2], 0
-        if self.codec is not None:
-            ready = max(total - self.sinks - self.window, 0) // SEAL * SEAL
-        if not ready:
-            # what came in may be a view of the projection of all heads
-            lane.exact_keys, lane.exact_values = (k, v) if lane.exact else (xp.copy(k), xp.copy(v))
-            return
-        stop, position = self.sinks + ready, self.sinks + lane.sealed
-        new = k[:, :, self.sinks : stop], v[:, :, self.sinks : stop]
-        if prompt:
-            lane.staged = self._sealed(self.staging, lane.staged, *new, position)
+            lane.exact_keys = xp.concat([lane.exact_keys, k], axis=2)
+            lane.exact_values = xp.concat([lane.exact_values, v], axis=2)
         else:
-            lane.chunks = self._sealed(self.codec, lane.chunks, *new, position)
-        lane.exact_keys = xp.concat([k[:, :, : self.sinks], k[:, :, stop:]], axis=2)
-        lane.exact_values = xp.concat([v[:, :, : self.sinks], v[:, :, stop:]], axis=2)
+            lane.exact_keys, lane.exact_values = k, v
+        if self.eviction is None:
+            self._seal(lane, staged)
+        else:
+            if not prompt:
+                self._seal(lane, staged=False)
+            self.eviction.cut(self, lane, prompt, recent)
+        if lane.exact_keys is k:  # what came in may be a view of the projection of all heads
+            lane.exact_keys, lane.exact_values = xp.copy(k), xp.copy(v)
+
+    def _ready(self, lane: Lane) -> int:
+        """Exact tokens of `lane` that lie before the window and fill blocks."""
+        return 0 if self.codec is None else max(lane.exact - self.sinks - self.window, 0) // self.seal * self.seal
+
+    def _seal(self, lane: Lane, staged: bool) -> None:
+        xp, ready = self.xp, self._ready(lane)
+        if not ready:
+            return
+        stop = self.sinks + ready
+        k, v = (x[:, :, self.sinks : stop] for x in (lane.exact_keys, lane.exact_values))
+        if lane.dropped:
+            places = lane.places(xp, self.sinks)
+            position = places[:, :, self.sinks : stop]
+            lane.positions = xp.concat([places[:, :, : self.sinks], places[:, :, stop:]], axis=2)
+        else:
+            position = self.sinks + lane.sealed
+        if staged:
+            lane.staged = self._sealed(self.staging, lane.staged, k, v, position)
+        else:
+            lane.chunks = self._sealed(self.codec, lane.chunks, k, v, position)
+        for name in ("exact_keys", "exact_values"):
+            x = getattr(lane, name)
+            setattr(lane, name, xp.concat([x[:, :, : self.sinks], x[:, :, stop:]], axis=2))
 
     @staticmethod
-    def _sealed(codec, chunks: list[Chunk], k, v, position: int) -> list[Chunk]:
-        """`chunks` with the tokens of `k`, `v` [B, H, T, D] from `position` on behind them; the old list stays."""
+    def _sealed(codec, chunks: list[Chunk], k, v, position) -> list[Chunk]:
+        """`chunks` with the tokens of `k`, `v` [B, H, T, D] at `position` (see `Chunk`) behind them; the old list stays."""
         done, chunks = 0, list(chunks)
         while done < k.shape[2]:
             last = chunks[-1] if chunks and chunks[-1].tokens < CHUNK_TOKENS else None
             stop = min(done + CHUNK_TOKENS - (last.tokens if last else 0), k.shape[2])
             part = k[:, :, done:stop], v[:, :, done:stop]
+            contiguous = isinstance(position, int)
             if last:
-                chunks[-1] = codec.append(last, *part)
+                chunks[-1] = codec.append(last, *part, *(() if contiguous else (position[:, :, done:stop],)))
             else:
-                chunks.append(codec.encode(*part, position + done))
+                start = position + done if contiguous else codec.xp.copy(position[:, :, done:stop])
+                chunks.append(codec.encode(*part, start))
             done = stop
         return chunks
 
-    def _lane_dense(self, lane: Lane, dtype):
+    def lane_dense(self, lane: Lane, dtype) -> tuple:
+        """Keys and values [b, H, stored, D] of a lane, decoded: sinks, what is sealed, the rest."""
         xp, sinks = self.xp, min(self.sinks, lane.exact)
         parts = [[lane.exact_keys[:, :, :sinks]], [lane.exact_values[:, :, :sinks]]]
         for codec, chunks in ((self.codec, lane.chunks), (self._staging, lane.staged)):
@@ -329,9 +380,11 @@ class LayerCache:
         xp = self.xp
         keep = lane.exact + lane.sealed - tokens
         if keep <= 0:
-            lane.exact_keys = lane.exact_values = None
-            lane.chunks = []
+            lane.exact_keys = lane.exact_values = lane.positions = None
+            lane.chunks, lane.dropped = [], 0
             return
+        if lane.dropped:
+            lane.positions = xp.copy(lane.positions[:, :, : lane.exact - tokens])
         recent = lane.exact - min(self.sinks, lane.exact)
         if not lane.chunks or tokens <= recent:
             left = lane.exact - tokens
@@ -341,7 +394,7 @@ class LayerCache:
         left = max(keep - self.sinks, 0)
         chunks, tail = [], None
         for chunk in lane.chunks:
-            whole = min(left, chunk.tokens) // SEAL * SEAL
+            whole = min(left, chunk.tokens) // self.seal * self.seal
             if whole:
                 chunks.append(chunk if whole == chunk.tokens else self.codec.cut(chunk, whole))
             if whole < min(left, chunk.tokens):

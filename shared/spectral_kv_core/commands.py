@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from . import bench as benchmark
-from . import evaluation, plots, report
+from . import evaluation, evaluation_report, plots, report
 from . import fit as fitting
 from .backends import load_backend
 from .calibration_text import load_texts
@@ -20,12 +20,13 @@ from .chat_template import encode_opening, encode_prompt, encode_rest, has_templ
 from .demo import demo_model_path
 from .divergence import compare_logits
 from .evaluation_text import Text, default_texts, read_text
-from .methods import DEFAULT_METHOD, METHODS, Method, get_live_method, get_method
+from .methods import DEFAULT_METHOD, METHODS, Method, get_keeping_method, get_live_method
 from .plan import make_plan, plan_for
 from .profile import Profile
 from .profile_store import cached_profile_path, find_profile
 from .prompt_file import FORMAT as PROMPT_FORMAT
 from .prompt_file import PromptFile
+from .result_file import read_results
 from .signed_file import format_name
 
 WARM_UP = 32  # tokens run once before anything is timed
@@ -69,17 +70,12 @@ def generate(args: argparse.Namespace) -> dict:
     """`spectralkv generate`: an answer from a compressed cache, beside the plain cache's with `--compare`."""
     stored = _open_prompt_file(args) if args.prompt_cache_file else None
     method = _live_method(args, stored)
-    for option in ("budget_tokens", "protect"):
-        if getattr(args, option) is not None:
-            raise ValueError(
-                f"Expected a method that drops tokens for --{option.replace('_', '-')}, {args.method or DEFAULT_METHOD} "
-                "keeps every token."
-            )
+    protect, tiers = _spans(args.protect), _tiers(args.tiers)
     prompt_text = _prompt_text(args)
     score_text = _read(args.score_file, "--score-file") if args.score_file else None
     if args.max_tokens < 0 or (args.max_tokens == 0 and score_text is None):
         raise ValueError(f"Expected --max-tokens of at least 1, or 0 with --score-file, received {args.max_tokens}.")
-    given = args.profile != "auto" and (stored or method.basis_set)
+    given = args.profile != "auto" and (stored or method.profile_set)
     loaded = Profile.load(args.profile) if given else None
     name, backend = load_backend(args.backend)
     model, tokenizer = backend.load_model(_model_path(args.model), args.dtype)
@@ -103,6 +99,11 @@ def generate(args: argparse.Namespace) -> dict:
             args.bits,
             budget_bytes=args.budget_bytes,
             max_context=(args.max_context or longest) if args.budget_bytes is not None else None,
+            budget_tokens=args.budget_tokens,
+            protect=protect,
+            selection=args.selection,
+            tiers=tiers,
+            rounding_scores=args.rounding_scores,
             method=method,
             window=WINDOW if args.window is None else args.window,
             sinks=SINKS if args.sinks is None else args.sinks,
@@ -156,7 +157,7 @@ def cache_prompt(args: argparse.Namespace) -> dict:
     The plain cache reads it, so that every token attends exactly; what is stored is encoded at the end.
     """
     _check_output(args.output)
-    method = get_method(args.method)
+    method = get_keeping_method(args.method)
     prompt_text = _prompt_text(args)
     loaded = Profile.load(args.profile) if args.profile != "auto" and method.basis_set else None
     name, backend = load_backend(args.backend)
@@ -187,6 +188,7 @@ def evaluate(args: argparse.Namespace) -> dict:
         methods=_values(args.methods, "--methods", str),
         bits=_values(args.bits, "--bits", float) or evaluation.DEFAULT_BITS,
         tasks=_values(args.tasks, "--tasks", str) or suite["tasks"],
+        metrics=_values(args.metrics, "--metrics", str) or evaluation.METRICS,
         prefixes=_values(args.prefix, "--prefix", int) or suite["prefixes"],
         scored=suite["scored"] if args.scored is None else args.scored,
         documents=suite["documents"] if args.documents is None else args.documents,
@@ -194,6 +196,10 @@ def evaluate(args: argparse.Namespace) -> dict:
         prefill_chunk=args.prefill_chunk,
         window=args.window,
         sinks=args.sinks,
+        greedy=suite["greedy"] if args.greedy is None else args.greedy,
+        turns=args.turns,
+        turn_tokens=args.turn_tokens,
+        keep=_values(args.keep, "--keep", float),
     )
     texts = [_named_text(argument) for argument in args.text or ()] or default_texts()
     names = [text.name for text in texts]
@@ -207,9 +213,9 @@ def evaluate(args: argparse.Namespace) -> dict:
     model, tokenizer = backend.load_model(_model_path(args.model), args.dtype)
     called = {"model": args.model, "backend": name}
     result = evaluation.evaluate(backend, model, tokenizer, settings, texts, output, names=called, profile=loaded)
-    report.save_evaluation(result, output)
+    evaluation_report.save_evaluation(result, output)
     if not args.json:
-        report.print_evaluation(result)
+        evaluation_report.print_evaluation(result)
         print(f"Saved {output / 'summary.md'}, summary.json and rows.jsonl")
     return result
 
@@ -315,7 +321,7 @@ def plot(args: argparse.Namespace) -> dict:
     if Path(args.output).is_file():
         raise ValueError(f"Expected a folder for --output, received the file {args.output}.")
     _check_output(str(Path(args.output) / "picture"))
-    results = plots.read_results(args.results, args.bits)
+    results = read_results(args.results, args.bits)
     result = plots.draw(results, args.output, formats, _values(args.only, "--only", str))
     for skipped in result["skipped"]:
         print(
@@ -337,8 +343,9 @@ def methods(args: argparse.Namespace) -> dict:
             "group": m.group,
             "time": m.time,
             "block": m.block,
-            "needs_profile": m.basis_set is not None,
+            "needs_profile": m.profile_set is not None,
             "latent_attention": m.latent,
+            "drops_tokens": m.scorer is not None,
             "source": m.source,
         }
         for m in METHODS.values()
@@ -390,7 +397,17 @@ def _model_path(name: str) -> str:
 def _open_prompt_file(args: argparse.Namespace) -> PromptFile:
     """The file of `--prompt-cache-file`; raises ValueError for options that it leaves no choice in."""
     stored = PromptFile.load(args.prompt_cache_file)
-    for option in ("window", "sinks", "budget_bytes", "max_context"):
+    for option in (
+        "window",
+        "sinks",
+        "budget_bytes",
+        "max_context",
+        "budget_tokens",
+        "protect",
+        "selection",
+        "tiers",
+        "rounding_scores",
+    ):
         if getattr(args, option) is not None:
             raise ValueError(
                 f"Expected no --{option.replace('_', '-')} with --prompt-cache-file, which has its own window and sinks and "
@@ -457,6 +474,29 @@ def _values(text: str | None, option: str, kind: type) -> tuple:
         what = {int: "whole numbers", float: "numbers", str: "names"}[kind]
         raise ValueError(f"Expected {what} separated by commas for {option}, received {text!r}.")
     return values
+
+
+def _spans(arguments: list[str] | None) -> list[tuple[int, int]]:
+    """The spans of tokens that `--protect` arguments A:B name."""
+    spans = []
+    for argument in arguments or ():
+        start, colon, end = argument.partition(":")
+        if not (colon and start.isdecimal() and end.isdecimal() and int(start) < int(end)):
+            raise ValueError(f"Expected A:B with token positions A < B for --protect, received {argument!r}.")
+        spans.append((int(start), int(end)))
+    return spans
+
+
+def _tiers(text: str | None) -> list[tuple[float, float]] | None:
+    """The (share, bits) pairs of `--tiers`."""
+    if text is None:
+        return None
+    try:
+        return [(float(share), float(bits)) for share, bits in (part.split(":") for part in text.split(","))]
+    except ValueError:
+        raise ValueError(
+            f"Expected SHARE:BITS separated by commas for --tiers, such as 0.25:4,0.75:1, received {text!r}."
+        ) from None
 
 
 def _named_text(argument: str) -> Text:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 from itertools import groupby
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -192,73 +190,6 @@ def print_methods(rows: list[dict]) -> None:
             "yes" if row["latent_attention"] else "no",
         )
     Console(highlight=False).print(table)
-
-
-_EVALUATION_COLUMNS = (  # label, key of a summary row, format
-    ("method", "method", "{}"),
-    ("bits", "bits", "{:g}"),
-    ("KL", "kl", "{:.4f}"),
-    ("± s.e.", "kl_se", "{:.4f}"),
-    ("worst", "kl_worst", "{:.4f}"),
-    ("top-1", "top1", "{:.1%}"),
-    ("top-5", "top5", "{:.1%}"),
-    ("PPL", "nd_ppl", "{:+.1%}"),
-    ("cache bytes", "cache_bytes", "{:,.0f}"),
-    ("smaller", "compression", "{:.2f}"),
-    ("bits/el.", "bits_per_element", "{:.2f}"),
-)
-
-
-def _evaluation_cells(row: dict) -> list[str]:
-    return ["-" if row[key] is None else form.format(row[key]) for _, key, form in _EVALUATION_COLUMNS]
-
-
-def _evaluation_tables(result: dict):
-    """(title, summary rows) by text, task and prefix."""
-
-    def place(row):
-        return row["text"], row["prefix"], row["task"]
-
-    order = list(dict.fromkeys(map(place, result["rows"])))
-    for (text, prefix, task), rows in groupby(sorted(result["rows"], key=lambda r: order.index(place(r))), place):
-        rows = list(rows)
-        first = rows[0]
-        many = f"{first['documents']} document{'s' if first['documents'] > 1 else ''}"
-        ppl = f"plain PPL {first['ppl_ref']:.2f}{' (low)' if first.get('low_ppl') else ''}"
-        yield f"{text}, {task}: {many} of {prefix:,} tokens, {first['scored_tokens']:,} scored in all, {ppl}", rows
-
-
-def print_evaluation(result: dict) -> None:
-    """A table per text, task and prefix."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 120
-    for title, rows in _evaluation_tables(result):
-        console.print(f"[bold]{title}[/bold]")
-        table = Table(box=None, pad_edge=False)
-        for label, key, _ in _EVALUATION_COLUMNS:
-            table.add_column(label, justify="left" if key == "method" else "right")
-        for row in rows:
-            table.add_row(*_evaluation_cells(row))
-        console.print(table)
-
-
-def save_evaluation(result: dict, folder: Path) -> None:
-    """summary.json and summary.md, each written whole or not at all."""
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    settings = {key: value for key, value in result["settings"].items() if key != "texts"}
-    lines = [f"# {result['model']}, {result['backend']}, {result['dtype']}", "", f"{versions}. {json.dumps(settings)}"]
-    for title, rows in _evaluation_tables(result):
-        lines += ["", f"## {title}", ""]
-        lines += [
-            f"| {' | '.join(label for label, _, _ in _EVALUATION_COLUMNS)} |",
-            "|---" * len(_EVALUATION_COLUMNS) + "|",
-        ]
-        lines += [f"| {' | '.join(_evaluation_cells(row))} |" for row in rows]
-    for name, text in (("summary.json", json.dumps(result, indent=1)), ("summary.md", "\n".join(lines))):
-        temporary = folder / f"{name}.tmp"
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, folder / name)
 
 
 def print_bench(result: dict) -> None:
