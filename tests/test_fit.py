@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -284,3 +285,19 @@ def test_methods_that_have_no_size_of_their_own():
     with pytest.raises(ValueError, match="profile for the method jarviskv"):
         toy_fit(10**9, method="jarviskv")
     assert {row["method"] for row in toy_fit(10**9, method="identity")["rows"]} == {"plain"}
+
+
+def test_a_call_is_counted_with_its_mask_its_layers_and_its_history():
+    """Each of what reading needs, beside the same without it; plain and compressed."""
+    profile, context, call = toy_profile_of(ToyModel()), 20_000, 2048
+
+    def on_top(**model):
+        rows = toy_fit(10**9, profile=profile, bits=(4.0,), contexts=(context,), model=model)["rows"]
+        return np.array([row["prefill_bytes"] for row in rows])
+
+    base = on_top()
+    np.testing.assert_array_equal(on_top(pair_bytes=4) - base, 4 * call * context)
+    np.testing.assert_array_equal(on_top(intermediate=1512) - base, 3 * 1000 * call * 2)
+    plain, spectral = on_top(decodes_history=True) - base
+    decoded = 2 * context * toy_footprint().layer_elements * 2  # twice, in 16 bits
+    assert plain == 0 and 0 < spectral < decoded
