@@ -47,11 +47,12 @@ def rate_distortion(result: Result):
         for name, style in styles.items():
             line = sorted((row for row in members if names[variant(row)] == name), key=lambda row: row[field])
             if line:
-                error = [[row.get("kl_se") or 0 for row in line]]
+                high = [row.get("kl_se") or 0 for row in line]
                 # a standard error as large as the mean has no place on a logarithmic axis
-                low = [min(e, 0.9 * row["kl"]) for e, row in zip(error[0], line)]
+                low = [min(e, 0.9 * row["kl"]) for e, row in zip(high, line)]
                 x, y = [row[field] for row in line], [row["kl"] for row in line]
-                axis.errorbar(x, y, yerr=[low, error[0]], label=name, capsize=2, elinewidth=0.8, **style)
+                error = {"yerr": [low, high], "capsize": 2, "elinewidth": 0.8} if any(high) else {}
+                axis.errorbar(x, y, label=name, **error, **style)
         axis.set_yscale("log")
         axis.set_title(place)
     _label(axes, f"stored bits per key or value element ({where})", "KL from the plain cache (nats per token)")
