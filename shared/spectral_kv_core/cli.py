@@ -82,7 +82,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--budget-tokens", type=int, help="tokens to keep, sinks and window included, by a method that drops"
     )
-    sub.add_argument("--protect", nargs="+", action="extend", metavar="A:B", help="positions of tokens never dropped")
+    sub.add_argument(
+        "--protect", nargs="+", action="extend", metavar="A:B", help="tokens never dropped: positions, or system"
+    )
     sub.add_argument(
         "--tiers",
         metavar="SHARE:BITS,...",
