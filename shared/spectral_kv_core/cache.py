@@ -350,10 +350,10 @@ class LayerCache:
     @staticmethod
     def _sealed(codec, chunks: list[Chunk], k, v, position) -> list[Chunk]:
         """`chunks` with the tokens of `k`, `v` [B, H, T, D] at `position` (see `Chunk`) behind them; the old list stays."""
-        done, chunks = 0, list(chunks)
+        done, chunks, full = 0, list(chunks), getattr(codec, "chunk_tokens", CHUNK_TOKENS)
         while done < k.shape[2]:
-            last = chunks[-1] if chunks and chunks[-1].tokens < CHUNK_TOKENS else None
-            stop = min(done + CHUNK_TOKENS - (last.tokens if last else 0), k.shape[2])
+            last = chunks[-1] if chunks and chunks[-1].tokens < full else None
+            stop = min(done + full - (last.tokens if last else 0), k.shape[2])
             part = k[:, :, done:stop], v[:, :, done:stop]
             contiguous = isinstance(position, int)
             if last:

@@ -50,6 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="a basis for every two layers too, for spectral-stored-pairs: a larger file",
     )
+    sub.add_argument(
+        "--joint", action="store_true", help="a basis for all layers together too, for kvtc: a larger file"
+    )
     sub.add_argument("--target-energy", type=float, default=0.95, help="energy that the summary reports ranks at")
     sub.add_argument("--output", metavar="FILE", help="where to save (default: the user cache folder)")
     sub.add_argument("--quiet", action="store_true", help="no progress bar")

@@ -46,6 +46,7 @@ def profile(args: argparse.Namespace) -> dict:
         gradients=not args.no_gradients,
         progress=not args.quiet,
         pairs=args.pairs,
+        joint=args.joint,
     )
     model, tokenizer = backend.load_model(_model_path(args.model), args.dtype)
     started = time.perf_counter()
