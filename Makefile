@@ -1,5 +1,6 @@
 # make demo   a real model answers from a compressed cache, beside its plain one (fetches the demo model on first use)
 # make test   everything that this machine can run, both backends
+# make figures   README's picture, from the JSON in results/
 # make lint   formatting and static checks      make bench   speed beside the plain cache
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
@@ -12,7 +13,7 @@ BACKEND := $(if $(filter Darwin-arm64,$(shell uname -sm | tr ' ' -)),mlx,torch)
 # MLX's Linux wheel brings a slow BLAS; Debian's OpenBLAS makes its tests several times faster where it is installed
 OPENBLAS := $(firstword $(wildcard /usr/lib/*/openblas-pthread/libopenblas.so.0))
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test figures lint bench clean
 
 demo: $(VENV)/.installed-$(BACKEND)
 	$(VENV)/bin/spectralkv generate --model demo --prompt-file shared/spectral_kv_core/data/demo_prompt.txt --bits 3 --max-tokens 64 --compare
@@ -20,6 +21,9 @@ demo: $(VENV)/.installed-$(BACKEND)
 test: $(VENV)/.installed-all
 	$(PYTHON) -m pytest -q --ignore-glob='*test_mlx*'
 	LD_PRELOAD=$(OPENBLAS) $(PYTHON) -m pytest -q tests/test_mlx*.py
+
+figures: $(VENV)/.installed-plots
+	$(VENV)/bin/spectralkv plot results/codec_smollm2_1024.json --only rate_distortion --output results/figures
 
 lint: $(VENV)/.installed-all
 	$(PYTHON) -m ruff format --check .
@@ -34,6 +38,7 @@ clean:
 
 $(VENV)/.installed-all: EXTRAS := mlx,torch,dev
 $(VENV)/.installed-bench: EXTRAS := $(BACKEND),bench
+$(VENV)/.installed-plots: EXTRAS := plots
 $(VENV)/.installed-mlx: EXTRAS := mlx
 $(VENV)/.installed-torch: EXTRAS := torch
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)

@@ -4,12 +4,16 @@ from spectral_kv_core.profile import Profile as SpectralProfile
 
 from .cache import cache_nbytes
 from .capture import capture
+from .compressor import SpectralKVCompressor
+from .engine import InferenceEngine
 from .generation import make_prompt_cache
 from .integration import load_model, restore
 from .profiler import SpectralProfiler
 from .prompt_cache import load_prompt_cache, save_prompt_cache
 
 __all__ = [
+    "InferenceEngine",
+    "SpectralKVCompressor",
     "SpectralProfile",
     "SpectralProfiler",
     "cache_nbytes",

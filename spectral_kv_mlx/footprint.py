@@ -54,6 +54,7 @@ def footprint(name: str | os.PathLike, dtype: str | None = None) -> Footprint:
     shape, passed = model_shape(model)
     layers = host_layers(model)
     windows = {i: layers[i].max_size for i in passed if getattr(layers[i], "max_size", None)}
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
     experts = (_field(model, "num_experts_per_tok") or 0) * (_field(model, "moe_intermediate_size") or 0)
     return Footprint(
         shape=shape,
@@ -65,6 +66,8 @@ def footprint(name: str | os.PathLike, dtype: str | None = None) -> Footprint:
         context=max_context(model),
         call=PREFILL_CHUNK,
         decodes_history=True,
+        pair_bytes=4 * shape.q_heads if on_cpu else 0,  # its attention is fused on Metal only
+        shares_memory=True,
     )
 
 

@@ -28,12 +28,15 @@ from mlx_lm.models.cache import (
 from mlx_lm.utils import _download, load_config
 
 from spectral_kv_core import paths
+from spectral_kv_core.engine import check_quantize
 from spectral_kv_core.profile import ModelShape
 from spectral_kv_core.prompt_file import ExactLayer
 from spectral_kv_core.rope import Rope
 
 from .handles import ATTENTION, is_dispatcher, make_dispatcher
 from .ops import to_numpy
+
+WEIGHT_GROUP = 64  # weights that share a scale where they are quantized here
 
 _users: dict[str, dict[int, weakref.ref]] = {}  # module of mlx-lm -> models whose attention in it goes through ours
 
@@ -314,8 +317,12 @@ def weights_digest(model) -> str:
     return hashlib.sha256(" ".join(f"{v:.1e}" for v in values).encode()).hexdigest()[:16]
 
 
-def load_model(name: str | os.PathLike, dtype: str | None = None):
-    """Model and tokenizer of a directory or hub id; float32 on the CPU unless `dtype` says otherwise."""
+def load_model(name: str | os.PathLike, dtype: str | None = None, quantize: str | None = None):
+    """Model and tokenizer of a directory or hub id; float32 on the CPU unless `dtype` says otherwise.
+
+    quantize: `4bit` or `8bit` weights by MLX; weights that are stored quantized stay as they are.
+    """
+    check_quantize(quantize)
     if not Path(name).exists() and str(name).startswith((".", "/", "~")):
         raise FileNotFoundError(f"Expected a model directory, found nothing at {name}.")
     try:
@@ -331,9 +338,20 @@ def load_model(name: str | os.PathLike, dtype: str | None = None):
         dtype = "float32"
     if dtype is not None:
         model.set_dtype(getattr(mx, dtype))
+    if quantize is not None:
+        _quantize(model, int(quantize.removesuffix("bit")))
     mx.eval(model.parameters())
     model.name_or_path = str(name)
     return model, tokenizer
+
+
+def _quantize(model, bits: int) -> None:
+    """Quantize what is not yet: layers whose rows are whole groups, as mlx-lm's `convert` does."""
+
+    def whole(path: str, module: nn.Module) -> bool:
+        return hasattr(module, "to_quantized") and module.weight.shape[-1] % WEIGHT_GROUP == 0
+
+    nn.quantize(model, WEIGHT_GROUP, bits, class_predicate=whole)
 
 
 def model_name(model) -> str:

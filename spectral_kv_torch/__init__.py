@@ -4,13 +4,17 @@ from spectral_kv_core.profile import Profile as SpectralProfile
 
 from .cache import SpectralCache, cache_nbytes
 from .capture import capture
+from .compressor import SpectralKVCompressor
+from .engine import InferenceEngine
 from .generation import make_prompt_cache
 from .integration import load_model, restore
 from .profiler import SpectralProfiler
 from .prompt_cache import load_prompt_cache, save_prompt_cache
 
 __all__ = [
+    "InferenceEngine",
     "SpectralCache",
+    "SpectralKVCompressor",
     "SpectralProfile",
     "SpectralProfiler",
     "cache_nbytes",

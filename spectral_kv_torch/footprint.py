@@ -61,6 +61,8 @@ def footprint(name: str, dtype: str | None = None) -> Footprint:
         context=max_context(model),
         call=PREFILL_CHUNK,
         decodes_history=on_card or not ops.kernels or not ops.kernels.supports_partial_attention(torch.empty(0)),
+        pair_bytes=4,  # the mask that transformers makes, and what it is made of
+        shares_memory=not on_card,
     )
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from spectral_kv_core import paths
+from spectral_kv_core.engine import check_quantize
 from spectral_kv_core.profile import ModelShape
 from spectral_kv_core.prompt_file import ExactLayer
 from spectral_kv_core.rope import Rope
@@ -204,19 +206,44 @@ def weights_digest(model) -> str:
     return hashlib.sha256(" ".join(f"{v:.1e}" for v in values).encode()).hexdigest()[:16]
 
 
-def load_model(name: str | os.PathLike, dtype: str | None = None):
-    """Model (in evaluation mode, on CUDA where there is a card) and tokenizer of a directory or hub id."""
+def load_model(name: str | os.PathLike, dtype: str | None = None, quantize: str | None = None):
+    """Model (in evaluation mode, on CUDA where there is a card) and tokenizer of a directory or hub id.
+
+    quantize: `4bit` or `8bit` weights by bitsandbytes, which needs CUDA: raises ValueError elsewhere.
+    """
     if not Path(name).exists() and str(name).startswith((".", "/", "~")):
         raise FileNotFoundError(f"Expected a model directory, found nothing at {name}.")
+    options = _quantization(quantize)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", **options)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
             f"Expected a model directory, a hub id or demo, cannot load {name!r}: {reason}"
         ) from None
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+    if not options:  # bitsandbytes puts its weights on the card itself
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.eval(), tokenizer
+
+
+def _quantization(quantize: str | None) -> dict:
+    """Options of `from_pretrained` for quantized weights; raises ValueError where bitsandbytes cannot run."""
+    if check_quantize(quantize) is None:
+        return {}
+    missing = [] if torch.cuda.is_available() else ["a CUDA card"]
+    missing += [] if find_spec("bitsandbytes") else ["bitsandbytes (pip install bitsandbytes)"]
+    if missing:
+        raise ValueError(
+            f"Expected {' and '.join(missing)} for quantize={quantize!r}, found none. Use quantize=None, or spectral_kv_mlx, "
+            "which quantizes weights everywhere: the cache is compressed either way."
+        )
+    bits = (
+        {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.bfloat16}
+        if quantize == "4bit"
+        else {"load_in_8bit": True}
+    )
+    return {"quantization_config": BitsAndBytesConfig(**bits), "device_map": {"": 0}}
 
 
 def model_dtype(model) -> np.dtype | torch.dtype:

@@ -18,8 +18,8 @@ from .ops import to_numpy
 class SpectralProfiler(ProfilerBase):
     __doc__ = ProfilerBase.__doc__
 
-    def load(self, name: str):
-        return load_model(name)
+    def load(self, name: str, quantize: str | None = None):
+        return load_model(name, None, quantize)
 
     def describe(self, model) -> tuple[ModelShape, dict[int, str], str, str, int | None]:
         return *model_shape(model), weights_digest(model), model_name(model), max_context(model)

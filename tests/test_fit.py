@@ -133,6 +133,7 @@ def toy_footprint(**changes) -> Footprint:
     fields = {
         "shape": shape, "passed": {}, "passed_tokens": {}, "weights_bytes": 10**6, "element_bytes": 2, "intermediate": 512,
         "context": 100_000, "call": 2048, "decodes_history": False,
+        "pair_bytes": 0, "shares_memory": False,
     }  # fmt: skip
     return Footprint(**{**fields, **changes})
 
@@ -151,7 +152,9 @@ def test_the_longest_context_fits_and_a_longer_one_does_not():
     longest = limits[16.0]["max_context"]
     assert plain.peak_bytes(longest) <= 50_000_000 < plain.peak_bytes(longest + 32)
     for row in result["rows"]:
-        held = row["weights_bytes"] + row["cache_bytes"] + row["table_bytes"] + row["prefill_bytes"]
+        held = (
+            row["weights_bytes"] + row["cache_bytes"] + row["table_bytes"] + row["prefill_bytes"] + row["profile_bytes"]
+        )
         assert row["peak_bytes"] == held and row["fits"] == (held <= 50_000_000)
         assert row["compression"] == row["dense_bytes"] / row["cache_bytes"]
     assert {(row["method"], row["bits"]) for row in result["rows"]} == {
@@ -236,3 +239,13 @@ def test_command(folders, capsys):
         assert code == 2 and message in err and not out, (arguments, err)
     assert cli.main(["fit", "--model", "./nowhere", "--backend", "torch", "--memory", "1GB"]) == 2
     assert "config.json" in capsys.readouterr().err
+
+
+def test_a_profile_takes_memory_where_there_is_one_memory():
+    profile = toy_profile_of(ToyModel())
+    apart, shared = (
+        toy_fit(10**9, profile=profile, model={"shares_memory": s}, contexts=(5000,))["rows"][-1] for s in (False, True)
+    )
+    assert apart["profile_bytes"] == 0 and shared["peak_bytes"] - apart["peak_bytes"] == shared["profile_bytes"]
+    basis_set = profile.basis_sets["head.post"]
+    assert shared["profile_bytes"] > basis_set.basis.nbytes + basis_set.cost.nbytes

@@ -16,10 +16,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from .cache import CHUNK_TOKENS, SEAL
-from .methods import Method
+from .methods import METHODS, Method
 from .plan import AFFINE_WIDTHS, STAGING_BITS, Plan, bits_range, elements_per_token, make_plan
 from .profile import ModelShape, Profile
-from .quantizer import UNIT
+from .quantizer import BIT_WIDTHS, UNIT
 from .synthetic import synthetic_plan, synthetic_profile
 from .transform import band_sizes
 
@@ -39,7 +39,9 @@ class Footprint:
     passed: layers that are not compressed, with the reason; passed_tokens: how many tokens such a layer keeps at most,
     for those that keep keys and values; element_bytes: size of an exact element; intermediate: channels of the MLP that
     one token goes through; context: tokens that the model was made for; call: tokens of a prompt per forward pass;
-    decodes_history: whether a call of a prompt decodes the whole history of a layer, or chunk by chunk.
+    decodes_history: whether a call of a prompt decodes the whole history of a layer, or chunk by chunk; pair_bytes: what
+    attention needs per query and key of a call that is no first one (a mask, or scores where no kernel is fused);
+    shares_memory: whether a loaded profile takes of the same memory, as it does on a CPU and on Apple silicon.
     """
 
     shape: ModelShape
@@ -51,6 +53,8 @@ class Footprint:
     context: int | None
     call: int
     decodes_history: bool
+    pair_bytes: int
+    shares_memory: bool
 
     @property
     def layer_elements(self) -> int:
@@ -158,6 +162,7 @@ class Budget:
     sinks: int
     window: int
     exact_bytes: int
+    profile_bytes: int = 0
 
     def _sealed(self, context: int) -> int:
         return 0 if self.stored is None else max(context - self.sinks - self.window, 0) // SEAL * SEAL
@@ -191,6 +196,7 @@ class Budget:
         """What reading needs on top of the final cache: a prompt of `context` tokens, or the last call of turns."""
         model, call = self.model, min(context, self.model.call)
         held = call * (HIDDEN_COPIES * model.shape.hidden_size + MLP_COPIES * model.intermediate) * model.element_bytes
+        held += call * context * model.pair_bytes
         if self.stored is None:  # the host joins a layer's keys, then its values, while the old ones are still there
             return held + context * model.layer_elements // 2 * self.exact_bytes
         layer = min(context, CHUNK_TOKENS) * model.layer_elements * 4 * ENCODE_COPIES
@@ -205,7 +211,7 @@ class Budget:
 
     def peak_bytes(self, context: int, turns: bool = False) -> int:
         """Everything at the worst moment; `turns`: the context comes in pieces of at most one call."""
-        held = self.model.weights_bytes + self.cache_bytes(context) + self.table_bytes(context)
+        held = self.model.weights_bytes + self.profile_bytes + self.cache_bytes(context) + self.table_bytes(context)
         return held + self.prefill_bytes(context, turns)
 
     def longest(self, memory: int, turns: bool = False) -> int:
@@ -253,7 +259,9 @@ def fit(
     made = {b: _stored(model, method, profile, tables, b) for b in tuple(dict.fromkeys(bits)) or _default_bits(method)}
     own = 8 * model.element_bytes
     budgets = {("plain", float(b)): Budget(model, None, 0, 0, b // 8) for b in sorted({16, own}, reverse=True)}
-    budgets |= {(method.name, b): Budget(model, s, sinks, window, model.element_bytes) for b, s in made.items()}
+    profile_bytes = _profile_nbytes(model.shape, profile) if method.basis_set and model.shares_memory else 0
+    sizes = sinks, window, model.element_bytes, profile_bytes
+    budgets |= {(method.name, b): Budget(model, s, *sizes) for b, s in made.items()}
     rows = [_row(*key, budget, context, memory) for context in contexts for key, budget in budgets.items()]
     limits = [
         {
@@ -268,7 +276,7 @@ def fit(
     for row in limits:
         row["limited_by"] = "model" if row["max_context"] == model.context else "memory"
     table_bytes = max((stored.table_bytes for stored in made.values() if stored), default=0)
-    options = model, method, table_bytes, sinks, window, memory
+    options = model, method, table_bytes, sizes, memory
     return {
         "rows": rows,
         "limits": limits,
@@ -309,6 +317,20 @@ def _stored(model: Footprint, method: Method, profile: Profile | None, tables, b
     return Stored(plan, tables, len(model.shape.layers))
 
 
+def _profile_nbytes(shape: ModelShape, profile: Profile | None) -> int:
+    """What a loaded profile takes; without one, that of all methods: bases, and numbers of every coefficient."""
+    if profile is not None:
+        sets = [[getattr(b, name) for name in b.ARRAYS] for b in profile.basis_sets.values()]
+        queries = profile.queries and [getattr(profile.queries, name) for name in profile.queries.ARRAYS]
+        return sum(x.nbytes for arrays in [*sets, queries or []] for x in arrays)
+    total, heads = 0, 2 * shape.kv_heads
+    for method in (METHODS[name] for name in ("spectral", "spectral-dense")):
+        groups = heads if method.group == "head" else 1
+        rank = heads // groups * shape.head_dim
+        total += groups * rank * 4 * (rank + len(band_sizes(method.block)) * (len(BIT_WIDTHS) + 2))
+    return total * len(shape.layers)
+
+
 def _row(name: str, bits: float, budget: Budget, context: int, memory: int) -> dict:
     cache, dense = budget.cache_bytes(context), budget.dense_bytes(context)
     peak, turns = budget.peak_bytes(context), budget.peak_bytes(context, turns=True)
@@ -320,6 +342,7 @@ def _row(name: str, bits: float, budget: Budget, context: int, memory: int) -> d
         "weights_bytes": budget.model.weights_bytes,
         "cache_bytes": cache,
         "table_bytes": budget.table_bytes(context),
+        "profile_bytes": budget.profile_bytes,
         "prefill_bytes": budget.prefill_bytes(context),
         "peak_bytes": peak,
         "peak_bytes_in_turns": turns,
@@ -331,7 +354,7 @@ def _row(name: str, bits: float, budget: Budget, context: int, memory: int) -> d
 
 
 def _highest_bits(
-    model: Footprint, method: Method, table_bytes: int, sinks: int, window: int, memory: int, context: int, turns: bool
+    model: Footprint, method: Method, table_bytes: int, sizes: tuple, memory: int, context: int, turns: bool
 ) -> float | None:
     """Highest bits with which `context` fits; those of the plain cache where it does, None where nothing does."""
     if Budget(model, None, 0, 0, model.element_bytes).peak_bytes(context, turns) <= memory:
@@ -342,6 +365,6 @@ def _highest_bits(
         options = np.arange(round(low / BITS_STEP), round(high / BITS_STEP) + 1) * BITS_STEP
     for bits in sorted(map(float, options), reverse=True):
         stored = Ceiling(bits, model.elements, table_bytes, staged=method.codec == "spectral")
-        if Budget(model, stored, sinks, window, model.element_bytes).peak_bytes(context, turns) <= memory:
+        if Budget(model, stored, *sizes).peak_bytes(context, turns) <= memory:
             return round(bits, 2)
     return None

@@ -12,6 +12,7 @@ import numpy as np
 from . import __version__
 from .basis import effective_rank, rank_for_energy
 from .methods import JOINT, PAIRS
+from .projection import Projection, get_projection
 from .quantizer import BIT_WIDTHS
 from .rope import Rope
 from .signed_file import FileFormat
@@ -268,6 +269,16 @@ class Profile:
                 f"Calibrate again: spectralkv profile --model {self.model}{ON_REQUEST.get(name, '')}"
             )
         return self.basis_sets[name]
+
+    def get_projection(
+        self, layer: int, head: int, side: str = "keys", rank: int | None = None, energy: float | None = None
+    ) -> Projection:
+        """Components of the keys (after RoPE) or values of one KV head, for `SpectralKVCompressor`.
+
+        As many as hold the share `energy` of the variance (default: the profiler's target), or `rank`. Raises ValueError
+        for a layer or head that the profile lacks.
+        """
+        return get_projection(self, layer, head, side, rank, energy)
 
     def check(self, shape: ModelShape) -> None:
         """Raise ValueError unless the profile was made for a model of this `shape`."""

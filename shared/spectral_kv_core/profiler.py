@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from .calibration import Spool, fit_basis_set, split_documents
 from .calibration_text import TEXT_NAME, load_default_texts, text_digest
+from .demo import demo_model_path
 from .joint import fit_joint_set
 from .methods import BASIS_SETS, JOINT, PAIRS, Method
 from .profile import ModelShape, Profile, QueryStatistics
@@ -62,8 +63,8 @@ class ProfilerBase(ABC):
                 raise ValueError(f"Expected basis sets among {', '.join(known)}, received {name!r}.")
 
     @abstractmethod
-    def load(self, name: str):
-        """Model and tokenizer of a directory or hub id."""
+    def load(self, name: str, quantize: str | None = None):
+        """Model and tokenizer of a directory or hub id; quantize: `4bit` or `8bit` weights."""
 
     @abstractmethod
     def describe(self, model) -> tuple[ModelShape, dict[int, str], str, str, int | None]:
@@ -81,15 +82,23 @@ class ProfilerBase(ABC):
         scored tokens' log probability with respect to keys and values.
         """
 
-    def profile_from_model(self, model, tokenizer=None, texts: list[str] | None = None, name: str = "") -> Profile:
-        """Calibrate `model` (an object, a directory or a hub id) on `texts` (default: the packaged ones).
+    def profile_from_model(
+        self, model, tokenizer=None, texts: list[str] | None = None, name: str = "", quantize: str | None = None
+    ) -> Profile:
+        """Calibrate `model` (an object, a directory, a hub id or demo) on `texts` (default: the packaged ones).
 
-        Raises ValueError for a model without compressible layers, or without any to pair where pairs are asked for, too
-        little text, or NaN in activations.
+        quantize: weights that are loaded by name are first quantized, `4bit` or `8bit`. Raises ValueError for a model
+        without compressible layers, or without any to pair where pairs are asked for, too little text, or NaN in
+        activations.
         """
         if isinstance(model, (str, os.PathLike)):
-            name = name or str(model)
-            model, tokenizer = self.load(name)
+            name, path = name or str(model), str(demo_model_path()) if model == "demo" else str(model)
+            model, tokenizer = self.load(path, quantize)
+        elif quantize is not None:
+            raise ValueError(
+                f"Expected quantize with the name of a model to load, received it with a {type(model).__name__}. "
+                "Quantize the model first, or pass its directory or hub id."
+            )
         shape, passed, digest, own_name, context = self.describe(model)
         if not shape.layers:
             raise ValueError(

@@ -309,7 +309,7 @@ def print_fit(result: dict) -> None:
         console.print(table)
     console.print(
         "A prompt of more than one call waits at 4 bits until it ends; in turns: the context comes in pieces of one call. "
-        "The peak counts weights, cache, tables and the arrays of one layer at work, not the process itself."
+        "The peak counts weights, profile, cache, tables and the arrays of one layer at work, not the process itself."
     )
 
 
