@@ -188,6 +188,12 @@ class LayerCache:
         """Slots that `dense` gives back: all that were seen, or as many as the fullest rows hold once some were dropped."""
         return max(lane.stored for lane in self.lanes) if self.has_dropped else self.seen
 
+    def positions(self, row: int = 0) -> np.ndarray | None:
+        """Positions [H or 1, stored] of the tokens that row `row` of the batch holds, in the order of `dense`, padding not
+        counted; None where nothing was dropped."""
+        (lane,) = (lane for lane in self.lanes if row in lane.rows)
+        return self._all_places(lane, len(lane.rows))[lane.rows.index(row)] if lane.dropped else None
+
     def finalize(self) -> None:
         """End the prompt: what was staged is encoded at the plan's bits, chunk by chunk."""
         for lane in self.lanes:
@@ -394,6 +400,14 @@ class LayerCache:
         places = np.concatenate([np.arange(sinks), np.arange(sinks + lane.sealed, lane.seen)])
         return xp.asarray(places.astype(np.int32)[None, None], like=lane.exact_keys)
 
+    def _all_places(self, lane: Lane, rows: int) -> np.ndarray:
+        """Positions [rows, H or 1, stored] of all tokens of `lane`: sinks, sealed ones, the rest."""
+        exact, sinks = self._places(lane), min(self.sinks, lane.exact)
+        sealed = [positions_of(self.xp, chunk, exact) for chunk in lane.chunks]
+        parts = [self.xp.to_numpy(x) for x in (exact[:, :, :sinks], *sealed, exact[:, :, sinks:])]
+        shape = (rows, max(p.shape[1] for p in parts))
+        return np.concatenate([np.broadcast_to(p, (*shape, p.shape[2])) for p in parts], axis=2)
+
     def _recent(self, lane: Lane) -> int:
         """Exact tokens at the end of `lane` that nothing is missing between."""
         fresh = lane.exact - (0 if lane.positions is None else lane.positions.shape[2])
@@ -422,11 +436,7 @@ class LayerCache:
         """Scores [b, H or 1, stored] of all tokens of `lane`, and their positions, NumPy: sinks, sealed ones, the rest."""
         xp = self.xp
         keys, values = self._lane_dense(lane, xp.float32)
-        exact, sinks = self._places(lane), min(self.sinks, lane.exact)
-        parts = [exact[:, :, :sinks], *(positions_of(xp, chunk, exact) for chunk in lane.chunks), exact[:, :, sinks:]]
-        parts = list(map(xp.to_numpy, parts))
-        shape = (keys.shape[0], max(p.shape[1] for p in parts))
-        places = np.concatenate([np.broadcast_to(p, (*shape, p.shape[2])) for p in parts], axis=2)
+        places = self._all_places(lane, keys.shape[0])
         everywhere = np.broadcast_to(places, keys.shape[:3])
         scores = self.eviction.scores(xp, self.row, keys, values, everywhere, lane.seen - 1, recent)
         return scores, np.broadcast_to(places, scores.shape)
