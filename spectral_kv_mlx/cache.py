@@ -248,16 +248,18 @@ def layer_contents(cache: list, layers: Sequence[int]) -> Iterator[tuple]:
 
 def held_vectors(cache: list, layers: Sequence[int]) -> Iterator[tuple]:
     """Of every one of `layers`, ascending: keys and values [H, N, D] float32 of row 0, decoded as they are after the prompt,
-    and the positions [H, N] that they stand at, None where every token is held.
+    and the positions [H or 1, N] that they stand at, None where every token is held.
     """
-    same = {}  # rows of several layers stay one cache
-    ended = [copy.deepcopy(layer, same) if isinstance(layer, SpectralKVCache) else layer for layer in cache]
-    for layer in ended:
+    same = {}  # what layers share stays shared
+    for layer in dict.fromkeys(cache[layer_idx] for layer_idx in layers):
         if isinstance(layer, SpectralKVCache):
+            layer = copy.deepcopy(layer, same)
             layer.finalize()
-    for layer_idx, held in zip(layers, layer_contents(ended, layers)):
-        positions = getattr(getattr(ended[layer_idx], "store", None), "positions", None)
-        yield *(ops.to_numpy(x[0]) for x in held), positions
+            for held in split_layers(*layer.keys_and_values(), len(layer.layers)):
+                yield *(ops.to_numpy(x[0]) for x in held), layer.store.positions()
+        else:
+            held = exact_layer(layer)
+            yield ops.to_numpy(held.keys[0]), ops.to_numpy(held.values[0]), None
 
 
 def fill(cache: list, plain: list) -> None:

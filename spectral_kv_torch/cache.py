@@ -240,14 +240,17 @@ def layer_contents(cache: Cache, layers: Sequence[int]) -> Iterator[tuple]:
 
 def held_vectors(cache: Cache, layers: Sequence[int]) -> Iterator[tuple]:
     """Of every one of `layers`, ascending: keys and values [H, N, D] float32 of row 0, decoded as they are after the prompt,
-    and the positions [H, N] that they stand at, None where every token is held.
+    and the positions [H or 1, N] that they stand at, None where every token is held.
     """
     ended = copy.deepcopy(cache) if isinstance(cache, SpectralCache) else cache
-    if isinstance(ended, SpectralCache):
-        ended.finalize()
-    for layer_idx, (held, _) in zip(layers, layer_contents(ended, layers)):
-        positions = getattr(getattr(ended.layers[layer_idx], "store", None), "positions", None)
-        yield *(ops.to_numpy(x[0]) for x in held), positions
+    for layer in dict.fromkeys(ended.layers[layer_idx] for layer_idx in layers):
+        if isinstance(layer, SpectralKVLayer):
+            layer.finalize()
+            for held in split_layers(*layer.keys_and_values(), len(layer.layers)):
+                yield *(ops.to_numpy(x[0]) for x in held), layer.store.positions()
+        else:
+            held = exact_layer(layer)
+            yield ops.to_numpy(held.keys[0]), ops.to_numpy(held.values[0]), None
 
 
 @torch.no_grad()

@@ -153,6 +153,12 @@ class LayerCache:
         """Slots that `dense` gives back: all that were seen, or as many as the fullest rows hold once some were dropped."""
         return max(lane.stored for lane in self.lanes) if self.has_dropped else self.seen
 
+    def positions(self, row: int = 0) -> np.ndarray | None:
+        """Positions [H or 1, stored] of the tokens that row `row` of the batch holds, in the order of `dense`, padding not
+        counted; None where nothing was dropped."""
+        (lane,) = (lane for lane in self.lanes if row in lane.rows)
+        return lane.all_places(self.xp, self.sinks)[lane.rows.index(row)] if lane.dropped else None
+
     def finalize(self) -> None:
         """End the prompt: what was staged is encoded at the plan's bits, chunk by chunk."""
         for lane in self.lanes:
