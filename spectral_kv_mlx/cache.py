@@ -19,6 +19,7 @@ from mlx_lm.models.cache import (
 
 from spectral_kv_core.cache import LATENT_QUERIES, CacheSize, Lane, LayerCache
 from spectral_kv_core.codec import Chunk
+from spectral_kv_core.eviction import Eviction
 from spectral_kv_core.plan import Plan
 from spectral_kv_core.stored import codecs_of, join_layers, split_layers
 
@@ -35,11 +36,19 @@ class SpectralKVCache(RoutedCache):
     the codes; for anybody else it gives back dense keys and values.
     """
 
-    def __init__(self, plan: Plan, row: int, sinks: int, window: int, left_padding: list[int] | None = None):
+    def __init__(
+        self,
+        plan: Plan,
+        row: int,
+        sinks: int,
+        window: int,
+        left_padding: list[int] | None = None,
+        eviction: Eviction | None = None,
+    ):
         self.plan, self.row = plan, row
         self.left_padding = [int(p) for p in left_padding] if left_padding is not None else None
-        staging = (lambda: codecs_of(ops, plan.staging)[row]) if plan.staging else None
-        self.store = LayerCache(ops, codecs_of(ops, plan)[row], sinks, window, staging)
+        staging = (lambda: codecs_of(ops, plan.staging)[row]) if plan.staging and eviction is None else None
+        self.store = LayerCache(ops, codecs_of(ops, plan)[row], sinks, window, staging, eviction, row)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -123,7 +132,8 @@ class SpectralKVCache(RoutedCache):
         return create_causal_mask(N, seen, window_size, left_padding=mx.array(self.left_padding))
 
     def is_trimmable(self) -> bool:
-        return True
+        """Whether the host may forget any number of tokens: not once some before them were dropped."""
+        return not self.store.has_dropped
 
     def trim(self, n: int) -> int:
         """Forget the last `n` tokens; returns how many there were to forget."""
@@ -158,7 +168,16 @@ class SpectralKVCache(RoutedCache):
                 "rows": lane.rows,
                 "pad": lane.pad,
                 "exact": lane.exact_keys is not None,
-                "chunks": [[chunk.batch, chunk.start, chunk.tokens, len(chunk.arrays)] for chunk in lane.chunks],
+                "dropped": lane.dropped,
+                "chunks": [
+                    [
+                        chunk.batch,
+                        chunk.start if isinstance(chunk.start, int) else None,
+                        chunk.tokens,
+                        len(chunk.arrays),
+                    ]
+                    for chunk in lane.chunks
+                ],
             }
             for lane in self.store.lanes
         ]
@@ -176,11 +195,14 @@ class SpectralKVCache(RoutedCache):
         self.pending, self.left_padding = None, layout["left_padding"]
         self.store.seen, self.store.lanes = layout["seen"], []
         for fields in layout["lanes"]:
-            lane = Lane(fields["rows"], fields["pad"])
+            lane = Lane(fields["rows"], fields["pad"], dropped=fields["dropped"])
             if fields["exact"]:
                 lane.exact_keys, lane.exact_values = next(arrays), next(arrays)
+            if lane.dropped:
+                lane.positions = next(arrays)
             for batch, start, tokens, count in fields["chunks"]:
-                lane.chunks.append(Chunk(batch, start, tokens, tuple(next(arrays) for _ in range(count))))
+                codes = tuple(next(arrays) for _ in range(count))
+                lane.chunks.append(Chunk(batch, next(arrays) if start is None else start, tokens, codes))
             self.store.lanes.append(lane)
 
     @classmethod
@@ -194,7 +216,7 @@ class SpectralKVCache(RoutedCache):
         """An independent cache that shares the plan and the arrays."""
         self.commit()
         new = copy.copy(self)
-        new.store = copy.deepcopy(self.store)
+        new.store = copy.deepcopy(self.store, memo)
         return new
 
     def _start(self, keys: mx.array) -> None:
@@ -216,10 +238,25 @@ def layer_contents(cache: list, layers: Sequence[int]) -> Iterator[tuple]:
     """
     for layer in dict.fromkeys(cache[layer_idx] for layer_idx in layers):
         if isinstance(layer, SpectralKVCache):
+            layer.store.check_complete()
             yield from split_layers(*layer.keys_and_values(), len(layer.layers))
         else:
             held = exact_layer(layer)
             yield held.keys, held.values
+
+
+def held_vectors(cache: list, layers: Sequence[int]) -> Iterator[tuple]:
+    """Of every one of `layers`, ascending: keys and values [H, N, D] float32 of row 0, decoded as they are after the prompt,
+    and the positions [H, N] that they stand at, None where every token is held.
+    """
+    same = {}  # rows of several layers stay one cache
+    ended = [copy.deepcopy(layer, same) if isinstance(layer, SpectralKVCache) else layer for layer in cache]
+    for layer in ended:
+        if isinstance(layer, SpectralKVCache):
+            layer.finalize()
+    for layer_idx, held in zip(layers, layer_contents(ended, layers)):
+        positions = getattr(getattr(ended[layer_idx], "store", None), "positions", None)
+        yield *(ops.to_numpy(x[0]) for x in held), positions
 
 
 def fill(cache: list, plain: list) -> None:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
+from mlx_lm.models import base
 from mlx_lm.models.cache import create_attention_mask
 
 from .handles import RoutedCache, caller_is_routed
-from .integration import host_layers, model_shape, routed
-from .ops import all_finite
+from .integration import dispatcher, host_layers, model_shape, replaced_attention, routed
+from .ops import all_finite, to_numpy
+
+# our cache looks for the dispatcher under this name in the module that calls it, as in mlx-lm's models
+scaled_dot_product_attention = dispatcher(base.scaled_dot_product_attention)
 
 
 class CaptureCache(RoutedCache):
@@ -65,6 +73,54 @@ def capture(model, tokens: list[int]) -> list:
         model(mx.array([tokens]), cache=cache)
     mx.eval([c.state for c in cache])  # the logits are not asked for, so they are never computed
     return cache
+
+
+@dataclass(frozen=True)
+class Attended:
+    """One call of a layer's attention: post-RoPE `queries` [1, Hq, L, D], `keys`, `values` [1, H, L, D] of its L new tokens.
+
+    outputs: [Hq, L, D] float32, before the output projection. mask, scale: the rest of the call.
+    """
+
+    queries: mx.array
+    keys: mx.array
+    values: mx.array
+    outputs: np.ndarray
+    mask: mx.array | str | None
+    scale: float
+
+
+@contextmanager
+def recorded(model, cache: list, layers: Sequence[int]) -> Iterator[dict[int, list[Attended]]]:
+    """By layer, what the attention of `layers` is given and gives back while `model` runs with the plain `cache`."""
+    calls = {i: [] for i in layers}
+    indices = {id(cache[i]): i for i in layers}
+
+    def around(attention):
+        def recording(queries, keys, values, cache, scale, mask, sinks=None):
+            out = attention(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
+            if id(cache) in indices:
+                new = [mx.contiguous(x[:, :, -queries.shape[2] :]) for x in (keys, values)]
+                mx.eval(
+                    queries, *new, out
+                )  # else they keep the whole cache alive, which is then copied to be written to
+                calls[indices[id(cache)]].append(Attended(queries, *new, to_numpy(out[0]), mask, scale))
+            return out
+
+        recording.host = attention.host
+        return recording
+
+    with routed(model), replaced_attention(model, around):
+        yield calls
+
+
+def attend(cache: list, layer_idx: int, call: Attended) -> np.ndarray:
+    """What layer `layer_idx` of `cache`, plain or compressed, gives for `call` [Hq, L, D]; its tokens enter the cache."""
+    layer = cache[layer_idx]
+    keys, values = layer.update_and_fetch(call.keys, call.values)
+    out = scaled_dot_product_attention(call.queries, keys, values, layer, call.scale, call.mask)
+    mx.eval(out, layer.arrays() if isinstance(layer, RoutedCache) else (layer.keys, layer.values))
+    return to_numpy(out[0])
 
 
 def score_gradients(model, cache: list, tokens: list[int], samples: int, key: mx.array) -> list[dict]:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import generate_step
 
+from spectral_kv_core.eviction import plan_and_eviction
 from spectral_kv_core.generation import Generated
 from spectral_kv_core.machine import process_peak_bytes
-from spectral_kv_core.methods import get_live_method
-from spectral_kv_core.plan import plan_for
+from spectral_kv_core.methods import get_live_method, rounded_by
 from spectral_kv_core.profile import Profile
 
-from .cache import SpectralKVCache, cache_nbytes, fill
+from .cache import SpectralKVCache, cache_nbytes, fill, held_vectors
+from .capture import attend, recorded
 from .integration import (
     end_tokens,
     host_layers,
@@ -36,6 +37,7 @@ __all__ = [
     "HOST_PACKAGES",
     "PREFILL_CHUNK",
     "SpectralProfiler",
+    "attend",
     "cache_nbytes",
     "context_limit",
     "decode_cache",
@@ -43,6 +45,7 @@ __all__ = [
     "feed",
     "fill",
     "generate",
+    "held_vectors",
     "load_model",
     "load_prompt_cache",
     "make_prompt_cache",
@@ -51,6 +54,7 @@ __all__ = [
     "peak_bytes",
     "plain_cache",
     "prefill",
+    "recorded",
     "reset_peak",
     "save_prompt_cache",
     "score",
@@ -71,6 +75,10 @@ def make_prompt_cache(
     method: str = "spectral",
     window: int = 64,
     sinks: int = 4,
+    budget_tokens: int | None = None,
+    protect: Sequence[tuple[int, int]] = (),
+    selection: str | None = None,
+    rounding_scores: str | None = None,
     tokenizer=None,
     left_padding: list[int] | None = None,
 ) -> list:
@@ -78,21 +86,38 @@ def make_prompt_cache(
 
     bits: average stored bits per sealed element, a ceiling (default 3); or budget_bytes for max_context tokens.
     window, sinks: last and first tokens kept exactly. profile None looks for one, and calibrates (with `tokenizer`) if
-    there is none. left_padding: slots of padding before every row of a batch (torch reads them off the mask). Raises
-    ValueError for a budget out of range, a profile of another model, or nothing to compress.
+    there is none. A method that drops tokens takes budget_tokens, all that stay stored, or budget_bytes; protect: spans
+    (start, end) of positions that stay; selection: see `Eviction.mode`. rounding_scores: the scorer whose scores weigh the
+    tokens of a block when codes are rounded, or `nearest`. left_padding: slots of padding before every row of a batch
+    (torch reads them off the mask). Raises ValueError for a budget out of range, a profile of another model, or nothing
+    to compress.
     """
-    method = get_live_method(method)
+    method = rounded_by(get_live_method(method), rounding_scores)
     shape, passed, profile = SpectralProfiler().profile_for(model, method, profile, tokenizer)
     layers = host_layers(model)
     size = model_dtype(model).size
     other = sum(getattr(layers[i], "max_size", 0) for i in passed) * 2 * shape.kv_heads * shape.head_dim * size
-    plan = plan_for(shape, profile, method, bits, budget_bytes, max_context, window, sinks, size, other)
+    plan, eviction = plan_and_eviction(
+        shape,
+        profile,
+        method,
+        bits=bits,
+        budget_bytes=budget_bytes,
+        max_context=max_context,
+        budget_tokens=budget_tokens,
+        protect=protect,
+        selection=selection,
+        window=window,
+        sinks=sinks,
+        element_bytes=size,
+        other_bytes=other,
+    )
     install(model)
     if left_padding is not None:
         for layer_idx in passed:
             layers[layer_idx] = padded(layers[layer_idx], left_padding)
     for row, layer_idx in enumerate(shape.layers):
-        layers[layer_idx] = SpectralKVCache(plan, row, sinks, window, left_padding)
+        layers[layer_idx] = SpectralKVCache(plan, row, sinks, window, left_padding, eviction)
     return layers
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from spectral_kv_core import prompt_file
 from spectral_kv_core.cache import LayerCache
-from spectral_kv_core.methods import Method, get_live_method, get_method
+from spectral_kv_core.methods import Method, get_keeping_method, get_live_method
 from spectral_kv_core.plan import Plan, make_plan, plan_for
 from spectral_kv_core.profile import Profile
 from spectral_kv_core.prompt_file import ExactLayer, PromptFile, encode_within
@@ -58,7 +58,7 @@ def save_prompt_cache(
     if method is not None:
         if model is None:
             raise ValueError("Expected the model of a cache that is to be encoded, received none. Give model=.")
-        method = get_method(method)
+        method = get_keeping_method(method)
         shape, _, profile = SpectralProfiler().profile_for(model, method, profile)
         plan = plan_for(shape, profile, method, bits, window=window, sinks=sinks)
         cache = encode_cache(plan, cache, sinks, window)
@@ -99,7 +99,7 @@ def load_prompt_cache(
     plain = method == "plain"
     if bits is not None and (method is None or plain):
         raise ValueError(f"Expected a method that has {bits:g} bits, received {method}.")
-    target = None if method is None or plain else get_live_method(method)
+    target = None if method is None or plain else get_live_method(get_keeping_method(method))
     file.check(model_shape(model)[0], weights_digest(model))
     plan, dtype = file.plan(profile), model_dtype(model)
     padding = file.padding if any(file.padding) else None

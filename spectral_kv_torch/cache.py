@@ -10,6 +10,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from spectral_kv_core.cache import CacheSize, LayerCache
+from spectral_kv_core.eviction import Eviction
 from spectral_kv_core.methods import get_live_method
 from spectral_kv_core.plan import Plan, make_plan
 from spectral_kv_core.profile import Profile
@@ -30,9 +31,9 @@ class SpectralKVLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, plan: Plan, row: int, sinks: int, window: int):
+    def __init__(self, plan: Plan, row: int, sinks: int, window: int, eviction: Eviction | None = None):
         super().__init__()
-        self.plan, self.row, self.sinks, self.window = plan, row, sinks, window
+        self.plan, self.row, self.sinks, self.window, self.eviction = plan, row, sinks, window, eviction
         self.store: LayerCache | None = None
         self.pending: Pending | None = None
 
@@ -40,7 +41,8 @@ class SpectralKVLayer(CacheLayerMixin):
         """An independent layer that shares the plan and the tensors: a prefix can be read once and copied."""
         self.commit()
         new = copy.copy(self)
-        new.store = copy.deepcopy(self.store)
+        new.store = copy.deepcopy(self.store, memo)
+        new.eviction = copy.deepcopy(self.eviction, memo)
         return new
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -66,18 +68,20 @@ class SpectralKVLayer(CacheLayerMixin):
     def open(self, device: torch.device) -> LayerCache:
         """Put the codec's tables on `device`; returns the store, empty."""
         codec = codecs_of(ops, self.plan, device)[self.row]
-        staging = (lambda: codecs_of(ops, self.plan.staging, device)[self.row]) if self.plan.staging else None
-        self.store = LayerCache(ops, codec, self.sinks, self.window, staging)
+        staging = None
+        if self.plan.staging and self.eviction is None:
+            staging = lambda: codecs_of(ops, self.plan.staging, device)[self.row]  # noqa: E731
+        self.store = LayerCache(ops, codec, self.sinks, self.window, staging, self.eviction, self.row)
         self.is_initialized = True
         return self.store
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Take in [B, H, L, D] post-RoPE keys and values; returns handles of shape [B, H, seen, D]."""
+        """Take in [B, H, L, D] post-RoPE keys and values; returns handles of shape [B, H, slots, D]."""
         if self.store is None:
             self.lazy_initialization(key_states, value_states)
         self.commit()
         self.pending = Pending(self, key_states, value_states)
-        return self.pending.handles()
+        return self.pending.handles(self.slots)
 
     def attend(self, pending: Pending, queries, scale: float, fused, padding=None):
         """Attention [B, Hq, L, D] of the tokens of `pending`, which enter the cache; `padding` [B] at the first call."""
@@ -133,7 +137,16 @@ class SpectralKVLayer(CacheLayerMixin):
         return self.store.seen + (self.pending.keys.shape[2] if self.pending is not None else 0)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
+        """Slots of keys, and how many slots before them are no longer there: the host reads its mask by slot."""
+        dropped = self.get_seq_length() - self.slots
+        return self.slots + query_length, dropped
+
+    @property
+    def slots(self) -> int:
+        """Slots that the dense keys and values have."""
+        if self.store is None or not self.store.lanes:
+            return self.get_seq_length()
+        return self.store.slots + (self.pending.keys.shape[2] if self.pending is not None else 0)
 
     def get_max_length(self) -> int:
         return -1
@@ -191,11 +204,12 @@ class SpectralCache(Cache):
         *,
         plan: Plan | None = None,
         layers: list | None = None,
+        eviction: Eviction | None = None,
     ):
         plan = plan or make_plan(profile.shape, profile, get_live_method(method), bits)
         layers = list(layers) if layers is not None else [DynamicLayer() for _ in range(plan.shape.num_layers)]
         for row, layer_group in enumerate(plan.layer_groups):
-            layer = SpectralKVLayer(plan, row, sinks, window)
+            layer = SpectralKVLayer(plan, row, sinks, window, eviction)
             for layer_idx in layer_group:
                 layers[layer_idx] = layer
         super().__init__(layers=layers)
@@ -215,11 +229,25 @@ def layer_contents(cache: Cache, layers: Sequence[int]) -> Iterator[tuple]:
     """
     for layer in dict.fromkeys(cache.layers[layer_idx] for layer_idx in layers):
         if isinstance(layer, SpectralKVLayer):
+            if layer.store is not None:
+                layer.store.check_complete()
             for held in split_layers(*layer.keys_and_values(), len(layer.layers)):
                 yield held, layer.store.padding
         else:
             held = exact_layer(layer)
             yield (held.keys, held.values), None
+
+
+def held_vectors(cache: Cache, layers: Sequence[int]) -> Iterator[tuple]:
+    """Of every one of `layers`, ascending: keys and values [H, N, D] float32 of row 0, decoded as they are after the prompt,
+    and the positions [H, N] that they stand at, None where every token is held.
+    """
+    ended = copy.deepcopy(cache) if isinstance(cache, SpectralCache) else cache
+    if isinstance(ended, SpectralCache):
+        ended.finalize()
+    for layer_idx, (held, _) in zip(layers, layer_contents(ended, layers)):
+        positions = getattr(getattr(ended.layers[layer_idx], "store", None), "positions", None)
+        yield *(ops.to_numpy(x[0]) for x in held), positions
 
 
 @torch.no_grad()

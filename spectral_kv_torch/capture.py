@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_utils import AttentionInterface
 
+from . import ops
 from .handles import Pending
-from .integration import host_layers, install, model_shape
+from .integration import ATTENTION, attention_forward, host_layers, install, model_shape, register
 
 
 class CaptureLayer(CacheLayerMixin):
@@ -29,7 +33,7 @@ class CaptureLayer(CacheLayerMixin):
     def update(self, key_states, value_states, *args, **kwargs):
         if self.leaves:
             return torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2)
-        return Pending(self, key_states, value_states).handles()
+        return Pending(self, key_states, value_states).handles(self.get_seq_length())
 
     def attend(self, pending, queries, scale, fused, padding=None):
         """Keep the queries [B, Hq, L, D], keys and values [B, H, L, D] of one forward pass and attend as usual."""
@@ -75,6 +79,61 @@ def capture(model, tokens: list[int]) -> Cache:
     with frozen(model), torch.no_grad():
         model(_batch(model, tokens), past_key_values=cache, use_cache=True, logits_to_keep=1)
     return cache
+
+
+@dataclass(frozen=True)
+class Attended:
+    """One call of a layer's attention: post-RoPE `queries` [1, Hq, L, D], `keys`, `values` [1, H, L, D] of its L new tokens.
+
+    outputs: [Hq, L, D] float32, before the output projection. module, mask, scale, options: the rest of the call.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    outputs: np.ndarray
+    module: torch.nn.Module
+    mask: torch.Tensor | None
+    scale: float
+    options: dict
+
+
+@contextmanager
+def recorded(model, cache: Cache, layers: Sequence[int]) -> Iterator[dict[int, list[Attended]]]:
+    """By layer, what the attention of `layers` is given and gives back while `model` runs with the plain `cache`."""
+    calls = {i: [] for i in layers}
+    before = model.config._attn_implementation
+
+    def recording(module, query, key, value, attention_mask=None, scaling=None, **options):
+        out, weights = attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+        if module.layer_idx in calls:
+            new = (ops.copy(x[:, :, -query.shape[2] :]) for x in (key, value))  # not views of the whole cache
+            calls[module.layer_idx].append(
+                Attended(query, *new, _heads_first(out), module, attention_mask, scaling, options)
+            )
+        return out, weights
+
+    install(model)
+    AttentionInterface.register(ATTENTION, recording)
+    try:
+        yield calls
+    finally:
+        register()
+        if before != model.config._attn_implementation:
+            model.set_attn_implementation(before)
+
+
+@torch.inference_mode()
+def attend(cache: Cache, layer_idx: int, call: Attended) -> np.ndarray:
+    """What layer `layer_idx` of `cache`, plain or compressed, gives for `call` [Hq, L, D]; its tokens enter the cache."""
+    held = cache.layers[layer_idx].update(call.keys, call.values)
+    out, _ = attention_forward(call.module, call.queries, *held, call.mask, scaling=call.scale, **call.options)
+    return _heads_first(out)
+
+
+def _heads_first(out: torch.Tensor) -> np.ndarray:
+    """[1, L, Hq, D] as an attention function returns it -> [Hq, L, D] float32."""
+    return ops.to_numpy(out[0].transpose(0, 1))
 
 
 def score_gradients(model, cache: Cache, tokens: list[int], samples: int, generator: torch.Generator) -> list[dict]:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
+from spectral_kv_core.eviction import plan_and_eviction
 from spectral_kv_core.generation import Generated
 from spectral_kv_core.machine import process_peak_bytes
-from spectral_kv_core.methods import get_live_method
-from spectral_kv_core.plan import plan_for
+from spectral_kv_core.methods import get_live_method, rounded_by
 from spectral_kv_core.profile import Profile
 
-from .cache import SpectralCache, cache_nbytes, fill
+from .cache import SpectralCache, cache_nbytes, fill, held_vectors
+from .capture import attend, recorded
 from .integration import (
     host_layers,
     install,
@@ -35,6 +36,7 @@ __all__ = [
     "HOST_PACKAGES",
     "PREFILL_CHUNK",
     "SpectralProfiler",
+    "attend",
     "cache_nbytes",
     "context_limit",
     "decode_cache",
@@ -42,6 +44,7 @@ __all__ = [
     "feed",
     "fill",
     "generate",
+    "held_vectors",
     "load_model",
     "load_prompt_cache",
     "make_prompt_cache",
@@ -50,6 +53,7 @@ __all__ = [
     "peak_bytes",
     "plain_cache",
     "prefill",
+    "recorded",
     "reset_peak",
     "save_prompt_cache",
     "score",
@@ -70,24 +74,45 @@ def make_prompt_cache(
     method: str = "spectral",
     window: int = 64,
     sinks: int = 4,
+    budget_tokens: int | None = None,
+    protect: Sequence[tuple[int, int]] = (),
+    selection: str | None = None,
+    rounding_scores: str | None = None,
     tokenizer=None,
 ) -> SpectralCache:
     """An empty compressed cache for `model`, to be passed as `past_key_values`.
 
     bits: average stored bits per sealed element, a ceiling (default 3); or budget_bytes for max_context tokens.
     window, sinks: last and first tokens kept exactly. profile None looks for one, and calibrates (with `tokenizer`) if
-    there is none. Raises ValueError for a budget out of range, a profile of another model, or nothing to compress.
+    there is none. A method that drops tokens takes budget_tokens, all that stay stored, or budget_bytes; protect: spans
+    (start, end) of positions that stay; selection: see `Eviction.mode`. rounding_scores: the scorer whose scores weigh the
+    tokens of a block when codes are rounded, or `nearest`. Raises ValueError for a budget out of range, a profile of
+    another model, or nothing to compress.
     """
-    method = get_live_method(method)
+    method = rounded_by(get_live_method(method), rounding_scores)
     shape, passed, profile = SpectralProfiler().profile_for(model, method, profile, tokenizer)
     layers = host_layers(model)
     size = torch.empty((), dtype=model.dtype).element_size()
     other = (
         sum(getattr(layers[i], "sliding_window", 1) - 1 for i in passed) * 2 * shape.kv_heads * shape.head_dim * size
     )
-    plan = plan_for(shape, profile, method, bits, budget_bytes, max_context, window, sinks, size, other)
+    plan, eviction = plan_and_eviction(
+        shape,
+        profile,
+        method,
+        bits=bits,
+        budget_bytes=budget_bytes,
+        max_context=max_context,
+        budget_tokens=budget_tokens,
+        protect=protect,
+        selection=selection,
+        window=window,
+        sinks=sinks,
+        element_bytes=size,
+        other_bytes=other,
+    )
     install(model)
-    return SpectralCache(window=window, sinks=sinks, plan=plan, layers=layers)
+    return SpectralCache(window=window, sinks=sinks, plan=plan, layers=layers, eviction=eviction)
 
 
 class _Clock:

@@ -17,10 +17,9 @@ class Pending:
         self.layer, self.keys, self.values = layer, keys, values
         self._dense = None
 
-    def handles(self) -> tuple[Handle, Handle]:
-        """Handles for keys and values, shaped as the dense tensors would be."""
-        seen = self.layer.get_seq_length()
-        return Handle.make(self, 0, self.keys, seen), Handle.make(self, 1, self.values, seen)
+    def handles(self, slots: int) -> tuple[Handle, Handle]:
+        """Handles for keys and values [B, H, slots, D], shaped as the dense tensors would be."""
+        return Handle.make(self, 0, self.keys, slots), Handle.make(self, 1, self.values, slots)
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Decoded keys and values of everything up to these tokens."""
@@ -36,8 +35,8 @@ class Handle(torch.Tensor):
     side: int
 
     @staticmethod
-    def make(pending: Pending, side: int, new: torch.Tensor, seen: int) -> Handle:
-        shape = (*new.shape[:2], seen, new.shape[3])
+    def make(pending: Pending, side: int, new: torch.Tensor, slots: int) -> Handle:
+        shape = (*new.shape[:2], slots, new.shape[3])
         handle = torch.Tensor._make_wrapper_subclass(Handle, shape, dtype=new.dtype, device=new.device)
         handle.pending, handle.side = pending, side
         return handle

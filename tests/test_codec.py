@@ -12,7 +12,7 @@ from tolerances import ATTENTION_RMS, assert_close, assert_codes_close, relative
 from spectral_kv_core import ops
 from spectral_kv_core.attention import group_queries, merge_partials
 from spectral_kv_core.codec import make_codec, select_rows
-from spectral_kv_core.methods import METHODS
+from spectral_kv_core.methods import METHODS, ROUNDINGS
 from spectral_kv_core.plan import make_plan
 from spectral_kv_core.rope import rotate, unrotate
 from spectral_kv_core.rounding import round_in_time
@@ -130,13 +130,33 @@ def test_token_weights_follow_the_queries():
     codec = make_codec(ops, plan_of(model, 2, "head", "post", "expected-attention"), 0)
     keys, values = model.sample(1, 64)
     keys = unrotate(ops, keys, model.rope, 0)
-    linear = codec.queries[0]
+    linear = codec.weigh.tables[0]
     keys[:, :, 21] += 40 * linear.mean(-1) / np.linalg.norm(linear.mean(-1), axis=-1, keepdims=True)
     for start in (4, 500):
         _, weights = codec.coefficients(rotate(ops, keys, model.rope, start), values, start)
         assert weights.shape == (1, 4, 4, 16)
         np.testing.assert_allclose(weights.mean(-1), 1, rtol=1e-5)
         assert np.all(weights[:, :, 1].argmax(-1) == 5) and weights.max() > 2
+
+
+@pytest.mark.parametrize("scorer", ROUNDINGS[1:])
+def test_any_scorer_can_weigh_tokens(xp, scorer):
+    """Weights are of the block alone, wherever it stands and whatever comes with it, and codes are those of the reference."""
+    model = ToyModel(rotated=True)
+    plans = plan_of(model, 2, "head", "post", scorer), plan_of(model, 2, "layer", "pre", scorer)
+    keys, values = model.sample(1, 96)
+    for plan in plans:
+        codec, reference = make_codec(xp, plan, 0), make_codec(ops, plan, 0)
+        _, weights = codec.coefficients(*arrays(xp, keys, values), 0)
+        weights = xp.to_numpy(weights)
+        np.testing.assert_allclose(weights.mean(-1), 1, rtol=1e-5)
+        assert weights.std() > 0.1
+        moved = rotate(ops, unrotate(ops, keys, model.rope, 0), model.rope, 700)[:, :, 32:64]
+        _, alone = codec.coefficients(*arrays(xp, moved, values[:, :, 32:64]), 732)
+        np.testing.assert_allclose(xp.to_numpy(alone), weights[:, :, 2:4], rtol=2e-2)
+        got = codes_of(codec, codec.encode(*arrays(xp, keys, values), 0))
+        expected = codes_of(reference, reference.encode(keys, values, 0))
+        assert (got != expected).mean() < 1e-3
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -45,7 +46,7 @@ class FakeBackend:
     HOST_PACKAGES = ("safetensors", "no-such-package")
 
     def __init__(self, profile=None, sharpness=8.0, limit=None):
-        self.profile, self.sharpness, self.limit, self.log = profile, sharpness, limit, []
+        self.profile, self.sharpness, self.limit, self.log, self.recording = profile, sharpness, limit, [], {}
         self.toy = toy_profile_of(ToyModel())
 
     def context_limit(self, model):
@@ -75,8 +76,31 @@ class FakeBackend:
     def feed(self, model, tokens, cache, keep=1):
         self.log.append(("feed", cache.kind, list(tokens)))
         cache.tokens += tokens
+        for calls in self.recording.get(id(cache), {}).values():
+            calls.append(SimpleNamespace(tokens=list(tokens), outputs=self.outputs(cache.tokens, len(tokens))))
         expected = (np.array(cache.tokens[-keep:]) + 1) % VOCABULARY
         return self.sharpness * np.eye(VOCABULARY, dtype=np.float32)[expected]
+
+    @staticmethod
+    def outputs(tokens, length):
+        """[1, length, 2]: says what the tokens that are attended to are, and how many."""
+        last = np.arange(len(tokens) - length, len(tokens)) + 1
+        return np.stack([np.cumsum(tokens)[last - 1], last], axis=-1)[None].astype(np.float32)
+
+    @contextmanager
+    def recorded(self, model, cache, layers):
+        self.recording[id(cache)] = {i: [] for i in layers}
+        yield self.recording[id(cache)]
+        del self.recording[id(cache)]
+
+    def attend(self, cache, layer_idx, call):
+        held = vars(cache).setdefault(f"layer{layer_idx}", list(cache.tokens))
+        held += call.tokens
+        return self.outputs(held, len(call.tokens))
+
+    def held_vectors(self, cache, layers):
+        for _ in layers:
+            yield *[np.array(cache.tokens, np.float32)[None, :, None]] * 2, None
 
     def cache_nbytes(self, cache):
         return CacheSize(len(cache.tokens), 4 * len(cache.tokens), 7)
@@ -234,7 +258,7 @@ def test_pairs_out_of_reach_are_skipped(caplog, tmp_path):
     [
         ({"methods": ("spectrel",)}, "method among"),
         ({"methods": ()}, "at least one value for --methods"),
-        ({"tasks": ("speed",)}, "tasks among text, copy, received 'speed'"),
+        ({"tasks": ("speed",)}, "tasks among text, copy, drift, needle, received 'speed'"),
         ({"bits": (0.0,)}, "bits above 0"),
         ({"bits": (float("nan"),)}, "bits above 0"),
         ({"prefixes": (60, 1)}, "--prefix of at least 2, received 1"),

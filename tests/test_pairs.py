@@ -118,9 +118,9 @@ def test_a_row_rounds_by_the_queries_of_its_layers():
     profile = replace(profile, shape=replace(SHAPE, num_layers=9, layers=(3, 4, 7)))
     plan, queries = make_plan(profile.shape, profile, METHOD, 1), profile.queries
     for row, numbers in enumerate(([0, 1], [2])):
-        mean, root, _ = plan.query_statistics(row)
-        np.testing.assert_array_equal(mean, np.concatenate(queries.mean[numbers]))
-        np.testing.assert_array_equal(root, np.concatenate(queries.root[numbers]))
+        statistics = plan.query_statistics(row)
+        for name in ("mean", "root", "amplitude"):
+            np.testing.assert_array_equal(statistics[f"query_{name}"], np.concatenate(getattr(queries, name)[numbers]))
 
 
 def test_two_layers_together_cost_less():

@@ -1,22 +1,26 @@
 """The live cache of one attention layer: exact sinks, sealed chunks of packed codes, an exact recent window.
 
 Rows of a batch that start at the same slot form a *lane* and are stored and attended together; left padding is never
-stored, so every row has its own sinks and block alignment and comes out as if it were alone.
+stored, so every row has its own sinks and block alignment and comes out as if it were alone. A cache with an `Eviction`
+holds no more tokens than its budget and knows the positions of those that are left.
 """
 
 from __future__ import annotations
 
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from . import attention
-from .codec import Chunk, select_rows
+from .codec import Chunk, positions_of, select_rows
+from .eviction import Eviction
+from .plan import SEAL
+from .selection import select
 
-SEAL = 16  # tokens are sealed in multiples of this
 CHUNK_TOKENS = 1024  # tokens of a full chunk: the unit that is decoded at a time
+RECENT = 64  # queries of a call that scorers may look at
 LATENT_QUERIES = 16  # up to so many new tokens attend to the codes; more are a prefill and use the host's fused kernel
 
 
@@ -54,6 +58,10 @@ class Lane:
     exact_values: Any = None
     chunks: list[Chunk] = field(default_factory=list)
     staged: list[Chunk] = field(default_factory=list)  # behind `chunks`: a prompt that may go on, at more bits
+    positions: Any = (
+        None  # int32 [b, H or 1, n] of the first n exact tokens once some were dropped; the last ones follow
+    )
+    dropped: int = 0  # tokens that are no longer there, in every head as many
 
     @property
     def exact(self) -> int:
@@ -63,18 +71,33 @@ class Lane:
     def sealed(self) -> int:
         return sum(chunk.tokens for chunk in (*self.chunks, *self.staged))
 
+    @property
+    def stored(self) -> int:
+        return self.exact + self.sealed
+
+    @property
+    def seen(self) -> int:
+        """Tokens that came in: the position of the next one."""
+        return self.stored + self.dropped
+
 
 class LayerCache:
     """Keys and values of one layer; `codec` None keeps everything exact.
 
-    sinks, window: first and last tokens kept exactly. Up to 15 further tokens wait until their block is full.
+    sinks, window: first and last tokens kept exactly. Further ones, up to 15 or one less than the codec's block, wait
+    until their block is full.
     staging: makes a codec of the same layer, at more bits, that holds what further calls of more than `LATENT_QUERIES`
     tokens bring until the prompt ends: `finalize`, or the first call with fewer; None: the plan's own holds it.
+    eviction: which tokens of layer number `row` are dropped; a prompt then stays exact, cut to the budget, until it ends.
     """
 
-    def __init__(self, xp, codec, sinks: int, window: int, staging=None):
+    def __init__(
+        self, xp, codec, sinks: int, window: int, staging=None, eviction: Eviction | None = None, row: int = 0
+    ):
         self.xp, self.codec, self.sinks, self.window, self._make_staging = xp, codec, sinks, window, staging
+        self.eviction, self.row = eviction, row
         self._staging = None
+        self.seal = SEAL if codec is None else max(SEAL, codec.block)  # tokens are sealed in multiples of this
         self.lanes: list[Lane] = []
         self.seen = 0  # slots seen, padding included
 
@@ -85,6 +108,7 @@ class LayerCache:
             replace(lane, rows=list(lane.rows), chunks=list(lane.chunks), staged=list(lane.staged))
             for lane in self.lanes
         ]
+        new.eviction = deepcopy(self.eviction, memo)
         return new
 
     def start(self, batch: int, padding=None) -> None:
@@ -116,7 +140,7 @@ class LayerCache:
                 outputs.append(self.xp.zeros(self._take(lane, queries).shape, dtype=queries.dtype, like=queries))
                 continue
             out = self._attend_lane(lane, q, k, v, scale, fused)
-            self._append_lane(lane, k, v, prompt)
+            self._append_lane(lane, k, v, prompt, q[:, :, -RECENT:] * scale)
             if missing:
                 blank = self.xp.zeros((*out.shape[:2], missing, out.shape[3]), dtype=out.dtype, like=out)
                 out = self.xp.concat([blank, out], axis=2)
@@ -145,11 +169,31 @@ class LayerCache:
     @property
     def is_staged(self) -> bool:
         """Whether a prompt is held at more bits than the plan has, until it ends."""
-        return any(lane.staged for lane in self.lanes)
+        return any(lane.staged or (self.eviction and self._ready(lane)) for lane in self.lanes)
+
+    @property
+    def has_dropped(self) -> bool:
+        """Whether any token is no longer there."""
+        return any(lane.dropped for lane in self.lanes)
+
+    def check_complete(self) -> None:
+        """Raise ValueError when some tokens are no longer there: what is left is not a prompt."""
+        if self.has_dropped:
+            raise ValueError(
+                "Expected a cache that holds every token, received one that has dropped some. Read the prompt again."
+            )
+
+    @property
+    def slots(self) -> int:
+        """Slots that `dense` gives back: all that were seen, or as many as the fullest rows hold once some were dropped."""
+        return max(lane.stored for lane in self.lanes) if self.has_dropped else self.seen
 
     def finalize(self) -> None:
         """End the prompt: what was staged is encoded at the plan's bits, chunk by chunk."""
         for lane in self.lanes:
+            if self.eviction:
+                self._seal(lane, staged=False)
+                continue
             position = self.sinks + sum(chunk.tokens for chunk in lane.chunks)
             for chunk in lane.staged:
                 lane.chunks = self._sealed(self.codec, lane.chunks, *self.staging.decode(chunk), position)
@@ -157,7 +201,15 @@ class LayerCache:
             lane.staged = []
 
     def dense(self, dtype=None):
-        """Keys and values [B, H, seen, D] of everything held, decoded; padded slots are zero. None when empty."""
+        """Keys and values [B, H, slots, D] of everything held, decoded; padded slots are zero. None when empty.
+
+        Raises ValueError where dropped tokens have left rows of a batch with more tokens than others.
+        """
+        if self.has_dropped and len({lane.stored for lane in self.lanes}) > 1:
+            raise ValueError(
+                "Expected rows of a batch that hold equally many tokens, received others after tokens were dropped: only "
+                "spectralkv's own attention can attend to them. Give the model no other attention, or no left padding."
+            )
         like = next((lane.exact_keys for lane in self.lanes if lane.exact_keys is not None), None)
         if like is None:
             return None
@@ -168,7 +220,7 @@ class LayerCache:
             else:  # only padding so far
                 held = [self.xp.zeros((len(lane.rows), like.shape[1], 0, like.shape[3]), dtype=dtype, like=like)] * 2
             for side, x in zip(sides, held):
-                missing = self.seen - x.shape[2]
+                missing = self.slots - x.shape[2]
                 if missing:
                     blank = self.xp.zeros((*x.shape[:2], missing, x.shape[3]), dtype=x.dtype, like=x)
                     x = self.xp.concat([blank, x], axis=2)
@@ -176,9 +228,18 @@ class LayerCache:
         return self._join(sides[0]), self._join(sides[1])
 
     def crop(self, tokens: int) -> None:
-        """Forget the last `tokens` tokens; a sealed block that the cut splits is decoded back into the window."""
+        """Forget the last `tokens` tokens; a sealed block that the cut splits is decoded back into the window.
+
+        Raises ValueError for more than the recent window once tokens before it were dropped.
+        """
         self.finalize()
         tokens = min(tokens, self.seen)
+        recent = min((self._recent(lane) for lane in self.lanes), default=0)
+        if self.has_dropped and recent < tokens < self.seen:
+            raise ValueError(
+                f"Expected at most {recent} tokens to forget, as tokens before the recent window were dropped, received "
+                f"{tokens}. Start again with an empty cache."
+            )
         self.seen -= tokens
         if not self.seen:
             self.lanes = []
@@ -197,13 +258,15 @@ class LayerCache:
             if not new:
                 continue
             local = np.array([lane.rows.index(rows[i]) for i in new], np.int32)
-            kept = Lane(new, lane.pad)
+            kept = Lane(new, lane.pad, dropped=lane.dropped)
             if lane.exact_keys is not None:
                 index = self.xp.asarray(local, like=lane.exact_keys)
                 kept.exact_keys = self.xp.take(lane.exact_keys, index, axis=0)
                 kept.exact_values = self.xp.take(lane.exact_values, index, axis=0)
                 kept.chunks = [select_rows(self.xp, chunk, index) for chunk in lane.chunks]
                 kept.staged = [select_rows(self.xp, chunk, index) for chunk in lane.staged]
+                if lane.positions is not None:
+                    kept.positions = self.xp.take(lane.positions, index, axis=0)
             lanes.append(kept)
         self.lanes = lanes
 
@@ -211,8 +274,8 @@ class LayerCache:
         """Every array held for the sequences."""
         held = []
         for lane in self.lanes:
-            held += [x for x in (lane.exact_keys, lane.exact_values) if x is not None]
-            held += [a for chunk in (*lane.chunks, *lane.staged) for a in chunk.arrays]
+            held += [x for x in (lane.exact_keys, lane.exact_values, lane.positions) if x is not None]
+            held += [a for chunk in (*lane.chunks, *lane.staged) for a in chunk.held]
         return held
 
     def tables(self) -> list:
@@ -221,12 +284,12 @@ class LayerCache:
         return list({id(x): x for codec in codecs for x in codec.tables()}.values())
 
     def tokens(self) -> int:
-        """Tokens held, summed over the rows, padding not counted."""
-        return sum((lane.exact + lane.sealed) * len(lane.rows) for lane in self.lanes)
+        """Tokens seen, dropped ones included, summed over the rows, padding not counted."""
+        return sum(lane.seen * len(lane.rows) for lane in self.lanes)
 
     def begin(self, tokens: int) -> bool:
         """Whether a call with so many `tokens` may go on with a prompt that is staged; ends the prompt if not."""
-        if self._make_staging is not None and tokens > LATENT_QUERIES:
+        if (self._make_staging or self.eviction) and tokens > LATENT_QUERIES:
             return True
         self.finalize()
         return False
@@ -277,40 +340,150 @@ class LayerCache:
 
         return xp.astype(attention.merge_partials(xp, partials()).reshape(q.shape), q.dtype)
 
-    def _append_lane(self, lane: Lane, k, v, prompt: bool) -> None:
+    def _append_lane(self, lane: Lane, k, v, prompt: bool, recent=None) -> None:
         xp = self.xp
         # the first call is encoded for good: most prompts come in one, and nothing was attended to with an error yet
-        prompt = prompt and lane.exact > 0
+        staged = prompt and lane.exact > 0
         if lane.exact:
-            k, v = xp.concat([lane.exact_keys, k], axis=2), xp.concat([lane.exact_values, v], axis=2)
-        total, ready = k.shape[2], 0
-        if self.codec is not None:
-            ready = max(total - self.sinks - self.window, 0) // SEAL * SEAL
-        if not ready:
-            # what came in may be a view of the projection of all heads
-            lane.exact_keys, lane.exact_values = (k, v) if lane.exact else (xp.copy(k), xp.copy(v))
-            return
-        stop, position = self.sinks + ready, self.sinks + lane.sealed
-        new = k[:, :, self.sinks : stop], v[:, :, self.sinks : stop]
-        if prompt:
-            lane.staged = self._sealed(self.staging, lane.staged, *new, position)
+            lane.exact_keys = xp.concat([lane.exact_keys, k], axis=2)
+            lane.exact_values = xp.concat([lane.exact_values, v], axis=2)
         else:
-            lane.chunks = self._sealed(self.codec, lane.chunks, *new, position)
-        lane.exact_keys = xp.concat([k[:, :, : self.sinks], k[:, :, stop:]], axis=2)
-        lane.exact_values = xp.concat([v[:, :, : self.sinks], v[:, :, stop:]], axis=2)
+            lane.exact_keys, lane.exact_values = k, v
+        if self.eviction is None:
+            self._seal(lane, staged)
+        else:
+            if not prompt:
+                self._seal(lane, staged=False)
+            self._evict(lane, prompt, recent)
+        if lane.exact_keys is k:  # what came in may be a view of the projection of all heads
+            lane.exact_keys, lane.exact_values = xp.copy(k), xp.copy(v)
+
+    def _ready(self, lane: Lane) -> int:
+        """Exact tokens of `lane` that lie before the window and fill blocks."""
+        return 0 if self.codec is None else max(lane.exact - self.sinks - self.window, 0) // self.seal * self.seal
+
+    def _seal(self, lane: Lane, staged: bool) -> None:
+        xp, ready = self.xp, self._ready(lane)
+        if not ready:
+            return
+        stop = self.sinks + ready
+        k, v = (x[:, :, self.sinks : stop] for x in (lane.exact_keys, lane.exact_values))
+        if lane.dropped:
+            places = self._places(lane)
+            position = places[:, :, self.sinks : stop]
+            lane.positions = xp.concat([places[:, :, : self.sinks], places[:, :, stop:]], axis=2)
+        else:
+            position = self.sinks + lane.sealed
+        if staged:
+            lane.staged = self._sealed(self.staging, lane.staged, k, v, position)
+        else:
+            lane.chunks = self._sealed(self.codec, lane.chunks, k, v, position)
+        for name in ("exact_keys", "exact_values"):
+            x = getattr(lane, name)
+            setattr(lane, name, xp.concat([x[:, :, : self.sinks], x[:, :, stop:]], axis=2))
+
+    def _places(self, lane: Lane):
+        """Positions int32 [b or 1, H or 1, exact] of the exact tokens."""
+        xp, known = self.xp, lane.positions
+        if lane.dropped:
+            fresh = lane.exact - known.shape[2]
+            rest = np.arange(lane.seen - fresh, lane.seen, dtype=np.int32)[None, None]
+            blank = xp.zeros((*known.shape[:2], 1), dtype=xp.int32, like=known)
+            return xp.concat([known, xp.asarray(rest, like=known) + blank], axis=2)
+        sinks = min(self.sinks, lane.exact)
+        places = np.concatenate([np.arange(sinks), np.arange(sinks + lane.sealed, lane.seen)])
+        return xp.asarray(places.astype(np.int32)[None, None], like=lane.exact_keys)
+
+    def _recent(self, lane: Lane) -> int:
+        """Exact tokens at the end of `lane` that nothing is missing between."""
+        fresh = lane.exact - (0 if lane.positions is None else lane.positions.shape[2])
+        return min(lane.exact, fresh + self.window)
+
+    def _evict(self, lane: Lane, prompt: bool, recent) -> None:
+        """Cut `lane` to the budget; after a prompt that may go on to all of it, else with room for what comes."""
+        eviction = self.eviction
+        if lane.stored <= eviction.budget:
+            return
+        target = eviction.budget if prompt else eviction.target
+        scores, places = self._scores(lane, recent)
+        if eviction.mode == "per_layer_per_head":
+            self._drop(lane, scores, places, target)
+            return
+        eviction.waiting.append((self, lane, scores, places))
+        layers = [entry for entry in eviction.waiting if entry[1].rows == lane.rows]
+        if len(layers) < len(eviction.plan.layer_groups):
+            return
+        mean = self.xp.mean(self.xp.stack([entry[2] for entry in layers]), axis=0)
+        eviction.waiting = [entry for entry in eviction.waiting if entry[1].rows != lane.rows]
+        for cache, its_lane, _, its_places in layers:
+            cache._drop(its_lane, mean, its_places, target)
+
+    def _scores(self, lane: Lane, recent):
+        """Scores [b, H or 1, stored] of all tokens of `lane`, and their positions, NumPy: sinks, sealed ones, the rest."""
+        xp = self.xp
+        keys, values = self._lane_dense(lane, xp.float32)
+        exact, sinks = self._places(lane), min(self.sinks, lane.exact)
+        parts = [exact[:, :, :sinks], *(positions_of(xp, chunk, exact) for chunk in lane.chunks), exact[:, :, sinks:]]
+        parts = list(map(xp.to_numpy, parts))
+        shape = (keys.shape[0], max(p.shape[1] for p in parts))
+        places = np.concatenate([np.broadcast_to(p, (*shape, p.shape[2])) for p in parts], axis=2)
+        everywhere = np.broadcast_to(places, keys.shape[:3])
+        scores = self.eviction.scores(xp, self.row, keys, values, everywhere, lane.seen - 1, recent)
+        return scores, np.broadcast_to(places, scores.shape)
+
+    def _drop(self, lane: Lane, scores, places: np.ndarray, target: int) -> None:
+        """Keep the `target` best tokens of every head; of sealed ones whole blocks, as many in every head."""
+        xp, eviction, before = self.xp, self.eviction, lane.stored
+        spans, fixed = eviction.spans(lane.seen), (self.sinks, self.window)
+        start, sealed = min(self.sinks, lane.exact), lane.sealed
+        now = self._places(lane)
+        if sealed:
+            best = xp.to_numpy(select(xp, scores, target, *fixed, spans, places))
+            inside = float(((best >= start) & (best < start + sealed)).sum(-1).mean())
+            block = self.codec.block
+            blocks = max(int(inside // block), (target - lane.exact) // block)
+            lane.chunks = self._best_blocks(
+                lane, scores[:, :, start : start + sealed], places[:, :, start : start + sealed], spans, blocks
+            )
+            target = min(target - lane.sealed, lane.exact)
+            scores = xp.concat([scores[:, :, :start], scores[:, :, start + sealed :]], axis=2)
+            places = np.concatenate([places[:, :, :start], places[:, :, start + sealed :]], axis=2)
+        index = select(xp, scores, target, *fixed, spans, places)
+        blank = xp.zeros((*index.shape[:2], 1), dtype=xp.int32, like=index)
+        lane.positions = xp.take_along_axis(now + blank, index, axis=2)
+        lane.exact_keys = xp.take_along_axis(lane.exact_keys, index[..., None], axis=2)
+        lane.exact_values = xp.take_along_axis(lane.exact_values, index[..., None], axis=2)
+        lane.dropped += before - lane.stored
+
+    def _best_blocks(self, lane: Lane, scores, places: np.ndarray, spans, count: int) -> list[Chunk]:
+        """The chunks of `lane` with the `count` best blocks of every head, and at least those with protected tokens."""
+        xp, block = self.xp, self.codec.block
+        scores = xp.mean(scores.reshape(*scores.shape[:2], -1, block), axis=-1)
+        if spans:
+            inside = np.zeros(places.shape, bool)
+            for start, end in spans:
+                inside |= (places >= start) & (places < end)
+            inside = inside.reshape(*places.shape[:2], -1, block).any(-1)
+            count = max(count, int(inside.sum(-1).max()))
+            scores = xp.where(xp.asarray(inside, like=scores), 3e38, scores)
+        if not count:
+            return []
+        return self.codec.keep(lane.chunks, select(xp, scores, count, 0, 0), CHUNK_TOKENS)
 
     @staticmethod
-    def _sealed(codec, chunks: list[Chunk], k, v, position: int) -> list[Chunk]:
-        """`chunks` with the tokens of `k`, `v` [B, H, T, D] from `position` on behind them; the old list stays."""
+    def _sealed(codec, chunks: list[Chunk], k, v, position) -> list[Chunk]:
+        """`chunks` with the tokens of `k`, `v` [B, H, T, D] at `position` (see `Chunk`) behind them; the old list stays."""
         done, chunks = 0, list(chunks)
         while done < k.shape[2]:
             last = chunks[-1] if chunks and chunks[-1].tokens < CHUNK_TOKENS else None
             stop = min(done + CHUNK_TOKENS - (last.tokens if last else 0), k.shape[2])
             part = k[:, :, done:stop], v[:, :, done:stop]
+            contiguous = isinstance(position, int)
             if last:
-                chunks[-1] = codec.append(last, *part)
+                chunks[-1] = codec.append(last, *part, *(() if contiguous else (position[:, :, done:stop],)))
             else:
-                chunks.append(codec.encode(*part, position + done))
+                start = position + done if contiguous else codec.xp.copy(position[:, :, done:stop])
+                chunks.append(codec.encode(*part, start))
             done = stop
         return chunks
 
@@ -329,9 +502,11 @@ class LayerCache:
         xp = self.xp
         keep = lane.exact + lane.sealed - tokens
         if keep <= 0:
-            lane.exact_keys = lane.exact_values = None
-            lane.chunks = []
+            lane.exact_keys = lane.exact_values = lane.positions = None
+            lane.chunks, lane.dropped = [], 0
             return
+        if lane.dropped:
+            lane.positions = xp.copy(lane.positions[:, :, : lane.exact - tokens])
         recent = lane.exact - min(self.sinks, lane.exact)
         if not lane.chunks or tokens <= recent:
             left = lane.exact - tokens
@@ -341,7 +516,7 @@ class LayerCache:
         left = max(keep - self.sinks, 0)
         chunks, tail = [], None
         for chunk in lane.chunks:
-            whole = min(left, chunk.tokens) // SEAL * SEAL
+            whole = min(left, chunk.tokens) // self.seal * self.seal
             if whole:
                 chunks.append(chunk if whole == chunk.tokens else self.codec.cut(chunk, whole))
             if whole < min(left, chunk.tokens):

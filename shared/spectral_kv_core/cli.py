@@ -8,10 +8,11 @@ import logging
 import os
 import sys
 
-from . import __version__, commands
+from . import __version__, commands, plots
 from .evaluation import SUITES
-from .methods import DEFAULT_METHOD
+from .methods import DEFAULT_METHOD, ROUNDINGS
 from .prompt_file import DEFAULT_FILE_METHOD
+from .selection import MODES
 from .synthetic import PLANS, SHAPES
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -78,8 +79,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--window", type=int, help=f"recent tokens kept exactly (default {commands.WINDOW})")
     sub.add_argument("--sinks", type=int, help=f"first tokens kept exactly (default {commands.SINKS})")
-    sub.add_argument("--budget-tokens", type=int, help="tokens to keep, for methods that drop tokens")
-    sub.add_argument("--protect", metavar="A:B", help="tokens never dropped, for methods that drop tokens")
+    sub.add_argument(
+        "--budget-tokens", type=int, help="tokens to keep, sinks and window included, by a method that drops"
+    )
+    sub.add_argument("--protect", nargs="+", action="extend", metavar="A:B", help="positions of tokens never dropped")
+    sub.add_argument(
+        "--rounding-scores", choices=ROUNDINGS, help="what weighs tokens when codes are rounded (default: the recipe's)"
+    )
+    sub.add_argument("--selection", choices=MODES, help=f"who keeps the same tokens (default {MODES[0]})")
     sub.add_argument(
         "--compare", action="store_true", help="run the plain cache too and compare bytes, quality and speed"
     )
@@ -102,11 +109,29 @@ def build_parser() -> argparse.ArgumentParser:
     sub = command("eval", commands.evaluate, "measure methods against the plain cache on texts", model)
     sub.add_argument("--methods", required=True, metavar="A,B", help="recipes, see: spectralkv methods")
     sub.add_argument("--bits", metavar="A,B", help="stored bits per sealed element (default 4,3,2)")
-    sub.add_argument("--suite", choices=tuple(SUITES), default="quick", help="the four defaults that follow")
-    sub.add_argument("--tasks", metavar="A,B", help="text: score what follows; copy: a span of the prefix (both)")
+    sub.add_argument("--suite", choices=tuple(SUITES), default="quick", help="the five defaults that follow")
+    sub.add_argument(
+        "--tasks",
+        metavar="A,B",
+        help="text: score what follows; copy: a span of the prefix, again; drift: turns on one cache; needle: a number hidden "
+        "at ten depths (quick: text,copy; full: all)",
+    )
     sub.add_argument("--prefix", metavar="A,B", help="tokens before the scored ones (quick: 1024, full: 1024,2048)")
     sub.add_argument("--scored", type=int, help="tokens scored after every prefix (quick: 64, full: 128)")
     sub.add_argument("--documents", type=int, help="documents per text and prefix, at most (quick: 2, full: 4)")
+    sub.add_argument(
+        "--greedy", type=int, help="tokens to generate too, in the task text; 0 for none (quick: 32, full: 128)"
+    )
+    sub.add_argument(
+        "--metrics",
+        metavar="A,B",
+        help="kl (always measured), aop: attention outputs, reconstruction: keys and values (all)",
+    )
+    sub.add_argument("--turns", type=int, default=5, help="turns of the task drift (default %(default)s)")
+    sub.add_argument("--turn-tokens", type=int, default=256, help="prompt tokens of every turn (default %(default)s)")
+    sub.add_argument(
+        "--keep", metavar="A,B", help="shares of the prefix to keep, for methods that drop tokens (default 0.5,0.25)"
+    )
     sub.add_argument(
         "--text", nargs="+", action="extend", metavar="[NAME=]FILE", help="texts (default: a novel and Python code)"
     )
@@ -142,6 +167,26 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--method", default=DEFAULT_METHOD, help="recipe of the plan (default %(default)s)")
 
     command("methods", commands.methods, "list the recipes")
+
+    sub = command("fit", commands.fit, "what context fits in memory at which bits, without loading the model", model)
+    sub.add_argument("--memory", required=True, metavar="SIZE", help="for weights and cache: 8GB, 8GiB, 512MB or bytes")
+    sub.add_argument("--bits", metavar="A,B", help="stored bits per sealed element (default 4,3,2,1)")
+    sub.add_argument(
+        "--context", metavar="A,B", help="tokens (default: from 4096 on, doubled up to the model's context)"
+    )
+    sub.add_argument("--method", default=DEFAULT_METHOD, help="recipe, see: spectralkv methods (default %(default)s)")
+    sub.add_argument("--window", type=int, default=commands.WINDOW, help="recent tokens kept exactly (%(default)s)")
+    sub.add_argument("--sinks", type=int, default=commands.SINKS, help="first tokens kept exactly (%(default)s)")
+    sub.add_argument(
+        "--profile", default="auto", help="profile file; auto looks for one, and counts a typical one if there is none"
+    )
+
+    sub = command("plot", commands.plot, "draw pictures of the JSON of eval and bench, and of profiles")
+    sub.add_argument("results", nargs="+", metavar="RESULTS", help="result JSON, profile, or a folder of result JSON")
+    sub.add_argument("--output", default="figures", metavar="DIR", help="where to draw (default %(default)s)")
+    sub.add_argument("--format", metavar="A,B", help=f"{', '.join(plots.FORMATS)} (default png)")
+    sub.add_argument("--only", metavar="A,B", help=f"of {', '.join(plots.PICTURES)} (default: all that can be drawn)")
+    sub.add_argument("--bits", type=float, help="budget of the plan that a profile's bits are shown for (default 3)")
     return parser
 
 

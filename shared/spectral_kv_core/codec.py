@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from . import attention
 from .basis import orthonormalize
+from .codecs import plan_class
 from .methods import get_live_method
 from .plan import Plan
 from .profile import BasisSet
@@ -28,18 +30,27 @@ from .quantizer import (
     unpack_rows,
 )
 from .rope import rotate, unrotate
-from .rounding import future_queries, round_in_time, token_weights
+from .rounding import TokenWeights, round_in_time
 from .transform import octave_bands, time_matrix, to_frequency, to_time
 
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Packed codes of `tokens` consecutive tokens, the first of them at position `start`; arrays have the batch first."""
+    """Packed codes of `tokens` tokens; arrays have the batch first.
+
+    start: position of the first token, those of the others follow; or, where tokens in between were dropped, the
+    positions of all, int32 [B, H, tokens], with one head for all where the codec keeps heads together.
+    """
 
     batch: int
-    start: int
+    start: Any
     tokens: int
     arrays: tuple
+
+    @property
+    def held(self) -> tuple:
+        """Every array, positions included."""
+        return self.arrays if isinstance(self.start, int) else (*self.arrays, self.start)
 
 
 class TransformCodec:
@@ -71,34 +82,34 @@ class TransformCodec:
         self.time = table(time_matrix(basis_set.time, basis_set.block))
 
         self.normalize = table(1 / deviations(basis_set, row, kept)[:, None])  # [G, 1, F, R]
-        self.queries = plan.rounds and tuple(map(table, future_queries(*plan.query_statistics(row))))
-        self.gain = plan.rounds and table(by_frequency(plan.gain(row), kept, self.block)[:, None])
+        self.weigh = TokenWeights(xp, plan, row, table) if plan.rounds else None
+        self.gain = self.weigh and table(by_frequency(plan.gain(row), kept, self.block)[:, None])
 
-    def coefficients(self, keys, values, start: int):
-        """Transform [B, H, T, D] keys and values (T a multiple of `block`) of tokens from position `start` on.
+    def coefficients(self, keys, values, start):
+        """Transform [B, H, T, D] keys and values (T a multiple of `block`) of tokens at `start` (see `Chunk`).
 
         Returns coefficients [B, G, T / block, block, R] in standard deviations, and what a token weighs in every group,
         [B, G, T / block, block], or None for plain rounding.
         """
         xp, pre = self.xp, self.method.rope == "pre"
         keys, values = xp.astype(keys, xp.float32), xp.astype(values, xp.float32)
-        turned = unrotate(xp, keys, self.rope, start) if self.rope and (pre or self.queries) else keys
+        turned = unrotate(xp, keys, self.rope, start) if self.rope and (pre or self.weigh) else keys
         x = xp.concat([turned if pre else keys, values], axis=1)
         batch, _, tokens, dim = x.shape
         x = x.reshape(batch, self.groups, -1, tokens, dim)
         x = xp.permute_dims(x, (0, 1, 3, 2, 4)).reshape(batch, self.groups, tokens, self.channels)
         x = x - self.mean if self.weight is None else (x - self.mean) * self.weight
         z = to_frequency(xp, xp.matmul(x, self.basis), self.time) * self.normalize
-        if not self.queries:
+        if self.weigh is None:
             return z, None
-        weights = token_weights(xp, turned, values, *self.queries, self.block)
+        weights = self.weigh(turned, values)
         weights = xp.concat([weights, weights], axis=1).reshape(batch, self.groups, -1, tokens)
         return z, xp.mean(weights, axis=2).reshape(*z.shape[:4])
 
-    def vectors(self, spectrum, start: int):
+    def vectors(self, spectrum, start):
         """Keys and values [B, H, T, D] float32 of coefficients [B, G, block, R, T / block], which have their scale.
 
-        Keys are rotated as the model had them, from position `start` on.
+        Keys are rotated as the model had them, at `start` (see `Chunk`).
         """
         xp = self.xp
         z = to_time(xp, spectrum, self.time)  # [B, G, T, R]
@@ -115,8 +126,8 @@ class TransformCodec:
         arrays = [self.mean, self.basis, self.time, self.normalize]
         if self.weight is not None:
             arrays.append(self.weight)
-        if self.queries:
-            arrays += [*self.queries, self.gain]
+        if self.weigh is not None:
+            arrays += [*self.weigh.tables, self.gain]
         return arrays
 
 
@@ -159,23 +170,48 @@ class SpectralCodec(TransformCodec):
         codes = xp.permute_dims(codes, (0, 1, 3, 4, 2)).reshape(z.shape[0], -1, z.shape[2])
         return [xp.take(codes, rows, axis=1) for rows in self.rows]
 
-    def encode(self, keys, values, start: int) -> Chunk:
-        """A new chunk from T tokens, T a multiple of `block`; raises ValueError on NaN or infinity."""
+    def encode(self, keys, values, start) -> Chunk:
+        """A new chunk from T tokens at `start`, T a multiple of `block`; raises ValueError on NaN or infinity."""
         z, weights = self.coefficients(keys, values, start)
         check_finite(self.xp, z)
         packed = [pack_rows(self.xp, codes, b) for codes, b in zip(self.quantize(z, weights), self.bits)]
         return Chunk(keys.shape[0], start, keys.shape[2], _flatten(packed))
 
-    def append(self, chunk: Chunk, keys, values) -> Chunk:
-        """`chunk` with T more tokens behind its own."""
-        z, weights = self.coefficients(keys, values, chunk.start + chunk.tokens)
+    def append(self, chunk: Chunk, keys, values, positions=None) -> Chunk:
+        """`chunk` with T more tokens behind its own; `positions` [B, H, T] of a chunk that has those of all tokens."""
+        z, weights = self.coefficients(keys, values, next_start(chunk, positions))
         check_finite(self.xp, z)
         n = chunk.tokens // self.block
         packed = [
             append_rows(self.xp, old, n, codes, b)
             for old, codes, b in zip(_pairs(chunk.arrays), self.quantize(z, weights), self.bits)
         ]
-        return replace(chunk, tokens=chunk.tokens + keys.shape[2], arrays=_flatten(packed))
+        return extended(self.xp, chunk, keys.shape[2], _flatten(packed), positions)
+
+    def keep(self, chunks: list[Chunk], blocks, size: int) -> list[Chunk]:
+        """`chunks` of `size` tokens with the blocks `blocks` of all of them, int32 [B, H, m] ascending; codes are copied.
+
+        One head stands for all where the plan codes heads together.
+        """
+        xp, arrays = self.xp, []
+        for i, (bits, rows) in enumerate(zip(self.bits, self.rows)):
+            heads = xp.to_numpy(rows) // (self.block * self.rank) % blocks.shape[1]
+            codes = [
+                unpack_rows(xp, chunk.arrays[2 * i : 2 * i + 2], bits, chunk.tokens // self.block) for chunk in chunks
+            ]
+            index = xp.take(blocks, xp.asarray(heads.astype(np.int32), like=blocks), axis=1)
+            arrays.append(xp.take_along_axis(xp.concat(codes, axis=2), index, axis=2))
+        starts = kept_positions(xp, chunks, blocks, self.block)
+        step, total = size // self.block, blocks.shape[2]
+        return [
+            Chunk(
+                blocks.shape[0],
+                xp.copy(starts[:, :, i * self.block : (i + step) * self.block]),
+                (min(i + step, total) - i) * self.block,
+                _flatten([pack_rows(xp, c[:, :, i : i + step], b) for c, b in zip(arrays, self.bits)]),
+            )
+            for i in range(0, total, step)
+        ]
 
     def cut(self, chunk: Chunk, tokens: int) -> Chunk:
         """The first `tokens` tokens of `chunk`, a multiple of `block`; codes are copied, not decoded."""
@@ -244,8 +280,8 @@ class AffineCodec:
     def __init__(self, xp, plan: Plan, row: int, like=None):
         self.xp, self.bits, self.group_size = xp, plan.affine_bits, plan.method.group_size
 
-    def encode(self, keys, values, start: int) -> Chunk:
-        """A new chunk from T tokens; raises ValueError on NaN or infinity."""
+    def encode(self, keys, values, start) -> Chunk:
+        """A new chunk from T tokens at `start`; raises ValueError on NaN or infinity."""
         xp, arrays = self.xp, []
         for x in (keys, values):
             codes, scale, bias = quantize_affine(xp, x, self.bits, self.group_size)
@@ -253,11 +289,29 @@ class AffineCodec:
             arrays += [pack(xp, codes, self.bits), scale, bias]
         return Chunk(keys.shape[0], start, keys.shape[2], tuple(arrays))
 
-    def append(self, chunk: Chunk, keys, values) -> Chunk:
-        """`chunk` with T more tokens behind its own."""
-        new = self.encode(keys, values, chunk.start + chunk.tokens)
+    def append(self, chunk: Chunk, keys, values, positions=None) -> Chunk:
+        """`chunk` with T more tokens behind its own; `positions` [B, H, T] of a chunk that has those of all tokens."""
+        new = self.encode(keys, values, next_start(chunk, positions))
         arrays = tuple(self.xp.concat([a, b], axis=2) for a, b in zip(chunk.arrays, new.arrays))
-        return replace(chunk, tokens=chunk.tokens + new.tokens, arrays=arrays)
+        return extended(self.xp, chunk, new.tokens, arrays, positions)
+
+    def keep(self, chunks: list[Chunk], blocks, size: int) -> list[Chunk]:
+        """`chunks` of `size` tokens with the tokens `blocks` of all of them, int32 [B, H, m] ascending; nothing is decoded."""
+        xp, total = self.xp, blocks.shape[2]
+        arrays = []
+        for parts in zip(*(chunk.arrays for chunk in chunks)):
+            index = blocks.reshape(*blocks.shape, *(1,) * (len(parts[0].shape) - 3))
+            arrays.append(xp.take_along_axis(xp.concat(list(parts), axis=2), index, axis=2))
+        starts = kept_positions(xp, chunks, blocks, 1)
+        return [
+            Chunk(
+                blocks.shape[0],
+                xp.copy(starts[:, :, i : i + size]),
+                min(size, total - i),
+                tuple(xp.copy(a[:, :, i : i + size]) for a in arrays),
+            )
+            for i in range(0, total, size)
+        ]
 
     def cut(self, chunk: Chunk, tokens: int) -> Chunk:
         """The first `tokens` tokens of `chunk`."""
@@ -287,7 +341,10 @@ class AffineCodec:
 
 def make_codec(xp, plan: Plan, row: int, like=None):
     """Codec of compressible layer number `row`, or None for a plan that compresses nothing."""
-    kind = {"spectral": SpectralCodec, "affine": AffineCodec, "none": None}[get_live_method(plan.method).codec]
+    name = get_live_method(plan.method).codec
+    if family := plan_class(name):
+        return family.CODEC(xp, plan, row, like)
+    kind = {"spectral": SpectralCodec, "affine": AffineCodec, "none": None}[name]
     return kind(xp, plan, row, like) if kind else None
 
 
@@ -311,7 +368,40 @@ def deviations(basis_set: BasisSet, row: int, kept: np.ndarray) -> np.ndarray:
 
 def select_rows(xp, chunk: Chunk, rows) -> Chunk:
     """The batch rows `rows` (int32 array) of a chunk."""
-    return replace(chunk, batch=rows.shape[0], arrays=tuple(xp.take(a, rows, axis=0) for a in chunk.arrays))
+    start = chunk.start if isinstance(chunk.start, int) else xp.take(chunk.start, rows, axis=0)
+    arrays = tuple(xp.take(a, rows, axis=0) for a in chunk.arrays)
+    return replace(chunk, batch=rows.shape[0], start=start, arrays=arrays)
+
+
+def positions_of(xp, chunk: Chunk, like):
+    """Positions int32 [B, H, tokens] of a chunk, [1, 1, tokens] where nothing was dropped."""
+    if not isinstance(chunk.start, int):
+        return chunk.start
+    return xp.asarray(np.arange(chunk.start, chunk.start + chunk.tokens, dtype=np.int32)[None, None], like=like)
+
+
+def next_start(chunk: Chunk, positions):
+    """Where tokens behind those of `chunk` stand: see `Chunk.start`."""
+    return chunk.start + chunk.tokens if positions is None else positions
+
+
+def extended(xp, chunk: Chunk, tokens: int, arrays: tuple, positions) -> Chunk:
+    """`chunk` with `tokens` more, and now these `arrays`."""
+    start = chunk.start
+    if positions is not None:
+        blank = xp.zeros((*positions.shape[:2], 1), dtype=xp.int32, like=positions)
+        start = xp.concat([positions_of(xp, chunk, positions) + blank, positions], axis=2)
+    return replace(chunk, start=start, tokens=chunk.tokens + tokens, arrays=arrays)
+
+
+def kept_positions(xp, chunks: list[Chunk], blocks, block: int):
+    """Positions int32 [B, H, m * block] of the tokens of `blocks` [B, H, m] of all `chunks`."""
+    held = [positions_of(xp, chunk, blocks) for chunk in chunks]
+    shape = max(x.shape[:2] for x in held)
+    places = xp.concat([x + xp.zeros((*shape, 1), dtype=xp.int32, like=blocks) for x in held], axis=2)
+    offsets = xp.asarray(np.arange(block, dtype=np.int32), like=blocks)
+    index = (blocks[..., None] * block + offsets).reshape(*blocks.shape[:2], -1)
+    return xp.take_along_axis(places, index, axis=2)
 
 
 def _pairs(arrays: tuple) -> list[tuple]:

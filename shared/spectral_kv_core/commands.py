@@ -12,17 +12,18 @@ from pathlib import Path
 import numpy as np
 
 from . import bench as benchmark
-from . import evaluation, report
+from . import evaluation, evaluation_report, plots, report
+from . import fit as fitting
 from .backends import load_backend
 from .calibration_text import load_texts
 from .chat_template import encode_opening, encode_prompt, encode_rest, has_template
 from .demo import demo_model_path
 from .divergence import compare_logits
 from .evaluation_text import Text, default_texts, read_text
-from .methods import DEFAULT_METHOD, METHODS, Method, get_live_method, get_method
+from .methods import DEFAULT_METHOD, METHODS, Method, get_keeping_method, get_live_method
 from .plan import make_plan, plan_for
 from .profile import Profile
-from .profile_store import cached_profile_path
+from .profile_store import cached_profile_path, find_profile
 from .prompt_file import FORMAT as PROMPT_FORMAT
 from .prompt_file import PromptFile
 from .signed_file import format_name
@@ -68,17 +69,12 @@ def generate(args: argparse.Namespace) -> dict:
     """`spectralkv generate`: an answer from a compressed cache, beside the plain cache's with `--compare`."""
     stored = _open_prompt_file(args) if args.prompt_cache_file else None
     method = _live_method(args, stored)
-    for option in ("budget_tokens", "protect"):
-        if getattr(args, option) is not None:
-            raise ValueError(
-                f"Expected a method that drops tokens for --{option.replace('_', '-')}, {args.method or DEFAULT_METHOD} "
-                "keeps every token."
-            )
+    protect = _spans(args.protect)
     prompt_text = _prompt_text(args)
     score_text = _read(args.score_file, "--score-file") if args.score_file else None
     if args.max_tokens < 0 or (args.max_tokens == 0 and score_text is None):
         raise ValueError(f"Expected --max-tokens of at least 1, or 0 with --score-file, received {args.max_tokens}.")
-    given = args.profile != "auto" and (stored or method.basis_set)
+    given = args.profile != "auto" and (stored or method.profile_set)
     loaded = Profile.load(args.profile) if given else None
     name, backend = load_backend(args.backend)
     model, tokenizer = backend.load_model(_model_path(args.model), args.dtype)
@@ -102,6 +98,10 @@ def generate(args: argparse.Namespace) -> dict:
             args.bits,
             budget_bytes=args.budget_bytes,
             max_context=(args.max_context or longest) if args.budget_bytes is not None else None,
+            budget_tokens=args.budget_tokens,
+            protect=protect,
+            selection=args.selection,
+            rounding_scores=args.rounding_scores,
             method=method,
             window=WINDOW if args.window is None else args.window,
             sinks=SINKS if args.sinks is None else args.sinks,
@@ -155,7 +155,7 @@ def cache_prompt(args: argparse.Namespace) -> dict:
     The plain cache reads it, so that every token attends exactly; what is stored is encoded at the end.
     """
     _check_output(args.output)
-    method = get_method(args.method)
+    method = get_keeping_method(args.method)
     prompt_text = _prompt_text(args)
     loaded = Profile.load(args.profile) if args.profile != "auto" and method.basis_set else None
     name, backend = load_backend(args.backend)
@@ -186,6 +186,7 @@ def evaluate(args: argparse.Namespace) -> dict:
         methods=_values(args.methods, "--methods", str),
         bits=_values(args.bits, "--bits", float) or evaluation.DEFAULT_BITS,
         tasks=_values(args.tasks, "--tasks", str) or suite["tasks"],
+        metrics=_values(args.metrics, "--metrics", str) or evaluation.METRICS,
         prefixes=_values(args.prefix, "--prefix", int) or suite["prefixes"],
         scored=suite["scored"] if args.scored is None else args.scored,
         documents=suite["documents"] if args.documents is None else args.documents,
@@ -193,6 +194,10 @@ def evaluate(args: argparse.Namespace) -> dict:
         prefill_chunk=args.prefill_chunk,
         window=args.window,
         sinks=args.sinks,
+        greedy=suite["greedy"] if args.greedy is None else args.greedy,
+        turns=args.turns,
+        turn_tokens=args.turn_tokens,
+        keep=_values(args.keep, "--keep", float),
     )
     texts = [_named_text(argument) for argument in args.text or ()] or default_texts()
     names = [text.name for text in texts]
@@ -206,9 +211,9 @@ def evaluate(args: argparse.Namespace) -> dict:
     model, tokenizer = backend.load_model(_model_path(args.model), args.dtype)
     called = {"model": args.model, "backend": name}
     result = evaluation.evaluate(backend, model, tokenizer, settings, texts, output, names=called, profile=loaded)
-    report.save_evaluation(result, output)
+    evaluation_report.save_evaluation(result, output)
     if not args.json:
-        report.print_evaluation(result)
+        evaluation_report.print_evaluation(result)
         print(f"Saved {output / 'summary.md'}, summary.json and rows.jsonl")
     return result
 
@@ -271,6 +276,60 @@ def inspect(args: argparse.Namespace) -> dict:
     return result
 
 
+def fit(args: argparse.Namespace) -> dict:
+    """`spectralkv fit`: which context fits in memory at which bits; nothing of the weights is read but their sizes."""
+    memory = fitting.parse_bytes(args.memory)
+    bits, contexts = _values(args.bits, "--bits", float), _values(args.context, "--context", int)
+    method = get_live_method(args.method)
+    for option in ("window", "sinks"):
+        if getattr(args, option) < 0:
+            raise ValueError(
+                f"Expected --{option} to be a number of tokens, 0 or more, received {getattr(args, option)}."
+            )
+    loaded = Profile.load(args.profile) if args.profile != "auto" and method.basis_set else None
+    name, backend = load_backend(args.backend, "footprint")
+    model = backend.footprint(_model_path(args.model), args.dtype)
+    if loaded is not None:
+        loaded.check(model.shape)
+    elif method.basis_set:
+        loaded = find_profile(model.shape, method.basis_set)
+    options = {"window": args.window, "sinks": args.sinks}
+    result = {
+        "model": args.model,
+        "backend": name,
+        "method": method.name,
+        "memory_bytes": memory,
+        "weights_bytes": model.weights_bytes,
+        "element_bytes": model.element_bytes,
+        "context_limit": model.context,
+        "profile": None if loaded is None else loaded.path,
+        "passed": {i: reason for i, reason in model.passed.items() if i in model.passed_tokens},
+        "uncounted": {i: reason for i, reason in model.passed.items() if i not in model.passed_tokens},
+        **options,
+        **fitting.fit(model, memory, method, loaded, backend.table_nbytes, bits, contexts, **options),
+    }
+    if not args.json:
+        report.print_fit(result)
+    return result
+
+
+def plot(args: argparse.Namespace) -> dict:
+    """`spectralkv plot`: pictures of result JSON, and of profiles; what a result lacks the fields for is named."""
+    formats = _values(args.format, "--format", str) or ("png",)
+    if Path(args.output).is_file():
+        raise ValueError(f"Expected a folder for --output, received the file {args.output}.")
+    _check_output(str(Path(args.output) / "picture"))
+    results = plots.read_results(args.results, args.bits)
+    result = plots.draw(results, args.output, formats, _values(args.only, "--only", str))
+    for skipped in result["skipped"]:
+        print(
+            f"spectralkv: no picture {skipped['picture']} of {skipped['result']}: {skipped['reason']}", file=sys.stderr
+        )
+    if not args.json:
+        print("\n".join(result["pictures"]))
+    return result
+
+
 def methods(args: argparse.Namespace) -> dict:
     """`spectralkv methods`: the recipe table."""
     rows = [
@@ -282,8 +341,9 @@ def methods(args: argparse.Namespace) -> dict:
             "group": m.group,
             "time": m.time,
             "block": m.block,
-            "needs_profile": m.basis_set is not None,
+            "needs_profile": m.profile_set is not None,
             "latent_attention": m.latent,
+            "drops_tokens": m.scorer is not None,
             "source": m.source,
         }
         for m in METHODS.values()
@@ -335,7 +395,16 @@ def _model_path(name: str) -> str:
 def _open_prompt_file(args: argparse.Namespace) -> PromptFile:
     """The file of `--prompt-cache-file`; raises ValueError for options that it leaves no choice in."""
     stored = PromptFile.load(args.prompt_cache_file)
-    for option in ("window", "sinks", "budget_bytes", "max_context"):
+    for option in (
+        "window",
+        "sinks",
+        "budget_bytes",
+        "max_context",
+        "budget_tokens",
+        "protect",
+        "selection",
+        "rounding_scores",
+    ):
         if getattr(args, option) is not None:
             raise ValueError(
                 f"Expected no --{option.replace('_', '-')} with --prompt-cache-file, which has its own window and sinks and "
@@ -402,6 +471,17 @@ def _values(text: str | None, option: str, kind: type) -> tuple:
         what = {int: "whole numbers", float: "numbers", str: "names"}[kind]
         raise ValueError(f"Expected {what} separated by commas for {option}, received {text!r}.")
     return values
+
+
+def _spans(arguments: list[str] | None) -> list[tuple[int, int]]:
+    """The spans of tokens that `--protect` arguments A:B name."""
+    spans = []
+    for argument in arguments or ():
+        start, colon, end = argument.partition(":")
+        if not (colon and start.isdecimal() and end.isdecimal() and int(start) < int(end)):
+            raise ValueError(f"Expected A:B with token positions A < B for --protect, received {argument!r}.")
+        spans.append((int(start), int(end)))
+    return spans
 
 
 def _named_text(argument: str) -> Text:

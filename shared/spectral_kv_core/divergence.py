@@ -35,6 +35,16 @@ def compare_logits(reference: np.ndarray, test: np.ndarray, labels: list[int]) -
     }
 
 
+def compare_tokens(reference: list[int], tokens: list[int]) -> dict[str, float]:
+    """`first_divergence`: index of the first of `tokens` that is not the reference's, how many there are if all are; and
+    `token_match`, the share of those that are the same."""
+    same = np.array(reference) == np.array(tokens)
+    return {
+        "first_divergence": len(reference) if same.all() else int(same.argmin()),
+        "token_match": float(same.mean()),
+    }
+
+
 def _top_overlap(p: np.ndarray, q: np.ndarray, count: int) -> float:
     """Mean share of the `count` largest entries of rows of `p` [T, V] that are among those of `q`."""
     first, second = (np.argpartition(-x, count - 1, axis=-1)[:, :count] for x in (p, q))

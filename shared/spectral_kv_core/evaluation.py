@@ -1,18 +1,13 @@
-"""What compression costs: a compressed cache against the plain one, on text after a prefix that both have read.
+"""What compression costs: compressed caches against the plain one, over texts, methods, bits and tasks.
 
-Works on any module with the names of a backend's `generation`. Every document's prefix is read once, by the plain
-cache in one call; compressed caches take its keys and values over, since a single call to an empty cache attends
-exactly. A method for files is measured through the plain cache that its file fills, and has the bits of that file.
+Works on any module with the names of a backend's `generation`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import os
-import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -22,34 +17,41 @@ import numpy as np
 from tqdm import tqdm
 
 from . import __version__
-from .divergence import compare_logits
+from .evaluation_documents import Document, make_documents
 from .evaluation_rows import RowFile, summarise
-from .evaluation_text import Text, copy_span, split_documents
+from .evaluation_tasks import LOW_PPL, Job, Runner
+from .evaluation_text import Text, copy_span
 from .methods import PAIRS, Method, get_method
-from .plan import Plan, bits_range, make_plan
+from .plan import bits_range, make_plan
 from .profile import Profile
 from .profile_store import auto_profile
 
 log = logging.getLogger("spectralkv")
-TASKS = ("text", "copy")  # score what really follows; score a span of the prefix, repeated
+# score what really follows; a span of the prefix, repeated; turns on one cache; a number hidden in the prefix
+TASKS = ("text", "copy", "drift", "needle")
+METRICS = ("kl", "aop", "reconstruction")
 SUITES = {
-    "quick": {"prefixes": (1024,), "documents": 2, "scored": 64, "tasks": TASKS},
-    "full": {"prefixes": (1024, 2048), "documents": 4, "scored": 128, "tasks": TASKS},
+    "quick": {"prefixes": (1024,), "documents": 2, "scored": 64, "tasks": ("text", "copy"), "greedy": 32},
+    "full": {"prefixes": (1024, 2048), "documents": 4, "scored": 128, "tasks": TASKS, "greedy": 128},
 }
 DEFAULT_BITS = (4.0, 3.0, 2.0)
-LOW_PPL = 2.0  # a text this predictable was learnt by heart or repeats itself: little can go wrong on it
+DEFAULT_KEEP = (0.5, 0.25)
 
 
 @dataclass(frozen=True)
 class Settings:
     """What to measure, in tokens: `prefixes` read, then `scored` tokens, `step` per model call.
 
-    prefill_chunk: tokens per call of the prefix, through the compressed cache itself; None reads it in one call.
+    prefill_chunk: tokens per call of the prefix, through the compressed cache itself; None reads it in one call. metrics:
+    `kl` is always measured. greedy: tokens generated after the prefix, in the task `text`. turns, turn_tokens: how often the
+    task `drift` goes on with a piece of prompt, and how long that is. keep: shares of the prefix's tokens that methods
+    which drop tokens keep, `DEFAULT_KEEP` unless told.
     """
 
     methods: tuple[str, ...]
     bits: tuple[float, ...] = DEFAULT_BITS
-    tasks: tuple[str, ...] = TASKS
+    tasks: tuple[str, ...] = SUITES["quick"]["tasks"]
+    metrics: tuple[str, ...] = METRICS
     prefixes: tuple[int, ...] = (1024,)
     scored: int = 64
     documents: int = 2
@@ -57,16 +59,20 @@ class Settings:
     prefill_chunk: int | None = None
     window: int = 64
     sinks: int = 4
+    greedy: int = 0
+    turns: int = 5
+    turn_tokens: int = 256
+    keep: tuple[float, ...] = ()
 
     def __post_init__(self):
         for name, values in (("methods", self.methods), ("tasks", self.tasks), ("prefix", self.prefixes)):
             if not values:
                 raise ValueError(f"Expected at least one value for --{name}, received none.")
-        for name in self.methods:
-            get_method(name)
-        for task in self.tasks:
-            if task not in TASKS:
-                raise ValueError(f"Expected tasks among {', '.join(TASKS)}, received {task!r}.")
+        methods = [get_method(name) for name in self.methods]
+        for name, values, known in (("tasks", self.tasks, TASKS), ("metrics", self.metrics, METRICS)):
+            for value in values:
+                if value not in known:
+                    raise ValueError(f"Expected {name} among {', '.join(known)}, received {value!r}.")
         for bits in self.bits:
             if not (math.isfinite(bits) and bits > 0):
                 raise ValueError(f"Expected bits above 0, received {bits:g}.")
@@ -76,36 +82,33 @@ class Settings:
         ]  # a tokenizer's own first token, and one of the text
         numbers += [("scored", self.scored, 2), ("documents", self.documents, 1), ("step", self.step, 1)]
         numbers += [("prefill-chunk", chunk, 1), ("window", self.window, 0), ("sinks", self.sinks, 0)]
+        numbers += [("greedy", self.greedy, 0), ("turns", self.turns, 1), ("turn-tokens", self.turn_tokens, 1)]
         for name, value, least in numbers:  # the first scored token is predicted by the prefix alone
             if value < least:
                 raise ValueError(f"Expected --{name} of at least {least}, received {value}.")
         if "copy" in self.tasks:
             for prefix in self.prefixes:
                 copy_span(prefix, self.scored, self.sinks, self.window)
+        if self.tasks == ("drift",) and not any(method.live for method in methods):
+            raise ValueError(
+                f"Expected a method with a live cache for the task drift, received {', '.join(self.methods)}, for files."
+            )
+        self._check_keep([method for method in methods if _drops_tokens(method)])
 
-
-@dataclass(frozen=True)
-class Job:
-    """One compressed cache to measure."""
-
-    method: Method
-    bits: float
-    plan: Plan
-    plan_hash: str
-
-
-@dataclass(frozen=True)
-class Document:
-    """One of the documents of a text: a prefix, and what is scored after it by task."""
-
-    text: Text
-    index: int
-    prefix: list[int]
-    scored: dict[str, list[int]]
-
-    def digest(self, task: str) -> str:
-        """Identifies the tokens that `task` feeds."""
-        return hashlib.sha256(json.dumps(self.prefix + self.scored[task]).encode()).hexdigest()[:16]
+    def _check_keep(self, dropping: list) -> None:
+        if self.keep and not dropping:
+            raise ValueError(
+                f"Expected a method that drops tokens for --keep, {', '.join(self.methods)} keep every token."
+            )
+        for keep in self.keep or DEFAULT_KEEP if dropping else ():
+            if not 0 < keep <= 1:
+                raise ValueError(f"Expected shares above 0, at most 1, for --keep, received {keep:g}.")
+            for prefix in self.prefixes:
+                if round(keep * prefix) <= self.sinks + self.window:
+                    raise ValueError(
+                        f"Expected --keep to leave more than the {self.sinks} sinks and the window of {self.window}, received "
+                        f"{keep:g}, {round(keep * prefix):,} of {prefix:,} tokens. Raise --keep or --prefix."
+                    )
 
 
 def evaluate(
@@ -122,13 +125,20 @@ def evaluate(
     """Measure every method on every document; finished rows of `output`/rows.jsonl are kept and not run again.
 
     names: `model` and `backend` as rows call them. profile None looks for one, and calibrates if there is none. Returns
-    `rows` (summaries), `documents` (the rows behind them), `skipped` (pairs of method and bits that cannot be
-    reached), and what identifies the run. Raises ValueError before the model runs for anything that cannot work.
+    `rows` (summaries), `documents` (the rows behind them), `skipped` (pairs of method and bits that cannot be reached, or
+    that a task is not for), `layers` (the indices that `aop_layers` are of), and what identifies the run. Raises ValueError
+    before the model runs for anything that cannot work.
     """
     documents = make_documents(tokenizer, texts, settings, backend.context_limit(model))
     Path(output).mkdir(parents=True, exist_ok=True)
     finished = RowFile(Path(output) / "rows.jsonl")
     jobs, skipped = plan_jobs(backend, model, tokenizer, settings, profile)
+    for job in jobs:
+        for task in settings.tasks:
+            if not _runs(task, job):
+                reason = f"{job.method.name} is for files, the task {task} needs a live cache"
+                log.warning("Skipped %s at %g bits in the task %s: %s.", job.method.name, job.bits, task, reason)
+                skipped.append({"method": job.method.name, "bits": job.bits, "task": task, "reason": reason})
     common = {
         **names,
         "weights": backend.weights_digest(model),
@@ -136,22 +146,26 @@ def evaluate(
         "library_version": __version__,
     }
     keys = {
-        (d, task, j): _key(document, task, job, settings, common)
+        (d, task, j): _keys(document, task, job, settings, common)
         for d, document in enumerate(documents)
         for task in document.scored
         for j, job in enumerate(jobs)
+        if _runs(task, job)
     }
-    done = sum(finished.find(key) is not None for key in keys.values())
-    with tqdm(total=len(keys), initial=done, desc="eval", unit="row") as bar:
+
+    def missing(place) -> list[dict]:
+        return [key for key in keys.get(place, ()) if finished.find(key) is None]
+
+    total, runner = sum(map(len, keys.values())), Runner(backend, model, settings)
+    with tqdm(total=total, initial=total - sum(len(missing(place)) for place in keys), desc="eval", unit="row") as bar:
         for d, document in enumerate(documents):
-            todo = {
-                task: [job for j, job in enumerate(jobs) if finished.find(keys[d, task, j]) is None]
-                for task in document.scored
-            }
-            for task, job, numbers in _measure(backend, model, document, todo, settings):
-                finished.append(_key(document, task, job, settings, common) | numbers)
-                bar.update()
-    rows = [finished.find(key) for key in keys.values()]
+            todo = {task: [job for j, job in enumerate(jobs) if missing((d, task, j))] for task in document.scored}
+            for task, job, numbers in runner.measure(document, todo):
+                key = keys[d, task, jobs.index(job)][numbers.get("turn", 1) - 1]
+                if finished.find(key) is None:  # turns are run again from the first on
+                    finished.append(key | numbers)
+                    bar.update()
+    rows = [finished.find(key) for group in keys.values() for key in group]
     low = sorted({row["text"] for row in rows if row.get("low_ppl")})
     if low:
         log.warning(
@@ -163,32 +177,11 @@ def evaluate(
         "rows": summarise(rows),
         "documents": rows,
         "skipped": skipped,
+        "layers": list(runner.layers),
         **{key: value for key, value in common.items() if key != "library_version"},
         "versions": versions(backend),
         "settings": asdict(settings) | {"texts": {text.name: text.digest for text in texts}},
     }
-
-
-def make_documents(tokenizer, texts: list[Text], settings: Settings, limit: int | None) -> list[Document]:
-    """All documents of all texts and prefixes; `limit`: the model's context in tokens, None when unknown."""
-    longest = max(settings.prefixes) + settings.scored
-    if limit and longest > limit:
-        raise ValueError(
-            f"Expected at most {limit:,} tokens, the model's context, received {max(settings.prefixes):,} of prefix and "
-            f"{settings.scored:,} scored. Lower --prefix or --scored."
-        )
-    documents = []
-    for text in texts:
-        for prefix in settings.prefixes:
-            pieces = split_documents(tokenizer, text, prefix + settings.scored, settings.documents)
-            for index, tokens in enumerate(pieces):
-                scored = {"text": tokens[prefix:]}
-                if "copy" in settings.tasks:
-                    scored["copy"] = tokens[slice(*copy_span(prefix, settings.scored, settings.sinks, settings.window))]
-                documents.append(
-                    Document(text, index, tokens[:prefix], {task: scored[task] for task in settings.tasks})
-                )
-    return documents
 
 
 def plan_jobs(
@@ -218,7 +211,8 @@ def plan_jobs(
         for bits in dict.fromkeys(settings.bits) if low < high else [low]:
             try:
                 plan = make_plan(shape, found, method, bits)
-                jobs.append(Job(method, bits, plan, plan.hash))
+                keeps = settings.keep or DEFAULT_KEEP if _drops_tokens(method) else (None,)
+                jobs += [Job(method, bits, plan, plan.hash, keep) for keep in keeps]
             except ValueError as error:
                 log.warning("Skipped %s at %g bits: %s", method.name, bits, error)
                 skipped.append({"method": method.name, "bits": bits, "reason": str(error)})
@@ -230,74 +224,23 @@ def plan_jobs(
     return jobs, skipped
 
 
-def _measure(backend, model, document: Document, todo: dict[str, list[Job]], settings: Settings):
-    """(task, job, numbers) of everything in `todo`, each as soon as it is there."""
-    if not any(todo.values()):
-        return
-    plain = backend.plain_cache(model)
-    after_prefix = backend.feed(model, document.prefix, plain)  # predicts the first scored token
-    for task, jobs in todo.items():
-        if not jobs:
-            continue
-        labels = document.scored[task]
-        cache = backend.plain_cache(model)
-        backend.fill(cache, plain)
-        reference = _score(backend, model, cache, after_prefix, labels, settings.step)
-        del cache
-        for job in jobs:
-            started = time.perf_counter()
-            if job.method.live:
-                cache, before = _live_cache(backend, model, document, job, plain, after_prefix, settings)
-                logits = _score(backend, model, cache, before, labels, settings.step)
-                stored, sealed_bits = cache, job.plan.bits_per_element
-            else:  # a file holds what a plain cache read, and fills a plain cache
-                stored = backend.encode_cache(job.plan, plain, settings.sinks, settings.window)
-                cache, sealed_bits = backend.decode_cache(stored, model), backend.sealed_bits(stored)
-                logits = _score(backend, model, cache, after_prefix, labels, settings.step)
-            seconds = time.perf_counter() - started
-            size = backend.cache_nbytes(stored)
-            del cache, stored
-            numbers = compare_logits(reference, logits, labels) | {
-                "scored_tokens": len(labels),
-                "cache_bytes": int(size),
-                "dense_bytes": size.dense_nbytes,
-                "compression": size.compression,
-                "bits_per_element": size.bits_per_element,
-                "table_bytes": size.table_nbytes,
-                "sealed_bits": sealed_bits,
-                "seconds": seconds,
-            }
-            if task == "text" and numbers["ppl_ref"] < LOW_PPL:
-                numbers["low_ppl"] = True
-            yield task, job, numbers
+def _drops_tokens(method: Method) -> bool:
+    return getattr(method, "scorer", None) is not None
 
 
-def _live_cache(backend, model, document: Document, job: Job, plain, after_prefix, settings: Settings) -> tuple:
-    """A compressed cache that holds the prefix of `document`, and what then predicts the first scored token."""
-    cache = backend.make_prompt_cache(
-        model, job.plan.profile, job.bits, method=job.method, window=settings.window, sinks=settings.sinks
-    )
-    if settings.prefill_chunk is None or settings.prefill_chunk >= len(document.prefix):
-        backend.fill(cache, plain)
-        return cache, after_prefix
-    for start in range(0, len(document.prefix), settings.prefill_chunk):
-        before = backend.feed(model, document.prefix[start : start + settings.prefill_chunk], cache)
-    return cache, before
+def _runs(task: str, job: Job) -> bool:
+    """Whether `task` is for `job`: a file is made once, and does not go on."""
+    return job.method.live or task != "drift"
 
 
-def _score(backend, model, cache, before: np.ndarray, labels: list[int], step: int) -> np.ndarray:
-    """Logits [len(labels), V] for the tokens `labels`, fed `step` at a time; `before` [1, V] predict the first."""
-    logits = [before]
-    for start in range(0, len(labels) - 1, step):
-        part = labels[start : min(start + step, len(labels) - 1)]
-        logits.append(backend.feed(model, part, cache, len(part)))
-    return np.concatenate(logits)
-
-
-def _key(document: Document, task: str, job: Job, settings: Settings, common: dict) -> dict:
-    return {
+def _keys(document: Document, task: str, job: Job, settings: Settings, common: dict) -> list[dict]:
+    """What identifies the rows of `job` in `task`: one, or one per turn."""
+    metrics = {"text": METRICS, "copy": METRICS[:2], "drift": METRICS[:2], "needle": METRICS[:1]}[task]
+    key = {
         "method": job.method.name,
         "bits": job.bits,
+        "keep": job.keep,
+        "budget_tokens": job.budget_tokens(len(document.prefix)),
         "task": task,
         "text": document.text.name,
         "text_digest": document.text.digest,
@@ -309,9 +252,21 @@ def _key(document: Document, task: str, job: Job, settings: Settings, common: di
         "prefill_chunk": settings.prefill_chunk,
         "window": settings.window,
         "sinks": settings.sinks,
+        "metrics": ",".join(name for name in metrics if name == "kl" or name in settings.metrics),
         "plan": job.plan_hash,
         **common,
     }
+    if task == "text":
+        return [key | {"greedy": settings.greedy}]
+    if task == "needle":
+        return [key | {"depth": document.depth}]
+    if task == "copy":
+        return [key]
+    length = settings.turn_tokens + settings.scored
+    return [
+        key | {"turn": turn, "document_digest": document.digest(task, turn * length)}
+        for turn in range(1, settings.turns + 1)
+    ]
 
 
 def versions(backend) -> dict[str, str]:

@@ -10,13 +10,17 @@ import numpy as np
 
 #: What tells one measurement from another: a row that agrees in all of these is not run again.
 KEY = (
-    "method", "bits", "task", "text", "text_digest", "document", "document_digest", "prefix", "scored", "step",
-    "prefill_chunk", "window", "sinks", "model", "weights", "dtype", "backend", "plan", "library_version",
+    "method", "bits", "keep", "task", "text", "text_digest", "document", "document_digest", "prefix", "scored", "step",
+    "prefill_chunk", "window", "sinks", "metrics", "greedy", "turn", "depth", "model", "weights", "dtype", "backend", "plan",
+    "library_version",
 )  # fmt: skip
-GROUP = ("method", "bits", "task", "text", "prefix")
+GROUP = ("method", "bits", "keep", "task", "text", "prefix")
+PLACES = ("turn", "depth")  # what tells rows of a group apart in the tasks that have it
 MEANS = (
-    "kl", "kl_p95", "top1", "top5", "ppl", "ppl_ref", "nd_ppl", "cache_bytes", "dense_bytes", "compression",
-    "bits_per_element", "table_bytes", "sealed_bits",
+    "kl", "kl_p95", "kl_fresh", "top1", "top5", "ppl", "ppl_ref", "nd_ppl", "aop", "aop_p95", "aop_layers", "key_error",
+    "value_error", "spectral_fidelity", "first_divergence", "token_match", "found", "found_ref", "needle_kl", "needle_logp",
+    "needle_logp_ref", "context", "budget_tokens", "cache_bytes", "dense_bytes", "compression", "bits_per_element",
+    "table_bytes", "sealed_bits",
 )  # fmt: skip
 
 
@@ -59,26 +63,29 @@ class RowFile:
 
 
 def summarise(rows: list[dict]) -> list[dict]:
-    """One row per method, bits, task, text and prefix: means over documents, and how far documents differ.
+    """One row per method, bits, keep, task, text and prefix, in `drift` per turn, in `needle` per depth: means over documents.
 
-    `kl_se`: standard error of the mean KL over documents, None of a single one; `kl_worst`: of the worst document.
+    Numbers that not every row of a group has are left out. Of the KL, how far documents differ: `kl_se`, the standard error
+    of the mean over documents, None of a single one; `kl_worst`, of the worst document. `aop_max` is over all documents.
     """
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[name] for name in GROUP), []).append(row)
+        groups.setdefault(tuple(row.get(name) for name in (*GROUP, *PLACES)), []).append(row)
     summary = []
     for key, members in groups.items():
-        kl = np.array([row["kl"] for row in members])
-        summary.append(
-            dict(zip(GROUP, key))
-            | {name: float(np.mean([row[name] for row in members])) for name in MEANS}
-            | {
-                "kl_se": float(kl.std(ddof=1) / np.sqrt(len(kl))) if len(kl) > 1 else None,
-                "kl_worst": float(kl.max()),
-                "documents": len(members),
-                "scored_tokens": sum(row["scored_tokens"] for row in members),
-                "seconds": sum(row["seconds"] for row in members),
-            }
-            | ({"low_ppl": True} if any(row.get("low_ppl") for row in members) else {})
-        )
+        made = dict(zip(GROUP, key)) | {n: v for n, v in zip(PLACES, key[len(GROUP) :]) if v is not None}
+        present = [name for name in MEANS if all(row.get(name) is not None for row in members)]
+        made |= {name: np.mean([row[name] for row in members], axis=0).tolist() for name in present}
+        if "kl" in present:
+            kl = np.array([row["kl"] for row in members])
+            made["kl_se"] = float(kl.std(ddof=1) / np.sqrt(len(kl))) if len(kl) > 1 else None
+            made["kl_worst"] = float(kl.max())
+        if "aop" in present:
+            made["aop_max"] = max(row["aop_max"] for row in members)
+        made["documents"] = len(members)
+        made["scored_tokens"] = sum(row["scored_tokens"] for row in members)
+        made["seconds"] = sum(row["seconds"] for row in members)
+        if any(row.get("low_ppl") for row in members):
+            made["low_ppl"] = True
+        summary.append(made)
     return summary

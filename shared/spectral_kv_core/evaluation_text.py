@@ -66,13 +66,16 @@ def split_articles(text: str) -> list[str]:
     return [text[a:b].strip() for a, b in zip(starts, [*starts[1:], len(text)])]
 
 
-def split_documents(tokenizer, text: Text, length: int, count: int) -> list[list[int]]:
+def split_documents(
+    tokenizer, text: Text, length: int, count: int, lower: str = "--prefix and --scored"
+) -> list[list[int]]:
     """Up to `count` documents of `length` tokens out of `text`, at least one, evenly spread.
 
     Each is the start of an article where the text has articles, else a window; windows do not overlap. Where the
-    tokenizer marks the beginning of a text, every document begins so. Raises ValueError for a text that is too short.
+    tokenizer marks the beginning of a text, every document begins so. Raises ValueError for a text that is too short,
+    which says what to `lower`.
     """
-    first = _first_tokens(tokenizer)
+    first = first_tokens(tokenizer)
     room = length - len(first)
     articles = split_articles(text.text)
     pieces = [list(tokenizer.encode(piece, add_special_tokens=False)) for piece in articles or [text.text]]
@@ -80,7 +83,7 @@ def split_documents(tokenizer, text: Text, length: int, count: int) -> list[list
     if longest < room:
         raise ValueError(
             f"Expected {'an article of ' if articles else ''}at least {length:,} tokens in the text {text.name}, received "
-            f"{longest + len(first):,}. Give a longer text or lower --prefix and --scored."
+            f"{longest + len(first):,}. Give a longer text or lower {lower}."
         )
     if articles:
         candidates = [piece for piece in pieces if len(piece) >= room]
@@ -92,7 +95,7 @@ def split_documents(tokenizer, text: Text, length: int, count: int) -> list[list
     return [first + tokens[start : start + room] for start in starts]
 
 
-def _first_tokens(tokenizer) -> list[int]:
+def first_tokens(tokenizer) -> list[int]:
     """Special tokens that `tokenizer` puts before a text."""
     marked, bare = (list(tokenizer.encode("a", add_special_tokens=special)) for special in (True, False))
     return marked[: marked.index(bare[0])]

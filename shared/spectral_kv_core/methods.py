@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from .codecs import FAMILIES
+from .scorers import SCORERS, get_scorer
 
 # vectors that share one basis: one head; all K heads or all V heads; all of both; all of two layers that follow each other
 GROUPS = ("head", "side", "layer", "layer2")
-ROUNDINGS = ("nearest", "expected-attention")
-CODECS = ("none", "affine", "spectral", "stored")
+ROUNDINGS = ("nearest", *(name for name in SCORERS if name != "snapkv"))  # which needs queries of the text
+FILE_CODECS = ("stored",)  # chunks that cannot grow: a file fills a plain cache, or a live one of another method
+CODECS = ("none", "affine", "spectral", "stored", *FAMILIES)
+LATENT_CODECS = ("turboquant", "turboquant-qjl", "jarviskv")  # attention runs on what they code, per head after RoPE
+DROPPING = ("affine", "spectral")  # codecs whose sealed tokens can be dropped
 
 
 @dataclass(frozen=True)
@@ -16,10 +22,12 @@ class Method:
 
     codec: `none` keeps the host's precision, `affine` quantizes channels as they are, `spectral` quantizes latents,
     `stored` does so with an entropy coder, for files.
+    Those of the published methods are in `codecs`, named as they are.
     rope: keys are coded before (`pre`) or after (`post`) the rotary embedding.
     group: what shares one basis (`GROUPS`). block: tokens per time block. time: transform inside a block.
-    group_size: channels that share a scale, for `affine`.
-    rounding: `nearest` code, or by `expected-attention`: the error of a block goes to its least attended tokens.
+    group_size: numbers that share a scale. reads: the profile's basis set, where it is not that of group and rope.
+    rounding: `nearest` code, or by a scorer: the error of a block goes to the tokens that matter least.
+    scorer: says which tokens a cache drops (`scorers.SCORERS`); None keeps every token.
     """
 
     name: str
@@ -32,6 +40,8 @@ class Method:
     block: int = 1
     group_size: int = 64
     rounding: str = "nearest"
+    scorer: str | None = None
+    reads: str | None = None
 
     def __post_init__(self):
         if self.codec not in CODECS:
@@ -42,23 +52,31 @@ class Method:
             raise ValueError(f"Expected a group in {GROUPS}, received {self.group!r}.")
         if self.rounding not in ROUNDINGS:
             raise ValueError(f"Expected a rounding in {ROUNDINGS}, received {self.rounding!r}.")
-        if self.group == "layer2" and self.codec != "stored":  # a live cache gets its layers one after the other
-            raise ValueError(f"Expected the codec stored for the group layer2, received {self.codec!r}.")
+        if self.scorer is not None:
+            get_scorer(self.scorer)
+        if self.group not in GROUPS[:3] and self.live:  # a live cache gets its layers one after the other
+            raise ValueError(f"Expected the codec stored for the group {self.group}, received {self.codec!r}.")
 
     @property
     def basis_set(self) -> str | None:
         """Name of the profile's basis set that this method reads, None for a method that needs no profile."""
-        return f"{self.group}.{self.rope}" if self.codec in ("spectral", "stored") else None
+        return f"{self.group}.{self.rope}" if self.codec in ("spectral", "stored") else self.reads
+
+    @property
+    def profile_set(self) -> str | None:
+        """Name of a basis set that a profile for this method has; None for a method that needs no profile."""
+        queries = self.scorer is not None and get_scorer(self.scorer).needs_queries
+        return self.basis_set or (METHODS[DEFAULT_METHOD].basis_set if queries else None)
 
     @property
     def live(self) -> bool:
         """Whether tokens can be appended and attended to; a method that is not live makes files only."""
-        return self.codec != "stored"
+        return self.codec not in FILE_CODECS
 
     @property
     def latent(self) -> bool:
         """Whether attention can run on the latents: a rotation after the codec, or a shared basis, rules it out."""
-        return self.codec == "spectral" and self.rope == "post" and self.group == "head"
+        return self.codec in ("spectral", *LATENT_CODECS) and self.rope == "post" and self.group == "head"
 
 
 METHODS = {
@@ -112,7 +130,63 @@ METHODS = {
             "grouped asymmetric quantization per token, in the layout of mlx-lm's QuantizedKVCache",
             "mlx.core.quantize, affine mode; here scale and bias are plain minimum and range, rounded to float16 first",
         ),
+        Method(
+            "kivi",
+            "kivi",
+            "asymmetric quantization of keys per channel over 32 tokens and of values per token over 32 channels",
+            "KIVI (2402.02750), algorithm 1; the exact residual is the window, values are sealed 32 tokens at a time too",
+            block=32,
+            group_size=32,
+        ),
+        Method(
+            "turboquant",
+            "turboquant",
+            "norm of every vector, random rotation, one Gaussian codebook for all coordinates; attended as rotated",
+            "TurboQuant (2504.19874), Q_mse (algorithm 1) with signs and Hadamard as rotation, and norm correction",
+        ),
+        Method(
+            "turboquant-qjl",
+            "turboquant-qjl",
+            "turboquant with one bit less for keys and a sign sketch of what is left of them: unbiased scores",
+            "TurboQuant (2504.19874), Q_prod (algorithm 2) for keys with an orthogonal sketch, Q_mse for values",
+        ),
+        Method(
+            "jarviskv",
+            "jarviskv",
+            "SVD latents per head after RoPE, rotated, b-bit codes and a sign bit of the residual; rank by energy",
+            "derived from the package spectral-kv 1.0, no paper known; share of energy and b follow from the bits",
+            reads="head.post",
+        ),
+        Method(
+            "svdq",
+            "svdq",
+            "keys before RoPE, all heads of a layer, SVD latents in 8 groups of falling bits per channel; values in float16",
+            "SVDq (2502.15304), section 3: uniform codes at the middle of their cell, ranges over 128 tokens of a channel",
+            rope="pre",
+            group="side",
+            block=128,
+            reads="layer.pre",
+        ),
+        Method(
+            "eigen-attention",
+            "eigen-attention",
+            "low rank per head without quantization: keys before RoPE in a basis of keys and queries, values in their own",
+            "Eigen Attention (2408.05646), section 3; one share of the singular values for all layers, from the bits",
+            rope="pre",
+            reads="layer.pre",
+        ),
+        Method(
+            "think",
+            "think",
+            "keys without the channels that matter least by query energy times key energy; values in float16",
+            "ThinK (2407.21018), equation 6; query energy from the profile instead of the prompt's last queries",
+            reads="head.post",
+        ),
         Method("identity", "none", "the plain cache: nothing is compressed", "reference"),
+        *(
+            Method(scorer.name, "none", f"drops tokens, keeps: {scorer.summary}", scorer.source, scorer=scorer.name)
+            for scorer in SCORERS.values()
+        ),
     )
 }
 DEFAULT_METHOD = "spectral"
@@ -121,12 +195,42 @@ BASIS_SETS = tuple(dict.fromkeys(m.basis_set for m in METHODS.values() if m.basi
 
 
 def get_method(name: str | Method) -> Method:
-    """The row called `name`; raises ValueError that lists the names there are."""
+    """The row called `name`, or of `SCORER+METHOD` the method that drops tokens by that scorer.
+
+    Raises ValueError that lists the names there are.
+    """
     if isinstance(name, Method):
         return name
-    if name not in METHODS:
-        raise ValueError(f"Expected a method among {', '.join(METHODS)}, received {name!r}.")
-    return METHODS[name]
+    if name in METHODS:
+        return METHODS[name]
+    scorer, plus, codec = name.partition("+")
+    if plus and scorer in SCORERS and codec in METHODS and METHODS[codec].codec in DROPPING:
+        return replace(METHODS[codec], name=name, scorer=scorer, summary=f"{METHODS[codec].summary}; drops tokens")
+    raise ValueError(
+        f"Expected a method among {', '.join(METHODS)}, or SCORER+METHOD such as triattention+spectral, received {name!r}."
+    )
+
+
+def rounded_by(method: Method, scorer: str | None) -> Method:
+    """`method` with the scores of `scorer` as weights of time rounding, or `nearest` codes; None: as it is.
+
+    Raises ValueError for a method that does not round in time.
+    """
+    if scorer is None:
+        return method
+    if method.rounding == "nearest":
+        raise ValueError(f"Expected a method that rounds by scores for rounding_scores, {method.name} does not.")
+    return replace(method, rounding=scorer)
+
+
+def get_keeping_method(name: str | Method) -> Method:
+    """`get_method` for what is stored as a whole; raises ValueError for a method that drops tokens."""
+    method = get_method(name)
+    if method.scorer is not None:
+        raise ValueError(
+            f"Expected a method that keeps every token for a stored prompt, received {method.name}, which drops some."
+        )
+    return method
 
 
 def get_live_method(name: str | Method) -> Method:

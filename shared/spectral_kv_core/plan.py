@@ -12,12 +12,15 @@ import numpy as np
 
 from .allocation import allocate_bits
 from .calibration import HISTOGRAM_LIMIT
+from .codecs import plan_class
 from .entropy import StepTable, step_tables
 from .methods import Method, get_method
 from .profile import BasisSet, ModelShape, Profile
 from .quantizer import BIT_WIDTHS, flat_tables
+from .scorers import get_scorer
 from .transform import band_sizes
 
+SEAL = 16  # tokens are sealed in multiples of this, and of the block of their codec
 MIN_BITS, MAX_BITS = 0.25, 8.0
 STORED_BITS = (0.1, 7.0)  # the range of entropy-coded plans
 RATE_UNIT = 2**-16  # of the rates of entropy-coded tables, in bits: sums of integers are the same on every machine
@@ -110,13 +113,17 @@ class Plan:
     @property
     def rounds(self) -> bool:
         """Whether codes are chosen by what each token will weigh; a profile without query statistics rounds to nearest."""
-        return self.method.rounding != "nearest" and self.profile is not None and self.profile.queries is not None
+        if self.method.rounding == "nearest":
+            return False
+        return bool(self.query_statistics(0)) or not get_scorer(self.method.rounding).needs_queries
 
-    def query_statistics(self, row: int) -> tuple:
-        """Arguments of `rounding.future_queries` for the heads of the layers of `row`."""
+    def query_statistics(self, row: int) -> dict[str, np.ndarray]:
+        """What `scorers.Tokens` takes of the profile for the heads of the layers of `row`; empty where it has nothing."""
+        queries = self.profile.queries if self.profile is not None else None
+        if queries is None:
+            return {}
         numbers = [self.shape.layers.index(layer_idx) for layer_idx in self.layer_groups[row]]
-        mean, root = (np.concatenate(x[numbers]) for x in (self.profile.queries.mean, self.profile.queries.root))
-        return mean, root, self.shape.rope
+        return {f"query_{name}": np.concatenate(getattr(queries, name)[numbers]) for name in queries.ARRAYS}
 
     def gain(self, row: int) -> np.ndarray:
         """Root of what losing a whole coefficient costs [G, R, F], relative to the largest of its component."""
@@ -126,11 +133,18 @@ class Plan:
         peak = loss.max(-1, keepdims=True)
         return np.sqrt(np.maximum(loss / np.where(peak > 0, peak, 1), MIN_GAIN**2))
 
+    def decides(self) -> list[np.ndarray]:
+        """Arrays beside the fields of this class that say what codes mean."""
+        return []
+
     @property
     def hash(self) -> str:
         """Identifies what codes mean: method, widths and every table."""
-        recipe = {key: value for key, value in vars(self.method).items() if key not in ("summary", "source")}
+        apart = ("summary", "source", "reads", "scorer")
+        recipe = {key: value for key, value in vars(self.method).items() if key not in apart}
         digest = hashlib.sha256(f"{recipe}{self.affine_bits}{json.dumps(self.shape.to_json())}".encode())
+        for array in self.decides():
+            digest.update(np.ascontiguousarray(array).tobytes())
         if self.basis_set is not None:
             tables = (self.basis_set.mean, self.basis_set.weight, self.basis_set.basis, self.basis_set.variance)
             if self.choices is None:
@@ -151,26 +165,30 @@ def elements_per_token(shape: ModelShape) -> int:
 def make_plan(
     shape: ModelShape, profile: Profile | None, method: str | Method = "spectral", bits: float | None = None
 ) -> Plan:
-    """Allocate `bits` per sealed element for a model of `shape`; default 3, and 4-bit codes for affine.
+    """Allocate `bits` per sealed element for a model of `shape`; default 3, 4-bit codes for affine, or the method's own.
 
     Raises ValueError for a budget out of range (with the possible one), a profile of another model, or a head_dim that
     the method's groups do not divide.
     """
     method = get_method(method)
+    family = plan_class(method.codec)
     if bits is None:
-        bits = {"none": 16.0, "affine": 4 + 32 / method.group_size, "spectral": 3.0, "stored": 1.0}[method.codec]
+        defaults = {"none": 16.0, "affine": 4 + 32 / method.group_size, "spectral": 3.0, "stored": 1.0}
+        bits = family.default_bits(shape, method) if family else defaults[method.codec]
+    if method.profile_set and profile is not None:
+        profile.check(shape)
     if method.codec == "affine":
-        return _affine_plan(shape, method, bits)
-    low, high = bits_range(method)
-    if not low <= bits <= high:
-        raise ValueError(f"Expected bits between {low:g} and {high:g} for {method.name}, received {bits:g}.")
+        return replace(_affine_plan(shape, method, bits), profile=profile if method.profile_set else None)
+    if not family:  # a family has its own words for what it can reach
+        check_bits(method, shape, bits)
     if method.codec == "none":
-        return Plan(method, bits, shape)
-    if profile is None:
+        return Plan(method, bits, shape, profile=profile if method.profile_set else None)
+    if method.basis_set and profile is None:
         raise ValueError(
             f"Expected a profile for the method {method.name}, received none. Make one: spectralkv profile"
         )
-    profile.check(shape)
+    if family:
+        return family.make(shape, profile, method, bits)
     basis_set = profile.basis_set(method.basis_set)
     if (basis_set.time, basis_set.block) != (method.time, method.block):
         raise ValueError(
@@ -213,13 +231,23 @@ def plan_for(
         raise ValueError("Expected bits or budget_bytes, received both.")
     if max_context is None:
         raise ValueError("Expected max_context, the tokens that budget_bytes must hold, received none.")
-    allowed = bits_range(get_method(method))
-    bits = bits_for_bytes(shape, budget_bytes, max_context, window, sinks, element_bytes, other_bytes, allowed)
+    method = get_method(method)
+    allowed, block = bits_range(method, shape), max(SEAL, method.block)
+    bits = bits_for_bytes(shape, budget_bytes, max_context, window, sinks, element_bytes, other_bytes, allowed, block)
     return make_plan(shape, profile, method, bits)
 
 
-def bits_range(method: Method) -> tuple[float, float]:
-    """Lowest and highest `bits` that a method can reach."""
+def check_bits(method: Method, shape: ModelShape, bits: float) -> None:
+    """Raise ValueError unless `bits` lie within what `method` can reach."""
+    low, high = bits_range(method, shape)
+    if not low <= bits <= high:
+        raise ValueError(f"Expected bits between {low:g} and {high:g} for {method.name}, received {bits:g}.")
+
+
+def bits_range(method: Method, shape: ModelShape | None = None) -> tuple[float, float]:
+    """Lowest and highest `bits` that a method can reach; without a `shape`, bounds where they depend on it."""
+    if family := plan_class(method.codec):
+        return family.range(shape, method) if shape is not None else (0.0, 16.0)
     if method.codec == "none":
         return 16.0, 16.0
     if method.codec == "affine":
@@ -239,19 +267,22 @@ def bits_for_bytes(
     element_bytes: int,
     other_bytes: int = 0,
     allowed: tuple[float, float] = (MIN_BITS, MAX_BITS),
+    block: int = SEAL,
 ) -> float:
     """Bits per sealed element that keep a cache of `context` tokens within `budget_bytes`.
 
-    `other_bytes`: what the layers that pass through need; `allowed`: lowest and highest bits of the method.
+    `other_bytes`: what the layers that pass through need; `allowed`: lowest and highest bits of the method; `block`:
+    tokens that are sealed at a time.
     Raises ValueError with the possible range.
     """
-    exact = min(context, sinks + window + 15)  # up to 15 tokens wait for their block to fill
+    waiting = block - 1  # tokens, at most, until their block is full
+    exact = min(context, sinks + window + waiting)
     per_token = elements_per_token(shape)
     fixed = exact * per_token * element_bytes + other_bytes
     sealed = context - exact
     if sealed <= 0:
         raise ValueError(
-            f"Expected a max_context above sinks + window + 15 = {exact} tokens for budget_bytes, received {context}."
+            f"Expected a max_context above sinks + window + {waiting} = {exact} tokens for budget_bytes, received {context}."
         )
     bits = (budget_bytes - fixed) * 8 / (sealed * per_token)
     if not bits >= allowed[0]:

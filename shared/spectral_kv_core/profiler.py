@@ -147,12 +147,12 @@ class ProfilerBase(ABC):
             raise ValueError(
                 f"Expected full-attention layers to compress, received only: {', '.join(set(passed.values()))}."
             )
-        if profile is None and method.basis_set:
+        if profile is None and method.profile_set:
             profiler = copy.copy(self)
-            profiler.basis_sets = tuple(dict.fromkeys((*self.basis_sets, method.basis_set)))
-            profile = auto_profile(shape, method.basis_set, lambda: profiler.profile_from_model(model, tokenizer))
+            profiler.basis_sets = tuple(dict.fromkeys((*self.basis_sets, method.profile_set)))
+            profile = auto_profile(shape, method.profile_set, lambda: profiler.profile_from_model(model, tokenizer))
         name_passed_layers(passed)
-        if method.basis_set:
+        if method.profile_set:
             profile.check(shape)
             warn_if_other_weights(profile, digest)
         return shape, passed, profile

@@ -18,8 +18,9 @@ import numpy as np
 from . import __version__
 from .cache import CacheSize, Lane, LayerCache
 from .codec import Chunk
+from .codecs import plan_class
 from .methods import METHODS, Method
-from .plan import Plan, make_plan
+from .plan import Plan, bits_range, make_plan
 from .profile import ModelShape, Profile
 from .profile_store import find_profile
 from .quantizer import UNIT
@@ -94,6 +95,11 @@ class PromptFile:
         first = layers[plan.shape.layers[0]]
         if not first.seen:
             raise ValueError("Expected a cache that has read a prompt, received an empty one.")
+        if first.eviction is not None:
+            raise ValueError(
+                f"Expected a cache that keeps every token, {plan.method.name} drops some: that cannot be stored yet. Keep the "
+                "prompt itself."
+            )
         arrays, states, followers = {}, [], {i for group in plan.layer_groups for i in group[1:]}
         for layer_idx, layer in enumerate(layers):
             assert layer.seen == first.seen, "all layers have seen the same tokens"
@@ -273,6 +279,8 @@ class PromptFile:
 def chunk_arrays(plan: Plan, row: int, batch: int, tokens: int) -> list[tuple]:
     """(shape, dtype) of every array of a chunk under `plan`; shape None for entropy-coded bytes."""
     method, shape = plan.method, plan.shape
+    if plan_class(method.codec):
+        return plan.chunk_arrays(row, batch, tokens)
     if method.codec == "stored":
         return [(None, "uint8")]
     if method.codec == "affine":
@@ -291,7 +299,7 @@ def sealed_bits(stores: Sequence[LayerCache]) -> float:
     """Stored bits per key or value element of the sealed tokens, 0 where nothing is sealed."""
     stored = elements = 0
     for lane in (lane for store in stores for lane in store.lanes if lane.chunks):
-        stored += 8 * sum(array.nbytes for chunk in lane.chunks for array in chunk.arrays)
+        stored += 8 * sum(array.nbytes for chunk in lane.chunks for array in chunk.held)
         elements += 2 * lane.sealed * len(lane.rows) * lane.exact_keys.shape[1] * lane.exact_keys.shape[3]
     return stored / elements if elements else 0.0
 
@@ -308,7 +316,7 @@ def encode_within(encode: Callable[[Plan], Any], stores: Callable[[Any], Sequenc
         cache = encode(make_plan(plan.shape, plan.profile, plan.method, bits))
         return cache, sealed_bits(stores(cache)) or bits  # a prompt so short that nothing is sealed fits
 
-    return fit_bits(encode_at, plan.bits)
+    return fit_bits(encode_at, plan.bits, bits_range(plan.method, plan.shape))
 
 
 def _pack_lanes(xp, name: str, store: LayerCache, arrays: dict) -> dict:
@@ -334,7 +342,7 @@ def _pack_exact(xp, name: str, layer: ExactLayer, arrays: dict) -> dict:
 
 
 def _recipe(method: Method) -> dict:
-    return {key: value for key, value in vars(method).items() if key not in ("summary", "source")}
+    return {key: value for key, value in vars(method).items() if key not in ("summary", "source", "scorer")}
 
 
 def _describe(profile: Profile | None) -> str:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 from itertools import groupby
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -194,73 +192,6 @@ def print_methods(rows: list[dict]) -> None:
     Console(highlight=False).print(table)
 
 
-_EVALUATION_COLUMNS = (  # label, key of a summary row, format
-    ("method", "method", "{}"),
-    ("bits", "bits", "{:g}"),
-    ("KL", "kl", "{:.4f}"),
-    ("± s.e.", "kl_se", "{:.4f}"),
-    ("worst", "kl_worst", "{:.4f}"),
-    ("top-1", "top1", "{:.1%}"),
-    ("top-5", "top5", "{:.1%}"),
-    ("PPL", "nd_ppl", "{:+.1%}"),
-    ("cache bytes", "cache_bytes", "{:,.0f}"),
-    ("smaller", "compression", "{:.2f}"),
-    ("bits/el.", "bits_per_element", "{:.2f}"),
-)
-
-
-def _evaluation_cells(row: dict) -> list[str]:
-    return ["-" if row[key] is None else form.format(row[key]) for _, key, form in _EVALUATION_COLUMNS]
-
-
-def _evaluation_tables(result: dict):
-    """(title, summary rows) by text, task and prefix."""
-
-    def place(row):
-        return row["text"], row["prefix"], row["task"]
-
-    order = list(dict.fromkeys(map(place, result["rows"])))
-    for (text, prefix, task), rows in groupby(sorted(result["rows"], key=lambda r: order.index(place(r))), place):
-        rows = list(rows)
-        first = rows[0]
-        many = f"{first['documents']} document{'s' if first['documents'] > 1 else ''}"
-        ppl = f"plain PPL {first['ppl_ref']:.2f}{' (low)' if first.get('low_ppl') else ''}"
-        yield f"{text}, {task}: {many} of {prefix:,} tokens, {first['scored_tokens']:,} scored in all, {ppl}", rows
-
-
-def print_evaluation(result: dict) -> None:
-    """A table per text, task and prefix."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 120
-    for title, rows in _evaluation_tables(result):
-        console.print(f"[bold]{title}[/bold]")
-        table = Table(box=None, pad_edge=False)
-        for label, key, _ in _EVALUATION_COLUMNS:
-            table.add_column(label, justify="left" if key == "method" else "right")
-        for row in rows:
-            table.add_row(*_evaluation_cells(row))
-        console.print(table)
-
-
-def save_evaluation(result: dict, folder: Path) -> None:
-    """summary.json and summary.md, each written whole or not at all."""
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    settings = {key: value for key, value in result["settings"].items() if key != "texts"}
-    lines = [f"# {result['model']}, {result['backend']}, {result['dtype']}", "", f"{versions}. {json.dumps(settings)}"]
-    for title, rows in _evaluation_tables(result):
-        lines += ["", f"## {title}", ""]
-        lines += [
-            f"| {' | '.join(label for label, _, _ in _EVALUATION_COLUMNS)} |",
-            "|---" * len(_EVALUATION_COLUMNS) + "|",
-        ]
-        lines += [f"| {' | '.join(_evaluation_cells(row))} |" for row in rows]
-    for name, text in (("summary.json", json.dumps(result, indent=1)), ("summary.md", "\n".join(lines))):
-        temporary = folder / f"{name}.tmp"
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, folder / name)
-
-
 def print_bench(result: dict) -> None:
     """A table per context: the host's caches, then the methods with their ratios."""
     console = Console(highlight=False)
@@ -337,3 +268,64 @@ def _end_to_end(rows: list[dict]) -> Table:
     for label, row, prefix in [("plain", rows[0], "plain_"), *((row["method"], row, "") for row in rows)]:
         table.add_row(label, *(f"{row[prefix + key] / unit:,.1f}" for key, unit in columns.values()))
     return table
+
+
+def print_fit(result: dict) -> None:
+    """How many tokens fit by bits, and the bits that contexts allow."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120
+    console.print(
+        f"[bold]{result['model']}[/bold] on {result['backend']}: weights {_amount(result['weights_bytes'])} of "
+        f"{_amount(result['memory_bytes'])}; sinks and window in {8 * result['element_bytes']} bits"
+    )
+    if result["passed"]:
+        console.print(f"{len(result['passed'])} layers with a sliding window are counted with their window.")
+    if result["uncounted"]:
+        reasons = ", ".join(sorted(set(result["uncounted"].values())))
+        console.print(f"Not counted: the state of {len(result['uncounted'])} layers with {reasons}.")
+    if result["profile"] is None and result["method"] not in ("affine", "identity"):
+        console.print(
+            "No profile of this model yet: tables are those of a typical one. spectralkv profile --model MODEL"
+        )
+    table = Table(box=None, pad_edge=False)
+    for name in ("cache", "bits", "one prompt, tokens", "in turns, tokens", "limited by"):
+        table.add_column(name, justify="left" if name in ("cache", "limited by") else "right")
+    for row in result["limits"]:
+        table.add_row(
+            row["method"], f"{row['bits']:g}", f"{row['max_prompt']:,}", f"{row['max_context']:,}", row["limited_by"]
+        )
+    console.print(table)
+    for context, rows in groupby(result["rows"], lambda row: row["context"]):
+        console.print(f"[bold]{context:,} tokens[/bold]: {_bits_allowed(result, context)}")
+        table = Table(box=None, pad_edge=False)
+        for name in ("cache", "bits", "cache size", "smaller", "tables", "prompt on top", "peak", "fits"):
+            table.add_column(name, justify="left" if name in ("cache", "fits") else "right")
+        for row in rows:
+            fits = "yes" if row["fits"] else "in turns" if row["fits_in_turns"] else "no"
+            sizes = (_amount(row[key]) for key in ("table_bytes", "prefill_bytes", "peak_bytes"))
+            smaller = f"{row['compression']:.2f}"
+            table.add_row(row["method"], f"{row['bits']:g}", _amount(row["cache_bytes"]), smaller, *sizes, fits)
+        console.print(table)
+    console.print(
+        "A prompt of more than one call waits at 4 bits until it ends; in turns: the context comes in pieces of one call. "
+        "The peak counts weights, cache, tables and the arrays of one layer at work, not the process itself."
+    )
+
+
+def _bits_allowed(result: dict, context: int) -> str:
+    allowed = next(x for x in result["contexts"] if x["context"] == context)
+    prompt, turns = allowed["max_bits"], allowed["max_bits_in_turns"]
+    if turns is None:
+        return "nothing fits"
+    if turns == prompt:
+        return f"up to {turns:g} bits fit"
+    return f"up to {turns:g} bits fit in turns, {'none' if prompt is None else f'up to {prompt:g}'} as one prompt"
+
+
+def _amount(size: int) -> str:
+    """`size` bytes as a person reads them, decimal as disks and cards are sold."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if size >= unit:
+            return f"{size / unit:.{2 if unit == 10**9 else 1}f} {name}"
+    return f"{size} B"

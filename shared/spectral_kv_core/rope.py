@@ -44,12 +44,17 @@ class Rope:
         return cls(tuple(fields["inv_freq"]), bool(fields["interleaved"]), float(fields["scaling"]))
 
 
-def rotate(xp, x, rope: Rope, start: int, inverse: bool = False):
-    """Rotate `x` [..., T, D], whose tokens stand at positions `start`, `start` + 1, ...; float32 result."""
-    return rotate_at(xp, x, rope, np.arange(start, start + x.shape[-2]), inverse)
+def rotate(xp, x, rope: Rope, start, inverse: bool = False):
+    """Rotate `x` [..., T, D], whose tokens stand at positions `start`, `start` + 1, ...; float32 result.
+
+    `start` may be an integer array of `xp`, the position of every token, that broadcasts to [..., T].
+    """
+    if not getattr(start, "ndim", 0):
+        return rotate_at(xp, x, rope, np.arange(start, start + x.shape[-2]), inverse)
+    return rotate_at(xp, x, rope, xp.to_numpy(start), inverse)
 
 
-def unrotate(xp, x, rope: Rope, start: int):
+def unrotate(xp, x, rope: Rope, start):
     """Inverse of `rotate`: post-RoPE vectors back to pre-RoPE ones."""
     return rotate(xp, x, rope, start, inverse=True)
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from .rope import Rope
+from .rope import Rope, rotate
+from .scorers import Tokens, get_scorer
+from .scorers.terms import zscore
 
 FUTURE = (16, 64, 256, 1024)  # tokens between a key and the queries that are expected to look at it
 CLIP = 20.0  # a token weighs at most so many times the mean of its block, and at least one over that
@@ -52,11 +54,45 @@ def turn_matrix(rope: Rope | None, tokens: int, dim: int) -> np.ndarray:
     return matrix
 
 
-def token_weights(xp, keys, values, linear, quadratic, block: int):
+class TokenWeights:
+    """How much each token matters, relative to the others of its block; a function of the block alone, so that no order
+    of arrival changes a code.
+
+    By `expected-attention` with the queries of a row of the plan (`expected_weights`), or exp(z) of what any other scorer
+    says of the block, as if it stood at the beginning of a text, z normalised over its tokens.
+    """
+
+    def __init__(self, xp, plan, row: int, table):
+        """`table` makes an array that all sequences share."""
+        self.xp, self.block, self.rope = xp, plan.basis_set.block, plan.shape.rope
+        statistics = plan.query_statistics(row)
+        if plan.method.rounding == "expected-attention":
+            mean, root = statistics["query_mean"], statistics["query_root"]
+            self.scorer, self.tables = None, tuple(map(table, future_queries(mean, root, self.rope)))
+        else:
+            self.scorer, self.statistics, self.tables = get_scorer(plan.method.rounding), statistics, ()
+
+    def __call__(self, keys, values):
+        """Weights [B, H, T], mean 1 in every block, of pre-RoPE `keys` and `values` [B, H, T, D] float32."""
+        if self.scorer is None:
+            return expected_weights(self.xp, keys, values, *self.tables, self.block)
+        xp, (batch, heads, tokens, dim) = self.xp, keys.shape
+
+        def blocks(x):
+            x = xp.permute_dims(x.reshape(batch, heads, -1, self.block, dim), (0, 2, 1, 3, 4))
+            return x.reshape(-1, heads, self.block, dim)
+
+        keys = blocks(keys) if self.rope is None else rotate(xp, blocks(keys), self.rope, 0)
+        scores = self.scorer(Tokens(xp, keys, blocks(values), rope=self.rope, **self.statistics))
+        scores = xp.permute_dims(scores.reshape(batch, -1, heads, self.block), (0, 2, 1, 3))
+        return _normalised(xp, xp.exp(zscore(xp, scores))).reshape(batch, heads, tokens)
+
+
+def expected_weights(xp, keys, values, linear, quadratic, block: int):
     """How much each token will be attended, relative to the others of its block: [B, H, T], mean 1 in every block.
 
     `keys` pre-RoPE and `values` [B, H, T, D] float32; `linear` [H, D, M], `quadratic` [H, D, D] of `future_queries`.
-    Expected attention times the norm of the value, a function of the block alone: no order of arrival changes a code.
+    Expected attention times the norm of the value.
     """
     scores = xp.matmul(keys, linear) + xp.sum(xp.square(xp.matmul(keys, quadratic)), axis=-1, keepdims=True)
     batch, heads, tokens, queries = scores.shape
@@ -64,9 +100,13 @@ def token_weights(xp, keys, values, linear, quadratic, block: int):
     weights = xp.exp(scores - xp.max(scores, axis=3, keepdims=True))
     weights = xp.mean(weights / xp.sum(weights, axis=3, keepdims=True), axis=-1)
     norm = xp.sqrt(xp.sum(xp.square(values), axis=-1)).reshape(*weights.shape)
-    weights = weights * (norm + 1e-30)
+    return _normalised(xp, weights * (norm + 1e-30)).reshape(batch, heads, tokens)
+
+
+def _normalised(xp, weights):
+    """`weights` [..., block] over their mean, clipped, with mean 1."""
     weights = xp.clip(weights / xp.mean(weights, axis=-1, keepdims=True), 1 / CLIP, CLIP)
-    return (weights / xp.mean(weights, axis=-1, keepdims=True)).reshape(batch, heads, tokens)
+    return weights / xp.mean(weights, axis=-1, keepdims=True)
 
 
 def round_in_time(xp, z, weights, gain, matrix, tables):

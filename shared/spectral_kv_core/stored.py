@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from .codec import Chunk, TransformCodec, by_frequency, check_finite, deviations, kept_components, make_codec
+from .codecs import plan_class
 from .entropy import decode_streams, dequantize_steps, encode_streams, quantize_steps
 from .plan import STORED_BITS, Plan
 from .rounding import round_in_time
@@ -115,7 +116,10 @@ def split_layers(keys, values, layers: int) -> list[tuple]:
 
 def codec_of(xp, plan: Plan, row: int, like=None):
     """Codec of row `row` of the plan, of a live cache or of one that is only the contents of a file."""
-    return (make_codec if plan.method.live else StoredCodec)(xp, plan, row, like)
+    if plan.method.live:
+        return make_codec(xp, plan, row, like)
+    family = plan_class(plan.method.codec)
+    return (family.CODEC if family else StoredCodec)(xp, plan, row, like)
 
 
 def codecs_of(xp, plan: Plan, like=None) -> list:
@@ -130,13 +134,15 @@ def codecs_of(xp, plan: Plan, like=None) -> list:
     return made[key]
 
 
-def fit_bits(make: Callable[[float], tuple[object, float]], bits: float) -> object:
+def fit_bits(
+    make: Callable[[float], tuple[object, float]], bits: float, allowed: tuple[float, float] = STORED_BITS
+) -> object:
     """What `make(planned)` -> (cache, real bits) gives for the most planned bits whose real ones stay within `bits`.
 
-    How long codes get depends on the text; a plan only knows calibration text. Raises ValueError when even the smallest
-    plan takes more.
+    How long codes get depends on the text; a plan only knows calibration text. `allowed`: range of planned bits. Raises
+    ValueError when even the smallest plan takes more.
     """
-    low, high = STORED_BITS
+    low, high = allowed
     planned, best, reached = min(max(bits, low), high), None, 0.0
     for _ in range(FIT_ROUNDS):
         made, real = make(planned)

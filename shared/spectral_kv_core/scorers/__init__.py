@@ -36,6 +36,12 @@ class Scorer:
     scores: Callable
     needs: tuple[str, ...]
     summary: str
+    source: str
+
+    @property
+    def needs_queries(self) -> bool:
+        """Whether it reads the query statistics of a profile."""
+        return any(name.startswith("query_") for name in self.needs)
 
     def __call__(self, tokens: Tokens, **options):
         """Scores [B, Hkv, T] float32 of `tokens`; `options` are those of the scorer.
@@ -56,27 +62,65 @@ _QUERIES = ("query_mean", "query_amplitude", "rope", "now")
 SCORERS = {
     scorer.name: scorer
     for scorer in (
-        Scorer("fourierkv", fourierkv.scores, ("pre_rope",), "part of the key in a low or high band over time"),
-        Scorer("waveletkv", waveletkv.scores, ("pre_rope",), "departure from the neighbours at every scale of time"),
-        Scorer("waveletfourierkv", waveletfourierkv.scores, ("pre_rope",), "waveletkv, bands cleaned by windowed FFT"),
-        Scorer("triattention", triattention.scores, ("post_rope", *_QUERIES), "what calibrated queries will look at"),
+        Scorer(
+            "fourierkv",
+            fourierkv.scores,
+            ("pre_rope",),
+            "part of the key in a low or high band over time",
+            "rFFT over time with a Tukey mask; derived, no paper",
+        ),
+        Scorer(
+            "waveletkv",
+            waveletkv.scores,
+            ("pre_rope",),
+            "departure from the neighbours at every scale of time",
+            "undecimated wavelets over time (Holschneider et al. 1989); derived, no paper",
+        ),
+        Scorer(
+            "waveletfourierkv",
+            waveletfourierkv.scores,
+            ("pre_rope",),
+            "waveletkv, bands cleaned by windowed FFT",
+            "as waveletkv and fourierkv; derived, no paper",
+        ),
+        Scorer(
+            "triattention",
+            triattention.scores,
+            ("post_rope", *_QUERIES),
+            "what calibrated queries will look at",
+            "TriAttention (2604.04921), trigonometric and norm score",
+        ),
         Scorer(
             "wavelettriattention",
             wavelettriattention.scores,
             ("pre_rope", "post_rope", *_QUERIES),
             "waveletkv and triattention in equal parts",
+            "as waveletkv and triattention; derived, no paper",
         ),
         Scorer(
             "expected-attention",
             expected_attention.scores,
             ("post_rope", "values", "query_mean", "query_root", "rope", "now"),
             "share of attention from Gaussian queries, times the norm of the value",
+            "Expected Attention (2510.00636); statistics from calibration",
         ),
-        Scorer("snapkv", snapkv.scores, ("post_rope", "recent"), "what the last queries of the prompt looked at"),
-        Scorer("keydiff", keydiff.scores, ("post_rope",), "keys unlike the mean direction"),
-        Scorer("knorm", knorm.scores, ("post_rope",), "keys of low norm"),
-        Scorer("streaming", streaming.scores, ("post_rope", "positions"), "the latest tokens"),
-        Scorer("random", random.scores, ("post_rope", "positions"), "seeded random numbers"),
+        Scorer(
+            "snapkv",
+            snapkv.scores,
+            ("post_rope", "recent"),
+            "what the last queries of the prompt looked at",
+            "SnapKV (2404.14469), listing 1",
+        ),
+        Scorer("keydiff", keydiff.scores, ("post_rope",), "keys unlike the mean direction", "KeyDiff (2504.15364)"),
+        Scorer("knorm", knorm.scores, ("post_rope",), "keys of low norm", "Devoto et al. 2024 (2406.11430)"),
+        Scorer(
+            "streaming",
+            streaming.scores,
+            ("post_rope", "positions"),
+            "the latest tokens",
+            "StreamingLLM (2309.17453): sinks and window",
+        ),
+        Scorer("random", random.scores, ("post_rope", "positions"), "seeded random numbers", "reference"),
     )
 }
 

@@ -1,0 +1,198 @@
+"""What the published methods share: plans that count the arrays of a chunk, and chunks that grow along time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+
+from .. import attention
+from ..basis import rank_for_energy
+from ..cache import CHUNK_TOKENS
+from ..codec import Chunk, check_finite
+from ..methods import Method
+from ..plan import Plan, elements_per_token
+from ..profile import ModelShape, Profile
+from ..quantizer import UNIT, pack, unpack
+
+
+@dataclass(frozen=True)
+class ArrayPlan(Plan):
+    """Plan of a codec whose arrays have known shapes; a subclass adds what it decides and names its `CODEC`."""
+
+    CODEC: ClassVar[type]
+
+    @classmethod
+    def default_bits(cls, shape: ModelShape, method: Method) -> float:
+        """What the paper recommends, in stored bits per element."""
+        raise NotImplementedError
+
+    @classmethod
+    def range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
+        """Lowest and highest stored bits per element."""
+        raise NotImplementedError
+
+    @classmethod
+    def make(cls, shape: ModelShape, profile: Profile | None, method: Method, bits: float) -> ArrayPlan:
+        """The plan of most bits within `bits`; raises ValueError that says what can be reached."""
+        raise NotImplementedError
+
+    def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
+        """(shape, dtype name) of every array of a chunk."""
+        raise NotImplementedError
+
+    @property
+    def bits_per_element(self) -> float:
+        """Average bits per element in full chunks: the bytes of `chunk_arrays`."""
+        sizes = [size for row in range(len(self.layer_groups)) for size in self.chunk_arrays(row, 1, CHUNK_TOKENS)]
+        stored = sum(int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in sizes)
+        return 8 * stored / (CHUNK_TOKENS * elements_per_token(self.shape))
+
+
+class ArrayCodec:
+    """Tokens <-> arrays whose third axis is time; decoded for attention unless a subclass knows better.
+
+    A subclass gives `store(keys, values, start)` -> arrays, and `decode`. block: tokens that are coded together.
+    """
+
+    block = UNIT
+
+    def __init__(self, xp, plan: ArrayPlan, row: int, like=None):
+        self.xp, self.like, self.rope = xp, like, plan.shape.rope
+        self.kv_heads, self.head_dim = plan.shape.kv_heads * len(plan.layer_groups[row]), plan.shape.head_dim
+        self._tables: list = []
+
+    def table(self, x, dtype=np.float32):
+        """`x` as an array that all sequences share."""
+        self._tables.append(self.xp.asarray(np.ascontiguousarray(x, dtype), like=self.like))
+        return self._tables[-1]
+
+    def store(self, keys, values, start: int) -> tuple:
+        """Arrays [B, ., T / n, ...] of [B, H, T, D] float32 keys and values of tokens from position `start` on."""
+        raise NotImplementedError
+
+    def encode(self, keys, values, start: int) -> Chunk:
+        """A new chunk from T tokens, T a multiple of `block`; raises ValueError on NaN or infinity."""
+        xp = self.xp
+        arrays = self.store(xp.astype(keys, xp.float32), xp.astype(values, xp.float32), start)
+        return Chunk(keys.shape[0], start, keys.shape[2], self._checked(*arrays))
+
+    def append(self, chunk: Chunk, keys, values) -> Chunk:
+        """`chunk` with T more tokens behind its own, whose codes stay."""
+        new = self.encode(keys, values, chunk.start + chunk.tokens)
+        arrays = tuple(self.xp.concat([a, b], axis=2) for a, b in zip(chunk.arrays, new.arrays))
+        return replace(chunk, tokens=chunk.tokens + new.tokens, arrays=arrays)
+
+    def cut(self, chunk: Chunk, tokens: int) -> Chunk:
+        """The first `tokens` tokens of `chunk`, a multiple of `block`."""
+        arrays = tuple(self.xp.copy(a[:, :, : a.shape[2] * tokens // chunk.tokens]) for a in chunk.arrays)
+        return replace(chunk, tokens=tokens, arrays=arrays)
+
+    def decode(self, chunk: Chunk) -> tuple:
+        """Keys and values [B, H, T, D] float32 of a chunk; keys are rotated as the model had them."""
+        raise NotImplementedError
+
+    def attend(self, chunk: Chunk, queries, scale: float) -> tuple:
+        """Partial softmax of grouped `queries` [B, H, M, D] float32 over a chunk, decoded for this call only."""
+        return attention.dense_partial(self.xp, queries, *self.decode(chunk), scale)
+
+    def decode_step(self, chunks, queries, keys, values, scale: float):
+        """`attention.decode_step`."""
+        return attention.decode_step(self.xp, self, chunks, queries, keys, values, scale)
+
+    def tables(self) -> list:
+        """Every array that all sequences share."""
+        return self._tables
+
+    def _checked(self, *arrays) -> tuple:
+        for array in arrays:
+            if array.dtype == self.xp.float16:  # scales and latents: NaN, infinity, and what float16 cannot hold
+                check_finite(self.xp, array)
+        return arrays
+
+
+class LatentCodec(ArrayCodec):
+    """Vectors of a head as coefficients of an orthonormal basis after RoPE, which attention works on.
+
+    A subclass calls `set_bases`, and gives `store` and `latents(chunk)` -> coefficients of keys and of values,
+    [B, H, T, R] float32.
+    """
+
+    def set_bases(self, bases: Sequence[np.ndarray], means: Sequence[np.ndarray] | None = None) -> None:
+        """`bases`: of keys and of values, [H or 1, D, R]; `means` [H, D] that go off before, if any."""
+        self.bases = [self.table(basis) for basis in bases]
+        self.means = None if means is None else [self.table(mean[:, None]) for mean in means]
+
+    def project(self, keys, values) -> list:
+        """Coefficients [B, H, T, R] of keys and of values [B, H, T, D]."""
+        sides = (keys, values) if self.means is None else (x - mean for x, mean in zip((keys, values), self.means))
+        return [self.xp.matmul(x, basis) for x, basis in zip(sides, self.bases)]
+
+    def latents(self, chunk: Chunk) -> tuple:
+        raise NotImplementedError
+
+    def decode(self, chunk: Chunk) -> tuple:
+        """Keys and values [B, H, T, D] float32 of a chunk."""
+        xp = self.xp
+        sides = [xp.matmul(z, _transposed(xp, basis)) for z, basis in zip(self.latents(chunk), self.bases)]
+        return tuple(sides if self.means is None else (x + mean for x, mean in zip(sides, self.means)))
+
+    def attend(self, chunk: Chunk, queries, scale: float) -> tuple:
+        """Partial softmax of grouped `queries` [B, H, M, D] float32: neither keys nor values are rebuilt."""
+        xp = self.xp
+        keys, values = self.latents(chunk)
+        scores = xp.matmul(xp.matmul(queries, self.bases[0]), _transposed(xp, keys))
+        if self.means is not None:
+            scores = scores + xp.matmul(queries, _transposed(xp, self.means[0]))
+        p, m, l = attention.partial_from_scores(xp, scores * scale)
+        output = xp.matmul(xp.matmul(p, values), _transposed(xp, self.bases[1]))
+        return (output if self.means is None else output + l * self.means[1]), m, l
+
+
+def _transposed(xp, x):
+    axes = tuple(range(x.ndim))
+    return xp.permute_dims(x, (*axes[:-2], axes[-1], axes[-2]))
+
+
+def pack_tokens(xp, codes, bits: int):
+    """Pack codes [B, H, T, R] along time, so that no rank wastes bytes -> [B, H, T / 8, R, bits]; T a multiple of 8."""
+    batch, heads, tokens, rank = codes.shape
+    codes = codes.reshape(batch, heads, tokens // UNIT, UNIT, rank)
+    return pack(xp, xp.permute_dims(codes, (0, 1, 2, 4, 3)), bits)[..., 0, :]
+
+
+def unpack_tokens(xp, packed, bits: int):
+    """Inverse of `pack_tokens` -> [B, H, T, R] uint8."""
+    batch, heads, units, rank, _ = packed.shape
+    codes = unpack(xp, packed[..., None, :], bits, UNIT)
+    return xp.permute_dims(codes, (0, 1, 2, 4, 3)).reshape(batch, heads, units * UNIT, rank)
+
+
+def highest_within(method: Method, options: Sequence[tuple[float, object]], bits: float):
+    """What goes with the most bits of `options` within `bits`; raises ValueError that names them all."""
+    reachable = [choice for cost, choice in options if cost <= bits]
+    if not reachable or bits > options[-1][0]:
+        names = ", ".join(f"{cost:g}" for cost, _ in options)
+        raise ValueError(f"Expected bits of {names} for {method.name}, received {bits:g}.")
+    return reachable[-1]
+
+
+def ranks_within(spectrum: np.ndarray, budget: float, steps: Sequence[int]) -> np.ndarray:
+    """Ranks [L, 2] out of `steps`, for the largest share of `spectrum` [L, 2, H, D] at which their mean is in `budget`.
+
+    The rank of a layer's keys or values is that of the head that needs most for the share; one share for the model.
+    """
+    steps = np.array(steps)
+
+    def ranks(share: float) -> np.ndarray:
+        return steps[np.searchsorted(steps, rank_for_energy(spectrum, share).max(-1))]
+
+    low, high = 0.0, 1.0
+    if ranks(high).mean() <= budget:
+        return ranks(high)
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if ranks(middle).mean() <= budget else (low, middle)
+    return ranks(low)

@@ -1,0 +1,144 @@
+"""SVDq (Hong et al. 2025, arXiv 2502.15304): keys as SVD latents, whose channels get fewer bits as they fall in variance.
+
+Section 3: keys before RoPE, all heads of a layer together, latents in 8 equal groups of falling singular value, one bit
+schedule for the model, uniform asymmetric codes per channel, 0 bits drop a group; values are kept. Departures: the basis
+is the profile's, not the prompt's; the schedule for a budget is that of least squared error on the profile's spectrum; a
+channel's range is that of 128 tokens, which cost 0.25 bit; codes stand for the middle of their cell, without which one bit
+would be worse than none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from ..allocation import allocate_bits
+from ..basis import fit_basis
+from ..methods import Method
+from ..moments import covariance, means
+from ..plan import check_bits
+from ..profile import ModelShape, Profile
+from ..quantizer import BIT_WIDTHS
+from ..rope import rotate, unrotate
+from .base import ArrayCodec, ArrayPlan, pack_tokens, unpack_tokens
+
+GROUPS = 8
+REACH = 2.6  # standard deviations that the range of 128 tokens covers to either side
+
+
+class SvdqCodec(ArrayCodec):
+    """Codes [B, 1, T / 8, channels, bits] of every width, scales and minima [B, 1, T / 128, channels], values [B, H, T, D]."""
+
+    def __init__(self, xp, plan: SvdqPlan, row: int, like=None):
+        super().__init__(xp, plan, row, like)
+        self.block, self.widths = plan.method.block, plan.widths
+        per_group = self.kv_heads * self.head_dim // GROUPS
+        basis, _ = fit_basis(covariance(plan.profile, row, 0, self.kv_heads))
+        self.basis = self.table(basis[:, : per_group * sum(b > 0 for b in self.widths)])  # [H D, R]
+        self.mean = self.table(means(plan.profile, row)[: self.kv_heads].reshape(-1))
+        self.channels = [(b, per_group * self.widths.count(b)) for b in _used(self.widths)]
+        self.cells = self.table(np.repeat(2.0 ** np.array([b for b in self.widths if b]), per_group))  # [R]
+
+    def store(self, keys, values, start: int) -> tuple:
+        xp, (batch, heads, tokens, dim) = self.xp, keys.shape
+        keys = unrotate(xp, keys, self.rope, start) if self.rope else keys
+        keys = xp.permute_dims(keys, (0, 2, 1, 3)).reshape(batch, tokens, heads * dim) - self.mean
+        z = xp.matmul(keys, self.basis).reshape(batch, 1, tokens // self.block, self.block, -1)
+        low, high = xp.min(z, axis=3), xp.max(z, axis=3)
+        scale = xp.astype(
+            xp.maximum((high - low) / self.cells, 1e-6), xp.float16
+        )  # the floor guards a constant channel
+        low = xp.astype(low, xp.float16)
+        step, bias = (xp.astype(x, xp.float32)[:, :, :, None] for x in (scale, low))
+        codes = xp.clip((z - bias) / step, 0.0, 255.0)
+        codes = xp.where(codes < self.cells - 1, codes, self.cells - 1)
+        codes = xp.astype(codes, xp.uint8).reshape(batch, 1, tokens, -1)
+        packed = [pack_tokens(xp, codes[..., part], bits) for part, bits in self._parts()]
+        return (*packed, scale, low, xp.astype(values, xp.float16))
+
+    def decode(self, chunk) -> tuple:
+        xp, (*packed, scale, low, values) = self.xp, chunk.arrays
+        codes = [unpack_tokens(xp, x, bits) for x, (_, bits) in zip(packed, self._parts())]
+        codes = xp.astype(xp.concat(codes, axis=-1), xp.float32)
+        codes = codes.reshape(chunk.batch, 1, -1, self.block, codes.shape[-1])
+        step, bias = (xp.astype(x, xp.float32)[:, :, :, None] for x in (scale, low))
+        z = ((codes + 0.5) * step + bias).reshape(chunk.batch, chunk.tokens, -1)
+        keys = xp.matmul(z, xp.permute_dims(self.basis, (1, 0))) + self.mean
+        keys = keys.reshape(chunk.batch, chunk.tokens, self.kv_heads, self.head_dim)
+        keys = xp.permute_dims(keys, (0, 2, 1, 3))
+        return rotate(xp, keys, self.rope, chunk.start) if self.rope else keys, xp.astype(values, xp.float32)
+
+    def _parts(self):
+        done = 0
+        for bits, count in self.channels:
+            yield slice(done, done + count), bits
+            done += count
+
+
+@dataclass(frozen=True)
+class SvdqPlan(ArrayPlan):
+    """widths: bits of the 8 groups of latent channels, falling."""
+
+    widths: tuple[int, ...] = ()
+    CODEC = SvdqCodec
+
+    @classmethod
+    def default_bits(cls, shape: ModelShape, method: Method) -> float:
+        return 9.1  # 2 bits for keys, as (8, 4, 2, 1, 1, 0, 0, 0) has
+
+    @classmethod
+    def range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
+        return _bits((1,) + 7 * (0,), method), _bits(8 * (8,), method)
+
+    @classmethod
+    def make(cls, shape: ModelShape, profile: Profile, method: Method, bits: float) -> SvdqPlan:
+        check_bits(method, shape, bits)
+        spectra = []
+        for row in range(len(shape.layers)):
+            _, variance = fit_basis(covariance(profile, row, 0, shape.kv_heads))
+            spectra.append(variance.reshape(GROUPS, -1).sum(-1) / variance.sum())
+        cost = np.mean(spectra, axis=0)[:, None] * np.array(_errors())
+        cost = np.array([[float(f"{x:.9g}") for x in row] for row in cost])  # last bits differ between machines
+        for total in range(8 * GROUPS, 0, -1):
+            widths = allocate_bits(cost, np.ones(GROUPS, int), total)
+            widths = tuple(sorted(widths.tolist(), reverse=True))
+            if _bits(widths, method) <= bits:
+                break
+        return cls(method, bits, shape, profile=profile, widths=widths)
+
+    def decides(self) -> list:
+        basis_set = self.profile.basis_set(self.method.basis_set)
+        return [self.widths, basis_set.mean, basis_set.weight, basis_set.basis, basis_set.variance]
+
+    def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
+        heads, dim = self.shape.kv_heads, self.shape.head_dim
+        per_group, block = heads * dim // GROUPS, self.method.block
+        coded = per_group * sum(b > 0 for b in self.widths)
+        codes = [((batch, 1, tokens // 8, per_group * self.widths.count(b), b), "uint8") for b in _used(self.widths)]
+        ranges = 2 * [((batch, 1, tokens // block, coded), "float16")]
+        return [*codes, *ranges, ((batch, heads, tokens, dim), "float16")]
+
+
+def _used(widths: tuple[int, ...]) -> list[int]:
+    return sorted({b for b in widths if b}, reverse=True)
+
+
+def _bits(widths: tuple[int, ...], method: Method) -> float:
+    """Stored bits per element of keys and values, values at 16."""
+    keys = sum(b + (b > 0) * 32 / method.block for b in widths) / GROUPS
+    return (16 + keys) / 2
+
+
+@lru_cache(maxsize=1)
+def _errors() -> tuple[float, ...]:
+    """Squared error on the standard normal density by width of `BIT_WIDTHS`, for a range of `REACH` to either side."""
+    x = np.linspace(-6, 6, 4001)
+    density = np.exp(-(x**2) / 2)
+    errors = [1.0]
+    for bits in BIT_WIDTHS[1:]:
+        step = 2 * REACH / 2**bits
+        decoded = (np.clip(np.floor((x + REACH) / step), 0, 2**bits - 1) + 0.5) * step - REACH
+        errors.append(float(f"{((x - decoded) ** 2 * density).sum() / density.sum():.9g}"))
+    return tuple(errors)

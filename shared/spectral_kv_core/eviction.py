@@ -1,0 +1,161 @@
+"""Dropping tokens: how many a cache may hold, whom it asks which ones matter, and when.
+
+A token budget counts every stored token, sinks and window included, and is never exceeded once a call has ended. A
+prompt is cut to the budget as it comes in. Afterwards tokens go in batches, so that they are scored once in `EVERY`
+steps and not at each one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from .methods import DROPPING, Method
+from .plan import Plan, elements_per_token, plan_for
+from .profile import ModelShape, Profile
+from .scorers import Scorer, Tokens, get_scorer
+from .selection import MODES
+
+EVERY = 64  # generated tokens between two evictions, where the budget leaves that much room
+
+
+@dataclass
+class Eviction:
+    """What all layers of one cache share: the budget in tokens, and what is never dropped.
+
+    protect: spans (start, end) of positions, padding not counted, that stay. mode: `per_layer_per_head`, every KV head of
+    every layer keeps its own tokens; `per_head`, a head keeps the same ones in all layers, by the mean of their scores,
+    which holds the whole prompt until the last layer has read it.
+    """
+
+    plan: Plan
+    budget: int
+    sinks: int
+    window: int
+    protect: tuple[tuple[int, int], ...] = ()
+    mode: str = MODES[0]
+    waiting: list = field(default_factory=list, repr=False)  # per_head: layers that the others of a call will follow
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise ValueError(f"Expected a selection among {', '.join(MODES)}, received {self.mode!r}.")
+        for span in self.protect:
+            if len(span) != 2 or not 0 <= span[0] < span[1]:
+                raise ValueError(
+                    f"Expected protected spans (start, end) of positions with start < end, received {span!r}."
+                )
+        if self.budget <= self.fixed:
+            raise ValueError(
+                f"Expected budget_tokens above {self.fixed}, which {self.sinks} sinks, a window of {self.window} and what is "
+                f"protected take, received {self.budget}."
+            )
+
+    def __deepcopy__(self, memo) -> Eviction:
+        """One for all layers of a copied cache, as the original has."""
+        return memo.setdefault(
+            id(self), Eviction(self.plan, self.budget, self.sinks, self.window, self.protect, self.mode)
+        )
+
+    @cached_property
+    def fixed(self) -> int:
+        """Tokens that cannot be dropped once all of them are there."""
+        covered = {p for start, end in self.protect for p in range(start, end)}
+        blocks = 2 * 15 * len(self.protect) if self.coded else 0  # a block is kept for the sake of one token
+        waits = 15 if self.coded else 0  # for their block to fill
+        return self.sinks + self.window + waits + blocks + len(covered - set(range(self.sinks)))
+
+    @property
+    def coded(self) -> bool:
+        return self.plan.method.codec != "none"
+
+    @property
+    def target(self) -> int:
+        """Tokens left when generated ones exceed the budget."""
+        return self.budget - min(EVERY, (self.budget - self.fixed) // 2)
+
+    @property
+    def scorer(self) -> Scorer:
+        return get_scorer(self.plan.method.scorer)
+
+    @property
+    def joint(self) -> bool:
+        """Whether the heads of a layer keep the same tokens, because they are coded together."""
+        return self.plan.method.codec == "spectral" and self.plan.method.group != "head"
+
+    def spans(self, seen: int) -> list[tuple[int, int]]:
+        """The protected spans in a text of `seen` tokens."""
+        return [(start, min(end, seen)) for start, end in self.protect if start < seen]
+
+    def scores(self, xp, row: int, keys, values, positions, now: int, recent=None):
+        """How much every stored token of layer number `row` matters: [B, H, T] float32, H 1 for joint heads.
+
+        `keys`, `values` [B, H, T, D] after RoPE; `positions` NumPy [B, H, T] or [T]; `now`: of the last token; `recent`
+        [B, Hq, L, D]: queries of the last L tokens times the attention scale, where there are any.
+        """
+        statistics = self.plan.query_statistics(row)
+        tokens = Tokens(xp, keys, values, positions, now, self.plan.shape.rope, recent=recent, **statistics)
+        options = {"seed": row} if self.scorer.name == "random" else {}
+        scores = self.scorer(tokens, **options)
+        return xp.mean(scores, axis=1, keepdims=True) if self.joint else scores
+
+
+def plan_and_eviction(
+    shape: ModelShape,
+    profile: Profile | None,
+    method: Method,
+    *,
+    bits: float | None = None,
+    budget_bytes: int | None = None,
+    max_context: int | None = None,
+    budget_tokens: int | None = None,
+    protect: Sequence[tuple[int, int]] = (),
+    selection: str | None = None,
+    window: int = 64,
+    sinks: int = 4,
+    element_bytes: int = 2,
+    other_bytes: int = 0,
+) -> tuple[Plan, Eviction | None]:
+    """`plan_for`, and what a cache drops by `method`; None for a method that keeps every token.
+
+    A method that drops tokens takes `budget_tokens`, or `budget_bytes` that follow from `bits`. Raises ValueError for
+    arguments that do not fit the method, and for a budget that is too small for what must stay.
+    """
+    if method.scorer is None:
+        given = {"budget_tokens": budget_tokens, "protect": protect or None, "selection": selection}
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(
+                    f"Expected a method that drops tokens for {name}, {method.name} keeps every token. Take for example "
+                    f"wavelettriattention{'+' + method.name if method.codec in DROPPING else ''}."
+                )
+        plan = plan_for(
+            shape, profile, method, bits, budget_bytes, max_context, window, sinks, element_bytes, other_bytes
+        )
+        return plan, None
+    plan = plan_for(shape, profile, method, bits, window=window, sinks=sinks)
+    if (budget_tokens is None) == (budget_bytes is None):
+        raise ValueError(
+            f"Expected either budget_tokens or budget_bytes for {method.name}, which drops tokens, received "
+            f"{'none' if budget_tokens is None else 'both'}."
+        )
+    if budget_tokens is None:
+        budget_tokens = _tokens_for_bytes(plan, budget_bytes, window, sinks, element_bytes, other_bytes)
+    if not isinstance(budget_tokens, int) or budget_tokens < 1:
+        raise ValueError(f"Expected budget_tokens to be a number of tokens, 1 or more, received {budget_tokens!r}.")
+    spans = tuple(tuple(map(int, span)) for span in protect)
+    return plan, Eviction(plan, budget_tokens, sinks, window, spans, selection or MODES[0])
+
+
+def _tokens_for_bytes(
+    plan: Plan, budget_bytes: int, window: int, sinks: int, element_bytes: int, other_bytes: int
+) -> int:
+    """Tokens that a cache of `budget_bytes` may hold under `plan`, positions of kept tokens included."""
+    elements = elements_per_token(plan.shape)
+    places = 4 * len(plan.shape.layers) * plan.shape.kv_heads
+    exact = elements * element_bytes + places
+    if plan.method.codec == "none":
+        return max(int((budget_bytes - other_bytes) // exact), 1)
+    whole = sinks + window + 15  # of which up to 15 wait for their block to fill
+    left = budget_bytes - other_bytes - whole * exact
+    return whole + max(int(left // (elements * plan.bits_per_element / 8 + places)), 0)

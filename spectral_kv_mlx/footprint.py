@@ -1,0 +1,104 @@
+"""What an mlx-lm model takes in memory, read from its configuration: no weight is loaded."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.utils import _download, load_config
+from mlx_lm.utils import load_model as load_mlx_model
+
+from spectral_kv_core.fit import Footprint
+from spectral_kv_core.plan import Plan
+from spectral_kv_core.stored import codec_of
+
+from . import ops
+from .generation import PREFILL_CHUNK
+from .integration import _config_corrections, _field, host_layers, max_context, model_dtype, model_shape
+
+__all__ = ["footprint", "skeleton", "table_nbytes"]
+
+
+def skeleton(name: str, dtype: str | None = None):
+    """The model of a directory or hub id with parameters that have a shape and a dtype but were never read.
+
+    MLX reads an array when it is first used. Raises FileNotFoundError where there is no configuration.
+    """
+    if not Path(name).exists() and str(name).startswith((".", "/", "~")):
+        raise FileNotFoundError(f"Expected a model directory, found nothing at {name}.")
+    try:
+        path = _download(str(name), allow_patterns=["*.json"])
+        config = load_config(path)
+        whole = any(path.glob("model*.safetensors"))
+        model, _ = load_mlx_model(path, lazy=True, strict=whole, model_config=_config_corrections(config))
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"Expected a model directory, a hub id or demo, cannot read the config.json of {str(name)!r}: {reason}"
+        ) from None
+    if not whole:
+        _as_stored(model, config)
+    if dtype is None and mx.default_device() == mx.Device(mx.cpu):  # as load_model
+        dtype = "float32"
+    if dtype is not None:
+        model.set_dtype(getattr(mx, dtype))
+    return model
+
+
+def footprint(name: str | os.PathLike, dtype: str | None = None) -> Footprint:
+    """Sizes of the model `name`, as `load_model` would load it with `dtype`."""
+    model = skeleton(name, dtype)
+    shape, passed = model_shape(model)
+    layers = host_layers(model)
+    windows = {i: layers[i].max_size for i in passed if getattr(layers[i], "max_size", None)}
+    experts = (_field(model, "num_experts_per_tok") or 0) * (_field(model, "moe_intermediate_size") or 0)
+    return Footprint(
+        shape=shape,
+        passed=passed,
+        passed_tokens=windows,
+        weights_bytes=sum(p.nbytes for _, p in tree_flatten(model.parameters())),
+        element_bytes=model_dtype(model).size,
+        intermediate=max(_field(model, "intermediate_size") or 0, experts),
+        context=max_context(model),
+        call=PREFILL_CHUNK,
+        decodes_history=True,
+    )
+
+
+def table_nbytes(plan: Plan) -> tuple[int, int]:
+    """Bytes of the tables of all rows of `plan`, and of those that rows share.
+
+    A decode step adds a sixth or so when it first meets a length: not counted (torch makes all at once).
+    """
+    own, shared, before = 0, {}, {}
+    for row in range(len(plan.layer_groups)):
+        tables = {id(x): x for x in codec_of(ops, plan, row).tables()}
+        quantizers = {id(x) for x in plan.quantizers(ops)} if plan.basis_set is not None else set()
+        shared |= {key: x for key, x in tables.items() if key in quantizers or key in before}
+        own += sum(x.nbytes for key, x in tables.items() if key not in shared)
+        before = tables
+    return own, sum(x.nbytes for x in shared.values())
+
+
+def _as_stored(model: nn.Module, config: dict) -> None:
+    """Give a model that was made without its files the dtype and the quantization that its configuration names."""
+    text = config.get("text_config") or {}
+    stored = next((c[key] for c in (config, text) for key in ("dtype", "torch_dtype") if c.get(key)), "float32")
+    model.set_dtype(getattr(mx, stored))
+    quantization = config.get("quantization") or config.get("quantization_config")
+    if not quantization:
+        return
+    if not {"group_size", "bits"} <= set(quantization):
+        raise ValueError(
+            f"Expected weights beside config.json for a model quantized by {quantization.get('quant_method', 'others')}, "
+            "found none: their size is not known. Download the model first."
+        )
+
+    def quantized(path: str, module: nn.Module):
+        return quantization.get(path, hasattr(module, "to_quantized"))
+
+    mode = quantization.get("mode", "affine")
+    nn.quantize(model, quantization["group_size"], quantization["bits"], mode=mode, class_predicate=quantized)

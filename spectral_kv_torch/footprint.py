@@ -1,0 +1,83 @@
+"""What a transformers model takes in memory, read from its configuration: no weight is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.hub import cached_file
+
+from spectral_kv_core.fit import Footprint, safetensors_nbytes
+from spectral_kv_core.plan import Plan
+from spectral_kv_core.stored import codec_of
+
+from . import ops
+from .generation import PREFILL_CHUNK
+from .integration import host_layers, max_context, model_shape
+
+__all__ = ["footprint", "skeleton", "table_nbytes"]
+
+
+def skeleton(name: str, dtype: str | None = None):
+    """The model of a directory or hub id with parameters that have a shape and a dtype but no memory.
+
+    Raises FileNotFoundError where there is no configuration, ValueError for a model that transformers cannot build.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"Expected a model directory, a hub id or demo, cannot read the config.json of {name!r}: {reason}"
+        ) from None
+    text = config.get_text_config(decoder=True)
+    stored = getattr(text, "dtype", None) or getattr(config, "dtype", None) or torch.float32
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype) if dtype else stored)
+    model.tie_weights()
+    for path, module in list(model.named_modules()):
+        if path.endswith("rotary_emb"):  # its frequencies are numbers that a profile is found by
+            model.set_submodule(path, type(module)(model.config.get_text_config(decoder=True)))
+    return model.eval()
+
+
+def footprint(name: str, dtype: str | None = None) -> Footprint:
+    """Sizes of the model `name`, as `load_model` would load it with `dtype`."""
+    model = skeleton(name, dtype)
+    shape, passed = model_shape(model)
+    config, layers = model.config.get_text_config(decoder=True), host_layers(model)
+    windows = {i: layers[i].sliding_window for i in passed if getattr(layers[i], "sliding_window", None)}
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    experts = (getattr(config, "num_experts_per_tok", 0) or 0) * (getattr(config, "moe_intermediate_size", 0) or 0)
+    on_card = torch.cuda.is_available()
+    return Footprint(
+        shape=shape,
+        passed=passed,
+        passed_tokens=windows,
+        weights_bytes=_stored_nbytes(name) if getattr(model.config, "quantization_config", None) else parameters,
+        element_bytes=torch.empty((), dtype=model.dtype).element_size(),
+        intermediate=max(getattr(config, "intermediate_size", 0) or 0, experts),
+        context=max_context(model),
+        call=PREFILL_CHUNK,
+        decodes_history=on_card or not ops.kernels or not ops.kernels.supports_partial_attention(torch.empty(0)),
+    )
+
+
+def table_nbytes(plan: Plan) -> tuple[int, int]:
+    """Bytes of the tables of all rows of `plan`, and of those that rows share."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    own, shared, before = 0, {}, {}
+    for row in range(len(plan.layer_groups)):
+        tables = {id(x): x for x in codec_of(ops, plan, row, device).tables()}
+        quantizers = {id(x) for x in plan.quantizers(ops, device)} if plan.basis_set is not None else set()
+        shared |= {key: x for key, x in tables.items() if key in quantizers or key in before}
+        own += sum(x.untyped_storage().nbytes() for key, x in tables.items() if key not in shared)
+        before = tables
+    return own, sum(x.untyped_storage().nbytes() for x in shared.values())
+
+
+def _stored_nbytes(name: str) -> int:
+    """Bytes of quantized weights, which only their files know."""
+    folder = Path(name) if Path(name).is_dir() else Path(cached_file(name, "config.json")).parent
+    return safetensors_nbytes(folder)
