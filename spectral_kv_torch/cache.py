@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 import torch
@@ -279,16 +279,17 @@ def cache_nbytes(cache: Cache) -> CacheSize:
     for layer in dict.fromkeys(cache.layers):
         if isinstance(layer, SpectralKVLayer):
             layer.commit()
-            stored += sum(map(_held, layer.arrays()))
-            tables |= {id(x): _held(x) for x in layer.tables()}  # some are shared by all layers
+            stored += sum(storages(layer.arrays()).values())
+            tables |= storages(layer.tables())  # some are shared by all layers
             if layer.store is not None:
                 dense += layer.store.tokens() * 2 * 2 * layer.kv_heads * layer.plan.shape.head_dim
         elif getattr(layer, "is_initialized", False):
             held = [x for x in (layer.keys, layer.values) if x is not None]
-            stored += sum(map(_held, held))
+            stored += sum(storages(held).values())
             dense += sum(2 * x.numel() for x in held)
     return CacheSize(stored, dense, sum(tables.values()))
 
 
-def _held(x: torch.Tensor) -> int:
-    return x.untyped_storage().nbytes()
+def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Bytes that `tensors` keep alive, by address: several may be views of one storage."""
+    return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
