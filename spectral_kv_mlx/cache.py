@@ -17,9 +17,10 @@ from mlx_lm.models.cache import (
     create_causal_mask,
 )
 
-from spectral_kv_core.cache import LATENT_QUERIES, CacheSize, Lane, LayerCache
+from spectral_kv_core.cache import LATENT_QUERIES, CacheSize, LayerCache
 from spectral_kv_core.codec import Chunk
 from spectral_kv_core.eviction import Eviction
+from spectral_kv_core.lane import Lane
 from spectral_kv_core.plan import Plan
 from spectral_kv_core.stored import codecs_of, join_layers, split_layers
 

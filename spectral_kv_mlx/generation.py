@@ -78,6 +78,7 @@ def make_prompt_cache(
     budget_tokens: int | None = None,
     protect: Sequence[tuple[int, int]] = (),
     selection: str | None = None,
+    tiers: Sequence[tuple[float, float]] | None = None,
     rounding_scores: str | None = None,
     tokenizer=None,
     left_padding: list[int] | None = None,
@@ -87,10 +88,10 @@ def make_prompt_cache(
     bits: average stored bits per sealed element, a ceiling (default 3); or budget_bytes for max_context tokens.
     window, sinks: last and first tokens kept exactly. profile None looks for one, and calibrates (with `tokenizer`) if
     there is none. A method that drops tokens takes budget_tokens, all that stay stored, or budget_bytes; protect: spans
-    (start, end) of positions that stay; selection: see `Eviction.mode`. rounding_scores: the scorer whose scores weigh the
-    tokens of a block when codes are rounded, or `nearest`. left_padding: slots of padding before every row of a batch
-    (torch reads them off the mask). Raises ValueError for a budget out of range, a profile of another model, or nothing
-    to compress.
+    (start, end) of positions that stay; selection: see `Eviction.mode`; tiers: pairs (share, bits) by rank, in place of
+    dropping. rounding_scores: the scorer that weighs tokens when codes are rounded, or `nearest`. left_padding: slots of
+    padding before every row of a batch (torch reads them off the mask). Raises ValueError for a budget out of range, a
+    profile of another model, or nothing to compress.
     """
     method = rounded_by(get_live_method(method), rounding_scores)
     shape, passed, profile = SpectralProfiler().profile_for(model, method, profile, tokenizer)
@@ -107,6 +108,7 @@ def make_prompt_cache(
         budget_tokens=budget_tokens,
         protect=protect,
         selection=selection,
+        tiers=tiers,
         window=window,
         sinks=sinks,
         element_bytes=size,

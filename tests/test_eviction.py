@@ -50,7 +50,7 @@ def attend(cache, queries, keys, values) -> np.ndarray:
 def positions_of(cache, lane: int = 0, heads: int = MODEL.kv_heads) -> np.ndarray:
     """Positions [b, H, stored] of all tokens that a lane holds, in the order of `dense`."""
     lane = cache.lanes[lane]
-    exact = cache.xp.to_numpy(cache._places(lane))
+    exact = cache.xp.to_numpy(lane.places(cache.xp, cache.sinks))
     sinks = min(cache.sinks, lane.exact)
     chunks = [
         np.arange(c.start, c.start + c.tokens)[None, None] if isinstance(c.start, int) else cache.xp.to_numpy(c.start)

@@ -8,18 +8,16 @@ holds no more tokens than its budget and knows the positions of those that are l
 from __future__ import annotations
 
 from copy import copy, deepcopy
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 
 from . import attention
-from .codec import Chunk, positions_of, select_rows
+from .codec import CHUNK_TOKENS, Chunk, select_rows
 from .eviction import Eviction
+from .lane import Lane
 from .plan import SEAL
-from .selection import select
 
-CHUNK_TOKENS = 1024  # tokens of a full chunk: the unit that is decoded at a time
 RECENT = 64  # queries of a call that scorers may look at
 LATENT_QUERIES = 16  # up to so many new tokens attend to the codes; more are a prefill and use the host's fused kernel
 
@@ -46,39 +44,6 @@ class CacheSize(int):
     @property
     def bits_per_element(self) -> float:
         return 16 / self.compression if self.dense_nbytes else 0.0
-
-
-@dataclass
-class Lane:
-    """State of batch rows `rows` that share their left padding `pad` (slots)."""
-
-    rows: list[int]
-    pad: int
-    exact_keys: Any = None  # [b, H, sinks + window, D], sinks first
-    exact_values: Any = None
-    chunks: list[Chunk] = field(default_factory=list)
-    staged: list[Chunk] = field(default_factory=list)  # behind `chunks`: a prompt that may go on, at more bits
-    positions: Any = (
-        None  # int32 [b, H or 1, n] of the first n exact tokens once some were dropped; the last ones follow
-    )
-    dropped: int = 0  # tokens that are no longer there, in every head as many
-
-    @property
-    def exact(self) -> int:
-        return 0 if self.exact_keys is None else self.exact_keys.shape[2]
-
-    @property
-    def sealed(self) -> int:
-        return sum(chunk.tokens for chunk in (*self.chunks, *self.staged))
-
-    @property
-    def stored(self) -> int:
-        return self.exact + self.sealed
-
-    @property
-    def seen(self) -> int:
-        """Tokens that came in: the position of the next one."""
-        return self.stored + self.dropped
 
 
 class LayerCache:
@@ -192,7 +157,7 @@ class LayerCache:
         """Positions [H or 1, stored] of the tokens that row `row` of the batch holds, in the order of `dense`, padding not
         counted; None where nothing was dropped."""
         (lane,) = (lane for lane in self.lanes if row in lane.rows)
-        return self._all_places(lane, len(lane.rows))[lane.rows.index(row)] if lane.dropped else None
+        return lane.all_places(self.xp, self.sinks)[lane.rows.index(row)] if lane.dropped else None
 
     def finalize(self) -> None:
         """End the prompt: what was staged is encoded at the plan's bits, chunk by chunk."""
@@ -222,7 +187,7 @@ class LayerCache:
         sides, dtype = ([], []), dtype or like.dtype
         for lane in self.lanes:
             if lane.exact_keys is not None:
-                held = self._lane_dense(lane, dtype)
+                held = self.lane_dense(lane, dtype)
             else:  # only padding so far
                 held = [self.xp.zeros((len(lane.rows), like.shape[1], 0, like.shape[3]), dtype=dtype, like=like)] * 2
             for side, x in zip(sides, held):
@@ -240,7 +205,7 @@ class LayerCache:
         """
         self.finalize()
         tokens = min(tokens, self.seen)
-        recent = min((self._recent(lane) for lane in self.lanes), default=0)
+        recent = min((lane.recent(self.window) for lane in self.lanes), default=0)
         if self.has_dropped and recent < tokens < self.seen:
             raise ValueError(
                 f"Expected at most {recent} tokens to forget, as tokens before the recent window were dropped, received "
@@ -327,7 +292,7 @@ class LayerCache:
         if q.shape[2] > LATENT_QUERIES:
             if xp.kernels and xp.kernels.supports_partial_attention(q):
                 return self._attend_blocks(lane, q, k, v, scale)
-            old_k, old_v = self._lane_dense(lane, k.dtype)
+            old_k, old_v = self.lane_dense(lane, k.dtype)
             return fused(q, xp.concat([old_k, k], axis=2), xp.concat([old_v, v], axis=2), scale)
         keys, values = xp.concat([lane.exact_keys, k], axis=2), xp.concat([lane.exact_values, v], axis=2)
         return self.codec.decode_step(lane.chunks, q, keys, values, scale)
@@ -360,7 +325,7 @@ class LayerCache:
         else:
             if not prompt:
                 self._seal(lane, staged=False)
-            self._evict(lane, prompt, recent)
+            self.eviction.cut(self, lane, prompt, recent)
         if lane.exact_keys is k:  # what came in may be a view of the projection of all heads
             lane.exact_keys, lane.exact_values = xp.copy(k), xp.copy(v)
 
@@ -375,7 +340,7 @@ class LayerCache:
         stop = self.sinks + ready
         k, v = (x[:, :, self.sinks : stop] for x in (lane.exact_keys, lane.exact_values))
         if lane.dropped:
-            places = self._places(lane)
+            places = lane.places(xp, self.sinks)
             position = places[:, :, self.sinks : stop]
             lane.positions = xp.concat([places[:, :, : self.sinks], places[:, :, stop:]], axis=2)
         else:
@@ -387,98 +352,6 @@ class LayerCache:
         for name in ("exact_keys", "exact_values"):
             x = getattr(lane, name)
             setattr(lane, name, xp.concat([x[:, :, : self.sinks], x[:, :, stop:]], axis=2))
-
-    def _places(self, lane: Lane):
-        """Positions int32 [b or 1, H or 1, exact] of the exact tokens."""
-        xp, known = self.xp, lane.positions
-        if lane.dropped:
-            fresh = lane.exact - known.shape[2]
-            rest = np.arange(lane.seen - fresh, lane.seen, dtype=np.int32)[None, None]
-            blank = xp.zeros((*known.shape[:2], 1), dtype=xp.int32, like=known)
-            return xp.concat([known, xp.asarray(rest, like=known) + blank], axis=2)
-        sinks = min(self.sinks, lane.exact)
-        places = np.concatenate([np.arange(sinks), np.arange(sinks + lane.sealed, lane.seen)])
-        return xp.asarray(places.astype(np.int32)[None, None], like=lane.exact_keys)
-
-    def _all_places(self, lane: Lane, rows: int) -> np.ndarray:
-        """Positions [rows, H or 1, stored] of all tokens of `lane`: sinks, sealed ones, the rest."""
-        exact, sinks = self._places(lane), min(self.sinks, lane.exact)
-        sealed = [positions_of(self.xp, chunk, exact) for chunk in lane.chunks]
-        parts = [self.xp.to_numpy(x) for x in (exact[:, :, :sinks], *sealed, exact[:, :, sinks:])]
-        shape = (rows, max(p.shape[1] for p in parts))
-        return np.concatenate([np.broadcast_to(p, (*shape, p.shape[2])) for p in parts], axis=2)
-
-    def _recent(self, lane: Lane) -> int:
-        """Exact tokens at the end of `lane` that nothing is missing between."""
-        fresh = lane.exact - (0 if lane.positions is None else lane.positions.shape[2])
-        return min(lane.exact, fresh + self.window)
-
-    def _evict(self, lane: Lane, prompt: bool, recent) -> None:
-        """Cut `lane` to the budget; after a prompt that may go on to all of it, else with room for what comes."""
-        eviction = self.eviction
-        if lane.stored <= eviction.budget:
-            return
-        target = eviction.budget if prompt else eviction.target
-        scores, places = self._scores(lane, recent)
-        if eviction.mode == "per_layer_per_head":
-            self._drop(lane, scores, places, target)
-            return
-        eviction.waiting.append((self, lane, scores, places))
-        layers = [entry for entry in eviction.waiting if entry[1].rows == lane.rows]
-        if len(layers) < len(eviction.plan.layer_groups):
-            return
-        mean = self.xp.mean(self.xp.stack([entry[2] for entry in layers]), axis=0)
-        eviction.waiting = [entry for entry in eviction.waiting if entry[1].rows != lane.rows]
-        for cache, its_lane, _, its_places in layers:
-            cache._drop(its_lane, mean, its_places, target)
-
-    def _scores(self, lane: Lane, recent):
-        """Scores [b, H or 1, stored] of all tokens of `lane`, and their positions, NumPy: sinks, sealed ones, the rest."""
-        xp = self.xp
-        keys, values = self._lane_dense(lane, xp.float32)
-        places = self._all_places(lane, keys.shape[0])
-        everywhere = np.broadcast_to(places, keys.shape[:3])
-        scores = self.eviction.scores(xp, self.row, keys, values, everywhere, lane.seen - 1, recent)
-        return scores, np.broadcast_to(places, scores.shape)
-
-    def _drop(self, lane: Lane, scores, places: np.ndarray, target: int) -> None:
-        """Keep the `target` best tokens of every head; of sealed ones whole blocks, as many in every head."""
-        xp, eviction, before = self.xp, self.eviction, lane.stored
-        spans, fixed = eviction.spans(lane.seen), (self.sinks, self.window)
-        start, sealed = min(self.sinks, lane.exact), lane.sealed
-        now = self._places(lane)
-        if sealed:
-            best = xp.to_numpy(select(xp, scores, target, *fixed, spans, places))
-            inside = float(((best >= start) & (best < start + sealed)).sum(-1).mean())
-            block = self.codec.block
-            blocks = max(int(inside // block), (target - lane.exact) // block)
-            lane.chunks = self._best_blocks(
-                lane, scores[:, :, start : start + sealed], places[:, :, start : start + sealed], spans, blocks
-            )
-            target = min(target - lane.sealed, lane.exact)
-            scores = xp.concat([scores[:, :, :start], scores[:, :, start + sealed :]], axis=2)
-            places = np.concatenate([places[:, :, :start], places[:, :, start + sealed :]], axis=2)
-        index = select(xp, scores, target, *fixed, spans, places)
-        blank = xp.zeros((*index.shape[:2], 1), dtype=xp.int32, like=index)
-        lane.positions = xp.take_along_axis(now + blank, index, axis=2)
-        lane.exact_keys = xp.take_along_axis(lane.exact_keys, index[..., None], axis=2)
-        lane.exact_values = xp.take_along_axis(lane.exact_values, index[..., None], axis=2)
-        lane.dropped += before - lane.stored
-
-    def _best_blocks(self, lane: Lane, scores, places: np.ndarray, spans, count: int) -> list[Chunk]:
-        """The chunks of `lane` with the `count` best blocks of every head, and at least those with protected tokens."""
-        xp, block = self.xp, self.codec.block
-        scores = xp.mean(scores.reshape(*scores.shape[:2], -1, block), axis=-1)
-        if spans:
-            inside = np.zeros(places.shape, bool)
-            for start, end in spans:
-                inside |= (places >= start) & (places < end)
-            inside = inside.reshape(*places.shape[:2], -1, block).any(-1)
-            count = max(count, int(inside.sum(-1).max()))
-            scores = xp.where(xp.asarray(inside, like=scores), 3e38, scores)
-        if not count:
-            return []
-        return self.codec.keep(lane.chunks, select(xp, scores, count, 0, 0), CHUNK_TOKENS)
 
     @staticmethod
     def _sealed(codec, chunks: list[Chunk], k, v, position) -> list[Chunk]:
@@ -497,7 +370,8 @@ class LayerCache:
             done = stop
         return chunks
 
-    def _lane_dense(self, lane: Lane, dtype):
+    def lane_dense(self, lane: Lane, dtype) -> tuple:
+        """Keys and values [b, H, stored, D] of a lane, decoded: sinks, what is sealed, the rest."""
         xp, sinks = self.xp, min(self.sinks, lane.exact)
         parts = [[lane.exact_keys[:, :, :sinks]], [lane.exact_values[:, :, :sinks]]]
         for codec, chunks in ((self.codec, lane.chunks), (self._staging, lane.staged)):

@@ -84,6 +84,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--protect", nargs="+", action="extend", metavar="A:B", help="positions of tokens never dropped")
     sub.add_argument(
+        "--tiers",
+        metavar="SHARE:BITS,...",
+        help="bits by rank for SCORER+spectral, such as 0.25:4,0.75:1; drops nothing",
+    )
+    sub.add_argument(
         "--rounding-scores", choices=ROUNDINGS, help="what weighs tokens when codes are rounded (default: the recipe's)"
     )
     sub.add_argument("--selection", choices=MODES, help=f"who keeps the same tokens (default {MODES[0]})")

@@ -14,7 +14,6 @@ import numpy as np
 
 from . import attention
 from .basis import orthonormalize
-from .codecs import plan_class
 from .methods import get_live_method
 from .plan import Plan
 from .profile import BasisSet
@@ -32,6 +31,8 @@ from .quantizer import (
 from .rope import rotate, unrotate
 from .rounding import TokenWeights, round_in_time
 from .transform import octave_bands, time_matrix, to_frequency, to_time
+
+CHUNK_TOKENS = 1024  # tokens of a full chunk: the unit that is decoded at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -342,8 +343,8 @@ class AffineCodec:
 def make_codec(xp, plan: Plan, row: int, like=None):
     """Codec of compressible layer number `row`, or None for a plan that compresses nothing."""
     name = get_live_method(plan.method).codec
-    if family := plan_class(name):
-        return family.CODEC(xp, plan, row, like)
+    if hasattr(plan, "CODEC"):
+        return plan.CODEC(xp, plan, row, like)
     kind = {"spectral": SpectralCodec, "affine": AffineCodec, "none": None}[name]
     return kind(xp, plan, row, like) if kind else None
 

@@ -69,7 +69,7 @@ def generate(args: argparse.Namespace) -> dict:
     """`spectralkv generate`: an answer from a compressed cache, beside the plain cache's with `--compare`."""
     stored = _open_prompt_file(args) if args.prompt_cache_file else None
     method = _live_method(args, stored)
-    protect = _spans(args.protect)
+    protect, tiers = _spans(args.protect), _tiers(args.tiers)
     prompt_text = _prompt_text(args)
     score_text = _read(args.score_file, "--score-file") if args.score_file else None
     if args.max_tokens < 0 or (args.max_tokens == 0 and score_text is None):
@@ -101,6 +101,7 @@ def generate(args: argparse.Namespace) -> dict:
             budget_tokens=args.budget_tokens,
             protect=protect,
             selection=args.selection,
+            tiers=tiers,
             rounding_scores=args.rounding_scores,
             method=method,
             window=WINDOW if args.window is None else args.window,
@@ -403,6 +404,7 @@ def _open_prompt_file(args: argparse.Namespace) -> PromptFile:
         "budget_tokens",
         "protect",
         "selection",
+        "tiers",
         "rounding_scores",
     ):
         if getattr(args, option) is not None:
@@ -482,6 +484,18 @@ def _spans(arguments: list[str] | None) -> list[tuple[int, int]]:
             raise ValueError(f"Expected A:B with token positions A < B for --protect, received {argument!r}.")
         spans.append((int(start), int(end)))
     return spans
+
+
+def _tiers(text: str | None) -> list[tuple[float, float]] | None:
+    """The (share, bits) pairs of `--tiers`."""
+    if text is None:
+        return None
+    try:
+        return [(float(share), float(bits)) for share, bits in (part.split(":") for part in text.split(","))]
+    except ValueError:
+        raise ValueError(
+            f"Expected SHARE:BITS separated by commas for --tiers, such as 0.25:4,0.75:1, received {text!r}."
+        ) from None
 
 
 def _named_text(argument: str) -> Text:

@@ -11,11 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
+
+from .codec import CHUNK_TOKENS, Chunk
+from .codecs.tiers import make_tiered_plan
+from .lane import Lane
 from .methods import DROPPING, Method
 from .plan import Plan, elements_per_token, plan_for
 from .profile import ModelShape, Profile
 from .scorers import Scorer, Tokens, get_scorer
-from .selection import MODES
+from .selection import MODES, select
 
 EVERY = 64  # generated tokens between two evictions, where the budget leaves that much room
 
@@ -99,6 +104,75 @@ class Eviction:
         scores = self.scorer(tokens, **options)
         return xp.mean(scores, axis=1, keepdims=True) if self.joint else scores
 
+    def cut(self, cache, lane: Lane, prompt: bool, recent) -> None:
+        """Bring `lane` of the layer `cache` within the budget; after generated tokens with room for those that come.
+
+        `recent`: see `scores`; None where nothing attended.
+        """
+        if lane.stored <= self.budget:
+            return
+        target = self.budget if prompt else self.target
+        scores, places = self._scored(cache, lane, recent)
+        if self.mode == "per_layer_per_head":
+            self._drop(cache, lane, scores, places, target)
+            return
+        self.waiting.append((cache, lane, scores, places))
+        layers = [entry for entry in self.waiting if entry[1].rows == lane.rows]
+        if len(layers) < len(self.plan.layer_groups):
+            return
+        mean = cache.xp.mean(cache.xp.stack([entry[2] for entry in layers]), axis=0)
+        self.waiting = [entry for entry in self.waiting if entry[1].rows != lane.rows]
+        for layer, its_lane, _, its_places in layers:
+            self._drop(layer, its_lane, mean, its_places, target)
+
+    def _scored(self, cache, lane: Lane, recent):
+        """Scores [b, H or 1, stored] of all tokens of `lane`, and their positions, NumPy: sinks, sealed ones, the rest."""
+        xp = cache.xp
+        keys, values = cache.lane_dense(lane, xp.float32)
+        places = lane.all_places(xp, self.sinks)
+        everywhere = np.broadcast_to(places, keys.shape[:3])
+        scores = self.scores(xp, cache.row, keys, values, everywhere, lane.seen - 1, recent)
+        return scores, np.broadcast_to(places, scores.shape)
+
+    def _drop(self, cache, lane: Lane, scores, places: np.ndarray, target: int) -> None:
+        """Keep the `target` best tokens of every head; of sealed ones whole blocks, as many in every head."""
+        xp, before = cache.xp, lane.stored
+        spans, fixed = self.spans(lane.seen), (self.sinks, self.window)
+        start, sealed = min(self.sinks, lane.exact), lane.sealed
+        now = lane.places(xp, self.sinks)
+        if sealed:
+            best = xp.to_numpy(select(xp, scores, target, *fixed, spans, places))
+            inside = float(((best >= start) & (best < start + sealed)).sum(-1).mean())
+            block = cache.codec.block
+            blocks = max(int(inside // block), (target - lane.exact) // block)
+            lane.chunks = self._best_blocks(
+                cache, lane, scores[:, :, start : start + sealed], places[:, :, start : start + sealed], spans, blocks
+            )
+            target = min(target - lane.sealed, lane.exact)
+            scores = xp.concat([scores[:, :, :start], scores[:, :, start + sealed :]], axis=2)
+            places = np.concatenate([places[:, :, :start], places[:, :, start + sealed :]], axis=2)
+        index = select(xp, scores, target, *fixed, spans, places)
+        blank = xp.zeros((*index.shape[:2], 1), dtype=xp.int32, like=index)
+        lane.positions = xp.take_along_axis(now + blank, index, axis=2)
+        lane.exact_keys = xp.take_along_axis(lane.exact_keys, index[..., None], axis=2)
+        lane.exact_values = xp.take_along_axis(lane.exact_values, index[..., None], axis=2)
+        lane.dropped += before - lane.stored
+
+    def _best_blocks(self, cache, lane: Lane, scores, places: np.ndarray, spans, count: int) -> list[Chunk]:
+        """The chunks of `lane` with the `count` best blocks of every head, and at least those with protected tokens."""
+        xp, block = cache.xp, cache.codec.block
+        scores = xp.mean(scores.reshape(*scores.shape[:2], -1, block), axis=-1)
+        if spans:
+            inside = np.zeros(places.shape, bool)
+            for start, end in spans:
+                inside |= (places >= start) & (places < end)
+            inside = inside.reshape(*places.shape[:2], -1, block).any(-1)
+            count = max(count, int(inside.sum(-1).max()))
+            scores = xp.where(xp.asarray(inside, like=scores), 3e38, scores)
+        if not count:
+            return []
+        return cache.codec.keep(lane.chunks, select(xp, scores, count, 0, 0), CHUNK_TOKENS)
+
 
 def plan_and_eviction(
     shape: ModelShape,
@@ -111,6 +185,7 @@ def plan_and_eviction(
     budget_tokens: int | None = None,
     protect: Sequence[tuple[int, int]] = (),
     selection: str | None = None,
+    tiers: Sequence[tuple[float, float]] | None = None,
     window: int = 64,
     sinks: int = 4,
     element_bytes: int = 2,
@@ -118,9 +193,16 @@ def plan_and_eviction(
 ) -> tuple[Plan, Eviction | None]:
     """`plan_for`, and what a cache drops by `method`; None for a method that keeps every token.
 
-    A method that drops tokens takes `budget_tokens`, or `budget_bytes` that follow from `bits`. Raises ValueError for
-    arguments that do not fit the method, and for a budget that is too small for what must stay.
+    A method that drops tokens takes `budget_tokens`, or `budget_bytes` that follow from `bits`; with `tiers` it drops none
+    and gives bits by rank (`codecs.tiers`). Raises ValueError for arguments that do not fit the method, and for a budget
+    that is too small for what must stay.
     """
+    if tiers is not None:
+        given = {"bits": bits, "budget_bytes": budget_bytes, "budget_tokens": budget_tokens, "selection": selection}
+        for name, value in (given | {"protect": protect or None}).items():
+            if value is not None:
+                raise ValueError(f"Expected tiers alone, which say bits and drop no token, received {name} too.")
+        return make_tiered_plan(shape, profile, method, tiers), None
     if method.scorer is None:
         given = {"budget_tokens": budget_tokens, "protect": protect or None, "selection": selection}
         for name, value in given.items():

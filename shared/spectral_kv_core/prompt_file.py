@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from . import __version__
-from .cache import CacheSize, Lane, LayerCache
+from .cache import CacheSize, LayerCache
 from .codec import Chunk
 from .codecs import plan_class
+from .lane import Lane
 from .methods import METHODS, Method
 from .plan import Plan, bits_range, make_plan
 from .profile import ModelShape, Profile

@@ -54,28 +54,15 @@ def turn_matrix(rope: Rope | None, tokens: int, dim: int) -> np.ndarray:
     return matrix
 
 
-class TokenWeights:
-    """How much each token matters, relative to the others of its block; a function of the block alone, so that no order
-    of arrival changes a code.
+class BlockScores:
+    """What a scorer says of every block of `block` tokens alone, as if it stood at the beginning of a text."""
 
-    By `expected-attention` with the queries of a row of the plan (`expected_weights`), or exp(z) of what any other scorer
-    says of the block, as if it stood at the beginning of a text, z normalised over its tokens.
-    """
-
-    def __init__(self, xp, plan, row: int, table):
-        """`table` makes an array that all sequences share."""
-        self.xp, self.block, self.rope = xp, plan.basis_set.block, plan.shape.rope
-        statistics = plan.query_statistics(row)
-        if plan.method.rounding == "expected-attention":
-            mean, root = statistics["query_mean"], statistics["query_root"]
-            self.scorer, self.tables = None, tuple(map(table, future_queries(mean, root, self.rope)))
-        else:
-            self.scorer, self.statistics, self.tables = get_scorer(plan.method.rounding), statistics, ()
+    def __init__(self, xp, plan, row: int, scorer: str, block: int):
+        self.xp, self.block, self.rope = xp, block, plan.shape.rope
+        self.scorer, self.statistics = get_scorer(scorer), plan.query_statistics(row)
 
     def __call__(self, keys, values):
-        """Weights [B, H, T], mean 1 in every block, of pre-RoPE `keys` and `values` [B, H, T, D] float32."""
-        if self.scorer is None:
-            return expected_weights(self.xp, keys, values, *self.tables, self.block)
+        """Scores [B, H, T], higher matters more, of pre-RoPE `keys` and `values` [B, H, T, D] float32."""
         xp, (batch, heads, tokens, dim) = self.xp, keys.shape
 
         def blocks(x):
@@ -85,7 +72,34 @@ class TokenWeights:
         keys = blocks(keys) if self.rope is None else rotate(xp, blocks(keys), self.rope, 0)
         scores = self.scorer(Tokens(xp, keys, blocks(values), rope=self.rope, **self.statistics))
         scores = xp.permute_dims(scores.reshape(batch, -1, heads, self.block), (0, 2, 1, 3))
-        return _normalised(xp, xp.exp(zscore(xp, scores))).reshape(batch, heads, tokens)
+        return scores.reshape(batch, heads, tokens)
+
+
+class TokenWeights:
+    """How much each token matters, relative to the others of its block; a function of the block alone, so that no order
+    of arrival changes a code.
+
+    By `expected-attention` with the queries of a row of the plan (`expected_weights`), or exp(z) of what any other scorer
+    says (`BlockScores`), z normalised over the block.
+    """
+
+    def __init__(self, xp, plan, row: int, table):
+        """`table` makes an array that all sequences share."""
+        self.xp, self.block, self.scores, self.tables = xp, plan.basis_set.block, None, ()
+        if plan.method.rounding == "expected-attention":
+            statistics = plan.query_statistics(row)
+            mean, root = statistics["query_mean"], statistics["query_root"]
+            self.tables = tuple(map(table, future_queries(mean, root, plan.shape.rope)))
+        else:
+            self.scores = BlockScores(xp, plan, row, plan.method.rounding, self.block)
+
+    def __call__(self, keys, values):
+        """Weights [B, H, T], mean 1 in every block, of pre-RoPE `keys` and `values` [B, H, T, D] float32."""
+        if self.scores is None:
+            return expected_weights(self.xp, keys, values, *self.tables, self.block)
+        xp, shape = self.xp, keys.shape[:3]
+        scores = self.scores(keys, values).reshape(*shape[:2], -1, self.block)
+        return _normalised(xp, xp.exp(zscore(xp, scores))).reshape(*shape)
 
 
 def expected_weights(xp, keys, values, linear, quadratic, block: int):

@@ -1,0 +1,182 @@
+"""Tiers: of every 64 tokens those that matter most get more bits, and nothing is dropped.
+
+A scorer ranks the tokens of a group of `GROUP` for every KV head; each share of the ranking goes to a codec of its own, in
+the order of the text. Which tier a token is in is stored, a bit for two tiers. Attention does not mind the order of tokens:
+the tiers are partial softmaxes, merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from .. import attention
+from ..codec import Chunk, make_codec
+from ..methods import Method
+from ..plan import STAGING_BITS, Plan, make_plan
+from ..profile import ModelShape, Profile
+from ..quantizer import pack, unpack
+from ..rope import unrotate
+from ..rounding import BlockScores
+
+GROUP = 64  # tokens that are ranked together
+
+
+class TieredCodec:
+    """Tokens <-> chunks of all tiers: packed tiers [B, H or 1, T / 8, bits], then the arrays of every tier's chunk."""
+
+    block = GROUP
+
+    def __init__(self, xp, plan: TieredPlan, row: int, like=None):
+        self.xp, self.shape, self.bits = xp, plan.shape, max(len(plan.tiers) - 1, 1).bit_length()
+        self.codecs = [make_codec(xp, tier, row, like) for tier in plan.tiers]
+        self.counts = [round(share * GROUP) for share in plan.shares]
+        self.scores = BlockScores(xp, plan, row, plan.method.scorer, GROUP)
+        self.joint = plan.method.group != "head"
+
+    def encode(self, keys, values, start: int) -> Chunk:
+        """A new chunk from T tokens, T a multiple of `GROUP`; raises ValueError on NaN or infinity."""
+        tiers, places = self._ranked(keys, values, start)
+        parts = [
+            codec.encode(self._taken(keys, index), self._taken(values, index), index + start)
+            for codec, index in zip(self.codecs, places)
+        ]
+        return self._joined(keys.shape[0], start, keys.shape[2], tiers, parts)
+
+    def append(self, chunk: Chunk, keys, values, positions=None) -> Chunk:
+        """`chunk` with T more tokens behind its own."""
+        start = chunk.start + chunk.tokens
+        tiers, places = self._ranked(keys, values, start)
+        parts = [
+            codec.append(old, self._taken(keys, index), self._taken(values, index), index + start)
+            for codec, old, index in zip(self.codecs, self._parts(chunk), places)
+        ]
+        tiers = self.xp.concat([chunk.arrays[0], tiers], axis=2)
+        return self._joined(chunk.batch, chunk.start, chunk.tokens + keys.shape[2], tiers, parts)
+
+    def cut(self, chunk: Chunk, tokens: int) -> Chunk:
+        """The first `tokens` tokens of `chunk`, a multiple of `GROUP`."""
+        parts = [
+            codec.cut(part, part.tokens * tokens // chunk.tokens)
+            for codec, part in zip(self.codecs, self._parts(chunk))
+        ]
+        tiers = self.xp.copy(chunk.arrays[0][:, :, : tokens // 8])
+        return self._joined(chunk.batch, chunk.start, tokens, tiers, parts)
+
+    def decode(self, chunk: Chunk) -> tuple:
+        """Keys and values [B, H, T, D] float32 of a chunk in the order of the text."""
+        xp = self.xp
+        parts = self._parts(chunk)
+        order = xp.argsort(xp.concat([part.start for part in parts], axis=2), axis=-1)
+        sides = zip(*(codec.decode(part) for codec, part in zip(self.codecs, parts)))
+        return tuple(self._taken(xp.concat(list(side), axis=2), order) for side in sides)
+
+    def attend(self, chunk: Chunk, queries, scale: float) -> tuple:
+        """Partial softmax of grouped `queries` [B, H, M, D] float32 over a chunk."""
+        partials = [codec.attend(part, queries, scale) for codec, part in zip(self.codecs, self._parts(chunk))]
+        total = partials[0]
+        for partial in partials[1:]:
+            total = attention.add_partials(self.xp, total, partial)
+        return total
+
+    def decode_step(self, chunks, queries, keys, values, scale: float):
+        """`attention.decode_step`."""
+        return attention.decode_step(self.xp, self, chunks, queries, keys, values, scale)
+
+    def tables(self) -> list:
+        """Every array that all sequences share."""
+        return list({id(x): x for codec in self.codecs for x in codec.tables()}.values())
+
+    def _ranked(self, keys, values, start: int) -> tuple:
+        """Packed tiers of T tokens, and the indices int32 [B, H or 1, T * share] of every tier's tokens, ascending."""
+        xp, rope = self.xp, self.shape.rope
+        keys, values = xp.astype(keys, xp.float32), xp.astype(values, xp.float32)
+        scores = self.scores(unrotate(xp, keys, rope, start) if rope else keys, values)
+        if self.joint:
+            scores = xp.mean(scores, axis=1, keepdims=True)
+        scores = scores.reshape(*scores.shape[:2], -1, GROUP)
+        rank = xp.argsort(xp.argsort(-scores, axis=-1), axis=-1)
+        tiers = sum(xp.astype(rank >= first, xp.uint8) for first in np.cumsum(self.counts[:-1]).tolist())
+        tiers = tiers.reshape(*scores.shape[:2], -1)
+        return pack(xp, tiers, self.bits), self._places(tiers)
+
+    def _places(self, tiers) -> list:
+        """Indices int32 [B, H or 1, T * share] of the tokens in every tier, from tiers [B, H or 1, T]."""
+        xp = self.xp
+        groups = xp.argsort(tiers.reshape(*tiers.shape[:2], -1, GROUP), axis=-1)
+        offsets = np.arange(groups.shape[2], dtype=np.int32)[:, None] * GROUP
+        groups = xp.astype(groups, xp.int32) + xp.asarray(offsets, like=tiers)
+        stops = np.cumsum(self.counts).tolist()
+        return [
+            groups[..., stop - count : stop].reshape(*tiers.shape[:2], -1) for stop, count in zip(stops, self.counts)
+        ]
+
+    def _taken(self, x, index):
+        return self.xp.take_along_axis(x, index[..., None], axis=2)
+
+    def _joined(self, batch: int, start: int, tokens: int, tiers, parts: list[Chunk]) -> Chunk:
+        return Chunk(batch, start, tokens, (tiers, *(array for part in parts for array in part.arrays)))
+
+    def _parts(self, chunk: Chunk) -> list[Chunk]:
+        """The chunks of the tiers; their positions are made of `tiers`, not stored."""
+        places = self._places(unpack(self.xp, chunk.arrays[0], self.bits, chunk.tokens))
+        parts, first = [], 1
+        for codec, index in zip(self.codecs, places):
+            stop = first + 2 * len(codec.bits)
+            parts.append(Chunk(chunk.batch, index + chunk.start, index.shape[2], chunk.arrays[first:stop]))
+            first = stop
+        return parts
+
+
+@dataclass(frozen=True)
+class TieredPlan(Plan):
+    """Plans of the tiers, best first, and their shares of the tokens."""
+
+    CODEC = TieredCodec
+    tiers: tuple[Plan, ...] = ()
+    shares: tuple[float, ...] = ()
+    profile: Any = field(default=None, repr=False)
+
+    @property
+    def bits_per_element(self) -> float:
+        """Average bits per element, which tier a token is in included."""
+        heads = 1 if self.method.group != "head" else self.shape.kv_heads
+        told = max(len(self.tiers) - 1, 1).bit_length() * heads / (2 * self.shape.kv_heads * self.shape.head_dim)
+        return told + sum(share * tier.bits_per_element for share, tier in zip(self.shares, self.tiers))
+
+    @cached_property
+    def staging(self) -> Plan | None:
+        method = replace(self.method, scorer=None, rounding="nearest")
+        return None if self.bits >= STAGING_BITS else make_plan(self.shape, self.profile, method, STAGING_BITS)
+
+    def decides(self) -> list[np.ndarray]:
+        hashes = [f"{share} {tier.hash}" for share, tier in zip(self.shares, self.tiers)]
+        return [np.frombuffer("; ".join(hashes).encode(), np.uint8)]
+
+
+def make_tiered_plan(
+    shape: ModelShape, profile: Profile, method: Method, tiers: Sequence[tuple[float, float]]
+) -> TieredPlan:
+    """A plan of `tiers`, pairs (share of the tokens, bits), best tokens first, for a method SCORER+spectral or the like.
+
+    Raises ValueError for a method without a scorer or without latents, and shares that are no quarters or do not add up.
+    """
+    if method.scorer is None or method.codec != "spectral":
+        raise ValueError(
+            f"Expected a scorer with spectral or spectral-dense for tiers, such as triattention+spectral, received "
+            f"{method.name}."
+        )
+    shares, bits = tuple(float(share) for share, _ in tiers), [float(b) for _, b in tiers]
+    whole = all(share > 0 and (share * GROUP) % 16 == 0 for share in shares)
+    if not (whole and sum(shares) == 1 and len(shares) > 1):
+        raise ValueError(
+            f"Expected tiers (share, bits) with shares that are quarters and add up to 1, received {list(tiers)!r}."
+        )
+    plain = replace(method, scorer=None)
+    plans = tuple(make_plan(shape, profile, plain, b) for b in bits)
+    mean = sum(share * b for share, b in zip(shares, bits))
+    return TieredPlan(method, mean, shape, profile=profile, tiers=plans, shares=shares)
