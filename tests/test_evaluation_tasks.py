@@ -64,8 +64,8 @@ class ByteTokenizer(LetterTokenizer):
 
 @pytest.fixture
 def dropping(monkeypatch):
-    """A method `late` that drops tokens, beside the others."""
-    method = replace(methods.get_method("identity"), name="late", scorer="streaming")
+    """A method `late` that drops tokens and reads the prefix for it, beside the others."""
+    method = replace(methods.get_method("identity"), name="late", scorer="snapkv")
     known = evaluation.get_method
     monkeypatch.setattr(evaluation, "get_method", lambda name: method if name == "late" else known(name))
 
