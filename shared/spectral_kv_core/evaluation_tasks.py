@@ -22,6 +22,7 @@ from .evaluation_documents import Document
 from .fidelity import output_errors, output_perturbation, relative_error, sealed_span, spectral_fidelity
 from .methods import Method
 from .plan import Plan
+from .scorers import get_scorer
 
 LOW_PPL = 2.0  # a text this predictable was learnt by heart or repeats itself: little can go wrong on it
 
@@ -201,10 +202,10 @@ class Runner:
     def _read(self, job: Job, prefix: int, tokens: list[int], plain):
         """A compressed cache of `tokens`, which `plain` holds and `prefix` begin, as one call with all of them leaves it."""
         cache = self._empty(job, prefix)
-        if job.keep is None:
-            self.backend.fill(cache, plain)
+        if job.method.scorer is not None and "recent" in get_scorer(job.method.scorer).needs:
+            self.backend.feed(self.model, tokens, cache)  # the text's own queries decide
         else:
-            self.backend.feed(self.model, tokens, cache)
+            self.backend.fill(cache, plain)
         return cache
 
     def _empty(self, job: Job, prefix: int):
