@@ -249,3 +249,38 @@ def test_a_profile_takes_memory_where_there_is_one_memory():
     assert apart["profile_bytes"] == 0 and shared["peak_bytes"] - apart["peak_bytes"] == shared["profile_bytes"]
     basis_set = profile.basis_sets["head.post"]
     assert shared["profile_bytes"] > basis_set.basis.nbytes + basis_set.cost.nbytes
+
+
+@pytest.mark.parametrize(
+    "method, bits", [("kivi", 3.0), ("turboquant", 4.5), ("svdq", 9.0), ("jarviskv", 4.0), ("think", 13.0)]
+)
+def test_counts_of_the_published_methods(method, bits):
+    """Bytes of a layer with the blocks of its codec, filled token by token and at once."""
+    from spectral_kv_core import ops
+    from spectral_kv_core.cache import LayerCache
+    from spectral_kv_core.stored import codec_of
+
+    toy = ToyModel()
+    recipe = get_method(method)
+    profile = toy_profile_of(toy, *recipe.basis_set.split(".")) if recipe.basis_set else None
+    plan = make_plan(toy.shape, profile, recipe, bits)
+    budget = Budget(toy_footprint(), Stored(plan, torch_footprint.table_nbytes), 4, 64, 4)
+    for context in (70, 150, 1700):
+        keys, values = toy.sample(0, context)
+        held = 0
+        for row in range(len(toy.shape.layers)):
+            layer = LayerCache(ops, codec_of(ops, plan, row), 4, 64)
+            layer.append(keys, values)
+            held += sum(x.nbytes for x in layer.arrays())
+        assert budget.cache_bytes(context) == held, context
+    assert toy_fit(10**9, method=method, profile=profile, contexts=(5000,))["rows"][-1]["cache_bytes"] > 0
+
+
+def test_methods_that_have_no_size_of_their_own():
+    with pytest.raises(ValueError, match="keeps every token"):
+        toy_fit(10**9, method="knorm")
+    with pytest.raises(ValueError, match="no --bits"):
+        toy_fit(10**9, method="identity", bits=(4.0,))
+    with pytest.raises(ValueError, match="profile for the method jarviskv"):
+        toy_fit(10**9, method="jarviskv")
+    assert {row["method"] for row in toy_fit(10**9, method="identity")["rows"]} == {"plain"}

@@ -14,9 +14,10 @@ matplotlib = pytest.importorskip("matplotlib")
 from cases import ToyModel, toy_profile_of  # noqa: E402
 from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 
-from spectral_kv_core import cli, plots  # noqa: E402
+from spectral_kv_core import cli, pictures, plots  # noqa: E402
 from spectral_kv_core.methods import METHODS  # noqa: E402
-from spectral_kv_core.plots import PICTURES, Result, Skip, draw, read_results  # noqa: E402
+from spectral_kv_core.plots import PICTURES, draw  # noqa: E402
+from spectral_kv_core.result_file import Result, Skip, read_results  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 KINDS = {"eval": ("rate_distortion", "aop", "drift", "needle"), "bench": ("speed",)}
@@ -86,7 +87,7 @@ def test_every_picture_is_labelled_and_nothing_overlaps(result, paint):
     panels = [axis for axis in figure.axes if axis.get_label() != "<colorbar>"]
     bars = [axis for axis in figure.axes if axis.get_label() == "<colorbar>"]
     assert panels and any(axis.get_xlabel() for axis in panels)
-    if paint is not plots.needle_grid and not (paint is plots.speed and len(result.content["rows"]) == 1):
+    if paint is not pictures.needle_grid and not (paint is pictures.speed and len(result.content["rows"]) == 1):
         assert any(axis.get_ylabel() for axis in panels)  # the others have names as ticks
     for axis in panels:
         assert axis.has_data() and axis.get_title()
@@ -104,7 +105,7 @@ def test_every_picture_is_labelled_and_nothing_overlaps(result, paint):
 
 def test_rate_distortion_shows_what_is_in_the_file():
     content = json.loads((ROOT / "results" / "codec_smollm2_1024.json").read_text())
-    figure = plots.rate_distortion(Result("codec", content))
+    figure = pictures.rate_distortion(Result("codec", content))
     assert [axis.get_title() for axis in figure.axes] == ["wiki, text, 1,024 tokens", "wiki, copy, 1,024 tokens"]
     for axis, task in zip(figure.axes, ("text", "copy")):
         lines = lines_of(axis)
@@ -119,24 +120,49 @@ def test_rate_distortion_shows_what_is_in_the_file():
 def test_a_method_that_drops_tokens_is_drawn_at_the_bits_of_its_whole_cache(evaluation):
     for row in evaluation.content["rows"]:
         row["budget_tokens"] = 512
-    axis = plots.rate_distortion(evaluation).axes[0]
+    axis = pictures.rate_distortion(evaluation).axes[0]
     assert "whole cache" in axis.get_xlabel() and sorted(lines_of(axis)["spectral"][:, 0]) == [3.0, 5.0]
 
 
+def test_dropping_methods_are_curves_over_the_tokens_kept(evaluation):
+    """Alone over what they keep; with a codec over its bits, a curve for every share."""
+    for method, bits in (("knorm", (16.0,)), ("knorm+spectral", (4.0, 2.0))):
+        for keep in (0.5, 0.25):
+            place = {"method": method, "keep": keep, "text": "novel", "prefix": 1024, "budget_tokens": int(1024 * keep)}
+            for b in bits:
+                row = place | {"bits": b, "bits_per_element": b * keep, "sealed_bits": b}
+                evaluation.content["rows"] += [
+                    row | {"task": "text", "kl": 1 / b / keep},
+                    row | {"task": "drift", "turn": 1, "kl": 1.0},
+                ]
+    lines = lines_of(pictures.rate_distortion(evaluation).axes[0])
+    np.testing.assert_allclose(lines["knorm"], [(4, 1 / 4), (8, 1 / 8)])
+    np.testing.assert_allclose(lines["knorm+spectral, keeps 25%"], [(0.5, 2), (1, 1)])
+    assert set(lines) == {
+        "spectral",
+        "spectral-dense",
+        "knorm",
+        "knorm+spectral, keeps 50%",
+        "knorm+spectral, keeps 25%",
+    }
+    with pytest.raises(Skip, match="10 pairs"):
+        pictures.drift_by_turn(evaluation)
+
+
 def test_identity_and_other_tasks_stay_out_of_the_curves(evaluation):
-    figure = plots.rate_distortion(evaluation)
+    figure = pictures.rate_distortion(evaluation)
     assert len(figure.axes) == 2 and all(set(lines_of(axis)) == {"spectral", "spectral-dense"} for axis in figure.axes)
     assert "/somewhere" not in figure._suptitle.get_text()
 
 
 def test_aop_drift_and_needles(evaluation):
-    aop = plots.aop_by_layer(evaluation)
+    aop = pictures.aop_by_layer(evaluation)
     assert len(aop.axes) == 2 and set(lines_of(aop.axes[0])) >= {"spectral, 4 bits", "spectral-dense, 2 bits"}
     np.testing.assert_allclose(lines_of(aop.axes[0])["spectral, 4 bits"][:, 1], [(1 + i) / 16 for i in range(5)])
-    drift = plots.drift_by_turn(evaluation)
+    drift = pictures.drift_by_turn(evaluation)
     assert len(drift.axes) == 4  # two texts, KL and AOP
     np.testing.assert_allclose(lines_of(drift.axes[0])["spectral, 2 bits"], [(t, t / 16) for t in range(1, 6)])
-    needle = plots.needle_grid(evaluation)
+    needle = pictures.needle_grid(evaluation)
     (image,) = needle.axes[0].images
     np.testing.assert_allclose(image.get_array()[0], [1 - d / 8 for d in range(5)])
     assert next(t.get_text() for t in needle.axes[0].get_yticklabels()) == "spectral, 4 bits"
@@ -145,9 +171,9 @@ def test_aop_drift_and_needles(evaluation):
 def test_many_lines_are_split_by_bits(evaluation):
     extra = [row | {"bits": row["bits"] + b} for row in evaluation.content["rows"] for b in (0.1, 0.2, 0.3)]
     evaluation.content["rows"] += extra
-    assert len(plots.aop_by_layer(evaluation).axes) == 2 * 8
+    assert len(pictures.aop_by_layer(evaluation).axes) == 2 * 8
     with pytest.raises(Skip, match="more than 8 lines"):
-        plots.drift_by_turn(evaluation)
+        pictures.drift_by_turn(evaluation)
 
 
 def test_fields_of_documents_are_averaged(evaluation):
@@ -156,35 +182,35 @@ def test_fields_of_documents_are_averaged(evaluation):
     ]
     rows = [row for row in evaluation.content["rows"] if row["task"] == "text"]
     only = Result("made", evaluation.content | {"rows": rows, "documents": documents})
-    first, second = (lines_of(plots.drift_by_turn(r).axes[0])["spectral, 2 bits"] for r in (only, evaluation))
+    first, second = (lines_of(pictures.drift_by_turn(r).axes[0])["spectral, 2 bits"] for r in (only, evaluation))
     np.testing.assert_allclose(first, second)
     with pytest.raises(Skip, match="field turn"):
-        plots.drift_by_turn(Result("made", evaluation.content | {"rows": rows}))
+        pictures.drift_by_turn(Result("made", evaluation.content | {"rows": rows}))
 
 
 def test_speed_shows_the_ratios():
     result = bench()
-    lines = lines_of(plots.speed(result).axes[0])
-    for key, label in plots.RATIOS.items():
+    lines = lines_of(pictures.speed(result).axes[0])
+    for key, label in pictures.RATIOS.items():
         np.testing.assert_allclose(lines[label][:, 1], [row[key] for row in result.content["rows"]])
     np.testing.assert_allclose(
         lines["fastest plain cache"][:, 1], [r["ratio_to_dense"] for r in result.content["rows"]]
     )
     (row,) = bench("bench_demo").content["rows"]
-    widths = [bar.get_width() for bar in plots.speed(bench("bench_demo")).axes[0].patches]
-    np.testing.assert_allclose(widths, [row[key] for key in plots.RATIOS])
+    widths = [bar.get_width() for bar in pictures.speed(bench("bench_demo")).axes[0].patches]
+    np.testing.assert_allclose(widths, [row[key] for key in pictures.RATIOS])
 
 
 def test_maps_of_a_profile_are_those_of_its_plan():
     result = profile_result(2.0)
-    plan = plots.make_plan(result.content.shape, result.content, METHODS["spectral"], 2.0)
-    keys, values = (axis.images[0].get_array() for axis in plots.bit_map(result).axes[:2])
+    plan = pictures.make_plan(result.content.shape, result.content, METHODS["spectral"], 2.0)
+    keys, values = (axis.images[0].get_array() for axis in pictures.bit_map(result).axes[:2])
     assert keys.shape == values.shape == (2, 2)  # layers, heads
     assert np.mean([keys, values]) == pytest.approx(plan.bits_per_element)
-    ranks = plots.rank_map(result).axes[0].images[0].get_array()
+    ranks = pictures.rank_map(result).axes[0].images[0].get_array()
     assert ranks.min() >= 1 and ranks.max() <= 64
     with pytest.raises(Skip, match="per head"):
-        plots.bit_map(Result("toy", toy_profile_of(ToyModel(), "layer", "pre"), 2.0))
+        pictures.bit_map(Result("toy", toy_profile_of(ToyModel(), "layer", "pre"), 2.0))
 
 
 @pytest.fixture

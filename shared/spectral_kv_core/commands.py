@@ -26,6 +26,7 @@ from .profile import Profile
 from .profile_store import cached_profile_path, find_profile
 from .prompt_file import FORMAT as PROMPT_FORMAT
 from .prompt_file import PromptFile
+from .result_file import read_results
 from .signed_file import format_name
 
 WARM_UP = 32  # tokens run once before anything is timed
@@ -327,7 +328,7 @@ def plot(args: argparse.Namespace) -> dict:
     if Path(args.output).is_file():
         raise ValueError(f"Expected a folder for --output, received the file {args.output}.")
     _check_output(str(Path(args.output) / "picture"))
-    results = plots.read_results(args.results, args.bits)
+    results = read_results(args.results, args.bits)
     result = plots.draw(results, args.output, formats, _values(args.only, "--only", str))
     for skipped in result["skipped"]:
         print(

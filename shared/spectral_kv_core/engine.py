@@ -6,8 +6,7 @@ from types import ModuleType
 
 from .chat_template import encode_prompt
 from .demo import demo_model_path
-from .methods import Method, get_live_method
-from .plan import plan_for
+from .methods import DEFAULT_METHOD, get_live_method
 from .profile import Profile
 
 QUANTIZE = ("4bit", "8bit")  # of weights
@@ -18,7 +17,8 @@ class Engine:
 
     model_name: a directory, a hub id, or demo; quantize: `4bit`, `8bit` or None, of the weights (not of the cache);
     bits: average stored bits per sealed key or value element; profile: a profile or its file, None finds one or
-    calibrates; window, sinks: last and first tokens kept exactly; dtype: of the weights, default as stored.
+    calibrates; dtype: of the weights, default as stored; cache_options: further arguments of `make_prompt_cache`
+    (`method`, `window`, `sinks`, `budget_tokens`, ...).
     """
 
     host: ModuleType
@@ -29,14 +29,12 @@ class Engine:
         quantize: str | None = None,
         bits: float | None = None,
         *,
-        method: str | Method = "spectral",
         profile: Profile | str | None = None,
-        window: int = 64,
-        sinks: int = 4,
         dtype: str | None = None,
+        **cache_options,
     ):
         self.model_name, self.quantize, self.bits, self.dtype = model_name, check_quantize(quantize), bits, dtype
-        self.method, self.window, self.sinks = get_live_method(method), window, sinks
+        self.method, self.cache_options = get_live_method(cache_options.pop("method", DEFAULT_METHOD)), cache_options
         self.profile = profile if profile is None or isinstance(profile, Profile) else Profile.load(profile)
         self.model = self.tokenizer = self.cache = None
 
@@ -49,8 +47,8 @@ class Engine:
         name = str(demo_model_path()) if self.model_name == "demo" else self.model_name
         model, tokenizer = self.host.load_model(name, self.dtype, self.quantize)
         profiler = self.host.SpectralProfiler()
-        shape, _, self.profile = profiler.profile_for(model, self.method, self.profile, tokenizer)
-        plan_for(shape, self.profile, self.method, self.bits, window=self.window, sinks=self.sinks)
+        _, _, self.profile = profiler.profile_for(model, self.method, self.profile, tokenizer)
+        self._new_cache(model, tokenizer)  # raises for wrong options before anything long runs
         self.model, self.tokenizer = model, tokenizer
         return self
 
@@ -73,10 +71,13 @@ class Engine:
                 f"Expected at most {limit:,} tokens, the model's context, received {len(tokens):,} of prompt and "
                 f"{max_tokens:,} more. Shorten the prompt or lower max_tokens."
             )
-        options = {"method": self.method, "window": self.window, "sinks": self.sinks, "tokenizer": self.tokenizer}
-        self.cache = self.host.make_prompt_cache(self.model, self.profile, self.bits, **options)
+        self.cache = self._new_cache(self.model, self.tokenizer)
         made = self.host.generate(self.model, self.tokenizer, tokens, self.cache, max_tokens, False, on_token)
         return self.tokenizer.decode(made.tokens, skip_special_tokens=True)
+
+    def _new_cache(self, model, tokenizer):
+        options = {"method": self.method, "tokenizer": tokenizer, **self.cache_options}
+        return self.host.make_prompt_cache(model, self.profile, self.bits, **options)
 
     @property
     def cache_nbytes(self):

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from .cache import CHUNK_TOKENS, SEAL
+from .codec import CHUNK_TOKENS
+from .codecs import plan_class
 from .methods import METHODS, Method
-from .plan import AFFINE_WIDTHS, STAGING_BITS, Plan, bits_range, elements_per_token, make_plan
+from .plan import AFFINE_WIDTHS, SEAL, STAGING_BITS, Plan, bits_range, check_bits, elements_per_token, make_plan
 from .profile import ModelShape, Profile
 from .quantizer import BIT_WIDTHS, UNIT
 from .synthetic import synthetic_plan, synthetic_profile
@@ -106,6 +107,7 @@ class Stored:
         self.plan, self._tables = plan, tables
         self.copies = 1 if layers is None else layers
         self.bits_per_element = plan.bits_per_element
+        self.seal = max(SEAL, plan.method.block)
 
     @cached_property
     def table_bytes(self) -> int:
@@ -128,15 +130,19 @@ class Stored:
 
     def nbytes(self, tokens: int) -> int:
         """Bytes of the codes of `tokens` sealed tokens, to the byte: chunks are padded one by one."""
+        whole, rest = divmod(tokens, CHUNK_TOKENS)
         if self.plan.method.codec == "affine":
             shape, method = self.plan.shape, self.plan.method
             codes = -(-shape.head_dim // UNIT) * self.plan.affine_bits
             scales = 2 * 2 * shape.head_dim // method.group_size
             return tokens * 2 * len(shape.layers) * shape.kv_heads * (codes + scales)
-        whole, rest = divmod(tokens, CHUNK_TOKENS)
         return self.copies * (whole * self._chunk(CHUNK_TOKENS) + self._chunk(rest))
 
     def _chunk(self, tokens: int) -> int:
+        if hasattr(self.plan, "chunk_arrays"):  # a codec of the published methods
+            rows = range(len(self.plan.layer_groups)) if tokens else ()
+            arrays = [array for row in rows for array in self.plan.chunk_arrays(row, 1, tokens)]
+            return sum(int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in arrays)
         units, left = divmod(tokens // self.plan.basis_set.block, UNIT)
         width, rows = self._rows[..., 0], self._rows[..., 1]
         return int((width * (rows * units + -(-rows * left // UNIT))).sum())
@@ -145,8 +151,8 @@ class Stored:
 class Ceiling:
     """As `Stored` for any number of bits, from the ceiling that they are; tables are those of a plan that is known."""
 
-    def __init__(self, bits: float, elements: int, table_bytes: int, staged: bool):
-        self.bits_per_element, self.elements, self.table_bytes = bits, elements, table_bytes
+    def __init__(self, bits: float, elements: int, table_bytes: int, staged: bool, seal: int = SEAL):
+        self.bits_per_element, self.elements, self.table_bytes, self.seal = bits, elements, table_bytes, seal
         self.staging = Ceiling(STAGING_BITS, elements, table_bytes, False) if staged and bits < STAGING_BITS else None
 
     def nbytes(self, tokens: int) -> int:
@@ -165,7 +171,9 @@ class Budget:
     profile_bytes: int = 0
 
     def _sealed(self, context: int) -> int:
-        return 0 if self.stored is None else max(context - self.sinks - self.window, 0) // SEAL * SEAL
+        if self.stored is None:
+            return 0
+        return max(context - self.sinks - self.window, 0) // self.stored.seal * self.stored.seal
 
     def cache_bytes(self, context: int) -> int:
         """Bytes of every array held for one sequence of `context` tokens."""
@@ -251,12 +259,22 @@ def fit(
         raise ValueError(
             f"Expected full-attention layers to compress, received only: {', '.join(sorted(set(model.passed.values())))}."
         )
+    if method.scorer is not None:
+        raise ValueError(
+            f"Expected a method that keeps every token, received {method.name}: a cache that drops tokens has the size of its "
+            "--budget-tokens at any context."
+        )
     contexts = tuple(dict.fromkeys(contexts)) or _default_contexts(model.context)
     for context in contexts:
         if context < 1 or (model.context and context > model.context):
             most = f" and at most {model.context:,}, the model's context" if model.context else ""
             raise ValueError(f"Expected --context of at least 1 token{most}, received {context:,}.")
-    made = {b: _stored(model, method, profile, tables, b) for b in tuple(dict.fromkeys(bits)) or _default_bits(method)}
+    if method.codec == "none" and bits:
+        raise ValueError(f"Expected no --bits for {method.name}, which stores what the plain cache does.")
+    made = {
+        b: _stored(model, method, profile, tables, b)
+        for b in tuple(dict.fromkeys(bits)) or _default_bits(model.shape, method)
+    }
     own = 8 * model.element_bytes
     budgets = {("plain", float(b)): Budget(model, None, 0, 0, b // 8) for b in sorted({16, own}, reverse=True)}
     profile_bytes = _profile_nbytes(model.shape, profile) if method.basis_set and model.shares_memory else 0
@@ -275,7 +293,7 @@ def fit(
     ]
     for row in limits:
         row["limited_by"] = "model" if row["max_context"] == model.context else "memory"
-    table_bytes = max((stored.table_bytes for stored in made.values() if stored), default=0)
+    table_bytes = max((stored.table_bytes for stored in made.values()), default=0)
     options = model, method, table_bytes, sizes, memory
     return {
         "rows": rows,
@@ -297,21 +315,22 @@ def _default_contexts(limit: int | None) -> tuple[int, ...]:
     return tuple(powers) or (most,)
 
 
-def _default_bits(method: Method) -> tuple[float, ...]:
+def _default_bits(shape: ModelShape, method: Method) -> tuple[float, ...]:
     if method.codec == "affine":
         return tuple(w + 32 / method.group_size for w in reversed(AFFINE_WIDTHS))
-    return DEFAULT_BITS if method.codec == "spectral" else ()
+    if method.codec == "none":
+        return ()
+    (low, high), family = bits_range(method, shape), plan_class(method.codec)
+    own = [family.default_bits(shape, method)] if family else []
+    return tuple(sorted({*own, *(b for b in DEFAULT_BITS if low <= b <= high)}, reverse=True))
 
 
-def _stored(model: Footprint, method: Method, profile: Profile | None, tables, bits: float) -> Stored | None:
-    if method.basis_set is None:
-        plan = make_plan(model.shape, None, method, bits)
-        return Stored(plan, lambda plan: (0, 0)) if method.codec != "none" else None
-    if profile is not None:
+def _stored(model: Footprint, method: Method, profile: Profile | None, tables, bits: float) -> Stored:
+    if method.codec == "affine":
+        return Stored(make_plan(model.shape, None, method, bits), lambda plan: (0, 0))
+    if method.codec != "spectral" or profile is not None:  # raises for a method that cannot do without its profile
         return Stored(make_plan(model.shape, profile, method, bits), tables)
-    low, high = bits_range(method)
-    if not low <= bits <= high:
-        raise ValueError(f"Expected bits between {low:g} and {high:g} for {method.name}, received {bits:g}.")
+    check_bits(method, model.shape, bits)
     one = replace(model.shape, num_layers=1, layers=(0,))
     plan = synthetic_plan(one, synthetic_profile(one, [method]), method, bits, "typical")
     return Stored(plan, tables, len(model.shape.layers))
@@ -359,12 +378,13 @@ def _highest_bits(
     """Highest bits with which `context` fits; those of the plain cache where it does, None where nothing does."""
     if Budget(model, None, 0, 0, model.element_bytes).peak_bytes(context, turns) <= memory:
         return 8.0 * model.element_bytes
-    options = _default_bits(method)
-    if method.codec == "spectral":
-        low, high = bits_range(method)
-        options = np.arange(round(low / BITS_STEP), round(high / BITS_STEP) + 1) * BITS_STEP
+    options = _default_bits(model.shape, method)
+    if method.codec not in ("affine", "none"):
+        low, high = bits_range(method, model.shape)
+        options = np.arange(np.ceil(low / BITS_STEP - 1e-9), np.floor(high / BITS_STEP + 1e-9) + 1) * BITS_STEP
     for bits in sorted(map(float, options), reverse=True):
-        stored = Ceiling(bits, model.elements, table_bytes, staged=method.codec == "spectral")
+        staged = method.codec == "spectral"
+        stored = Ceiling(bits, model.elements, table_bytes, staged, max(SEAL, method.block))
         if Budget(model, stored, *sizes).peak_bytes(context, turns) <= memory:
             return round(bits, 2)
     return None
