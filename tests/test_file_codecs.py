@@ -201,10 +201,11 @@ def test_kvtc_widths_fall_along_the_components():
             assert widths == sorted(widths, reverse=True) and {s for s, _, _ in runs} <= set(kvtc.SIZES)
 
 
-def test_kvtc_groups_are_the_best_there_are(monkeypatch):
+@pytest.mark.parametrize("variance", [0.5 ** np.arange(6), np.array([0.3, 0.01, 1.0, 0.002, 0.6, 0.1])])
+def test_kvtc_groups_are_the_best_there_are(monkeypatch, variance):
     """Against every way to cut six components into groups, at several prices of a bit."""
     monkeypatch.setattr(kvtc, "SIZES", {1: 0.0, 2: 1.13, 4: 2.06})
-    tail = np.append(np.cumsum((0.5 ** np.arange(6))[::-1])[::-1], 0.0)
+    tail = np.append(np.cumsum(variance[::-1])[::-1], 0.0)
     options = kvtc._options(tail)
 
     def every(at, allowed):
