@@ -13,9 +13,9 @@ from .quantizer import BIT_WIDTHS, gaussian_tables
 from .rope import unrotate
 
 RANK = 2048  # components at most
-SAMPLE = 2**25  # numbers of keys, and as many of values, that are in memory at a time
+SAMPLE = 2**26  # numbers of keys, or of values, that are in memory at a time
 HELD_OUT = 4  # every fourth document, or the last fourth of the tokens where there are fewer, measures the spectrum
-OVERSAMPLED, ITERATIONS = 32, 2
+OVERSAMPLED, ITERATIONS = 64, 1
 
 
 def fit_joint_set(
@@ -29,23 +29,14 @@ def fit_joint_set(
     """
     channels = len(shape.layers) * shape.kv_heads * shape.head_dim
     places = _places(spool, max(SAMPLE // channels, 64))
-    numbers = sum(map(len, places))
-    sides = np.zeros((2, numbers, channels), np.float32)
-    width = shape.kv_heads * shape.head_dim
-    for row in progress(range(len(shape.layers))):
-        done = 0
-        for (x, _), chosen in zip(spool.read(row), places):
-            for side, part in enumerate(np.split(x, 2)):
-                if side == 0 and shape.rope is not None:
-                    part = unrotate(ops, part, shape.rope, 0)
-                flat = np.moveaxis(part[:, chosen], 0, 1).reshape(len(chosen), width)
-                sides[side, done : done + len(chosen), row * width : (row + 1) * width] = flat
-            done += len(chosen)
     held = np.concatenate([np.full(len(p), d % HELD_OUT == HELD_OUT - 1) for d, p in enumerate(places)])
     if not held.any():
-        held[-max(numbers // HELD_OUT, 1) :] = True
+        held[-max(len(held) // HELD_OUT, 1) :] = True
     rng = np.random.default_rng(seed)
-    fitted = [_fit(x[~held], x[held], rng) for x in sides]
+    fitted = []
+    for side in progress(range(2)):
+        x = _sample(spool, shape, places, side)
+        fitted.append(_fit(x[~held], x[held], rng))
     mean, basis, variance = (np.stack(arrays)[None] for arrays in zip(*fitted))
     variance = variance[..., None].astype(np.float32)
     return BasisSet(
@@ -73,9 +64,26 @@ def randomized_axes(x: np.ndarray, rank: int, rng: np.random.Generator) -> np.nd
     return np.linalg.svd(basis.T @ x, full_matrices=False)[2][:rank].T
 
 
+def _sample(spool: Spool, shape: ModelShape, places: list[np.ndarray], side: int) -> np.ndarray:
+    """Keys before RoPE (side 0) or values (1) of all layers at `places` of every document, [n, p] float32."""
+    width = shape.kv_heads * shape.head_dim
+    sample = np.zeros((sum(map(len, places)), len(shape.layers) * width), np.float32)
+    for row in range(len(shape.layers)):
+        done = 0
+        for (x, _), chosen in zip(spool.read(row), places):
+            part = np.split(x, 2)[side]
+            if side == 0 and shape.rope is not None:
+                part = unrotate(ops, part, shape.rope, 0)
+            flat = np.moveaxis(part[:, chosen], 0, 1).reshape(len(chosen), width)
+            sample[done : done + len(chosen), row * width : (row + 1) * width] = flat
+            done += len(chosen)
+    return sample
+
+
 def _fit(x: np.ndarray, held: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     mean = x.mean(0)
-    basis = randomized_axes(x - mean, min(RANK, *x.shape), rng)
+    x -= mean  # a copy of the caller's
+    basis = randomized_axes(x, min(RANK, *x.shape), rng)
     variance = np.square((held - mean) @ basis).mean(0, dtype=np.float64)
     order = np.argsort(-variance, kind="stable")
     return mean, basis[:, order], variance[order]
