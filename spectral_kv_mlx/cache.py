@@ -45,11 +45,12 @@ class SpectralKVCache(RoutedCache):
         window: int,
         left_padding: list[int] | None = None,
         eviction: Eviction | None = None,
+        working_set: int = 0,
     ):
         self.plan, self.row = plan, row
         self.left_padding = [int(p) for p in left_padding] if left_padding is not None else None
         staging = (lambda: codecs_of(ops, plan.staging)[row]) if plan.staging and eviction is None else None
-        self.store = LayerCache(ops, codecs_of(ops, plan)[row], sinks, window, staging, eviction, row)
+        self.store = LayerCache(ops, codecs_of(ops, plan)[row], sinks, window, staging, eviction, row, working_set)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -163,7 +164,7 @@ class SpectralKVCache(RoutedCache):
     def state(self) -> tuple:
         """What tells this cache from an empty one of the same plan: the layout as JSON, then every array."""
         self.finalize()
-        arrays = self.arrays()
+        arrays = self.store.state_arrays()
         lanes = [
             {
                 "rows": lane.rows,

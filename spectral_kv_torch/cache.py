@@ -15,6 +15,7 @@ from spectral_kv_core.methods import get_live_method
 from spectral_kv_core.plan import Plan, make_plan
 from spectral_kv_core.profile import Profile
 from spectral_kv_core.stored import codecs_of, join_layers, split_layers
+from spectral_kv_core.working_set import bytes_per_layer
 
 from . import ops
 from .handles import Pending
@@ -31,9 +32,18 @@ class SpectralKVLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, plan: Plan, row: int, sinks: int, window: int, eviction: Eviction | None = None):
+    def __init__(
+        self,
+        plan: Plan,
+        row: int,
+        sinks: int,
+        window: int,
+        eviction: Eviction | None = None,
+        working_set: int = 0,
+    ):
         super().__init__()
         self.plan, self.row, self.sinks, self.window, self.eviction = plan, row, sinks, window, eviction
+        self.working_set = working_set
         self.store: LayerCache | None = None
         self.pending: Pending | None = None
 
@@ -71,7 +81,7 @@ class SpectralKVLayer(CacheLayerMixin):
         staging = None
         if self.plan.staging and self.eviction is None:
             staging = lambda: codecs_of(ops, self.plan.staging, device)[self.row]  # noqa: E731
-        self.store = LayerCache(ops, codec, self.sinks, self.window, staging, self.eviction, self.row)
+        self.store = LayerCache(ops, codec, self.sinks, self.window, staging, self.eviction, self.row, self.working_set)
         self.is_initialized = True
         return self.store
 
@@ -205,11 +215,12 @@ class SpectralCache(Cache):
         plan: Plan | None = None,
         layers: list | None = None,
         eviction: Eviction | None = None,
+        working_set: int = 0,
     ):
         plan = plan or make_plan(profile.shape, profile, get_live_method(method), bits)
         layers = list(layers) if layers is not None else [DynamicLayer() for _ in range(plan.shape.num_layers)]
         for row, layer_group in enumerate(plan.layer_groups):
-            layer = SpectralKVLayer(plan, row, sinks, window, eviction)
+            layer = SpectralKVLayer(plan, row, sinks, window, eviction, bytes_per_layer(plan, working_set))
             for layer_idx in layer_group:
                 layers[layer_idx] = layer
         super().__init__(layers=layers)

@@ -145,6 +145,7 @@ class Eviction:
             inside = float(((best >= start) & (best < start + sealed)).sum(-1).mean())
             block = cache.codec.block
             blocks = max(int(inside // block), (target - lane.exact) // block)
+            lane.decoded = {}
             lane.chunks = self._best_blocks(
                 cache, lane, scores[:, :, start : start + sealed], places[:, :, start : start + sealed], spans, blocks
             )
