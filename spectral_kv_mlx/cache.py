@@ -45,11 +45,12 @@ class SpectralKVCache(RoutedCache):
         window: int,
         left_padding: list[int] | None = None,
         eviction: Eviction | None = None,
+        working_set: int = 0,
     ):
         self.plan, self.row = plan, row
         self.left_padding = [int(p) for p in left_padding] if left_padding is not None else None
         staging = (lambda: codecs_of(ops, plan.staging)[row]) if plan.staging and eviction is None else None
-        self.store = LayerCache(ops, codecs_of(ops, plan)[row], sinks, window, staging, eviction, row)
+        self.store = LayerCache(ops, codecs_of(ops, plan)[row], sinks, window, staging, eviction, row, working_set)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -163,7 +164,7 @@ class SpectralKVCache(RoutedCache):
     def state(self) -> tuple:
         """What tells this cache from an empty one of the same plan: the layout as JSON, then every array."""
         self.finalize()
-        arrays = self.arrays()
+        arrays = self.store.state_arrays()
         lanes = [
             {
                 "rows": lane.rows,
@@ -248,16 +249,18 @@ def layer_contents(cache: list, layers: Sequence[int]) -> Iterator[tuple]:
 
 def held_vectors(cache: list, layers: Sequence[int]) -> Iterator[tuple]:
     """Of every one of `layers`, ascending: keys and values [H, N, D] float32 of row 0, decoded as they are after the prompt,
-    and the positions [H, N] that they stand at, None where every token is held.
+    and the positions [H or 1, N] that they stand at, None where every token is held.
     """
-    same = {}  # rows of several layers stay one cache
-    ended = [copy.deepcopy(layer, same) if isinstance(layer, SpectralKVCache) else layer for layer in cache]
-    for layer in ended:
+    same = {}  # what layers share stays shared
+    for layer in dict.fromkeys(cache[layer_idx] for layer_idx in layers):
         if isinstance(layer, SpectralKVCache):
+            layer = copy.deepcopy(layer, same)
             layer.finalize()
-    for layer_idx, held in zip(layers, layer_contents(ended, layers)):
-        positions = getattr(getattr(ended[layer_idx], "store", None), "positions", None)
-        yield *(ops.to_numpy(x[0]) for x in held), positions
+            for held in split_layers(*layer.keys_and_values(), len(layer.layers)):
+                yield *(ops.to_numpy(x[0]) for x in held), layer.store.positions()
+        else:
+            held = exact_layer(layer)
+            yield ops.to_numpy(held.keys[0]), ops.to_numpy(held.values[0]), None
 
 
 def fill(cache: list, plain: list) -> None:

@@ -14,6 +14,7 @@ from spectral_kv_core.generation import Generated
 from spectral_kv_core.machine import process_peak_bytes
 from spectral_kv_core.methods import get_live_method, rounded_by
 from spectral_kv_core.profile import Profile
+from spectral_kv_core.working_set import bytes_per_layer
 
 from .cache import SpectralKVCache, cache_nbytes, fill, held_vectors
 from .capture import attend, recorded
@@ -80,6 +81,7 @@ def make_prompt_cache(
     selection: str | None = None,
     tiers: Sequence[tuple[float, float]] | None = None,
     rounding_scores: str | None = None,
+    working_set: int = 0,
     tokenizer=None,
     left_padding: list[int] | None = None,
 ) -> list:
@@ -89,7 +91,9 @@ def make_prompt_cache(
     window, sinks: last and first tokens kept exactly. profile None looks for one, and calibrates (with `tokenizer`) if
     there is none. A method that drops tokens takes budget_tokens, all that stay stored, or budget_bytes; protect: spans
     (start, end) of positions that stay; selection: see `Eviction.mode`; tiers: pairs (share, bits) by rank, in place of
-    dropping. rounding_scores: the scorer that weighs tokens when codes are rounded, or `nearest`. left_padding: slots of
+    dropping. rounding_scores: the scorer that weighs tokens when codes are rounded, or `nearest`. working_set: bytes that
+    decoded chunks may take in all, in 16 bits, for a method that else decodes its history in every step; they are bytes of
+    the cache. left_padding: slots of
     padding before every row of a batch (torch reads them off the mask). Raises ValueError for a budget out of range, a
     profile of another model, or nothing to compress.
     """
@@ -118,8 +122,9 @@ def make_prompt_cache(
     if left_padding is not None:
         for layer_idx in passed:
             layers[layer_idx] = padded(layers[layer_idx], left_padding)
+    share = bytes_per_layer(plan, working_set)
     for row, layer_idx in enumerate(shape.layers):
-        layers[layer_idx] = SpectralKVCache(plan, row, sinks, window, left_padding, eviction)
+        layers[layer_idx] = SpectralKVCache(plan, row, sinks, window, left_padding, eviction, share)
     return layers
 
 

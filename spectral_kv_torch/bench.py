@@ -20,7 +20,7 @@ from spectral_kv_core.plan import Plan
 from spectral_kv_core.profile import ModelShape
 
 from . import ops
-from .cache import SpectralKVLayer
+from .cache import SpectralKVLayer, storages
 from .integration import ATTENTION, attention_forward, exact_layer, install, register
 
 __all__ = [
@@ -65,7 +65,7 @@ class BenchLayer:
         layer.append(self.keys[:, :, :prompt], self.values[:, :, :prompt])
         self._step(layer, prompt)
         tokens = iter(range(self.context, self.context + SEAL))
-        return lambda: self._step(layer, next(tokens)), sum(x.untyped_storage().nbytes() for x in layer.arrays())
+        return lambda: self._step(layer, next(tokens)), sum(storages(layer.arrays()).values())
 
     def host(self) -> Callable[[], float]:
         """As transformers does it: `DynamicLayer.update`, then its own attention function."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 import torch
@@ -15,6 +15,7 @@ from spectral_kv_core.methods import get_live_method
 from spectral_kv_core.plan import Plan, make_plan
 from spectral_kv_core.profile import Profile
 from spectral_kv_core.stored import codecs_of, join_layers, split_layers
+from spectral_kv_core.working_set import bytes_per_layer
 
 from . import ops
 from .handles import Pending
@@ -31,9 +32,18 @@ class SpectralKVLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, plan: Plan, row: int, sinks: int, window: int, eviction: Eviction | None = None):
+    def __init__(
+        self,
+        plan: Plan,
+        row: int,
+        sinks: int,
+        window: int,
+        eviction: Eviction | None = None,
+        working_set: int = 0,
+    ):
         super().__init__()
         self.plan, self.row, self.sinks, self.window, self.eviction = plan, row, sinks, window, eviction
+        self.working_set = working_set
         self.store: LayerCache | None = None
         self.pending: Pending | None = None
 
@@ -71,7 +81,7 @@ class SpectralKVLayer(CacheLayerMixin):
         staging = None
         if self.plan.staging and self.eviction is None:
             staging = lambda: codecs_of(ops, self.plan.staging, device)[self.row]  # noqa: E731
-        self.store = LayerCache(ops, codec, self.sinks, self.window, staging, self.eviction, self.row)
+        self.store = LayerCache(ops, codec, self.sinks, self.window, staging, self.eviction, self.row, self.working_set)
         self.is_initialized = True
         return self.store
 
@@ -205,11 +215,12 @@ class SpectralCache(Cache):
         plan: Plan | None = None,
         layers: list | None = None,
         eviction: Eviction | None = None,
+        working_set: int = 0,
     ):
         plan = plan or make_plan(profile.shape, profile, get_live_method(method), bits)
         layers = list(layers) if layers is not None else [DynamicLayer() for _ in range(plan.shape.num_layers)]
         for row, layer_group in enumerate(plan.layer_groups):
-            layer = SpectralKVLayer(plan, row, sinks, window, eviction)
+            layer = SpectralKVLayer(plan, row, sinks, window, eviction, bytes_per_layer(plan, working_set))
             for layer_idx in layer_group:
                 layers[layer_idx] = layer
         super().__init__(layers=layers)
@@ -240,14 +251,17 @@ def layer_contents(cache: Cache, layers: Sequence[int]) -> Iterator[tuple]:
 
 def held_vectors(cache: Cache, layers: Sequence[int]) -> Iterator[tuple]:
     """Of every one of `layers`, ascending: keys and values [H, N, D] float32 of row 0, decoded as they are after the prompt,
-    and the positions [H, N] that they stand at, None where every token is held.
+    and the positions [H or 1, N] that they stand at, None where every token is held.
     """
     ended = copy.deepcopy(cache) if isinstance(cache, SpectralCache) else cache
-    if isinstance(ended, SpectralCache):
-        ended.finalize()
-    for layer_idx, (held, _) in zip(layers, layer_contents(ended, layers)):
-        positions = getattr(getattr(ended.layers[layer_idx], "store", None), "positions", None)
-        yield *(ops.to_numpy(x[0]) for x in held), positions
+    for layer in dict.fromkeys(ended.layers[layer_idx] for layer_idx in layers):
+        if isinstance(layer, SpectralKVLayer):
+            layer.finalize()
+            for held in split_layers(*layer.keys_and_values(), len(layer.layers)):
+                yield *(ops.to_numpy(x[0]) for x in held), layer.store.positions()
+        else:
+            held = exact_layer(layer)
+            yield ops.to_numpy(held.keys[0]), ops.to_numpy(held.values[0]), None
 
 
 @torch.no_grad()
@@ -276,16 +290,17 @@ def cache_nbytes(cache: Cache) -> CacheSize:
     for layer in dict.fromkeys(cache.layers):
         if isinstance(layer, SpectralKVLayer):
             layer.commit()
-            stored += sum(map(_held, layer.arrays()))
-            tables |= {id(x): _held(x) for x in layer.tables()}  # some are shared by all layers
+            stored += sum(storages(layer.arrays()).values())
+            tables |= storages(layer.tables())  # some are shared by all layers
             if layer.store is not None:
                 dense += layer.store.tokens() * 2 * 2 * layer.kv_heads * layer.plan.shape.head_dim
         elif getattr(layer, "is_initialized", False):
             held = [x for x in (layer.keys, layer.values) if x is not None]
-            stored += sum(map(_held, held))
+            stored += sum(storages(held).values())
             dense += sum(2 * x.numel() for x in held)
     return CacheSize(stored, dense, sum(tables.values()))
 
 
-def _held(x: torch.Tensor) -> int:
-    return x.untyped_storage().nbytes()
+def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Bytes that `tensors` keep alive, by address: several may be views of one storage."""
+    return {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}

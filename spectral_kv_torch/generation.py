@@ -79,6 +79,7 @@ def make_prompt_cache(
     selection: str | None = None,
     tiers: Sequence[tuple[float, float]] | None = None,
     rounding_scores: str | None = None,
+    working_set: int = 0,
     tokenizer=None,
 ) -> SpectralCache:
     """An empty compressed cache for `model`, to be passed as `past_key_values`.
@@ -87,8 +88,9 @@ def make_prompt_cache(
     window, sinks: last and first tokens kept exactly. profile None looks for one, and calibrates (with `tokenizer`) if
     there is none. A method that drops tokens takes budget_tokens, all that stay stored, or budget_bytes; protect: spans
     (start, end) of positions that stay; selection: see `Eviction.mode`; tiers: pairs (share, bits) by rank, in place of
-    dropping. rounding_scores: the scorer that weighs tokens when codes are rounded, or `nearest`. Raises
-    ValueError for a budget out of range, a profile of another model, or nothing to compress.
+    dropping. rounding_scores: the scorer that weighs tokens when codes are rounded, or `nearest`. working_set: bytes that
+    decoded chunks may take in all, in 16 bits, for a method that else decodes its history in every step; they are bytes of
+    the cache. Raises ValueError for a budget out of range, a profile of another model, or nothing to compress.
     """
     method = rounded_by(get_live_method(method), rounding_scores)
     shape, passed, profile = SpectralProfiler().profile_for(model, method, profile, tokenizer)
@@ -114,7 +116,9 @@ def make_prompt_cache(
         other_bytes=other,
     )
     install(model)
-    return SpectralCache(window=window, sinks=sinks, plan=plan, layers=layers, eviction=eviction)
+    return SpectralCache(
+        window=window, sinks=sinks, plan=plan, layers=layers, eviction=eviction, working_set=working_set
+    )
 
 
 class _Clock:

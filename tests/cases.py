@@ -12,6 +12,7 @@ import pytest
 
 from spectral_kv_core import ops
 from spectral_kv_core.calibration import Spool, fit_basis_set
+from spectral_kv_core.joint import fit_joint_set
 from spectral_kv_core.methods import Method
 from spectral_kv_core.plan import Plan, make_plan
 from spectral_kv_core.profile import ModelShape, Profile, QueryStatistics
@@ -88,7 +89,10 @@ def toy_profile_of(model: ToyModel, group: str = "head", rope: str = "post") -> 
                 keys, values = model.sample(500 + document, 500, layer=layer)
                 gradients = rng.standard_normal((2, 2 * heads, 500, model.head_dim)) * matters
                 spool.add(layer, document, keys[0], values[0], gradients[:, :heads], gradients[:, heads:])
-        basis_set = fit_basis_set(spool, model.shape, group, rope)
+        if group == "model":
+            basis_set = fit_joint_set(spool, model.shape)
+        else:
+            basis_set = fit_basis_set(spool, model.shape, group, rope)
         calibration = {"text": "toy", "tokens": 1500, "target_energy": 0.95}
         moments = [QueryMoments(heads, model.rope) for _ in range(model.layers)]
         for layer, moment in enumerate(moments):

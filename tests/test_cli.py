@@ -252,6 +252,22 @@ def test_profile_is_found_by_itself(capsys, model, profile):
     assert json_of(capsys, "generate", "--model", model, *arguments)["method"] == "spectral"
 
 
+def test_generate_drops_tokens(capsys, model, profile, text_file):
+    arguments = ["generate", "--model", model, "--backend", "torch", "--profile", profile, "--prompt-file", text_file]
+    arguments += ["--max-tokens", "8", "--ignore-eos", "--json"]
+    whole = json_of(capsys, *arguments, "--method", "identity")
+    tokens = whole["prompt_tokens"]
+    budget = tokens // 2
+    dropped = json_of(
+        capsys, *arguments, "--method", "triattention", "--budget-tokens", str(budget), "--protect", "system", "80:90"
+    )
+    assert dropped["dense_bytes"] == whole["dense_bytes"] and dropped["generated_tokens"] == 8
+    assert dropped["cache_bytes"] < 0.56 * whole["cache_bytes"]
+    coded = json_of(capsys, *arguments, "--method", "knorm+spectral", "--bits", "2", "--budget-tokens", str(budget))
+    tiered = json_of(capsys, *arguments, "--method", "knorm+spectral", "--tiers", "0.25:4,0.75:1")
+    assert coded["cache_bytes"] < dropped["cache_bytes"] and tiered["cache_bytes"] < whole["cache_bytes"]
+
+
 def test_wrong_use(capsys, folder, model, profile, text_file, other_model):
     def generate(*more, prompt=("--prompt", "Hello there")):
         return ["generate", "--model", model, "--backend", "torch", "--max-tokens", "4", *prompt, *more]
@@ -266,6 +282,15 @@ def test_wrong_use(capsys, folder, model, profile, text_file, other_model):
     fails(capsys, 2, "the model's context", *generate(*given, prompt=("--prompt", "x" * 5000)))
     fails(capsys, 2, "found nothing at", *generate("--profile", "missing.safetensors"))
     fails(capsys, 2, "drops tokens", *generate(*given, "--budget-tokens", "100"))
+    fails(capsys, 2, "either budget_tokens", *generate(*given, "--method", "triattention"))
+    dropping = (*given, "--method", "triattention", "--budget-tokens", "100")
+    fails(capsys, 2, "A:B", *generate(*dropping, "--protect", "7"))
+    fails(capsys, 2, "A < B", *generate(*dropping, "--protect", "7:7"))
+    fails(capsys, 2, "no system prompt", *generate(*dropping, "--protect", "system", "--raw"))
+    fails(capsys, 2, "SCORER+METHOD", *generate(*given, "--method", "triattention+spectrel"))
+    tiered = (*given, "--method", "triattention+spectral", "--tiers")
+    fails(capsys, 2, "SHARE:BITS", *generate(*tiered, "0.25-4"))
+    fails(capsys, 2, "add up to 1", *generate(*tiered, "0.25:4,0.5:1"))
     fails(capsys, 2, "window", *generate(*given, "--window", "-1"))
     fails(capsys, 2, "backend among", "generate", "--model", model, "--backend", "jax", "--prompt", "Hi")
     fails(capsys, 2, "nothing", "generate", "--model", "./no-such-model", "--backend", "torch", "--prompt", "Hi")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from cases import ToyModel, attention, codes_of, every_case, plan_of, toy_profile_of
+from cases import Case, ToyModel, attention, codes_of, every_case, plan_of, toy_profile_of
 from tolerances import ATTENTION_RMS, assert_close, assert_codes_close, relative_rms
 
 from spectral_kv_core import ops
@@ -81,6 +81,21 @@ def test_latent_attention_is_attention_over_decoded_vectors(xp, case, bits):
     keys, values = decoded(codec, chunk)
     expected = [attention(queries[:, :, i : i + 1], keys, values, scale) for i in range(3)]
     assert_close("output", got, np.concatenate(expected, axis=2), limit=ATTENTION_RMS)
+
+
+@pytest.mark.parametrize("group, rope", [("layer", "pre"), ("side", "pre"), ("head", "pre"), ("side", "post")])
+def test_attention_with_rebuilt_keys_is_attention_over_decoded_vectors(xp, group, rope):
+    """Values are pooled before they are rebuilt."""
+    case = Case(400, 64, 2, 6, batch=2)
+    codec = make_codec(xp, plan_of(case.model, 3, group, rope), 0)
+    assert not codec.method.latent and (codec.weight is None) == (group == "head")
+    chunk = codec.encode(*arrays(xp, *case.model.sample(1, 400, case.batch)), 4)
+    queries = case.model.queries(1, 3, case.batch)
+    got = merge_partials(xp, [codec.attend(chunk, group_queries(xp.asarray(queries), case.kv_heads), 0.125)])
+    expected = [attention(queries[:, :, i : i + 1], *decoded(codec, chunk), 0.125) for i in range(3)]
+    assert_close(
+        "output", xp.to_numpy(got).reshape(queries.shape), np.concatenate(expected, axis=2), limit=ATTENTION_RMS
+    )
 
 
 def test_identical_coefficients_give_identical_bytes(xp):

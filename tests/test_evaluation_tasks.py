@@ -38,17 +38,18 @@ class CopyingBackend(FakeBackend):
 
 
 class DroppingBackend(CopyingBackend):
-    """Its caches keep the last `budget_tokens` tokens of what they are filled with."""
+    """Its caches keep the last `budget_tokens` tokens of the first call."""
 
     def make_prompt_cache(self, model, profile, bits, *, method, window, sinks, budget_tokens=None):
         self.log.append(("make", method.name, bits, budget_tokens))
         return SimpleNamespace(kind=method.name, tokens=[], budget=budget_tokens, first=0)
 
-    def fill(self, cache, plain):
-        super().fill(cache, plain)
-        if getattr(cache, "budget", None):
+    def feed(self, model, tokens, cache, keep=1):
+        first, logits = not cache.tokens, super().feed(model, tokens, cache, keep)
+        if first and getattr(cache, "budget", None):
             cache.first = len(cache.tokens) - cache.budget
             del cache.tokens[: cache.first]
+        return logits
 
     def held_vectors(self, cache, layers):
         for *vectors, _ in super().held_vectors(cache, layers):
@@ -63,9 +64,8 @@ class ByteTokenizer(LetterTokenizer):
 
 @pytest.fixture
 def dropping(monkeypatch):
-    """A method `late` that drops tokens, beside the others."""
-    method = replace(methods.get_method("identity"), name="late")
-    object.__setattr__(method, "scorer", "late")
+    """A method `late` that drops tokens and reads the prefix for it, beside the others."""
+    method = replace(methods.get_method("identity"), name="late", scorer="snapkv")
     known = evaluation.get_method
     monkeypatch.setattr(evaluation, "get_method", lambda name: method if name == "late" else known(name))
 
@@ -153,8 +153,8 @@ def test_a_number_is_found_where_the_cache_still_holds_it(tmp_path, dropping):
     for row in rows:
         assert row["needle_kl"] > 1 if not row["found"] else row["needle_kl"] == 0
         assert row["needle_logp_ref"] > -0.1 and (row["needle_logp"] < -5) == (not row["found"])
-    # the question is fed to a cache that was made before it, in one call, and the digits one by one after it
-    assert [len(tokens) for tokens in backend.fed("late")[:6]] == [len(QUESTION), 1, 1, 1, 1, 1]
+    # the question is fed to a cache that has read the prefix before it, in one call, and the digits one by one after it
+    assert [len(tokens) for tokens in backend.fed("late")[:7]] == [600, len(QUESTION), 1, 1, 1, 1, 1]
     assert all(call[2] == 600 for call in backend.log if call[0] == "fill")
 
 
@@ -199,7 +199,7 @@ def test_every_share_is_a_row(tmp_path, dropping):
         ({"keep": (0.5, 1.5)}, "shares above 0, at most 1, for --keep, received 1.5"),
         ({"keep": (0.0,)}, "shares above 0"),
         ({"keep": (float("nan"),)}, "shares above 0"),
-        ({"keep": (0.15,)}, "the 2 sinks and the window of 8, received 0.15, 9 of 60 tokens"),
+        ({"keep": (0.15,)}, "2 sinks, the window of 8 and 0 that wait to be coded, received 0.15, 9 of 60"),
         ({"tasks": ("drift",), "methods": ("spectral-stored",)}, "live cache for the task drift"),
         ({"metrics": ("kl", "speed")}, "metrics among kl, aop, reconstruction, received 'speed'"),
         ({"greedy": -1}, "--greedy of at least 0"),
@@ -322,7 +322,7 @@ def test_errors_shrink_with_bits(torch_backend, tmp_path, name):
 
 def perturbation_by_hand(layer, held, prefix: int) -> np.ndarray:
     """[Hq, L] of the queries after `prefix` by a softmax in float64; `layer` (queries, keys, values [H, T, D], times the scale
-    of attention), of which a cache gives back `held` keys and values [H, prefix, D]."""
+    of attention), of which a cache gives back `held` keys and values [H, N, D]: all of the prefix, or what it kept."""
     queries, *exact = (np.asarray(x, np.float64) for x in layer)
     errors = np.zeros((len(queries), queries.shape[1] - prefix))
     for head in range(len(queries)):
@@ -332,9 +332,10 @@ def perturbation_by_hand(layer, held, prefix: int) -> np.ndarray:
             [np.concatenate([y[kv_head], x[kv_head, prefix:]]) for x, y in zip(exact, held)],
         )
         for query in range(errors.shape[1]):
-            seen, outputs = prefix + query + 1, []
+            outputs = []
             for keys, values in sides:
-                scores = keys[:seen] @ queries[head, seen - 1]
+                seen = len(keys) - errors.shape[1] + query + 1
+                scores = keys[:seen] @ queries[head, prefix + query]
                 weights = np.exp(scores - scores.max())
                 outputs.append(weights @ values[:seen] / weights.sum())
             errors[head, query] = np.linalg.norm(outputs[0] - outputs[1]) / np.linalg.norm(outputs[0])
@@ -367,6 +368,63 @@ def test_perturbation_is_that_of_plain_formulas(torch_backend, tmp_path, name, s
     held = torch_backend.held_vectors(cache, result["layers"])
     (row,) = result["rows"]
     check_perturbation(row, [perturbation_by_hand(x, y[:2], 160) for x, y in zip(captured, held)])
+
+
+@pytest.mark.parametrize("name, method", [("llama", "snapkv"), ("gemma3", "knorm"), ("llama", "streaming+spectral")])
+def test_dropped_tokens_by_plain_formulas(torch_backend, tmp_path, name, method):
+    """As above for the one query that sees what was kept of the prefix; what was dropped counts as zero."""
+    from test_torch_backend import TEXT, model_and_profile
+    from torch_models import ByteTokenizer
+
+    from spectral_kv_torch.profiler import SpectralProfiler
+
+    changes = {"methods": (method,), "bits": (3.0,), "scored": 2, "keep": (0.5, 1.0)}
+    result, model = run_torch(torch_backend, name, tmp_path, **changes)
+    settings = Settings(**{k: v for k, v in result["settings"].items() if k != "texts"})
+    (document,) = make_documents(ByteTokenizer(), [Text("random", TEXT[0])], settings, None)
+    cache = torch_backend.make_prompt_cache(
+        model, model_and_profile(name)[1], 3.0 if "+" in method else 16.0, method=method, window=16, budget_tokens=80
+    )
+    torch_backend.feed(model, document.prefix, cache)
+    shape = torch_backend.model_shape(model)[0]
+    captured = list(SpectralProfiler().activations(model, shape, document.prefix + document.scored["text"][:1]))
+    held = list(torch_backend.held_vectors(cache, shape.layers))
+    half, whole = result["rows"]
+    assert (half["keep"], half["budget_tokens"], whole["budget_tokens"]) == (0.5, 80, 160)
+    check_perturbation(half, [perturbation_by_hand(x, y[:2], 160) for x, y in zip(captured, held)])
+    errors, span = [], sealed_span(160, 4, 16)
+    for (_, *exact), (*vectors, positions) in zip(captured, held):
+        assert len(vectors[0][0]) == 80 == positions.shape[1] and (np.diff(positions) > 0).all()
+        for x, y in zip(exact, vectors):
+            kept = np.zeros_like(x[:, :160])
+            for head, places in enumerate(np.broadcast_to(positions, y.shape[:2])):
+                kept[head, places] = y[head]
+            lost = np.square(x[:, span] - kept[:, span]).sum() / np.square(x[:, span]).sum()
+            errors.append(lost)
+    assert half["key_error"] == pytest.approx(np.mean(errors[::2])) and half["key_error"] > 0.2
+    assert half["value_error"] == pytest.approx(np.mean(errors[1::2]))
+    if "+" not in method:  # nothing is lost of the prefix
+        assert whole["aop_max"] < 1e-4 and whole["key_error"] < 1e-10 and whole["spectral_fidelity"] == pytest.approx(1)
+    assert half["aop"] > whole["aop"] and half["spectral_fidelity"] < whole["spectral_fidelity"]
+
+
+def test_every_task_runs_on_a_cache_that_drops_tokens(torch_backend, tmp_path):
+    changes = {
+        "tasks": ("text", "copy", "drift", "needle"),
+        "turns": 2,
+        "turn_tokens": 40,
+        "scored": 8,
+        "prefixes": (300,),
+    }
+    result, _ = run_torch(torch_backend, "llama", tmp_path, **changes, methods=("snapkv",), keep=(0.3, 1.0), greedy=4)
+    for task in changes["tasks"]:
+        rows = [row for row in result["rows"] if row["task"] == task]
+        kl = {
+            keep: np.mean([r.get("kl", r.get("needle_kl")) for r in rows if r["keep"] == keep]) for keep in (0.3, 1.0)
+        }
+        assert kl[0.3] > 1.2 * kl[1.0] > 0, task
+    turns = [row for row in result["rows"] if row["task"] == "drift" and row["keep"] == 0.3]
+    assert [row["cache_bytes"] for row in turns] == [turns[0]["cache_bytes"]] * 2  # the budget holds while turns come
 
 
 def test_recording_leaves_the_model_as_it_was(torch_backend):

@@ -49,15 +49,8 @@ def attend(cache, queries, keys, values) -> np.ndarray:
 
 def positions_of(cache, lane: int = 0, heads: int = MODEL.kv_heads) -> np.ndarray:
     """Positions [b, H, stored] of all tokens that a lane holds, in the order of `dense`."""
-    lane = cache.lanes[lane]
-    exact = cache.xp.to_numpy(lane.places(cache.xp, cache.sinks))
-    sinks = min(cache.sinks, lane.exact)
-    chunks = [
-        np.arange(c.start, c.start + c.tokens)[None, None] if isinstance(c.start, int) else cache.xp.to_numpy(c.start)
-        for c in lane.chunks
-    ]
-    parts = [exact[:, :, :sinks], *chunks, exact[:, :, sinks:]]
-    return np.concatenate([np.broadcast_to(p, (len(lane.rows), heads, p.shape[2])) for p in parts], axis=2)
+    places = cache.lanes[lane].all_places(cache.xp, cache.sinks)
+    return np.broadcast_to(places, (places.shape[0], heads, places.shape[2]))
 
 
 def taken(x: np.ndarray, places: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ from mlx_lm.models import base, llama
 from mlx_lm.models import cache as host_cache
 from mlx_lm.models.rope_utils import initialize_rope
 from mlx_models import MODELS, make_model, make_tokens, save_llama
+from tolerances import assert_close
 
 from spectral_kv_core.cache import LayerCache
 from spectral_kv_core.codec import TransformCodec
@@ -310,6 +311,25 @@ def test_bytes_of_every_array(family):
     codes = sum(a.nbytes for c in ours for chunk in c.store.lanes[0].chunks for a in chunk.arrays)
     assert sealed >= 256 and 2.5 < codes * 8 / (full * sealed / 300) <= 3.01  # rows end in whole bytes
     assert cache_nbytes(cache).table_nbytes > 0 and cache_nbytes(make_prompt_cache(model, method="identity")) == 0
+
+
+def test_decoded_chunks_stay_where_they_may(tiny):
+    model, prompt = tiny.model, make_tokens(700)
+    with pytest.raises(ValueError, match="spectral-dense"):
+        make_prompt_cache(model, tiny.profile, 3.0, working_set=10**6)
+    caches = [make_prompt_cache(model, tiny.profile, 3.0, method="spectral-dense", working_set=n) for n in (0, 10**6)]
+    outputs = [(feed(model, c, prompt), feed(model, c, make_tokens(2, seed=1))) for c in caches]
+    assert np.array_equal(outputs[0][0], outputs[1][0])
+    assert_close("logits", outputs[1][1], outputs[0][1], "float16")  # what chunks are kept in
+    none, held = map(cache_nbytes, caches)
+    shape, _ = model_shape(model)
+    sealed = caches[0][0].store.lanes[0].sealed
+    assert held - none == len(shape.layers) * sealed * 2 * 2 * shape.kv_heads * shape.head_dim
+    restored = make_prompt_cache(model, tiny.profile, 3.0, method="spectral-dense", working_set=10**6)
+    for new, old in zip(restored, caches[1]):
+        new.state = old.state
+    tail = make_tokens(3, seed=2)
+    assert_close("logits", feed(model, restored, tail), feed(model, caches[1], tail), "float16")
 
 
 def test_passed_layers():

@@ -83,6 +83,21 @@ def test_perturbation_is_that_of_plain_formulas(tmp_path, name, step):
     check_perturbation(row, [perturbation_by_hand(x, y[:2], 160) for x, y in zip(captured, held)])
 
 
+def test_dropped_tokens_by_plain_formulas(tmp_path):
+    changes = {"methods": ("snapkv",), "scored": 2, "keep": (0.5, 1.0)}
+    result, model, profile = run("gemma3", tmp_path, **changes, tasks=("text",))
+    (document,) = make_documents(CharacterTokenizer(), [TEXT], Settings(**SETTINGS | changes), None)
+    cache = make_prompt_cache(model, profile, method="snapkv", budget_tokens=80, **SMALL)
+    feed(model, document.prefix, cache)
+    shape = model_shape(model)[0]
+    captured = SpectralProfiler().activations(model, shape, document.prefix + document.scored["text"][:1])
+    held = list(held_vectors(cache, shape.layers))
+    half, whole = result["rows"]
+    check_perturbation(half, [perturbation_by_hand(x, y[:2], 160) for x, y in zip(captured, held)])
+    assert all(positions.shape == (2, 80) for *_, positions in held)
+    assert whole["aop_max"] < 1e-4 and whole["key_error"] < 1e-10 < 0.2 < half["key_error"]
+
+
 def test_everything_shrinks_with_bits(tmp_path):
     changes = {"tasks": ("text", "drift", "needle"), "prefixes": (300,), "turns": 2, "turn_tokens": 24, "scored": 8}
     rows = run("llama", tmp_path, **changes, greedy=4)[0]["rows"]

@@ -319,6 +319,24 @@ def test_reported_bytes_are_all_there_is(name, method, bits):
         assert size.dense_nbytes == 737 * 3 * 2 * 2 * 16 * 2
 
 
+def test_decoded_chunks_stay_where_they_may():
+    model, profile = model_and_profile("llama")
+    with pytest.raises(ValueError, match="spectral-dense"):
+        make_prompt_cache(model, profile, 3.0, working_set=10**6)
+    caches = [
+        make_prompt_cache(model, profile, 3.0, method="spectral-dense", working_set=n) for n in (0, 10**6, 150_000)
+    ]
+    outputs = [(logits_of(model, tokens(700), c), logits_of(model, tokens(2, seed=1), c, 1)) for c in caches]
+    for prompt, decoded in outputs[1:]:
+        assert torch.equal(prompt, outputs[0][0])
+        torch.testing.assert_close(decoded, outputs[0][1], atol=1e-3, rtol=1e-3)
+    none, all_of_it, some = (int(cache_nbytes(cache)) for cache in caches)
+    sealed = caches[1].layers[0].store.lanes[0].sealed
+    assert all_of_it - none == 3 * sealed * 2 * 2 * 2 * 16 and some == none  # a third of it is no chunk
+    size = cache_nbytes(caches[1])
+    assert reachable_bytes(caches[1]) == int(size) + size.table_nbytes
+
+
 def test_sealed_bits_stay_below_the_ceiling():
     model, profile = model_and_profile("qwen3")
     for bits in (1.0, 2.3, 4.0):

@@ -101,3 +101,33 @@ def test_padded_rows_and_crops(name):
     alone.crop(-150)
     for now, then in zip(alone.layers[1].store.dense(), before):
         torch.testing.assert_close(now, then[:, :, :-150], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["xkv", "kvtc"])
+def test_a_prompt_is_stored_by_a_method_for_files(name, tmp_path):
+    model = model_and_profile()[0]
+    profile = joint_profile()
+    plain = plain_cache(model)
+    read(plain)
+    held = [(layer.keys.clone(), layer.values.clone()) for layer in plain.layers]
+    errors = []
+    for bits in (8.0, 2.0):
+        path = save_prompt_cache(
+            tmp_path / f"{bits}", plain, PROMPT[0].tolist(), model=model, method=name, bits=bits, profile=profile
+        )
+        loaded, ids = load_prompt_cache(path, model, profile)
+        assert ids == PROMPT[0].tolist() and type(loaded) is type(plain)
+        pairs = [pair for layer, sides in zip(loaded.layers, held) for pair in zip((layer.keys, layer.values), sides)]
+        errors.append(sum(float((got - x).pow(2).sum() / x.pow(2).sum()) for got, x in pairs) / len(pairs))
+        for got, x in pairs:
+            torch.testing.assert_close(got[:, :, :4], x[:, :, :4])  # sinks
+            torch.testing.assert_close(got[:, :, -64:], x[:, :, -64:])
+    assert 0 < errors[0] < 0.5 * errors[1], errors
+
+
+@functools.cache
+def joint_profile():
+    profiler = SpectralProfiler(tokens=2048, document=1024, progress=False, joint=True, basis_sets=())
+    profile = profiler.profile_from_model(model_and_profile()[0], ByteTokenizer(), TEXT, name="qwen3")
+    assert list(profile.basis_sets) == ["model.pre"]
+    return profile

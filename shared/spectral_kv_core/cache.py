@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from . import attention
+from . import attention, working_set
 from .codec import CHUNK_TOKENS, Chunk, select_rows
 from .eviction import Eviction
 from .lane import Lane
@@ -54,13 +54,22 @@ class LayerCache:
     staging: makes a codec of the same layer, at more bits, that holds what further calls of more than `LATENT_QUERIES`
     tokens bring until the prompt ends: `finalize`, or the first call with fewer; None: the plan's own holds it.
     eviction: which tokens of layer number `row` are dropped; a prompt then stays exact, cut to the budget, until it ends.
+    working_set: bytes of decoded chunks that may stay, so that a step does not decode them again.
     """
 
     def __init__(
-        self, xp, codec, sinks: int, window: int, staging=None, eviction: Eviction | None = None, row: int = 0
+        self,
+        xp,
+        codec,
+        sinks: int,
+        window: int,
+        staging=None,
+        eviction: Eviction | None = None,
+        row: int = 0,
+        working_set: int = 0,
     ):
         self.xp, self.codec, self.sinks, self.window, self._make_staging = xp, codec, sinks, window, staging
-        self.eviction, self.row = eviction, row
+        self.eviction, self.row, self.working_set = eviction, row, working_set
         self._staging = None
         self.seal = SEAL if codec is None else max(SEAL, codec.block)  # tokens are sealed in multiples of this
         self.lanes: list[Lane] = []
@@ -153,6 +162,12 @@ class LayerCache:
         """Slots that `dense` gives back: all that were seen, or as many as the fullest rows hold once some were dropped."""
         return max(lane.stored for lane in self.lanes) if self.has_dropped else self.seen
 
+    def positions(self, row: int = 0) -> np.ndarray | None:
+        """Positions [H or 1, stored] of the tokens that row `row` of the batch holds, in the order of `dense`, padding not
+        counted; None where nothing was dropped."""
+        (lane,) = (lane for lane in self.lanes if row in lane.rows)
+        return lane.all_places(self.xp, self.sinks)[lane.rows.index(row)] if lane.dropped else None
+
     def finalize(self) -> None:
         """End the prompt: what was staged is encoded at the plan's bits, chunk by chunk."""
         for lane in self.lanes:
@@ -210,6 +225,7 @@ class LayerCache:
             self.lanes = []
             return
         for lane in self.lanes:
+            lane.decoded = {}
             self._crop_lane(lane, tokens)
 
     def select(self, rows) -> None:
@@ -237,6 +253,10 @@ class LayerCache:
 
     def arrays(self) -> list:
         """Every array held for the sequences."""
+        return self.state_arrays() + [x for lane in self.lanes for x in working_set.held(lane)]
+
+    def state_arrays(self) -> list:
+        """`arrays` without what others of them decode to."""
         held = []
         for lane in self.lanes:
             held += [x for x in (lane.exact_keys, lane.exact_values, lane.positions) if x is not None]
@@ -289,6 +309,9 @@ class LayerCache:
             old_k, old_v = self.lane_dense(lane, k.dtype)
             return fused(q, xp.concat([old_k, k], axis=2), xp.concat([old_v, v], axis=2), scale)
         keys, values = xp.concat([lane.exact_keys, k], axis=2), xp.concat([lane.exact_values, v], axis=2)
+        if self.working_set:
+            others = sum(x.nbytes for other in self.lanes if other is not lane for x in working_set.held(other))
+            return working_set.decode_step(xp, self.codec, lane, self.working_set - others, q, keys, values, scale)
         return self.codec.decode_step(lane.chunks, q, keys, values, scale)
 
     def _attend_blocks(self, lane: Lane, q, k, v, scale):
@@ -350,10 +373,10 @@ class LayerCache:
     @staticmethod
     def _sealed(codec, chunks: list[Chunk], k, v, position) -> list[Chunk]:
         """`chunks` with the tokens of `k`, `v` [B, H, T, D] at `position` (see `Chunk`) behind them; the old list stays."""
-        done, chunks = 0, list(chunks)
+        done, chunks, full = 0, list(chunks), getattr(codec, "chunk_tokens", CHUNK_TOKENS)
         while done < k.shape[2]:
-            last = chunks[-1] if chunks and chunks[-1].tokens < CHUNK_TOKENS else None
-            stop = min(done + CHUNK_TOKENS - (last.tokens if last else 0), k.shape[2])
+            last = chunks[-1] if chunks and chunks[-1].tokens < full else None
+            stop = min(done + full - (last.tokens if last else 0), k.shape[2])
             part = k[:, :, done:stop], v[:, :, done:stop]
             contiguous = isinstance(position, int)
             if last:

@@ -127,7 +127,7 @@ def fit_basis_set(
         raise ValueError(f"Expected a group in {GROUPS}, received {group!r}.")
     layer_groups = shape.layer_groups(group)
     rows, heads = len(layer_groups), 2 * shape.kv_heads * max(map(len, layer_groups))
-    groups = {"head": heads, "side": 2, "layer": 1, "layer2": 1}[group]
+    groups = {"head": heads, "side": 2}.get(group, 1)
     members = heads // groups
     channels, bands = members * shape.head_dim, len(band_sizes(block))
     result = BasisSet(

@@ -30,6 +30,16 @@ def encode_rest(tokenizer, text: str, raw: bool) -> list[int]:
     return list(tokenizer.encode(text if raw else text + _frame(tokenizer)[1], add_special_tokens=False))
 
 
+def system_tokens(tokenizer) -> int:
+    """How many tokens of a prompt in the template stand before what the user says: the system prompt, if there is one.
+
+    Raises ValueError for a model without a template.
+    """
+    if not has_template(tokenizer):
+        raise ValueError("Expected a chat template, whose system prompt is to be protected, the model has none.")
+    return len(tokenizer.encode(_frame(tokenizer)[0], add_special_tokens=False))
+
+
 def _frame(tokenizer) -> tuple[str, str]:
     """The template before and behind what the user says."""
     messages = [{"role": "user", "content": PLACE}]

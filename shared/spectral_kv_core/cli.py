@@ -50,6 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="a basis for every two layers too, for spectral-stored-pairs: a larger file",
     )
+    sub.add_argument(
+        "--joint", action="store_true", help="a basis for all layers together too, for kvtc: a larger file"
+    )
     sub.add_argument("--target-energy", type=float, default=0.95, help="energy that the summary reports ranks at")
     sub.add_argument("--output", metavar="FILE", help="where to save (default: the user cache folder)")
     sub.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -82,7 +85,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--budget-tokens", type=int, help="tokens to keep, sinks and window included, by a method that drops"
     )
-    sub.add_argument("--protect", nargs="+", action="extend", metavar="A:B", help="positions of tokens never dropped")
+    sub.add_argument(
+        "--protect", nargs="+", action="extend", metavar="A:B", help="tokens never dropped: positions, or system"
+    )
     sub.add_argument(
         "--tiers",
         metavar="SHARE:BITS,...",

@@ -245,8 +245,7 @@ class SpectralCodec(TransformCodec):
         """
         xp, h = self.xp, self.kv_heads
         if not self.method.latent:
-            keys, values = self.decode(chunk)
-            return attention.dense_partial(xp, queries, keys, values, scale)
+            return self._attend_rotated(chunk, queries, scale)
         y = self.spectrum(chunk)
         batch, _, block, _, n = y.shape
         rows = queries.shape[2]
@@ -261,6 +260,39 @@ class SpectralCodec(TransformCodec):
         pooled = xp.sum(xp.matmul(weights, xp.permute_dims(y[:, h:], (0, 1, 2, 4, 3))), axis=2)  # [B, H, M, R]
         output = xp.matmul(pooled, xp.permute_dims(self.basis[h:], (0, 2, 1))) + l * self.mean[h:]
         return output, m, l
+
+    def _attend_rotated(self, chunk: Chunk, queries, scale: float):
+        """`attend` where scores need keys that are rebuilt and rotated; values are pooled as latents all the same.
+
+        A head's values take one product with the basis per query row instead of one per token.
+        """
+        xp, h = self.xp, self.kv_heads
+        (batch, _, rows, dim), tokens = queries.shape, chunk.tokens
+        z = to_time(xp, self.spectrum(chunk), self.time)  # [B, G, T, R]
+        (key_z, value_z), (key_basis, value_basis), means = (self._sides(x) for x in (z, self.basis, self.mean))
+        keys = xp.matmul(key_z, xp.permute_dims(key_basis, (0, 2, 1)))
+        if self.weight is not None:
+            keys = keys / self._sides(self.weight)[0]
+        keys = (keys + means[0]).reshape(batch, key_z.shape[1], tokens, -1, dim)
+        keys = xp.permute_dims(keys, (0, 1, 3, 2, 4)).reshape(batch, h, tokens, dim)
+        if self.rope and self.method.rope == "pre":
+            keys = rotate(xp, keys, self.rope, chunk.start)
+        p, m, l = attention.partial_from_scores(xp, xp.matmul(queries, xp.permute_dims(keys, (0, 1, 3, 2))) * scale)
+        pooled = xp.matmul(p.reshape(batch, value_z.shape[1], -1, tokens), value_z).reshape(batch, h, rows, -1)
+        output = xp.matmul(pooled, xp.permute_dims(value_basis.reshape(h, dim, -1), (0, 2, 1)))
+        if self.weight is not None:
+            output = output / self._sides(self.weight)[1].reshape(h, 1, dim)
+        return output + l * means[1].reshape(h, 1, dim), m, l
+
+    def _sides(self, x) -> tuple:
+        """What `x`, [G, Dg or 1, ...] of a table or [B, G, T, R] of latents, has for keys and for values."""
+        if self.groups > 1:
+            axis, half = len(x.shape) - 3, self.groups // 2
+            return tuple(x[(slice(None),) * axis + (part,)] for part in (slice(half), slice(half, None)))
+        if len(x.shape) == 4:  # both come from the same latents
+            return x, x
+        axis, half = (1 if x.shape[1] > 1 else 2), self.kv_heads * self.head_dim
+        return tuple(x[(slice(None),) * axis + (part,)] for part in (slice(half), slice(half, None)))
 
     def decode_step(self, chunks, queries, keys, values, scale: float):
         """`attention.decode_step`, by the kernel that the array library has for it or by its operations."""

@@ -16,7 +16,7 @@ from . import evaluation, evaluation_report, plots, report
 from . import fit as fitting
 from .backends import load_backend
 from .calibration_text import load_texts
-from .chat_template import encode_opening, encode_prompt, encode_rest, has_template
+from .chat_template import encode_opening, encode_prompt, encode_rest, has_template, system_tokens
 from .demo import demo_model_path
 from .divergence import compare_logits
 from .evaluation_text import Text, default_texts, read_text
@@ -47,6 +47,7 @@ def profile(args: argparse.Namespace) -> dict:
         gradients=not args.no_gradients,
         progress=not args.quiet,
         pairs=args.pairs,
+        joint=args.joint,
     )
     model, tokenizer = backend.load_model(_model_path(args.model), args.dtype)
     started = time.perf_counter()
@@ -84,6 +85,12 @@ def generate(args: argparse.Namespace) -> dict:
         prompt = encode_rest(tokenizer, prompt_text, stored.metadata.get("raw", True))
     else:
         prompt = encode_prompt(tokenizer, prompt_text, args.raw)
+    if "system" in (args.protect or ()):
+        if args.raw:
+            raise ValueError(
+                "Expected no --protect system with --raw, which has no system prompt. Name positions: A:B."
+            )
+        protect.append((0, system_tokens(tokenizer)))
     labels = tokenizer.encode(score_text, add_special_tokens=False) if score_text else []
     if score_text is not None and not labels:
         raise ValueError(f"Expected text to score in --score-file, received none from {args.score_file}.")
@@ -477,12 +484,16 @@ def _values(text: str | None, option: str, kind: type) -> tuple:
 
 
 def _spans(arguments: list[str] | None) -> list[tuple[int, int]]:
-    """The spans of tokens that `--protect` arguments A:B name."""
+    """The spans of tokens that `--protect` arguments A:B name; `system` is left to the tokenizer."""
     spans = []
     for argument in arguments or ():
+        if argument == "system":
+            continue
         start, colon, end = argument.partition(":")
         if not (colon and start.isdecimal() and end.isdecimal() and int(start) < int(end)):
-            raise ValueError(f"Expected A:B with token positions A < B for --protect, received {argument!r}.")
+            raise ValueError(
+                f"Expected system, or A:B with token positions A < B, for --protect, received {argument!r}."
+            )
         spans.append((int(start), int(end)))
     return spans
 

@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from . import __version__
+from .cache import SEAL
 from .evaluation_documents import Document, make_documents
 from .evaluation_rows import RowFile, summarise
 from .evaluation_tasks import LOW_PPL, Job, Runner
@@ -103,11 +104,13 @@ class Settings:
         for keep in self.keep or DEFAULT_KEEP if dropping else ():
             if not 0 < keep <= 1:
                 raise ValueError(f"Expected shares above 0, at most 1, for --keep, received {keep:g}.")
+            waits = SEAL - 1 if any(method.codec != "none" for method in dropping) else 0
             for prefix in self.prefixes:
-                if round(keep * prefix) <= self.sinks + self.window:
+                if round(keep * prefix) <= self.sinks + self.window + waits:
                     raise ValueError(
-                        f"Expected --keep to leave more than the {self.sinks} sinks and the window of {self.window}, received "
-                        f"{keep:g}, {round(keep * prefix):,} of {prefix:,} tokens. Raise --keep or --prefix."
+                        f"Expected --keep to leave more than the {self.sinks} sinks, the window of {self.window} and {waits} "
+                        f"that wait to be coded, received {keep:g}, {round(keep * prefix):,} of {prefix:,} tokens. Raise "
+                        "--keep or --prefix."
                     )
 
 
@@ -199,14 +202,14 @@ def plan_jobs(
     jobs, skipped = [], []
     for method in dict.fromkeys(map(get_method, settings.methods)):
         found = None
-        if method.basis_set:
+        if method.profile_set:
             found = profile or auto_profile(
                 shape,
-                method.basis_set,
+                method.profile_set,
                 partial(backend.SpectralProfiler(pairs=method.basis_set == PAIRS).profile_from_model, model, tokenizer),
             )
             found.check(shape)
-            found.basis_set(method.basis_set)
+            found.basis_set(method.profile_set)
         low, high = bits_range(method)
         for bits in dict.fromkeys(settings.bits) if low < high else [low]:
             try:
@@ -225,7 +228,7 @@ def plan_jobs(
 
 
 def _drops_tokens(method: Method) -> bool:
-    return getattr(method, "scorer", None) is not None
+    return method.scorer is not None
 
 
 def _runs(task: str, job: Job) -> bool:

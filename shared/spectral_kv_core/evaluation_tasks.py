@@ -1,8 +1,9 @@
 """The tasks of an evaluation: what is fed to the plain cache and to compressed ones, and what is measured on the way.
 
 Works on any module with the names of a backend's `generation`. Every prefix is read once, by the plain cache in one
-call; compressed caches take its keys and values over, since a single call to an empty cache attends exactly. A method
-for files is measured through the plain cache that its file fills, and has the bits of that file.
+call; compressed caches take its keys and values over, since a single call to an empty cache attends exactly. Those that
+drop tokens read the same tokens themselves, in one call too: their scorers may look at queries. A method for files is
+measured through the plain cache that its file fills, and has the bits of that file.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .evaluation_documents import Document
 from .fidelity import output_errors, output_perturbation, relative_error, sealed_span, spectral_fidelity
 from .methods import Method
 from .plan import Plan
+from .scorers import get_scorer
 
 LOW_PPL = 2.0  # a text this predictable was learnt by heart or repeats itself: little can go wrong on it
 
@@ -52,12 +54,13 @@ class Compressed:
 class Turn:
     """A turn of the task `drift`: the prompt `piece`, then `labels`, with the plain cache as it is between the two.
 
-    before, logits, attended: the plain cache's logits after the piece and for the labels, and its attention calls there.
+    context: all tokens before the labels. before, logits, attended: the plain cache's logits after the piece and for the
+    labels, and its attention calls there.
     """
 
     piece: list[int]
     labels: list[int]
-    context: int
+    context: list[int]
     plain: Any
     before: np.ndarray
     logits: np.ndarray
@@ -90,7 +93,7 @@ class Runner:
         for job, numbers, made in self._scored(document.scored["text"], document, jobs, plain, after_prefix):
             started = time.perf_counter()
             if "reconstruction" in settings.metrics:
-                numbers |= self._reconstruction(plain, made, len(document.prefix))
+                numbers |= self._reconstruction(job, plain, made, len(document.prefix))
             if greedy:
                 numbers |= compare_tokens(greedy, self._generated(made.cache, made.before))
             numbers["seconds"] += time.perf_counter() - started
@@ -134,16 +137,15 @@ class Runner:
                 numbers = self._perturbation(copy.deepcopy(cache), turn.attended)
                 logits = self._logits(cache, before, turn.labels)
                 numbers |= compare_logits(turn.logits, logits, turn.labels) | self._sizes(job, cache)
-                fresh = self._taken_over(job, len(document.prefix), turn.plain)
+                fresh = self._read(job, len(document.prefix), turn.context, turn.plain)
                 logits = self._logits(fresh, turn.before, turn.labels)
                 numbers["kl_fresh"] = compare_logits(turn.logits, logits, turn.labels)["kl"]
                 self.backend.feed(self.model, turn.labels[-1:], cache)
-                numbers |= {"turn": number, "context": turn.context, "scored_tokens": len(turn.labels)}
+                numbers |= {"turn": number, "context": len(turn.context), "scored_tokens": len(turn.labels)}
                 yield job, numbers | {"seconds": time.perf_counter() - started}
 
     def _turns(self, document: Document, plain) -> Iterator[Turn]:
-        settings, cache, context = self.settings, self._copied(plain), len(document.prefix)
-        tokens = document.scored["drift"]
+        settings, cache, tokens = self.settings, self._copied(plain), document.scored["drift"]
         length = settings.turn_tokens + settings.scored
         for start in range(0, len(tokens), length):
             piece, labels = tokens[start : start + settings.turn_tokens], tokens[start + settings.turn_tokens :]
@@ -153,8 +155,8 @@ class Runner:
             with self.backend.recorded(self.model, cache, self._recorded_layers) as attended:
                 logits = self._logits(cache, before, labels)
             self.backend.feed(self.model, labels[-1:], cache)
-            yield Turn(piece, labels, context + len(piece), held, before, logits, attended)
-            context += length
+            context = document.prefix + tokens[: start + len(piece)]
+            yield Turn(piece, labels, context, held, before, logits, attended)
 
     def _needle(self, document: Document, jobs: list[Job], plain, after_prefix) -> Iterator[tuple[Job, dict]]:
         """Ask for a number in the prefix after it was compressed; score the digits, given the ones before."""
@@ -191,16 +193,19 @@ class Runner:
             file = self.backend.encode_cache(job.plan, plain, settings.sinks, settings.window)
             return Compressed(self.backend.decode_cache(file, self.model), after_prefix, file)
         if settings.prefill_chunk is None or settings.prefill_chunk >= len(prefix):
-            return Compressed(self._taken_over(job, len(prefix), plain), after_prefix)
+            return Compressed(self._read(job, len(prefix), prefix, plain), after_prefix)
         cache = self._empty(job, len(prefix))
         for start in range(0, len(prefix), settings.prefill_chunk):
             before = self.backend.feed(self.model, prefix[start : start + settings.prefill_chunk], cache)
         return Compressed(cache, before)
 
-    def _taken_over(self, job: Job, prefix: int, plain):
-        """A compressed cache with the tokens of `plain`."""
+    def _read(self, job: Job, prefix: int, tokens: list[int], plain):
+        """A compressed cache of `tokens`, which `plain` holds and `prefix` begin, as one call with all of them leaves it."""
         cache = self._empty(job, prefix)
-        self.backend.fill(cache, plain)
+        if job.method.scorer is not None and "recent" in get_scorer(job.method.scorer).needs:
+            self.backend.feed(self.model, tokens, cache)  # the text's own queries decide
+        else:
+            self.backend.fill(cache, plain)
         return cache
 
     def _empty(self, job: Job, prefix: int):
@@ -244,9 +249,9 @@ class Runner:
         ]
         return output_perturbation([np.concatenate(layer, axis=-1) for layer in errors])
 
-    def _reconstruction(self, plain, made: Compressed, tokens: int) -> dict:
+    def _reconstruction(self, job: Job, plain, made: Compressed, tokens: int) -> dict:
         """Errors of the keys and values that are sealed, and how their spectra over time fit: means over layers."""
-        span = sealed_span(tokens, self.settings.sinks, self.settings.window)
+        span = sealed_span(tokens, self.settings.sinks, self.settings.window, job.method.block)
         sums = np.zeros(3)
         held = self.backend.held_vectors(made.cache if made.file is None else made.file, self.layers)
         for exact, (*vectors, positions) in zip(self.backend.held_vectors(plain, self.layers), held):

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from .codec import CHUNK_TOKENS, Chunk, positions_of
+from .codec import CHUNK_TOKENS, Chunk
 from .codecs.tiers import make_tiered_plan
 from .lane import Lane
 from .methods import DROPPING, Method
@@ -129,11 +129,7 @@ class Eviction:
         """Scores [b, H or 1, stored] of all tokens of `lane`, and their positions, NumPy: sinks, sealed ones, the rest."""
         xp = cache.xp
         keys, values = cache.lane_dense(lane, xp.float32)
-        exact, sinks = lane.places(xp, self.sinks), min(self.sinks, lane.exact)
-        parts = [exact[:, :, :sinks], *(positions_of(xp, chunk, exact) for chunk in lane.chunks), exact[:, :, sinks:]]
-        parts = list(map(xp.to_numpy, parts))
-        shape = (keys.shape[0], max(p.shape[1] for p in parts))
-        places = np.concatenate([np.broadcast_to(p, (*shape, p.shape[2])) for p in parts], axis=2)
+        places = lane.all_places(xp, self.sinks)
         everywhere = np.broadcast_to(places, keys.shape[:3])
         scores = self.scores(xp, cache.row, keys, values, everywhere, lane.seen - 1, recent)
         return scores, np.broadcast_to(places, scores.shape)
@@ -149,6 +145,7 @@ class Eviction:
             inside = float(((best >= start) & (best < start + sealed)).sum(-1).mean())
             block = cache.codec.block
             blocks = max(int(inside // block), (target - lane.exact) // block)
+            lane.decoded = {}
             lane.chunks = self._best_blocks(
                 cache, lane, scores[:, :, start : start + sealed], places[:, :, start : start + sealed], spans, blocks
             )

@@ -35,19 +35,19 @@ def output_perturbation(errors: Sequence[np.ndarray]) -> dict:
     }
 
 
-def sealed_span(tokens: int, sinks: int, window: int) -> slice:
-    """Positions of `tokens` that a cache does not keep exactly."""
-    return slice(sinks, sinks + max(tokens - sinks - window, 0) // SEAL * SEAL)
+def sealed_span(tokens: int, sinks: int, window: int, block: int = SEAL) -> slice:
+    """Positions of `tokens` that a cache does not keep exactly, whose codec seals `block` tokens at a time."""
+    return slice(sinks, sinks + max(tokens - sinks - window, 0) // max(block, SEAL) * max(block, SEAL))
 
 
 def at_positions(held: np.ndarray, positions: np.ndarray | None, tokens: int) -> np.ndarray:
-    """`held` [H, N, D] put to `positions` [H, N] of [H, tokens, D], zero elsewhere; None: held are all, in order."""
+    """`held` [H, N, D] put to `positions` [H or 1, N] of [H, tokens, D], zero elsewhere; None: held are all, in order."""
     if positions is None:
         if held.shape[1] != tokens:
             raise ValueError(f"Expected the positions of {held.shape[1]:,} tokens out of {tokens:,}, received none.")
         return held
     whole = np.zeros((held.shape[0], tokens, held.shape[2]), held.dtype)
-    np.put_along_axis(whole, np.asarray(positions)[:, :, None], held, axis=1)
+    np.put_along_axis(whole, np.broadcast_to(positions, held.shape[:2])[:, :, None], held, axis=1)
     return whole
 
 

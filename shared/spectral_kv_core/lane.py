@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .codec import Chunk
+from .codec import Chunk, positions_of
 
 
 @dataclass
@@ -24,6 +24,7 @@ class Lane:
         None  # int32 [b, H or 1, n] of the first n exact tokens once some were dropped; the last ones follow
     )
     dropped: int = 0  # tokens that are no longer there, in every head as many
+    decoded: dict = field(default_factory=dict)  # keys and values of chunks that stay decoded; replaced, never changed
 
     @property
     def exact(self) -> int:
@@ -58,3 +59,11 @@ class Lane:
         sinks = min(sinks, self.exact)
         places = np.concatenate([np.arange(sinks), np.arange(sinks + self.sealed, self.seen)])
         return xp.asarray(places.astype(np.int32)[None, None], like=self.exact_keys)
+
+    def all_places(self, xp, sinks: int) -> np.ndarray:
+        """Positions [b, H or 1, stored] of all tokens, NumPy: sinks, sealed ones, the rest."""
+        exact, first = self.places(xp, sinks), min(sinks, self.exact)
+        sealed = [positions_of(xp, chunk, exact) for chunk in (*self.chunks, *self.staged)]
+        parts = [xp.to_numpy(x) for x in (exact[:, :, :first], *sealed, exact[:, :, first:])]
+        shape = len(self.rows), max(part.shape[1] for part in parts)
+        return np.concatenate([np.broadcast_to(part, (*shape, part.shape[2])) for part in parts], axis=2)

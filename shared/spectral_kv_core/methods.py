@@ -7,10 +7,15 @@ from dataclasses import dataclass, replace
 from .codecs import FAMILIES
 from .scorers import SCORERS, get_scorer
 
-# vectors that share one basis: one head; all K heads or all V heads; all of both; all of two layers that follow each other
-GROUPS = ("head", "side", "layer", "layer2")
+# vectors that share one basis: one head; all K heads or all V heads; all of both; of two or four layers that follow each
+# other, or of all
+GROUPS = ("head", "side", "layer", "layer2", "layer4", "model")
 ROUNDINGS = ("nearest", *(name for name in SCORERS if name != "snapkv"))  # which needs queries of the text
-FILE_CODECS = ("stored",)  # chunks that cannot grow: a file fills a plain cache, or a live one of another method
+FILE_CODECS = (
+    "stored",
+    "xkv",
+    "kvtc",
+)  # chunks that cannot grow: a file fills a plain cache, or a live one of another method
 CODECS = ("none", "affine", "spectral", "stored", *FAMILIES)
 LATENT_CODECS = ("turboquant", "turboquant-qjl", "jarviskv")  # attention runs on what they code, per head after RoPE
 DROPPING = ("affine", "spectral")  # codecs whose sealed tokens can be dropped
@@ -182,6 +187,23 @@ METHODS = {
             "ThinK (2407.21018), equation 6; query energy from the profile instead of the prompt's last queries",
             reads="head.post",
         ),
+        Method(
+            "xkv",
+            "xkv",
+            "the prompt's own truncated SVD over every four layers, keys before RoPE; both factors in float16; for files",
+            "xKV (2503.18893), section 3; really stored factored, the factors of every layer counted",
+            rope="pre",
+            group="layer4",
+        ),
+        Method(
+            "kvtc",
+            "kvtc",
+            "PCA over all layers and heads, keys before RoPE, groups of falling width, DEFLATE; profile made with --joint",
+            "KVTC (2511.01815), section 3; groups by a Lagrangian on the spectrum, basis of a bounded sample",
+            rope="pre",
+            group="model",
+            reads="model.pre",
+        ),
         Method("identity", "none", "the plain cache: nothing is compressed", "reference"),
         *(
             Method(scorer.name, "none", f"drops tokens, keeps: {scorer.summary}", scorer.source, scorer=scorer.name)
@@ -191,7 +213,8 @@ METHODS = {
 }
 DEFAULT_METHOD = "spectral"
 PAIRS = METHODS["spectral-stored-pairs"].basis_set  # in a profile on request only: larger than all others together
-BASIS_SETS = tuple(dict.fromkeys(m.basis_set for m in METHODS.values() if m.basis_set not in (None, PAIRS)))
+JOINT = METHODS["kvtc"].basis_set  # likewise
+BASIS_SETS = tuple(dict.fromkeys(m.basis_set for m in METHODS.values() if m.basis_set not in (None, PAIRS, JOINT)))
 
 
 def get_method(name: str | Method) -> Method:

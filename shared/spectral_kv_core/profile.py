@@ -11,13 +11,14 @@ import numpy as np
 
 from . import __version__
 from .basis import effective_rank, rank_for_energy
-from .methods import PAIRS
+from .methods import JOINT, PAIRS
 from .projection import Projection, get_projection
 from .quantizer import BIT_WIDTHS
 from .rope import Rope
 from .signed_file import FileFormat
 from .transform import band_sizes
 
+ON_REQUEST = {PAIRS: " --pairs", JOINT: " --joint"}  # options of basis sets that a profile has only when asked for
 FORMAT_VERSION = 2
 FORMAT = FileFormat("spectralkv-profile", FORMAT_VERSION, "profile", "spectralkv profile --model MODEL")
 
@@ -40,12 +41,15 @@ class ModelShape:
     def layer_groups(self, group: str) -> tuple[tuple[int, ...], ...]:
         """Indices of the layers that every row of a basis set of `group` (`methods.GROUPS`) stands for.
 
-        One, or for `layer2` two that follow each other in the model, from the first on; what finds no neighbour stays
-        alone. Raises ValueError for `layer2` where no two layers follow each other.
+        One; for `layer2` and `layer4` up to so many that follow each other in the model, from the first on, what finds
+        no neighbour staying alone; for `model` all. Raises ValueError for `layer2` where no two layers follow each other.
         """
+        if group == "model":
+            return (self.layers,)
+        size = {"layer2": 2, "layer4": 4}.get(group, 1)
         groups: list[tuple[int, ...]] = []
         for layer_idx in self.layers:
-            if group == "layer2" and groups and groups[-1] == (layer_idx - 1,):
+            if groups and len(groups[-1]) < size and groups[-1][-1] == layer_idx - 1:
                 groups[-1] += (layer_idx,)
             else:
                 groups.append((layer_idx,))
@@ -262,7 +266,7 @@ class Profile:
             self.shape.layer_groups(name.split(".")[0])  # raises where another calibration would not help
             raise ValueError(
                 f"Expected a profile with the basis set {name}, {self.path or 'this one'} has {', '.join(self.basis_sets)}. "
-                f"Calibrate again: spectralkv profile --model {self.model}{' --pairs' if name == PAIRS else ''}"
+                f"Calibrate again: spectralkv profile --model {self.model}{ON_REQUEST.get(name, '')}"
             )
         return self.basis_sets[name]
 

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
-from .methods import PAIRS
 from .paths import user_cache_dir
-from .profile import FORMAT_VERSION, ModelShape, Profile
+from .profile import FORMAT_VERSION, ON_REQUEST, ModelShape, Profile
 
 log = logging.getLogger("spectralkv")
 
@@ -20,12 +19,12 @@ def packaged_profiles() -> list[Path]:
 
 
 def cached_profile_path(shape: ModelShape, basis_set: str | None = None) -> Path:
-    """Where this machine keeps the profile of a model of `shape`; one made for the sake of pairs has a place of its own.
+    """Where this machine keeps the profile of a model of `shape`; one with a basis set on request has its own place.
 
     Stored prompts need the very profile that they were made with.
     """
-    pairs = "-pairs" if basis_set == PAIRS else ""
-    return user_cache_dir() / "profiles" / f"{shape.fingerprint}-v{FORMAT_VERSION}{pairs}.safetensors"
+    extra = ON_REQUEST.get(basis_set, "").replace(" --", "-")
+    return user_cache_dir() / "profiles" / f"{shape.fingerprint}-v{FORMAT_VERSION}{extra}.safetensors"
 
 
 def find_profile(shape: ModelShape, basis_set: str) -> Profile | None:

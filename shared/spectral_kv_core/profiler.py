@@ -13,7 +13,8 @@ from tqdm import tqdm
 from .calibration import Spool, fit_basis_set, split_documents
 from .calibration_text import TEXT_NAME, load_default_texts, text_digest
 from .demo import demo_model_path
-from .methods import BASIS_SETS, PAIRS, Method
+from .joint import fit_joint_set
+from .methods import BASIS_SETS, JOINT, PAIRS, Method
 from .profile import ModelShape, Profile, QueryStatistics
 from .profile_store import auto_profile, name_passed_layers, warn_if_other_weights
 from .sensitivity import local_gradients
@@ -32,7 +33,7 @@ class ProfilerBase(ABC):
     gradients: False takes the gradients of every layer's own attention output in place of those of the scored tokens'
     probability: no backward pass and a fraction of the memory, at a price in quality (results/experiments.md);
     basis_sets: which ways of grouping vectors the profile covers (`group.rope`; default: those of all methods but
-    spectral-stored-pairs); pairs: that of spectral-stored-pairs too.
+    spectral-stored-pairs and kvtc); pairs, joint: that of spectral-stored-pairs, of kvtc, too.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class ProfilerBase(ABC):
         basis_sets: tuple[str, ...] = BASIS_SETS,
         progress: bool = True,
         pairs: bool = False,
+        joint: bool = False,
     ):
         if not 0 < target_energy <= 1:
             raise ValueError(f"Expected target_energy in (0, 1], received {target_energy}.")
@@ -55,10 +57,10 @@ class ProfilerBase(ABC):
         self.target_energy, self.tokens, self.document = target_energy, tokens, document
         self.samples, self.seed, self.positions, self.progress = samples, seed, positions, progress
         self.gradients = gradients
-        self.basis_sets = tuple(dict.fromkeys((*basis_sets, PAIRS) if pairs else basis_sets))
+        self.basis_sets = tuple(dict.fromkeys((*basis_sets, *[PAIRS] * pairs, *[JOINT] * joint)))
         for name in self.basis_sets:
-            if name not in (*BASIS_SETS, PAIRS):
-                raise ValueError(f"Expected basis sets among {', '.join((*BASIS_SETS, PAIRS))}, received {name!r}.")
+            if name not in (known := (*BASIS_SETS, PAIRS, JOINT)):
+                raise ValueError(f"Expected basis sets among {', '.join(known)}, received {name!r}.")
 
     @abstractmethod
     def load(self, name: str, quantize: str | None = None):
@@ -120,6 +122,11 @@ class ProfilerBase(ABC):
             spread = max(positions - self.document, 0)  # a document starts here at the latest
             sets = {}
             for key in self.basis_sets:
+                if key == JOINT:
+                    sets[key] = fit_joint_set(
+                        spool, shape, self.seed, lambda steps: self._bar(steps, f"Fitting {JOINT}")
+                    )
+                    continue
                 group, rope = key.split(".")
                 sets[key] = fit_basis_set(
                     spool,

@@ -343,7 +343,9 @@ def _pack_exact(xp, name: str, layer: ExactLayer, arrays: dict) -> dict:
 
 
 def _recipe(method: Method) -> dict:
-    return {key: value for key, value in vars(method).items() if key not in ("summary", "source", "scorer")}
+    """Fields of a method that a file has; `reads` only where it says something, which older readers do not know."""
+    left_out = ("summary", "source", "scorer") if method.reads else ("summary", "source", "scorer", "reads")
+    return {key: value for key, value in vars(method).items() if key not in left_out}
 
 
 def _describe(profile: Profile | None) -> str:

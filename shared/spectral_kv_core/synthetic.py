@@ -6,6 +6,7 @@ import numpy as np
 
 from . import ops
 from .calibration import HISTOGRAM_BINS, HISTOGRAM_LIMIT
+from .codecs import plan_class
 from .methods import Method
 from .plan import Plan, make_plan
 from .profile import BasisSet, ModelShape, Profile, QueryStatistics
@@ -59,8 +60,11 @@ def synthetic_profile(shape: ModelShape, methods: list[Method], seed: int = 0) -
 def synthetic_plan(shape: ModelShape, profile: Profile, method: Method, bits: float, plan: str) -> Plan:
     """What `method` stores: `flat` has every coefficient at `bits`, `typical` the widths of a real plan of so many bits.
 
-    Raises ValueError for bits that are no width of a flat plan, or that the method cannot reach.
+    The published methods have one plan for their bits. Raises ValueError for bits that are no width of a flat plan, or
+    that the method cannot reach.
     """
+    if plan_class(method.codec):
+        return make_plan(shape, profile, method, bits)
     if plan == "flat" and bits not in BIT_WIDTHS[1:] and method.codec != "none":
         widths = ", ".join(map(str, BIT_WIDTHS[1:]))
         raise ValueError(f"Expected --bits of {widths} for a flat plan, received {bits:g}. Or take --plan typical.")
@@ -110,18 +114,20 @@ def _resample(widths: np.ndarray, entries: int) -> np.ndarray:
 
 
 def _white_set(shape: ModelShape, method: Method, rng: np.random.Generator) -> BasisSet:
-    groups = {"head": 2 * shape.kv_heads, "side": 2, "layer": 1}[method.group]
+    group, rope = method.basis_set.split(".")
+    time, block = ("dct", 16) if method.reads else (method.time, method.block)
+    groups = {"head": 2 * shape.kv_heads, "side": 2, "layer": 1}[group]
     members = 2 * shape.kv_heads // groups
     rank = members * shape.head_dim
     basis = np.linalg.qr(rng.standard_normal((1, groups, rank, rank)))[0]
     centres = (np.arange(HISTOGRAM_BINS) + 0.5) * (HISTOGRAM_LIMIT / HISTOGRAM_BINS)
     histogram = np.round(1e9 * np.exp(-(centres**2) / 2)).astype(np.int64)
-    variance = np.ones((1, groups, rank, len(band_sizes(method.block))), np.float32)
+    variance = np.ones((1, groups, rank, len(band_sizes(block))), np.float32)
     return BasisSet(
-        method.group,
-        method.rope,
-        method.time,
-        method.block,
+        group,
+        rope,
+        time,
+        block,
         mean=np.zeros((1, groups, rank), np.float32),
         weight=np.ones((1, groups, members), np.float32),
         basis=basis.astype(np.float32),

@@ -14,6 +14,7 @@ from spectral_kv_core.codec import Chunk, SpectralCodec
 
 from .build import disabled, library
 from .checked import CheckedStep
+from .eager import EagerStep
 
 MAX_WIDTHS, FREQUENCIES, LEVELS = 8, 16, 256
 
@@ -94,8 +95,14 @@ class LatentStep:
 
 
 def decode_step(codec):
-    """The kernel for `codec`; None where there is none, and stock operations take over."""
-    if not isinstance(codec, SpectralCodec) or not codec.method.latent or codec.block != FREQUENCIES:
+    """The faster step for `codec`: a kernel, or stock operations that serve several chunks at a time; None for others."""
+    if not isinstance(codec, SpectralCodec) or not codec.method.latent:
+        return None
+    return _kernel(codec) or EagerStep(codec)
+
+
+def _kernel(codec):
+    if codec.block != FREQUENCIES:
         return None
     if codec.basis.device.type == "cuda":
         return _triton_step(codec)

@@ -12,6 +12,8 @@ FAMILIES = {  # codec of a method -> file, class of its plan
     "svdq": ("svdq", "SvdqPlan"),
     "eigen-attention": ("eigen_attention", "EigenPlan"),
     "think": ("think", "ThinkPlan"),
+    "xkv": ("xkv", "XkvPlan"),
+    "kvtc": ("kvtc", "KvtcPlan"),
 }
 
 

@@ -95,6 +95,11 @@ class SvdqPlan(ArrayPlan):
     @classmethod
     def make(cls, shape: ModelShape, profile: Profile, method: Method, bits: float) -> SvdqPlan:
         check_bits(method, shape, bits)
+        if shape.kv_heads * shape.head_dim % GROUPS:
+            raise ValueError(
+                f"Expected a number of key channels that {GROUPS} groups divide, received {shape.kv_heads} heads of "
+                f"{shape.head_dim}. Use eigen-attention, which has no groups."
+            )
         spectra = []
         for row in range(len(shape.layers)):
             _, variance = fit_basis(covariance(profile, row, 0, shape.kv_heads))
