@@ -11,11 +11,8 @@ from .scorers import SCORERS, get_scorer
 # other, or of all
 GROUPS = ("head", "side", "layer", "layer2", "layer4", "model")
 ROUNDINGS = ("nearest", *(name for name in SCORERS if name != "snapkv"))  # which needs queries of the text
-FILE_CODECS = (
-    "stored",
-    "xkv",
-    "kvtc",
-)  # chunks that cannot grow: a file fills a plain cache, or a live one of another method
+# chunks that cannot grow: a file fills a plain cache, or a live one of another method
+FILE_CODECS = ("stored", "xkv", "kvtc")
 CODECS = ("none", "affine", "spectral", "stored", *FAMILIES)
 LATENT_CODECS = ("turboquant", "turboquant-qjl", "jarviskv")  # attention runs on what they code, per head after RoPE
 DROPPING = ("affine", "spectral")  # codecs whose sealed tokens can be dropped
@@ -26,8 +23,7 @@ class Method:
     """A recipe over shared parts.
 
     codec: `none` keeps the host's precision, `affine` quantizes channels as they are, `spectral` quantizes latents,
-    `stored` does so with an entropy coder, for files.
-    Those of the published methods are in `codecs`, named as they are.
+    `stored` does so with an entropy coder, for files; those of the published methods are in `codecs`, named as they are.
     rope: keys are coded before (`pre`) or after (`post`) the rotary embedding.
     group: what shares one basis (`GROUPS`). block: tokens per time block. time: transform inside a block.
     group_size: numbers that share a scale. reads: the profile's basis set, where it is not that of group and rope.

@@ -21,9 +21,9 @@ from .base import ArrayPlan, LatentCodec, highest_within, pack_tokens, unpack_to
 
 
 class TurboQuantCodec(LatentCodec):
-    """Per side: codes [B, H, T / 8, D, bits] and norms [B, H, T] float16; of a sketched side also the signs of its
+    """Per side: codes [B, H, T / 8, D, bits] and norms [B, H, T] float16; shapes: `TurboQuantPlan.chunk_arrays`.
 
-    residual [B, H, T / 8, D, 1] and the residual's norms.
+    A sketched side has the signs of its residual, [B, H, T / 8, D, 1], between them, and the residual's norms behind.
     """
 
     def __init__(self, xp, plan: TurboQuantPlan, row: int, like=None):
