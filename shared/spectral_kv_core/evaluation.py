@@ -22,7 +22,7 @@ from .evaluation_documents import Document, make_documents
 from .evaluation_rows import RowFile, summarise
 from .evaluation_tasks import LOW_PPL, Job, Runner
 from .evaluation_text import Text, copy_span
-from .methods import PAIRS, Method, get_method
+from .methods import JOINT, PAIRS, Method, get_method
 from .plan import bits_range, make_plan
 from .profile import Profile
 from .profile_store import auto_profile
@@ -204,9 +204,7 @@ def plan_jobs(
         found = None
         if method.profile_set:
             found = profile or auto_profile(
-                shape,
-                method.profile_set,
-                partial(backend.SpectralProfiler(pairs=method.basis_set == PAIRS).profile_from_model, model, tokenizer),
+                shape, method.profile_set, partial(_calibrated, backend, model, tokenizer, method.profile_set)
             )
             found.check(shape)
             found.basis_set(method.profile_set)
@@ -225,6 +223,12 @@ def plan_jobs(
             f"{', '.join(f'{b:g}' for b in settings.bits)}: {skipped[-1]['reason']}"
         )
     return jobs, skipped
+
+
+def _calibrated(backend, model, tokenizer, basis_set: str) -> Profile:
+    """A profile of `model` made now, with `basis_set`."""
+    profiler = backend.SpectralProfiler(pairs=basis_set == PAIRS, joint=basis_set == JOINT)
+    return profiler.profile_from_model(model, tokenizer)
 
 
 def _drops_tokens(method: Method) -> bool:
