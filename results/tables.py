@@ -1,0 +1,94 @@
+"""The tables of README and of this folder, from the JSON that `spectralkv eval` wrote: python results/tables.py [--write]
+
+--write puts them between the markers <!-- table NAME --> and <!-- end --> of the files that have them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+FILES = (HERE.parent / "README.md", HERE / "methods.md", HERE / "scorers.md")
+
+
+def rows(name: str, **fixed) -> list[dict]:
+    """Summary rows of `name`.json with the values `fixed`."""
+    found = json.loads((HERE / f"{name}.json").read_text())["rows"]
+    return [row for row in found if all(row[key] == value for key, value in fixed.items())]
+
+
+def table(head: list[str], body: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def codec() -> str:
+    """KL on text and copies, and how often the likeliest token stays; how much smaller the whole cache is in bfloat16."""
+    names = ("spectral", "spectral-dense", "spectral-stored")
+    head = ["bits", "times smaller", "`spectral`: live, attended as codes", "`spectral-dense`: live, decoded by tile"]
+    body = []
+    for bits in (4, 3, 2, 1.5, 1, 0.5):
+        (size,) = rows("codec_smollm2_sizes", bits=bits, method="spectral", task="text")
+        cells = [f"{bits:g}", f"{size['compression']:.2f}"]
+        for name in names:
+            (text,) = rows("codec_smollm2_1024", bits=bits, method=name, task="text")
+            (copy,) = rows("codec_smollm2_1024", bits=bits, method=name, task="copy")
+            cells.append(f"{text['kl']:.4f} / {copy['kl']:.4f} ({text['top1']:.1%})")
+        body.append(cells)
+    return table([*head, "`spectral-stored`: files"], body)
+
+
+def methods(name: str) -> str:
+    """KL on every text by method, at the bits that are really stored."""
+    texts = sorted({row["text"] for row in rows(name)}, reverse=True)
+    body, seen = [], set()
+    for row in rows(name, task="text", text=texts[0]):
+        key = row["method"], round(row["sealed_bits"], 2)
+        if key in seen:  # asked for more bits than the next step of a grid: the same plan again
+            continue
+        seen.add(key)
+        kl = [rows(name, task="text", text=text, method=row["method"], bits=row["bits"])[0] for text in texts]
+        body.append([f"`{row['method']}`", f"{row['sealed_bits']:.2f}", *(f"{x['kl']:.4f}" for x in kl)])
+        body[-1] += [f"{kl[0]['top1']:.1%}", f"{row['cache_bytes'] / 1e6:.2f}"]
+    order = {method: i for i, method in enumerate(dict.fromkeys(line[0] for line in body))}
+    body.sort(key=lambda line: (order[line[0]], -float(line[1])))
+    return table(["method", "bits stored", *(f"KL {t}" for t in texts), f"top-1 {texts[0]}", "cache, MB"], body)
+
+
+def scorers(name: str) -> str:
+    """KL of every scorer at every share of the tokens kept, on every text, with the attention output's error."""
+    texts = sorted({row["text"] for row in rows(name)}, reverse=True)
+    keeps = sorted({row["keep"] for row in rows(name)}, reverse=True)
+    body = []
+    for method in dict.fromkeys(row["method"] for row in rows(name)):
+        cells = [f"`{method}`"]
+        for text in texts:
+            for keep in keeps:
+                (row,) = rows(name, task="text", text=text, method=method, keep=keep)
+                cells.append(f"{row['kl']:.4f} ({row['aop']:.3f})")
+        body.append(cells)
+    body.sort(key=lambda line: float(line[1].split()[0]))
+    return table(["scorer", *(f"{text} {keep:.0%}" for text in texts for keep in keeps)], body)
+
+
+def main() -> None:
+    for path in FILES:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+
+        def made(match: re.Match) -> str:
+            kind, _, name = match[1].partition(" ")
+            body = globals()[kind](*([name] if name else []))
+            return f"<!-- table {match[1]} -->\n{body}\n<!-- end -->"
+
+        new = re.sub(r"<!-- table ([\w ]+) -->\n.*?<!-- end -->", made, text, flags=re.S)
+        if "--write" in sys.argv:
+            path.write_text(new, encoding="utf-8")
+        else:
+            print(new if new != text else f"{path.name}: nothing changes")
+
+
+if __name__ == "__main__":
+    main()
