@@ -20,6 +20,7 @@ from mlx_lm.models import base, llama
 from mlx_lm.models import cache as host_cache
 from mlx_lm.models.rope_utils import initialize_rope
 from mlx_models import MODELS, make_model, make_tokens, save_llama
+from tolerances import assert_close
 
 from spectral_kv_core.cache import LayerCache
 from spectral_kv_core.codec import TransformCodec
