@@ -39,10 +39,10 @@ from mlx.core.fft import irfft, rfft
 from . import kernels
 
 __all__ = [
-    "all_finite", "argsort", "asarray", "astype", "clip", "concat", "copy", "cos", "cumulative_sum", "exp", "float16",
-    "float32", "from_file", "int32", "irfft", "kernels", "matmul", "max", "maximum", "mean", "min", "permute_dims", "rfft",
-    "round", "sin", "sort", "split_bytes", "sqrt", "square", "stack", "sum", "take", "take_along_axis", "to_file", "to_numpy",
-    "uint8", "where", "zeros",
+    "all_finite", "argsort", "asarray", "astype", "clip", "concat", "copy", "cos", "cumulative_sum", "evaluate", "exp",
+    "float16", "float32", "from_file", "int32", "irfft", "kernels", "matmul", "max", "maximum", "mean", "min", "permute_dims",
+    "rfft", "round", "sin", "sort", "split_bytes", "sqrt", "square", "stack", "sum", "take", "take_along_axis", "to_file",
+    "to_numpy", "uint8", "where", "zeros",
 ]  # fmt: skip
 
 
@@ -82,6 +82,11 @@ def copy(x):
 def take(x, indices, axis=0):
     # a look-up in a table, which `take_along_axis` does ten times faster than `take` on the CPU
     return mx.take_along_axis(x, indices, axis=axis) if x.ndim == 1 else mx.take(x, indices, axis=axis)
+
+
+def evaluate(*arrays) -> None:
+    """Compute `arrays` now: MLX puts all work off, and keeps what it needs for it."""
+    mx.eval(*arrays)
 
 
 def zeros(shape, dtype=float32, like=None):

@@ -11,10 +11,10 @@ from torch import clip, cos, exp, float16, float32, int32, matmul, permute, roun
 from . import kernels
 
 __all__ = [
-    "all_finite", "argsort", "asarray", "astype", "clip", "concat", "copy", "cos", "cumulative_sum", "exp", "float16",
-    "float32", "from_file", "int32", "irfft", "kernels", "matmul", "max", "maximum", "mean", "min", "permute_dims", "rfft",
-    "round", "sin", "sort", "split_bytes", "sqrt", "square", "stack", "sum", "take", "take_along_axis", "to_file", "to_numpy",
-    "uint8", "where", "zeros",
+    "all_finite", "argsort", "asarray", "astype", "clip", "concat", "copy", "cos", "cumulative_sum", "evaluate", "exp",
+    "float16", "float32", "from_file", "int32", "irfft", "kernels", "matmul", "max", "maximum", "mean", "min", "permute_dims",
+    "rfft", "round", "sin", "sort", "split_bytes", "sqrt", "square", "stack", "sum", "take", "take_along_axis", "to_file",
+    "to_numpy", "uint8", "where", "zeros",
 ]  # fmt: skip
 
 permute_dims = permute
@@ -114,6 +114,10 @@ def rfft(x, n=None, axis=-1):
 
 def irfft(x, n=None, axis=-1):
     return torch.fft.irfft(x, n=n, dim=axis)
+
+
+def evaluate(*arrays) -> None:
+    """Compute `arrays` now: torch puts nothing off that takes memory."""
 
 
 def zeros(shape, dtype=float32, like=None):

@@ -20,7 +20,7 @@ from spectral_kv_core.codec import make_codec  # noqa: E402
 from spectral_kv_core.plan import make_plan  # noqa: E402
 from spectral_kv_mlx import ops  # noqa: E402
 from spectral_kv_mlx.kernels import attention as fast  # noqa: E402
-from spectral_kv_mlx.kernels import decode_step, rows  # noqa: E402
+from spectral_kv_mlx.kernels import blocks, decode_step, rows  # noqa: E402
 
 
 @pytest.fixture(params=[False, True], ids=["decoded", "multiplied"])
@@ -165,6 +165,50 @@ def test_a_cache_with_left_padding_takes_the_faster_step(monkeypatch):
             mx.concatenate([store.attend(q[:, :, t], k[:, :, t], v[:, :, t], 0.125, None) for t in steps], 2)
         )
     assert_close("output", *map(ops.to_numpy, outputs))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("scores", [2**26, 2**18])
+def test_a_later_part_of_a_prompt_attends_to_one_chunk_at_a_time(monkeypatch, dtype, scores):
+    """As to the whole history at once, with left padding and staged chunks; queries in one block or in several."""
+    monkeypatch.setattr(blocks, "SCORES", scores)
+    model = ToyModel(kv_heads=2, q_heads=6, layers=1)
+    plan = make_plan(model.shape, toy_profile_of(model), "spectral", 2)
+    q, (k, v) = model.queries(1, 2200, 2), model.sample(1, 2200, 2)
+    q, k, v = (mx.array(x).astype(getattr(mx, dtype)) for x in (q, k, v))
+    outputs, decoded = [], []
+    for kernels in (ops.kernels, None):
+        monkeypatch.setattr(ops, "kernels", kernels)
+        store = LayerCache(ops, make_codec(ops, plan, 0), 4, 64, lambda: make_codec(ops, plan.staging, 0))
+        store.start(2, [0, 30])
+        whole = store._lane_dense
+        monkeypatch.setattr(store, "_lane_dense", lambda *a, whole=whole: decoded.append(1) or whole(*a))
+        parts = [slice(0, 1300), slice(1300, 1900), slice(1900, 2200)]
+        outputs.append([store.attend(q[:, :, p], k[:, :, p], v[:, :, p], 0.125, fused) for p in parts])
+        assert store.is_staged
+        assert len(decoded) == (4 if kernels is None else 0)
+    for got, expected in zip(*outputs):
+        assert got.dtype == expected.dtype
+        assert_close("output", ops.to_numpy(got), ops.to_numpy(expected), dtype)
+
+
+def test_no_more_scores_at_a_time_than_allowed(monkeypatch):
+    """Nor any other block: what is there when a block has been computed is the result of those before."""
+    monkeypatch.setattr(blocks, "SCORES", 2**16)
+    q, (k, v) = ToyModel(64, 1, 2, 1).queries(1, 1024), ToyModel(64, 1, 2, 1).sample(1, 1024)
+    q, k, v = map(mx.array, (q, k, v))
+    mx.eval(q, k, v)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    out = blocks.partial_attention(q, k, v, 0.125)
+    mx.eval(out)
+    assert mx.get_peak_memory() - before < 5 * q.nbytes + 4 * 2**16 < 2 * 1024 * 1024 * 4
+    expected = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.125)
+    assert_close("output", np.array(out[0] / out[2]).reshape(q.shape), np.array(expected))
+
+
+def fused(q, k, v, scale):
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
 
 
 def test_a_longer_history_takes_no_more_operations(monkeypatch):

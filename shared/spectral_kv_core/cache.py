@@ -326,7 +326,12 @@ class LayerCache:
                 for chunk in chunks:
                     yield attend(q, *(xp.astype(x, q.dtype) for x in codec.decode(chunk)), scale)
 
-        return xp.astype(attention.merge_partials(xp, partials()).reshape(q.shape), q.dtype)
+        total = None
+        for part in partials():
+            total = attention.add_partials(xp, total, part) if total else part
+            xp.evaluate(*total)  # else all parts are there until the last one
+        o, _, l = total
+        return xp.astype((o / l).reshape(q.shape), q.dtype)
 
     def _append_lane(self, lane: Lane, k, v, prompt: bool, recent=None) -> None:
         xp = self.xp

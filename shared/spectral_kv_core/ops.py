@@ -39,10 +39,10 @@ from numpy.fft import irfft, rfft
 kernels = None  # a module of functions that a backend runs faster than by the operations below
 
 __all__ = [
-    "all_finite", "argsort", "asarray", "astype", "clip", "concat", "copy", "cos", "cumulative_sum", "exp", "float16",
-    "float32", "from_file", "int32", "irfft", "kernels", "matmul", "max", "maximum", "mean", "min", "permute_dims", "rfft",
-    "round", "sin", "sort", "split_bytes", "sqrt", "square", "stack", "sum", "take", "take_along_axis", "to_file", "to_numpy",
-    "uint8", "where", "zeros",
+    "all_finite", "argsort", "asarray", "astype", "clip", "concat", "copy", "cos", "cumulative_sum", "evaluate", "exp",
+    "float16", "float32", "from_file", "int32", "irfft", "kernels", "matmul", "max", "maximum", "mean", "min", "permute_dims",
+    "rfft", "round", "sin", "sort", "split_bytes", "sqrt", "square", "stack", "sum", "take", "take_along_axis", "to_file",
+    "to_numpy", "uint8", "where", "zeros",
 ]  # fmt: skip
 
 
@@ -71,6 +71,10 @@ def from_file(x: np.ndarray, dtype: str, like=None):
 def copy(x):
     """A compact copy that shares no memory with `x`: a slice that stays must not keep its parent alive."""
     return np.array(x)
+
+
+def evaluate(*arrays) -> None:
+    """Compute `arrays` now, where the library puts work off."""
 
 
 def zeros(shape, dtype=float32, like=None):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 
 from spectral_kv_core import attention
 from spectral_kv_core.codec import Chunk, SpectralCodec
 
-from .products import WEIGHT_RANGE, make_rows
+from .products import HALF_DIGITS, QUERY_DIGITS, WEIGHT_RANGE, make_rows
 from .tiles import Tile, Tiles
 
 TILE_CHUNKS = 16
@@ -33,7 +35,8 @@ class EagerStep:
         mask = attention.causal_rows(codec.xp, queries.shape[1] // h, queries.shape[2], keys.shape[2], like=queries)
         latent = rows @ codec.basis[:h] * scale
         offset = rows @ codec.mean[:h].transpose(1, 2) * scale  # q . mu
-        prepared = [side.queries(latent) for side in self._keys]
+        digits = HALF_DIGITS if queries.dtype == torch.bfloat16 else QUERY_DIGITS
+        prepared = [side.queries(latent, digits) for side in self._keys]
         partials = [self._attend(tile, prepared, offset) for tile in self._tiles.of(chunks)]
         partials.append(attention.dense_partial(codec.xp, rows, keys.float(), values.float(), scale, mask))
         return attention.merge_partials(codec.xp, partials).reshape(queries.shape).to(queries.dtype)
@@ -41,31 +44,27 @@ class EagerStep:
     def _attend(self, tile: Tile, prepared: list, offset):
         """Partial softmax over a tile."""
         codec, (batch, h, m, _) = self._codec, offset.shape
-        block, n = codec.block, tile.blocks
-        p = torch.empty(batch, h, m, block, n)
-        for sequence in range(batch):
-            for head in range(h):
-                fresh = True
-                for rows, queries in zip(self._keys, prepared):
-                    if not rows.is_empty(head):
-                        rows.add_scores(p[sequence, head], tile, sequence, head, queries, fresh)
-                        fresh = False
-                if fresh:
-                    p[sequence, head] = 0
-        if len(tile.unused):
-            p.index_fill_(-1, tile.unused, -torch.inf)
-        p = p.view(batch, h, m, -1)
-        top = p.amax(-1, keepdim=True)
-        p.sub_(top).exp_()
-        total = p.sum(-1, keepdim=True)
-        p = p.view(batch, h, m, block, n)
+        top, total = torch.empty(batch, h, m, 1), torch.empty(batch, h, m, 1)
         sums = [rows.sums(batch, m) for rows in self._values]
-        for sequence in range(batch):
-            for head in range(h):
-                weights = torch.matmul(self._weight_time, p[sequence, head])  # [M, block, N]
-                for rows, of_rows in zip(self._values, sums):
-                    if not rows.is_empty(head):
-                        rows.add_pooled(of_rows, tile, sequence, head, weights)
+        p = torch.empty(m, codec.block, tile.blocks)  # of one head: what stays in the processor's caches
+        flat = p.view(m, -1)
+        for sequence, head in product(range(batch), range(h)):
+            fresh = True
+            for rows, queries in zip(self._keys, prepared):
+                if not rows.is_empty(head):
+                    rows.add_scores(p, tile, sequence, head, queries, fresh)
+                    fresh = False
+            if fresh:
+                p.zero_()
+            if len(tile.unused):
+                p.index_fill_(-1, tile.unused, -torch.inf)
+            torch.amax(flat, -1, keepdim=True, out=top[sequence, head])
+            flat.sub_(top[sequence, head]).exp_()
+            torch.sum(flat, -1, keepdim=True, out=total[sequence, head])
+            weights = torch.matmul(self._weight_time, p)  # [M, block, N]
+            for rows, of_rows in zip(self._values, sums):
+                if not rows.is_empty(head):
+                    rows.add_pooled(of_rows, tile, sequence, head, weights)
         pooled = sum(rows.pooled(of_rows) for rows, of_rows in zip(self._values, sums))
         output = pooled @ codec.basis[h:].transpose(1, 2) + total * codec.mean[h:]
         return output, top + offset, total

@@ -19,7 +19,7 @@ from spectral_kv_core.quantizer import planes
 from .tiles import Tile
 
 QUERY_DIGITS, WEIGHT_DIGITS = 3, 4
-QUERY_RANGE = 127 * 2**16  # of a query in its digits, the highest of which takes a carry
+HALF_DIGITS = 2  # of a query in bfloat16: the third stands for less than its rounding
 WEIGHT_RANGE = 2**28  # of a weight of 1; a coefficient of a block of them is at most 4
 FIELDS = {1: (2, 4), 2: (4,)}  # by width: the fields of a byte, as the order of blocks has them
 PER_LOOK_UP = {1: 4, 2: 4, 3: 4, 4: 2, 5: 2, 6: 2, 8: 1}  # codes of a width; a table has at most 4,096 entries
@@ -78,7 +78,7 @@ class Rows:
         flat = [n for sizes in self.sizes for n in sizes]
         made = []
         for of_sequence in x:
-            parts = iter(of_sequence.split(flat, dim=-1))
+            parts = iter(divided(of_sequence, flat, -1))
             made.append([[next(parts) for _ in sizes] for sizes in self.sizes])
         return made
 
@@ -112,33 +112,36 @@ class IntegerRows(Rows):
         self.weight_digits = torch.tensor([256.0**i for i in range(WEIGHT_DIGITS)]) * (step / WEIGHT_RANGE)
         self.in_time = self.dense.transpose(1, 2) @ codec.time  # [H, R, block]
 
-    def queries(self, latent) -> tuple:
-        """What `add_scores` needs of the latent queries [B, H, M, R]: digits, and what is done to the sums."""
+    def queries(self, latent, digits: int) -> tuple:
+        """What `add_scores` needs of the latent queries [B, H, M, R]: their digits, and what is done to the sums."""
         batch, _, m, _ = latent.shape
         bound = (latent.abs() * self.highest).amax(-1, keepdim=True).clamp_(min=1e-30)  # guards a query of zero
-        rows = with_carry(self.of_rows(latent * (QUERY_RANGE / bound)).round_().int(), QUERY_DIGITS)
-        digits = torch.empty(batch, m, QUERY_DIGITS, self.count, dtype=torch.int8)
-        for i in range(QUERY_DIGITS):
-            digits[:, :, i] = rows >> (8 * i)
-        digits = digits.flatten(1, 2)
+        span = 127 * 256 ** (digits - 1)  # the highest digit takes a carry
+        rows = with_carry(self.of_rows(latent * (span / bound)).round_().int(), digits)
+        split = torch.empty(batch, m, digits, self.count, dtype=torch.int8)
+        for i in range(digits):
+            split[:, :, i] = rows >> (8 * i)
         one = (1,) * (len(self.fields) + 1)
-        factors = (bound * (self.step / QUERY_RANGE)).view(*bound.shape, *one) * self.powers
+        factors = (bound * (self.step / span)).view(*bound.shape, *one) * self.powers
         constants = latent @ self.in_time
-        return self.parts(digits), factors, constants.view(*constants.shape, *one) * self.offsets
+        return self.parts(split.flatten(1, 2)), factors, constants.view(*constants.shape, *one) * self.offsets
 
     def add_scores(self, out, tile: Tile, sequence: int, head: int, queries: tuple, fresh: bool) -> None:
         """Scores of one KV head, into or onto `out` [M, block, N]."""
-        (m, block, n), (digits, factors, constants) = out.shape, queries
+        (m, block, n), (queries, factors, constants) = out.shape, queries
+        digits = len(queries[sequence][head][0]) // m
         parts = self.heads[head][1]
-        codes = self.masked(self.units(tile, sequence, head)).split(self.sizes[head])
-        sums = torch.empty(block, m * QUERY_DIGITS, n, dtype=torch.int32)
+        codes = divided(self.masked(self.units(tile, sequence, head)), self.sizes[head])
+        sums = torch.empty(block, m * digits, n, dtype=torch.int32)
         if len(parts) < block:
             sums.zero_()
         by_frequency = sums.unbind()
-        for (f, _, _), q, y in zip(parts, digits[sequence][head], codes):
+        for (f, _, _), q, y in zip(parts, queries[sequence][head], codes):
             torch._int_mm(q, y, out=by_frequency[f])
-        low, middle, high = sums.view(block, m, QUERY_DIGITS, n).unbind(2)
-        x = torch.add(low, middle, alpha=256).float().add_(high, alpha=65536)  # the two low digits do not overflow
+        low, middle, *high = sums.view(block, m, digits, n).unbind(2)
+        x = torch.add(low, middle, alpha=256).float()  # of two digits: no overflow
+        if high:
+            x.add_(high[0], alpha=65536)
         x = torch.mm(self.time, x.view(block, -1)).view(block, m, *self.fields, -1).transpose(0, 1)
         x.mul_(factors[sequence, head])
         if fresh:
@@ -164,8 +167,8 @@ class IntegerRows(Rows):
         wide = torch.empty(block, *self.fields, n * self.bits // 8, columns, dtype=torch.int32)
         wide[..., :m] = (weights * self.powers).movedim(0, -1)
         digits = with_carry(wide, WEIGHT_DIGITS).view(torch.int8).view(block, n, -1).unbind()
-        codes = self.masked(self.units(tile, sequence, head)).split(self.sizes[head])
-        for (f, _, _), y, out in zip(parts, codes, of_codes[sequence, rows].split(self.sizes[head])):
+        codes = divided(self.masked(self.units(tile, sequence, head)), self.sizes[head])
+        for (f, _, _), y, out in zip(parts, codes, divided(of_codes[sequence, rows], self.sizes[head])):
             torch._int_mm(y, digits[f], out=out)
 
     def pooled(self, sums: tuple) -> torch.Tensor:
@@ -206,7 +209,7 @@ class DecodedRows:
         """Whether a KV head has no such row."""
         return all(rows.is_empty(head) for rows in self.widths)
 
-    def queries(self, latent) -> list:
+    def queries(self, latent, digits: int) -> list:
         """What `add_scores` needs of the latent queries [B, H, M, R]."""
         return [rows.parts(rows.of_rows(latent)) for rows in self.widths]
 
@@ -304,6 +307,13 @@ def has_integer_products() -> bool:
         return bool((torch._int_mm(a, b) == -64 * 127 * 128).all())
     except (AttributeError, RuntimeError):  # not part of torch's public interface
         return False
+
+
+def divided(x, sizes: list[int], dim: int = 0) -> tuple[torch.Tensor, ...]:
+    """`x` in parts of `sizes` along `dim`."""
+    if len(set(sizes)) == 1:  # a fraction of what `split` takes
+        return x.unflatten(dim, (len(sizes), sizes[0])).unbind(dim if dim >= 0 else dim - 1)
+    return x.split(sizes, dim=dim)
 
 
 def in_order(x, fields: tuple):
