@@ -1,6 +1,8 @@
 """The tables of README and of this folder, from the JSON that `spectralkv eval` wrote: python results/tables.py [--write]
 
---write puts them between the markers <!-- table NAME --> and <!-- end --> of the files that have them.
+--write puts them between the markers <!-- table NAME --> and <!-- end --> of the files that have them; --code FILE writes
+the code that `eval` reads by itself to a file, so that it can be read beside another text; --publish DIR takes the summary of
+a run over, without the rows of single documents, as DIR's name.
 """
 
 from __future__ import annotations
@@ -68,13 +70,26 @@ def scorers(name: str) -> str:
         for text in texts:
             for keep in keeps:
                 (row,) = rows(name, task="text", text=text, method=method, keep=keep)
-                cells.append(f"{row['kl']:.4f} ({row['aop']:.3f})")
+                aop = f" ({row['aop']:.3f})" if row.get("aop") is not None else ""
+                cells.append(f"{row['kl']:.4f}{aop}")
         body.append(cells)
     body.sort(key=lambda line: float(line[1].split()[0]))
     return table(["scorer", *(f"{text} {keep:.0%}" for text in texts for keep in keeps)], body)
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--code"]:
+        from spectral_kv_core.evaluation_text import default_texts
+
+        Path(sys.argv[2]).write_text(default_texts()[1].text, encoding="utf-8")
+        return
+    if sys.argv[1:2] == ["--publish"]:
+        run = Path(sys.argv[2])
+        summary = json.loads((run / "summary.json").read_text())
+        kept = {key: value for key, value in summary.items() if key != "documents"}
+        kept["model"] = Path(kept["model"]).name  # no folder of this machine
+        (HERE / f"{run.name}.json").write_text(json.dumps(kept, indent=1) + "\n")
+        return
     for path in FILES:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
 
