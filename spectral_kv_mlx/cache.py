@@ -131,11 +131,12 @@ class SpectralKVCache(RoutedCache):
         seen = self.size()
         if self.left_padding is None:
             return create_attention_mask(N, offset=seen, return_array=return_array, window_size=window_size)
-        return create_causal_mask(N, seen, window_size, left_padding=mx.array(self.left_padding))
+        mask = create_causal_mask(N, seen, window_size, left_padding=mx.array(self.left_padding))
+        return mask[..., self.store.seen - self.store.slots :]
 
     def is_trimmable(self) -> bool:
-        """Whether the host may forget any number of tokens: not once some before them were dropped."""
-        return not self.store.has_dropped
+        """Whether the host may forget any number of tokens: never where some before them may be dropped."""
+        return self.store.eviction is None
 
     def trim(self, n: int) -> int:
         """Forget the last `n` tokens; returns how many there were to forget."""
@@ -283,6 +284,9 @@ def cache_nbytes(cache: list) -> CacheSize:
     """Bytes of every array that `cache` holds for its sequences, window, sinks and passed-through layers included."""
     stored = dense = 0
     tables = {}
+    for layer in cache:  # heads may keep the same tokens in all layers
+        if isinstance(layer, SpectralKVCache):
+            layer.commit()
     for layer in dict.fromkeys(cache):
         if isinstance(layer, SpectralKVCache):
             stored += layer.nbytes

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import generate_step
 
-from spectral_kv_core.eviction import plan_and_eviction
+from spectral_kv_core.eviction import check_request, plan_and_eviction
 from spectral_kv_core.generation import Generated
 from spectral_kv_core.machine import process_peak_bytes
 from spectral_kv_core.methods import get_live_method, rounded_by
@@ -98,6 +98,16 @@ def make_prompt_cache(
     profile of another model, or nothing to compress.
     """
     method = rounded_by(get_live_method(method), rounding_scores)
+    request = {
+        "bits": bits,
+        "budget_bytes": budget_bytes,
+        "max_context": max_context,
+        "budget_tokens": budget_tokens,
+        "protect": protect,
+        "selection": selection,
+        "tiers": tiers,
+    }
+    check_request(method, **request)  # before anything long runs
     shape, passed, profile = SpectralProfiler().profile_for(model, method, profile, tokenizer)
     layers = host_layers(model)
     size = model_dtype(model).size
@@ -106,13 +116,7 @@ def make_prompt_cache(
         shape,
         profile,
         method,
-        bits=bits,
-        budget_bytes=budget_bytes,
-        max_context=max_context,
-        budget_tokens=budget_tokens,
-        protect=protect,
-        selection=selection,
-        tiers=tiers,
+        **request,
         window=window,
         sinks=sinks,
         element_bytes=size,

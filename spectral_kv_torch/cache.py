@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from spectral_kv_core.cache import CacheSize, LayerCache
 from spectral_kv_core.eviction import Eviction
+from spectral_kv_core.lane import Lane
 from spectral_kv_core.methods import get_live_method
 from spectral_kv_core.plan import Plan, make_plan
 from spectral_kv_core.profile import Profile
@@ -97,6 +98,8 @@ class SpectralKVLayer(CacheLayerMixin):
         """Attention [B, Hq, L, D] of the tokens of `pending`, which enter the cache; `padding` [B] at the first call."""
         if not self.store.lanes:
             self.store.start(queries.shape[0], padding)
+        elif padding is not None:
+            self.store.repad([p + self.store.seen - self.store.slots for p in padding])
         self.pending = None
         return self.store.attend(queries, pending.keys, pending.values, scale, fused)
 
@@ -111,8 +114,8 @@ class SpectralKVLayer(CacheLayerMixin):
         return torch.cat([held[0], pending.keys], dim=2), torch.cat([held[1], pending.values], dim=2)
 
     def is_empty(self) -> bool:
-        """Whether no token has entered yet, so that left padding is still to be told."""
-        return not self.store.lanes
+        """Whether some row has no token yet, so that its left padding is still to be told."""
+        return not all(lane.exact for lane in self.store.lanes or [Lane([], 0)])
 
     def commit(self) -> None:
         """Let tokens that nobody attended to through us enter the cache."""
@@ -125,7 +128,7 @@ class SpectralKVLayer(CacheLayerMixin):
         if self.store is None:
             self.lazy_initialization(keys, values)
         self.commit()
-        if self.is_empty():
+        if not self.store.lanes:
             self.store.start(keys.shape[0], padding)
         self.store.append(keys, values)
 
@@ -218,6 +221,11 @@ class SpectralCache(Cache):
         working_set: int = 0,
     ):
         plan = plan or make_plan(profile.shape, profile, get_live_method(method), bits)
+        if plan.method.scorer is not None and eviction is None and not hasattr(plan, "CODEC"):
+            raise ValueError(
+                f"Expected a budget for {plan.method.name}, which drops tokens, received none: "
+                "make_prompt_cache(model, method=..., budget_tokens=...)."
+            )
         layers = list(layers) if layers is not None else [DynamicLayer() for _ in range(plan.shape.num_layers)]
         for row, layer_group in enumerate(plan.layer_groups):
             layer = SpectralKVLayer(plan, row, sinks, window, eviction, bytes_per_layer(plan, working_set))
@@ -225,6 +233,13 @@ class SpectralCache(Cache):
                 layers[layer_idx] = layer
         super().__init__(layers=layers)
         self.plan = plan
+
+    def __deepcopy__(self, memo) -> SpectralCache:
+        """An independent cache that shares the plan and the tensors."""
+        _commit(self.layers)
+        new = copy.copy(self)
+        new.layers = copy.deepcopy(self.layers, memo)
+        return new
 
     def finalize(self) -> None:
         """End the prompt now instead of at the next call with at most 16 tokens: the cache takes its final size."""
@@ -287,9 +302,9 @@ def cache_nbytes(cache: Cache) -> CacheSize:
     """Bytes of every tensor that `cache` holds for its sequences, window, sinks and passed-through layers included."""
     stored = dense = 0
     tables = {}
+    _commit(cache.layers)
     for layer in dict.fromkeys(cache.layers):
         if isinstance(layer, SpectralKVLayer):
-            layer.commit()
             stored += sum(storages(layer.arrays()).values())
             tables |= storages(layer.tables())  # some are shared by all layers
             if layer.store is not None:
@@ -299,6 +314,13 @@ def cache_nbytes(cache: Cache) -> CacheSize:
             stored += sum(storages(held).values())
             dense += sum(2 * x.numel() for x in held)
     return CacheSize(stored, dense, sum(tables.values()))
+
+
+def _commit(layers: list) -> None:
+    """Let what nobody attended to enter all of `layers`: heads may keep the same tokens in all of them."""
+    for layer in layers:
+        if isinstance(layer, SpectralKVLayer):
+            layer.commit()
 
 
 def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:

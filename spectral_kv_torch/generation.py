@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
-from spectral_kv_core.eviction import plan_and_eviction
+from spectral_kv_core.eviction import check_request, plan_and_eviction
 from spectral_kv_core.generation import Generated
 from spectral_kv_core.machine import process_peak_bytes
 from spectral_kv_core.methods import get_live_method, rounded_by
@@ -93,6 +93,16 @@ def make_prompt_cache(
     the cache. Raises ValueError for a budget out of range, a profile of another model, or nothing to compress.
     """
     method = rounded_by(get_live_method(method), rounding_scores)
+    request = {
+        "bits": bits,
+        "budget_bytes": budget_bytes,
+        "max_context": max_context,
+        "budget_tokens": budget_tokens,
+        "protect": protect,
+        "selection": selection,
+        "tiers": tiers,
+    }
+    check_request(method, **request)  # before anything long runs
     shape, passed, profile = SpectralProfiler().profile_for(model, method, profile, tokenizer)
     layers = host_layers(model)
     size = torch.empty((), dtype=model.dtype).element_size()
@@ -103,13 +113,7 @@ def make_prompt_cache(
         shape,
         profile,
         method,
-        bits=bits,
-        budget_bytes=budget_bytes,
-        max_context=max_context,
-        budget_tokens=budget_tokens,
-        protect=protect,
-        selection=selection,
-        tiers=tiers,
+        **request,
         window=window,
         sinks=sinks,
         element_bytes=size,
@@ -156,7 +160,7 @@ def generate(
     config = GenerationConfig(
         max_new_tokens=max_tokens,
         do_sample=False,
-        eos_token_id=None if ignore_eos else model.generation_config.eos_token_id,
+        eos_token_id=[] if ignore_eos else model.generation_config.eos_token_id,
         pad_token_id=0,
         prefill_chunk_size=PREFILL_CHUNK if len(prompt) > PREFILL_CHUNK else None,
     )

@@ -156,6 +156,7 @@ WRONG = [
     ("whole numbers", "--synthetic", "tiny", "--context", "1k"),
     ("live cache", "--synthetic", "tiny", "--methods", "spectral-stored"),
     ("method among", "--methods", "spectrel"),
+    ("keep every token", "--methods", "spectral,triattention"),
     ("multiple of the group", "--synthetic", "tiny", "--methods", "affine"),
     ("between 0.25 and 8", "--synthetic", "tiny", "--plan", "typical", "--bits", "9"),
     ("with --synthetic", "--model", "demo", "--plan", "flat"),

@@ -244,7 +244,7 @@ def test_recent_tokens_can_be_forgotten(xp):
     np.testing.assert_array_equal(positions_of(cache), places[:, :, :-20])
     append(cache, keys[:, :, 290:320], values[:, :, 290:320])
     assert (positions_of(cache)[:, :, -30:] == np.arange(290, 320)).all()
-    with pytest.raises(ValueError, match="at most 94 tokens to forget"):
+    with pytest.raises(ValueError, match="at most 74 tokens to forget"):
         cache.crop(200)
     cache.crop(320)
     assert cache.dense() is None and not cache.has_dropped
@@ -298,6 +298,10 @@ def test_a_scorer_sees_what_it_is_defined_on(monkeypatch):
         ("triattention", {"budget_tokens": 100, "protect": [(0, 50)]}, "above 114"),
         ("triattention", {"budget_tokens": 200, "selection": "global"}, "selection among"),
         ("triattention", {"budget_tokens": 200, "bits": 3.0}, "bits between 16 and 16"),
+        ("triattention", {"budget_tokens": True}, "number of tokens"),
+        ("triattention", {"budget_tokens": 200, "protect": (0, 10)}, "start < end"),
+        ("triattention", {"budget_tokens": 200, "protect": [(0.5, 20)]}, "start < end"),
+        ("triattention", {"budget_tokens": 200, "protect": [(0, 10**12)]}, "budget_tokens above"),
         ("spectral", {"budget_tokens": 200}, "keeps every token"),
         ("spectral", {"protect": [(0, 9)]}, "wavelettriattention\\+spectral"),
     ],

@@ -126,6 +126,8 @@ def test_a_cache_of_tiers_attends_to_what_it_holds(xp, name):
         ("triattention+spectral", ((1.0, 2.0),), {}, "add up to 1"),
         ("triattention+spectral", TIERS, {"budget_tokens": 300}, "budget_tokens too"),
         ("triattention+spectral", ((0.25, 2.0), (0.75, 0.1)), {}, "bits between"),
+        ("snapkv+spectral", TIERS, {}, "looks at keys alone"),
+        ("triattention+spectral", (0.25, 0.75), {}, "add up to 1"),
     ],
 )
 def test_tiers_that_cannot_be(name, tiers, options, message):

@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 from torch_models import ByteTokenizer  # noqa: E402
 
 from spectral_kv_core.scorers import SCORERS  # noqa: E402
-from spectral_kv_torch import cache_nbytes, make_prompt_cache, restore, save_prompt_cache  # noqa: E402
+from spectral_kv_torch import SpectralCache, cache_nbytes, make_prompt_cache, restore, save_prompt_cache  # noqa: E402
 from spectral_kv_torch.cache import SpectralKVLayer, fill  # noqa: E402
 from spectral_kv_torch.generation import generate  # noqa: E402
 from spectral_kv_torch.integration import plain_cache  # noqa: E402
@@ -133,7 +133,7 @@ def test_what_dropped_tokens_cannot_be_stored(tmp_path):
     model, profile = model_and_profile("llama")
     cache = make_prompt_cache(model, profile, method="knorm", budget_tokens=BUDGET)
     logits_of(model, tokens(300), cache)
-    with pytest.raises(ValueError, match="keeps every token"):
+    with pytest.raises(ValueError, match="keeps every token with"):
         save_prompt_cache(tmp_path / "x.safetensors", cache, model=model)
     with pytest.raises(ValueError, match="keeps every token"):
         save_prompt_cache(tmp_path / "x.safetensors", plain_cache(model), model=model, method="knorm")
@@ -162,3 +162,71 @@ def test_any_scorer_may_weigh_the_rounding():
     assert not torch.equal(held[None], held["triattention"]) and not torch.equal(held[None], held["nearest"])
     with pytest.raises(ValueError, match="rounds by scores"):
         make_prompt_cache(model, profile, method="identity", rounding_scores="triattention")
+
+
+def test_layers_agree_on_how_many_tokens_they_hold():
+    """One mask serves all of them, and one crop."""
+    model, profile = model_and_profile("llama")
+    model = copy.deepcopy(model)
+    ids = tokens(420)
+    cache = make_prompt_cache(model, profile, 8, method="triattention+spectral", budget_tokens=BUDGET)
+    logits_of(model, ids[:, :300], cache)
+    for start in range(300, 400, 4):
+        logits_of(model, ids[:, start : start + 4], cache)
+        assert len({store.lanes[0].stored for store in stores(cache)}) == 1
+    cache.crop(-5)
+    assert {store.seen for store in stores(cache)} == {395}
+    other = copy.deepcopy(cache)
+    expected = logits_of(model, ids[:, 395:401], cache)
+    restore(model)
+    got = logits_of(model, ids[:, 395:401], other)
+    assert float((got - expected).abs().max()) < 1e-2 * float(expected.abs().max())
+
+
+def test_a_second_crop_forgets_nothing_in_between():
+    model, profile = model_and_profile("llama")
+    cache = make_prompt_cache(model, profile, method="random", budget_tokens=BUDGET)
+    logits_of(model, tokens(300), cache)
+    cache.crop(-60)
+    with pytest.raises(ValueError, match="at most"):
+        cache.crop(-60)
+    places = positions_of(stores(cache)[0])
+    assert (places[..., -1] == 239).all() and cache.get_seq_length() == 240
+
+
+def test_padding_may_end_in_a_later_piece_of_the_prompt():
+    model, profile = model_and_profile("llama")
+    ids, pads = tokens(200, batch=2), [0, 90]
+    mask = (torch.arange(200)[None] >= torch.tensor(pads)[:, None]).long()
+    places = (torch.arange(200)[None] - torch.tensor(pads)[:, None]).clamp(min=0)
+    for method, options in (("identity", {}), ("streaming", {"budget_tokens": BUDGET})):
+        whole, cache = (make_prompt_cache(model, profile, method=method, **options) for _ in range(2))
+        with torch.no_grad():
+            expected = model(ids, attention_mask=mask, position_ids=places, past_key_values=whole).logits[:, -1]
+            for part in (slice(0, 50), slice(50, 100), slice(100, 200)):
+                got = model(
+                    ids[:, part],
+                    attention_mask=mask[:, : part.stop],
+                    position_ids=places[:, part],
+                    past_key_values=cache,
+                ).logits[:, -1]
+        assert stores(cache)[0].padding == pads
+        assert float((got - expected).abs().max()) < (1e-3 if method == "identity" else 1.0) * float(
+            expected.abs().max()
+        )
+
+
+def test_a_cache_without_a_budget_is_refused():
+    _, profile = model_and_profile("llama")
+    for method in ("knorm", "triattention+spectral"):
+        with pytest.raises(ValueError, match="budget"):
+            SpectralCache(profile, method=method)
+
+
+def test_the_end_of_a_text_can_be_ignored():
+    model = copy.deepcopy(model_and_profile("llama")[0])
+    prompt = tokens(100)[0].tolist()
+    first = generate(model, ByteTokenizer(), prompt, plain_cache(model), 1, True, lambda token: None).tokens[0]
+    model.generation_config.eos_token_id = model.config.eos_token_id = first
+    assert len(generate(model, ByteTokenizer(), prompt, plain_cache(model), 10, False, lambda token: None).tokens) == 1
+    assert len(generate(model, ByteTokenizer(), prompt, plain_cache(model), 10, True, lambda token: None).tokens) == 10

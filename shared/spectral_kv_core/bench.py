@@ -55,8 +55,12 @@ class Settings:
     plan: str | None = None
 
     def __post_init__(self):
-        for method in self.methods:
-            get_live_method(method)
+        for method in map(get_live_method, self.methods):
+            if method.scorer is not None:
+                raise ValueError(
+                    f"Expected methods that keep every token, {method.name} drops some: how fast it is follows from how many "
+                    "are left. Measure its codec at fewer tokens."
+                )
         if self.synthetic is not None:
             _ = self.plans  # raises ValueError
         elif self.plan is not None:

@@ -92,6 +92,12 @@ class LayerCache:
             raise ValueError(f"Expected left padding for {batch} rows, received {len(pads)} numbers.")
         self.lanes = [Lane([i for i, p in enumerate(pads) if p == pad], pad) for pad in sorted(set(pads))]
 
+    def repad(self, padding: list[int]) -> None:
+        """Left padding [batch] in slots, of which a call that ended inside it has told only a part."""
+        rows = [row for lane in self.lanes if not lane.exact for row in lane.rows]
+        self.lanes = [lane for lane in self.lanes if lane.exact]
+        self.lanes += [Lane([r for r in rows if padding[r] == p], p) for p in sorted({padding[r] for r in rows})]
+
     @property
     def padding(self) -> list[int]:
         """Left padding of every row of the batch, in slots."""
@@ -213,8 +219,8 @@ class LayerCache:
         Raises ValueError for more than the recent window once tokens before it were dropped.
         """
         self.finalize()
-        tokens = min(tokens, self.seen)
-        recent = min((lane.recent(self.window) for lane in self.lanes), default=0)
+        tokens = min(int(tokens), self.seen)
+        recent = min((lane.recent(self.xp, self.window) for lane in self.lanes), default=0)
         if self.has_dropped and recent < tokens < self.seen:
             raise ValueError(
                 f"Expected at most {recent} tokens to forget, as tokens before the recent window were dropped, received "

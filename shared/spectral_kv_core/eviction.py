@@ -7,6 +7,7 @@ steps and not at each one.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,10 +15,10 @@ from functools import cached_property
 import numpy as np
 
 from .codec import CHUNK_TOKENS, Chunk
-from .codecs.tiers import make_tiered_plan
+from .codecs.tiers import check_tiers, make_tiered_plan
 from .lane import Lane
 from .methods import DROPPING, Method
-from .plan import Plan, elements_per_token, plan_for
+from .plan import Plan, elements_per_token, plan_for, whole_number
 from .profile import ModelShape, Profile
 from .scorers import Scorer, Tokens, get_scorer
 from .selection import MODES, select
@@ -40,16 +41,12 @@ class Eviction:
     window: int
     protect: tuple[tuple[int, int], ...] = ()
     mode: str = MODES[0]
+    agreed: dict = field(default_factory=dict, repr=False)  # blocks that stay in every layer, by rows: masks are shared
     waiting: list = field(default_factory=list, repr=False)  # per_head: layers that the others of a call will follow
 
     def __post_init__(self):
         if self.mode not in MODES:
             raise ValueError(f"Expected a selection among {', '.join(MODES)}, received {self.mode!r}.")
-        for span in self.protect:
-            if len(span) != 2 or not 0 <= span[0] < span[1]:
-                raise ValueError(
-                    f"Expected protected spans (start, end) of positions with start < end, received {span!r}."
-                )
         if self.budget <= self.fixed:
             raise ValueError(
                 f"Expected budget_tokens above {self.fixed}, which {self.sinks} sinks, a window of {self.window} and what is "
@@ -65,10 +62,13 @@ class Eviction:
     @cached_property
     def fixed(self) -> int:
         """Tokens that cannot be dropped once all of them are there."""
-        covered = {p for start, end in self.protect for p in range(start, end)}
+        last, covered = self.sinks, 0  # of protected tokens those that are no sinks, each once
+        for start, end in sorted(self.protect):
+            covered += max(end - max(start, last), 0)
+            last = max(last, end)
         blocks = 2 * 15 * len(self.protect) if self.coded else 0  # a block is kept for the sake of one token
         waits = 15 if self.coded else 0  # for their block to fill
-        return self.sinks + self.window + waits + blocks + len(covered - set(range(self.sinks)))
+        return self.sinks + self.window + waits + blocks + covered
 
     @property
     def coded(self) -> bool:
@@ -116,6 +116,7 @@ class Eviction:
         if self.mode == "per_layer_per_head":
             self._drop(cache, lane, scores, places, target)
             return
+        self.waiting = [entry for entry in self.waiting if (entry[0].row, entry[1].rows) != (cache.row, lane.rows)]
         self.waiting.append((cache, lane, scores, places))
         layers = [entry for entry in self.waiting if entry[1].rows == lane.rows]
         if len(layers) < len(self.plan.layer_groups):
@@ -144,7 +145,10 @@ class Eviction:
             best = xp.to_numpy(select(xp, scores, target, *fixed, spans, places))
             inside = float(((best >= start) & (best < start + sealed)).sum(-1).mean())
             block = cache.codec.block
-            blocks = max(int(inside // block), (target - lane.exact) // block)
+            rows, blocks = tuple(lane.rows), max(int(inside // block), (target - lane.exact) // block)
+            if self.agreed.get(rows, (None,))[0] != (lane.seen, lane.stored) or cache.row == 0:
+                self.agreed[rows] = (lane.seen, lane.stored), blocks
+            blocks = self.agreed[rows][1]
             lane.decoded = {}
             lane.chunks = self._best_blocks(
                 cache, lane, scores[:, :, start : start + sealed], places[:, :, start : start + sealed], spans, blocks
@@ -152,11 +156,12 @@ class Eviction:
             target = min(target - lane.sealed, lane.exact)
             scores = xp.concat([scores[:, :, :start], scores[:, :, start + sealed :]], axis=2)
             places = np.concatenate([places[:, :, :start], places[:, :, start + sealed :]], axis=2)
-        index = select(xp, scores, target, *fixed, spans, places)
-        blank = xp.zeros((*index.shape[:2], 1), dtype=xp.int32, like=index)
-        lane.positions = xp.take_along_axis(now + blank, index, axis=2)
-        lane.exact_keys = xp.take_along_axis(lane.exact_keys, index[..., None], axis=2)
-        lane.exact_values = xp.take_along_axis(lane.exact_values, index[..., None], axis=2)
+        lane.positions = now + xp.zeros((*scores.shape[:2], 1), dtype=xp.int32, like=scores)
+        if target < lane.exact:
+            index = select(xp, scores, target, *fixed, spans, places)
+            lane.positions = xp.take_along_axis(lane.positions, index, axis=2)
+            lane.exact_keys = xp.take_along_axis(lane.exact_keys, index[..., None], axis=2)
+            lane.exact_values = xp.take_along_axis(lane.exact_values, index[..., None], axis=2)
         lane.dropped += before - lane.stored
 
     def _best_blocks(self, cache, lane: Lane, scores, places: np.ndarray, spans, count: int) -> list[Chunk]:
@@ -173,6 +178,52 @@ class Eviction:
         if not count:
             return []
         return cache.codec.keep(lane.chunks, select(xp, scores, count, 0, 0), CHUNK_TOKENS)
+
+
+def check_request(
+    method: Method,
+    *,
+    bits: float | None = None,
+    budget_bytes: int | None = None,
+    max_context: int | None = None,
+    budget_tokens: int | None = None,
+    protect: Sequence[tuple[int, int]] | None = (),
+    selection: str | None = None,
+    tiers: Sequence[tuple[float, float]] | None = None,
+) -> None:
+    """Raise ValueError for arguments of `plan_and_eviction` that do not go together, before a profile is looked for."""
+    given = {"budget_tokens": budget_tokens, "protect": protect or None, "selection": selection}
+    if tiers is not None:
+        alone = given | {"bits": bits, "budget_bytes": budget_bytes, "max_context": max_context}
+        for name, value in alone.items():
+            if value is not None:
+                raise ValueError(f"Expected tiers alone, which say bits and drop no token, received {name} too.")
+        check_tiers(method, tiers)
+        return
+    if method.scorer is None:
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(
+                    f"Expected a method that drops tokens for {name}, {method.name} keeps every token. Take for example "
+                    f"wavelettriattention{'+' + method.name if method.codec in DROPPING else ''}."
+                )
+        return
+    if (budget_tokens is None) == (budget_bytes is None):
+        raise ValueError(
+            f"Expected either budget_tokens or budget_bytes for {method.name}, which drops tokens, received "
+            f"{'none' if budget_tokens is None else 'both'}."
+        )
+    if budget_tokens is not None:
+        whole_number("budget_tokens", budget_tokens, 1)
+    for span in protect or ():
+        try:
+            start, end = map(operator.index, span)
+        except (TypeError, ValueError):
+            start, end = 0, 0
+        if not 0 <= start < end:
+            raise ValueError(
+                f"Expected protected spans (start, end) of positions with start < end, received {protect!r}."
+            )
 
 
 def plan_and_eviction(
@@ -198,36 +249,28 @@ def plan_and_eviction(
     and gives bits by rank (`codecs.tiers`). Raises ValueError for arguments that do not fit the method, and for a budget
     that is too small for what must stay.
     """
+    check_request(
+        method,
+        bits=bits,
+        budget_bytes=budget_bytes,
+        max_context=max_context,
+        budget_tokens=budget_tokens,
+        protect=protect,
+        selection=selection,
+        tiers=tiers,
+    )
     if tiers is not None:
-        given = {"bits": bits, "budget_bytes": budget_bytes, "budget_tokens": budget_tokens, "selection": selection}
-        for name, value in (given | {"protect": protect or None}).items():
-            if value is not None:
-                raise ValueError(f"Expected tiers alone, which say bits and drop no token, received {name} too.")
         return make_tiered_plan(shape, profile, method, tiers), None
     if method.scorer is None:
-        given = {"budget_tokens": budget_tokens, "protect": protect or None, "selection": selection}
-        for name, value in given.items():
-            if value is not None:
-                raise ValueError(
-                    f"Expected a method that drops tokens for {name}, {method.name} keeps every token. Take for example "
-                    f"wavelettriattention{'+' + method.name if method.codec in DROPPING else ''}."
-                )
         plan = plan_for(
             shape, profile, method, bits, budget_bytes, max_context, window, sinks, element_bytes, other_bytes
         )
         return plan, None
     plan = plan_for(shape, profile, method, bits, window=window, sinks=sinks)
-    if (budget_tokens is None) == (budget_bytes is None):
-        raise ValueError(
-            f"Expected either budget_tokens or budget_bytes for {method.name}, which drops tokens, received "
-            f"{'none' if budget_tokens is None else 'both'}."
-        )
     if budget_tokens is None:
         budget_tokens = _tokens_for_bytes(plan, budget_bytes, window, sinks, element_bytes, other_bytes)
-    if not isinstance(budget_tokens, int) or budget_tokens < 1:
-        raise ValueError(f"Expected budget_tokens to be a number of tokens, 1 or more, received {budget_tokens!r}.")
-    spans = tuple(tuple(map(int, span)) for span in protect)
-    return plan, Eviction(plan, budget_tokens, sinks, window, spans, selection or MODES[0])
+    spans = tuple((int(start), int(end)) for start, end in protect or ())
+    return plan, Eviction(plan, int(budget_tokens), int(sinks), int(window), spans, selection or MODES[0])
 
 
 def _tokens_for_bytes(

@@ -43,10 +43,14 @@ class Lane:
         """Tokens that came in: the position of the next one."""
         return self.stored + self.dropped
 
-    def recent(self, window: int) -> int:
-        """Exact tokens at the end that nothing is missing between; `window` of them always stay."""
-        known = 0 if self.positions is None else self.positions.shape[2]
-        return min(self.exact, self.exact - known + window)
+    def recent(self, xp, window: int) -> int:
+        """Exact tokens at the end that nothing is missing between; not more than `window` of those at the last eviction."""
+        if not self.dropped:
+            return self.exact
+        known = xp.to_numpy(self.positions)[..., ::-1]
+        later = self.exact - known.shape[2]
+        whole = (known == self.seen - later - 1 - np.arange(known.shape[2])).all((0, 1))
+        return later + min(int(np.logical_and.accumulate(whole).sum()), window)
 
     def places(self, xp, sinks: int):
         """Positions int32 [b or 1, H or 1, exact] of the exact tokens, of which `sinks` stand before the sealed ones."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -222,9 +223,8 @@ def plan_for(
 
     `element_bytes`: size of an exact element; `other_bytes`: what the layers that pass through need at that length.
     """
-    for name, value in (("window", window), ("sinks", sinks)):
-        if not isinstance(value, int) or value < 0:
-            raise ValueError(f"Expected {name} to be a number of tokens, 0 or more, received {value!r}.")
+    whole_number("window", window, 0)
+    whole_number("sinks", sinks, 0)
     if budget_bytes is None:
         return make_plan(shape, profile, method, bits)
     if bits is not None:
@@ -242,6 +242,16 @@ def check_bits(method: Method, shape: ModelShape, bits: float) -> None:
     low, high = bits_range(method, shape)
     if not low <= bits <= high:
         raise ValueError(f"Expected bits between {low:g} and {high:g} for {method.name}, received {bits:g}.")
+
+
+def whole_number(name: str, value, least: int) -> None:
+    """Raise ValueError unless `value` is a number of tokens, `least` or more; NumPy's integers are, True is not."""
+    try:
+        right = not isinstance(value, bool) and operator.index(value) >= least
+    except TypeError:
+        right = False
+    if not right:
+        raise ValueError(f"Expected {name} to be a number of tokens, {least} or more, received {value!r}.")
 
 
 def bits_range(method: Method, shape: ModelShape | None = None) -> tuple[float, float]:

@@ -96,10 +96,10 @@ class PromptFile:
         first = layers[plan.shape.layers[0]]
         if not first.seen:
             raise ValueError("Expected a cache that has read a prompt, received an empty one.")
-        if first.eviction is not None:
+        if plan.method.scorer is not None:
             raise ValueError(
-                f"Expected a cache that keeps every token, {plan.method.name} drops some: that cannot be stored yet. Keep the "
-                "prompt itself."
+                f"Expected a cache that keeps every token with as many bits, {plan.method.name} does not, which cannot be "
+                "stored yet. Keep the prompt itself."
             )
         arrays, states, followers = {}, [], {i for group in plan.layer_groups for i in group[1:]}
         for layer_idx, layer in enumerate(layers):

@@ -22,6 +22,7 @@ from ..profile import ModelShape, Profile
 from ..quantizer import pack, unpack
 from ..rope import unrotate
 from ..rounding import BlockScores
+from ..scorers import get_scorer
 
 GROUP = 64  # tokens that are ranked together
 
@@ -163,20 +164,31 @@ def make_tiered_plan(
 ) -> TieredPlan:
     """A plan of `tiers`, pairs (share of the tokens, bits), best tokens first, for a method SCORER+spectral or the like.
 
-    Raises ValueError for a method without a scorer or without latents, and shares that are no quarters or do not add up.
+    Raises ValueError as `check_tiers`, and for bits that the method cannot reach.
     """
+    check_tiers(method, tiers)
+    shares, bits = tuple(float(share) for share, _ in tiers), [float(b) for _, b in tiers]
+    plain = replace(method, scorer=None)
+    plans = tuple(make_plan(shape, profile, plain, b) for b in bits)
+    mean = sum(share * b for share, b in zip(shares, bits))
+    return TieredPlan(method, mean, shape, profile=profile, tiers=plans, shares=shares)
+
+
+def check_tiers(method: Method, tiers: Sequence[tuple[float, float]]) -> None:
+    """Raise ValueError for a method without a scorer of keys or without latents, and shares that are no quarters of 1."""
     if method.scorer is None or method.codec != "spectral":
         raise ValueError(
             f"Expected a scorer with spectral or spectral-dense for tiers, such as triattention+spectral, received "
             f"{method.name}."
         )
-    shares, bits = tuple(float(share) for share, _ in tiers), [float(b) for _, b in tiers]
+    if "recent" in get_scorer(method.scorer).needs:
+        raise ValueError(f"Expected a scorer that looks at keys alone for tiers, {method.scorer} looks at queries.")
+    try:
+        shares = [float(share) for share, _ in tiers]
+    except (TypeError, ValueError):
+        shares = []
     whole = all(share > 0 and (share * GROUP) % 16 == 0 for share in shares)
     if not (whole and sum(shares) == 1 and len(shares) > 1):
         raise ValueError(
-            f"Expected tiers (share, bits) with shares that are quarters and add up to 1, received {list(tiers)!r}."
+            f"Expected tiers (share, bits) with shares that are quarters and add up to 1, received {tiers!r}."
         )
-    plain = replace(method, scorer=None)
-    plans = tuple(make_plan(shape, profile, plain, b) for b in bits)
-    mean = sum(share * b for share, b in zip(shares, bits))
-    return TieredPlan(method, mean, shape, profile=profile, tiers=plans, shares=shares)
