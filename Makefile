@@ -1,6 +1,6 @@
 # make demo   a real model answers from a compressed cache, beside its plain one (fetches the demo model on first use)
 # make test   everything that this machine can run, both backends
-# make figures   README's pictures, from the JSON in results/
+# make figures   README's picture, from the JSON in results/
 # make results WIKITEXT=FILE   README's tables and pictures from nothing: an hour on two cores; goes on where it stopped
 # make lint   formatting and static checks      make bench   speed beside the plain cache
 VENV   := .venv
@@ -24,7 +24,7 @@ test: $(VENV)/.installed-all
 	LD_PRELOAD=$(OPENBLAS) $(PYTHON) -m pytest -q tests/test_mlx*.py
 
 figures: $(VENV)/.installed-plots
-	$(VENV)/bin/spectralkv plot results/codec_smollm2_1024.json results/methods_smollm2.json --only rate_distortion --output results/figures
+	$(VENV)/bin/spectralkv plot results/methods_smollm2.json --only rate_distortion --output results/figures
 
 RUNS := build/results
 EVAL := $(VENV)/bin/spectralkv eval --model demo --backend torch --documents 4 --scored 128 --step 16 --greedy 0

@@ -79,7 +79,8 @@ def _save(figure, path: Path) -> Path:
     form = path.suffix[1:]
     dated = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[form]
     try:
-        figure.savefig(temporary, format=form, dpi=130, metadata=dated)
+        smaller = {"pil_kwargs": {"optimize": True}} if form == "png" else {}
+        figure.savefig(temporary, format=form, dpi=120, metadata=dated, **smaller)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
