@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectral_kv_core import ops
-from spectral_kv_core.selection import select, select_layers
+from spectral_kv_core.selection import select
 
 
 def slow_select(row, budget: int, always: set[int]) -> list[int]:
@@ -79,22 +79,6 @@ def test_half_precision_and_no_tokens(xp):
     half = xp.astype(xp.asarray(np.float32([[[3, 1, 2]]])), xp.float16)
     assert xp.to_numpy(select(xp, half, 2, 0, 0)).tolist() == [[[0, 2]]]
     assert select(xp, xp.zeros((1, 2, 0)), 5, 1, 1).shape == (1, 2, 0)
-
-
-def test_modes(xp):
-    first, second = np.float32([[[5, 0, 1, 0]]]), np.float32([[[0, 1, 0, 3]]])
-    layers = [xp.asarray(first), xp.asarray(second)]
-    own = select_layers(xp, layers, 2, 0, 0)
-    assert [xp.to_numpy(kept).tolist() for kept in own] == [[[[0, 2]]], [[[1, 3]]]]
-    shared = select_layers(xp, layers, 2, 0, 0, mode="per_head")
-    assert [xp.to_numpy(kept).tolist() for kept in shared] == [[[[0, 3]]], [[[0, 3]]]]
-    protected = select_layers(xp, layers, 2, 0, 0, [(1, 2)], mode="per_head")
-    assert xp.to_numpy(protected[1]).tolist() == [[[0, 1]]]
-    places = [np.array([0, 1, 2, 3]), np.array([0, 2, 1, 3])]  # what is protected stands elsewhere in the second layer
-    moved = select_layers(xp, layers, 2, 0, 0, [(1, 2)], places)
-    assert [xp.to_numpy(kept).tolist() for kept in moved] == [[[[0, 1]]], [[[2, 3]]]]
-    with pytest.raises(ValueError, match="per_layer_per_head.*per_head.*'global'"):
-        select_layers(xp, layers, 2, 0, 0, mode="global")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-MODES = ("per_layer_per_head", "per_head")
+MODES = ("per_layer_per_head", "per_head")  # every layer on its own; by the mean over layers (TriAttention has both)
 
 
 def select(xp, scores, budget: int, sinks: int, window: int, protect: Sequence[tuple[int, int]] = (), positions=None):
@@ -34,30 +34,6 @@ def select(xp, scores, budget: int, sinks: int, window: int, protect: Sequence[t
     later = xp.sum(equal, axis=-1, keepdims=True) - xp.cumulative_sum(equal, axis=-1)  # equal ones behind this one
     stays = (above > 0) | ((equal > 0) & (later < room))
     return xp.sort(xp.where(stays, order, tokens), axis=-1)[..., :kept]
-
-
-def select_layers(
-    xp,
-    layers: Sequence,
-    budget: int,
-    sinks: int,
-    window: int,
-    protect: Sequence[tuple[int, int]] = (),
-    positions: Sequence | None = None,
-    mode: str = MODES[0],
-) -> list:
-    """`select` for the scores of all `layers`, a list of [B, H, T]: one index array per layer.
-
-    mode: `per_layer_per_head`, every head of every layer on its own; `per_head`, the mean over the layers decides and
-    all layers keep the same tokens (TriAttention, arXiv 2604.04921, has both). positions: one array per layer.
-    """
-    if mode not in MODES:
-        raise ValueError(f"Expected a mode in {MODES}, received {mode!r}.")
-    places = [None] * len(layers) if positions is None else positions
-    if mode == "per_layer_per_head":
-        return [select(xp, x, budget, sinks, window, protect, p) for x, p in zip(layers, places, strict=True)]
-    mean = xp.mean(xp.stack(layers), axis=0)
-    return [select(xp, mean, budget, sinks, window, protect, places[0])] * len(layers)
 
 
 def _fixed(shape, budget, sinks, window, protect, places) -> np.ndarray:
