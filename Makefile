@@ -1,7 +1,7 @@
 # make demo   a real model answers from a compressed cache, beside its plain one (fetches the demo model on first use)
 # make test   everything that this machine can run, both backends
 # make figures   README's picture, from the JSON in results/
-# make results WIKITEXT=FILE   README's tables and pictures from nothing: an hour on two cores; goes on where it stopped
+# make results WIKITEXT=FILE   README's tables and pictures from nothing: long; goes on where it stopped
 # make lint   formatting and static checks      make bench   speed beside the plain cache
 VENV   := .venv
 PYTHON := $(VENV)/bin/python

@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from cases import ToyModel, attention, toy_profile_of
+from test_cache import SCALE, append, attend
 from tolerances import ATTENTION_RMS, assert_close, relative_rms
 
 from spectral_kv_core import ops
@@ -20,7 +21,6 @@ from spectral_kv_core.rope import unrotate
 from spectral_kv_core.scorers import SCORERS
 
 MODEL = ToyModel()
-SCALE = 0.125
 SCORED = [name for name in SCORERS if name != "snapkv"]  # which needs queries
 
 
@@ -32,19 +32,6 @@ def make_caches(xp, name: str, budget: int, bits: float | None = None, layers: i
     plan, eviction = plan_and_eviction(MODEL.shape, profile, method, bits=bits, budget_tokens=budget, **options)
     window = options.get("window", 64)
     return [LayerCache(xp, make_codec(xp, plan, row), 4, window, None, eviction, row) for row in range(layers)]
-
-
-def append(cache, keys, values) -> None:
-    cache.append(cache.xp.asarray(keys), cache.xp.asarray(values))
-
-
-def attend(cache, queries, keys, values) -> np.ndarray:
-    xp = cache.xp
-
-    def fused(q, k, v, scale):
-        return xp.asarray(attention(*map(xp.to_numpy, (q, k, v)), scale).astype(np.float32))
-
-    return xp.to_numpy(cache.attend(*map(xp.asarray, (queries, keys, values)), SCALE, fused))
 
 
 def positions_of(cache, lane: int = 0, heads: int = MODEL.kv_heads) -> np.ndarray:

@@ -120,7 +120,7 @@ class LayerCache:
                 outputs.append(self.xp.zeros(self._take(lane, queries).shape, dtype=queries.dtype, like=queries))
                 continue
             out = self._attend_lane(lane, q, k, v, scale, fused)
-            self._append_lane(lane, k, v, prompt, q[:, :, -RECENT:] * scale)
+            self._append_lane(lane, k, v, prompt, q[:, :, -RECENT:] * scale if self.eviction else None)
             if missing:
                 blank = self.xp.zeros((*out.shape[:2], missing, out.shape[3]), dtype=out.dtype, like=out)
                 out = self.xp.concat([blank, out], axis=2)

@@ -8,9 +8,8 @@ the tiers are partial softmaxes, merged.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -140,7 +139,6 @@ class TieredPlan(Plan):
     CODEC = TieredCodec
     tiers: tuple[Plan, ...] = ()
     shares: tuple[float, ...] = ()
-    profile: Any = field(default=None, repr=False)
 
     @property
     def bits_per_element(self) -> float:
