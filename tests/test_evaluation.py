@@ -534,6 +534,11 @@ def test_the_command_runs_every_task(checkpoint, capsys):
         (["--methods", "spectral", "--metrics", "kl;aop"], "metrics among kl, aop, reconstruction, received 'kl;aop'"),
         (["--methods", "spectral", "--keep", "half"], "numbers separated by commas for --keep, received 'half'"),
         (["--methods", "spectral", "--keep", "0.5"], "drops tokens for --keep, spectral keep every token"),
+        (["--methods", "affine", "--rounding-scores", "triattention"], "for --rounding-scores, affine do not"),
+        (["--methods", "spectral", "--rounding-scores", "snapkv"], "--rounding-scores among nearest"),
+        (["--methods", "spectral", "--tiers", "0.5:4,0.5:1"], "SCORER+METHOD for --tiers, spectral are none"),
+        (["--methods", "knorm+spectral", "--tiers", "0.5:4,0.4:1"], "quarters and add up to 1"),
+        (["--methods", "knorm+spectral", "--tiers", "0.5:4;0.5:1"], "SHARE:BITS separated by commas for --tiers"),
         (["--methods", "spectral", "--tasks", "drift", "--turns", "0"], "--turns of at least 1, received 0"),
         (["--methods", "spectral", "--tasks", "drift", "--turns", "12"], "lower --turns, --turn-tokens, --prefix or"),
         (

@@ -427,6 +427,40 @@ def test_every_task_runs_on_a_cache_that_drops_tokens(torch_backend, tmp_path):
     assert [row["cache_bytes"] for row in turns] == [turns[0]["cache_bytes"]] * 2  # the budget holds while turns come
 
 
+def test_scores_that_steer_the_codec(torch_backend, tmp_path):
+    """Each way of rounding and each tiering is a cache of its own, at the same bits; shares only where they are asked for."""
+    tiers = ((0.25, 5.0), (0.75, 1.0))
+    options = {
+        "methods": ("spectral", "knorm+spectral"),
+        "bits": (2.0,),
+        "rounding_scores": ("nearest", "expected-attention"),
+        "tiers": (tiers,),
+        "prefixes": (300,),
+        "metrics": ("kl", "reconstruction"),
+        "tasks": ("text", "needle"),
+    }
+    result, _ = run_torch(torch_backend, "llama", tmp_path / "tiers", **options)
+    rows = {(r["method"], r["rounding_scores"], r["tiers"]): r for r in result["rows"] if r["task"] == "text"}
+    ways = [
+        (m, r, t)
+        for m, t in (("spectral", None), ("knorm+spectral", "0.25:5,0.75:1"))
+        for r in options["rounding_scores"]
+    ]
+    assert list(rows) == ways and all(row["keep"] is None and row["bits"] == 2 for row in rows.values())
+    for row in rows.values():
+        assert row["sealed_bits"] == pytest.approx(2, abs=0.1)
+    errors = [rows[way]["key_error"] for way in ways]
+    assert len(set(errors)) == 4  # which codes and tiers there are does reach the cache
+    assert errors[0] < errors[1]  # nearest codes have the least error, weighted ones the least where it matters
+    assert sum(row["task"] == "needle" for row in result["rows"]) == 40
+    again, _ = run_torch(torch_backend, "llama", tmp_path / "tiers", **options)
+    assert again["documents"] == result["documents"]  # read, not run again: seconds agree
+    both, _ = run_torch(torch_backend, "llama", tmp_path / "both", **options | {"tasks": ("text",), "keep": (0.5,)})
+    assert [(row["keep"], row["tiers"]) for row in both["rows"] if "+" in row["method"]] == [
+        (0.5, None), (0.5, None), (None, "0.25:5,0.75:1"), (None, "0.25:5,0.75:1"),
+    ]  # fmt: skip
+
+
 def test_recording_leaves_the_model_as_it_was(torch_backend):
     from test_torch_backend import model_and_profile
     from transformers.modeling_utils import AttentionInterface

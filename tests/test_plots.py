@@ -149,6 +149,18 @@ def test_dropping_methods_are_curves_over_the_tokens_kept(evaluation):
         pictures.drift_by_turn(evaluation)
 
 
+def test_what_rounds_and_tiers_have_names_of_their_own(evaluation):
+    place = {"task": "text", "text": "novel", "prefix": 1024, "bits_per_element": 2.0, "sealed_bits": 2.0}
+    evaluation.content["rows"] += [
+        place | {"method": "spectral", "bits": 2.0, "rounding_scores": "nearest", "kl": 0.5},
+        place | {"method": "knorm+spectral", "bits": 2.0, "tiers": "0.25:5,0.75:1", "kl": 0.25},
+    ]
+    lines = lines_of(pictures.rate_distortion(evaluation).axes[0])
+    np.testing.assert_allclose(lines["spectral, rounded by nearest"], [(2, 0.5)])
+    np.testing.assert_allclose(lines["knorm+spectral, tiers 0.25:5,0.75:1"], [(2, 0.25)])
+    assert len(lines["spectral"]) == 2
+
+
 def test_identity_and_other_tasks_stay_out_of_the_curves(evaluation):
     figure = pictures.rate_distortion(evaluation)
     assert len(figure.axes) == 2 and all(set(lines_of(axis)) == {"spectral", "spectral-dense"} for axis in figure.axes)

@@ -143,6 +143,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--keep", metavar="A,B", help="shares of the prefix to keep, for methods that drop tokens (default 0.5,0.25)"
     )
     sub.add_argument(
+        "--rounding-scores", metavar="A,B", help="what weighs tokens when codes are rounded, one cache each; or nearest"
+    )
+    sub.add_argument(
+        "--tiers",
+        nargs="+",
+        action="extend",
+        metavar="SHARE:BITS,...",
+        help="bits by rank, for SCORER+METHOD, which then drops nothing",
+    )
+    sub.add_argument(
         "--text", nargs="+", action="extend", metavar="[NAME=]FILE", help="texts (default: a novel and Python code)"
     )
     sub.add_argument("--step", type=int, default=1, help="scored tokens per model call (default %(default)s)")

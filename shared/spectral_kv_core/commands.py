@@ -207,6 +207,8 @@ def evaluate(args: argparse.Namespace) -> dict:
         turns=args.turns,
         turn_tokens=args.turn_tokens,
         keep=_values(args.keep, "--keep", float),
+        rounding_scores=_values(args.rounding_scores, "--rounding-scores", str),
+        tiers=tuple(tuple(_tiers(text)) for text in args.tiers or ()),
     )
     texts = [_named_text(argument) for argument in args.text or ()] or default_texts()
     names = [text.name for text in texts]

@@ -18,11 +18,12 @@ from tqdm import tqdm
 
 from . import __version__
 from .cache import SEAL
+from .codecs.tiers import check_tiers, make_tiered_plan, mean_bits, name_tiers
 from .evaluation_documents import Document, make_documents
 from .evaluation_rows import RowFile, summarise
 from .evaluation_tasks import LOW_PPL, Job, Runner
 from .evaluation_text import Text, copy_span
-from .methods import JOINT, PAIRS, Method, get_method
+from .methods import JOINT, PAIRS, ROUNDINGS, Method, get_method, rounded_by
 from .plan import bits_range, make_plan
 from .profile import Profile
 from .profile_store import auto_profile
@@ -46,7 +47,9 @@ class Settings:
     prefill_chunk: tokens per call of the prefix, through the compressed cache itself; None reads it in one call. metrics:
     `kl` is always measured. greedy: tokens generated after the prefix, in the task `text`. turns, turn_tokens: how often the
     task `drift` goes on with a piece of prompt, and how long that is. keep: shares of the prefix's tokens that methods
-    which drop tokens keep, `DEFAULT_KEEP` unless told.
+    which drop tokens keep, `DEFAULT_KEEP` unless told. rounding_scores: whose scores weight the codec's rounding, one cache
+    each; the method's own unless told. tiers: (share, bits) pairs, as in `make_prompt_cache`, for methods SCORER+METHOD,
+    which then drop nothing.
     """
 
     methods: tuple[str, ...]
@@ -64,6 +67,8 @@ class Settings:
     turns: int = 5
     turn_tokens: int = 256
     keep: tuple[float, ...] = ()
+    rounding_scores: tuple[str, ...] = ()
+    tiers: tuple[tuple[tuple[float, float], ...], ...] = ()
 
     def __post_init__(self):
         for name, values in (("methods", self.methods), ("tasks", self.tasks), ("prefix", self.prefixes)):
@@ -94,14 +99,35 @@ class Settings:
             raise ValueError(
                 f"Expected a method with a live cache for the task drift, received {', '.join(self.methods)}, for files."
             )
+        for tiers in self.tiers:
+            for method in methods:
+                if _drops_tokens(method):
+                    check_tiers(method, tiers)
+        if self.tiers and not any(map(_drops_tokens, methods)):
+            raise ValueError(
+                f"Expected a method SCORER+METHOD for --tiers, {', '.join(self.methods)} are none. Take for example "
+                "triattention+spectral."
+            )
+        for scorer in self.rounding_scores:
+            if scorer not in ROUNDINGS:
+                raise ValueError(f"Expected --rounding-scores among {', '.join(ROUNDINGS)}, received {scorer!r}.")
+        if self.rounding_scores and not any(map(_rounds, methods)):
+            raise ValueError(
+                f"Expected a method that rounds by scores for --rounding-scores, {', '.join(self.methods)} do not."
+            )
         self._check_keep([method for method in methods if _drops_tokens(method)])
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """What methods that drop tokens keep; none where tiers alone are asked for."""
+        return self.keep or (() if self.tiers else DEFAULT_KEEP)
 
     def _check_keep(self, dropping: list) -> None:
         if self.keep and not dropping:
             raise ValueError(
                 f"Expected a method that drops tokens for --keep, {', '.join(self.methods)} keep every token."
             )
-        for keep in self.keep or DEFAULT_KEEP if dropping else ():
+        for keep in self.shares if dropping else ():
             if not 0 < keep <= 1:
                 raise ValueError(f"Expected shares above 0, at most 1, for --keep, received {keep:g}.")
             waits = SEAL - 1 if any(method.codec != "none" for method in dropping) else 0
@@ -208,12 +234,19 @@ def plan_jobs(
             )
             found.check(shape)
             found.basis_set(method.profile_set)
+        keeps = settings.shares if _drops_tokens(method) else (None,)
         low, high = bits_range(method)
-        for bits in dict.fromkeys(settings.bits) if low < high else [low]:
+        grid = dict.fromkeys(settings.bits) if low < high else [low]
+        scorers = settings.rounding_scores or (None,) if _rounds(method) else (None,)
+        wanted = [(bits, scorer, None) for bits in (grid if keeps else ()) for scorer in scorers]
+        wanted += [(mean_bits(t), s, t) for t in (settings.tiers if _drops_tokens(method) else ()) for s in scorers]
+        for bits, scorer, tiers in wanted:
             try:
-                plan = make_plan(shape, found, method, bits)
-                keeps = settings.keep or DEFAULT_KEEP if _drops_tokens(method) else (None,)
-                jobs += [Job(method, bits, plan, plan.hash, keep) for keep in keeps]
+                made = rounded_by(method, scorer)
+                plan = make_tiered_plan(shape, found, made, tiers) if tiers else make_plan(shape, found, made, bits)
+                jobs += [
+                    Job(made, bits, plan, plan.hash, keep, scorer, tiers) for keep in ((None,) if tiers else keeps)
+                ]
             except ValueError as error:
                 log.warning("Skipped %s at %g bits: %s", method.name, bits, error)
                 skipped.append({"method": method.name, "bits": bits, "reason": str(error)})
@@ -235,6 +268,10 @@ def _drops_tokens(method: Method) -> bool:
     return method.scorer is not None
 
 
+def _rounds(method: Method) -> bool:
+    return method.rounding != "nearest"
+
+
 def _runs(task: str, job: Job) -> bool:
     """Whether `task` is for `job`: a file is made once, and does not go on."""
     return job.method.live or task != "drift"
@@ -248,6 +285,8 @@ def _keys(document: Document, task: str, job: Job, settings: Settings, common: d
         "bits": job.bits,
         "keep": job.keep,
         "budget_tokens": job.budget_tokens(len(document.prefix)),
+        "rounding_scores": job.rounding_scores,
+        "tiers": job.tiers and name_tiers(job.tiers),
         "task": task,
         "text": document.text.name,
         "text_digest": document.text.digest,

@@ -11,11 +11,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from .evaluation_rows import VARIANT
+
 SHOWN_TURNS = 6  # of the task drift, in a table
 _JOB_COLUMNS = (  # label, key of a summary row, format
     ("method", "method", "{}"),
     ("bits", "bits", "{:g}"),
     ("keep", "keep", "{:.0%}"),
+    ("rounded by", "rounding_scores", "{}"),
+    ("tiers", "tiers", "{}"),
 )
 _SIZE_COLUMNS = (
     ("cache bytes", "cache_bytes", "{:,.0f}"),
@@ -95,15 +99,15 @@ def _evaluation_tables(result: dict):
             tables.append((f"{text}, {task}, {prefix:,} tokens: inside", _INSIDE_COLUMNS))
         for title, columns in tables:
             filled = [c for c in columns if c in _JOB_COLUMNS[:2] or any(row.get(c[1]) is not None for row in rows)]
-            if filled != list(_JOB_COLUMNS[:2]) and filled != list(_JOB_COLUMNS):
+            if any(column not in _JOB_COLUMNS for column in filled):
                 yield title, filled, rows
 
 
 def _by_job(rows: list[dict], join) -> list[dict]:
-    """`join` of the rows of every method, bits and keep."""
+    """`join` of the rows of every cache."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        groups.setdefault((row["method"], row["bits"], row["keep"]), []).append(row)
+        groups.setdefault(tuple(row[name] for name in VARIANT), []).append(row)
     return [join(group) for group in groups.values()]
 
 

@@ -10,11 +10,12 @@ import numpy as np
 
 #: What tells one measurement from another: a row that agrees in all of these is not run again.
 KEY = (
-    "method", "bits", "keep", "task", "text", "text_digest", "document", "document_digest", "prefix", "scored", "step",
-    "prefill_chunk", "window", "sinks", "metrics", "greedy", "turn", "depth", "model", "weights", "dtype", "backend", "plan",
-    "library_version",
+    "method", "bits", "keep", "rounding_scores", "tiers", "task", "text", "text_digest", "document", "document_digest",
+    "prefix", "scored", "step", "prefill_chunk", "window", "sinks", "metrics", "greedy", "turn", "depth", "model", "weights",
+    "dtype", "backend", "plan", "library_version",
 )  # fmt: skip
-GROUP = ("method", "bits", "keep", "task", "text", "prefix")
+VARIANT = ("method", "bits", "keep", "rounding_scores", "tiers")  # what tells caches apart
+GROUP = (*VARIANT, "task", "text", "prefix")
 PLACES = ("turn", "depth")  # what tells rows of a group apart in the tasks that have it
 MEANS = (
     "kl", "kl_p95", "kl_fresh", "top1", "top5", "ppl", "ppl_ref", "nd_ppl", "aop", "aop_p95", "aop_layers", "key_error",
@@ -63,7 +64,7 @@ class RowFile:
 
 
 def summarise(rows: list[dict]) -> list[dict]:
-    """One row per method, bits, keep, task, text and prefix, in `drift` per turn, in `needle` per depth: means over documents.
+    """One row per cache (`VARIANT`), task, text and prefix, in `drift` per turn, in `needle` per depth: means over documents.
 
     Numbers that not every row of a group has are left out. Of the KL, how far documents differ: `kl_se`, the standard error
     of the mean over documents, None of a single one; `kl_worst`, of the worst document. `aop_max` is over all documents.

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from .codecs.tiers import GROUP
 from .divergence import compare_logits, compare_tokens
 from .evaluation_documents import Document
 from .fidelity import output_errors, output_perturbation, relative_error, sealed_span, spectral_fidelity
@@ -29,13 +30,23 @@ LOW_PPL = 2.0  # a text this predictable was learnt by heart or repeats itself: 
 
 @dataclass(frozen=True, eq=False)  # a job is itself: plans are not compared
 class Job:
-    """One compressed cache to measure; `keep`: share of the prefix's tokens for a method that drops some, else None."""
+    """One compressed cache to measure; `keep`: share of the prefix's tokens for a method that drops some, else None.
+
+    rounding_scores, tiers: as in `make_prompt_cache`, None where the method's own rounding and plain bits are used.
+    """
 
     method: Method
     bits: float
     plan: Plan
     plan_hash: str
     keep: float | None = None
+    rounding_scores: str | None = None
+    tiers: tuple[tuple[float, float], ...] | None = None
+
+    @property
+    def block(self) -> int:
+        """Tokens that are sealed together."""
+        return GROUP if self.tiers else self.method.block
 
     def budget_tokens(self, prefix: int) -> int | None:
         return None if self.keep is None else round(self.keep * prefix)
@@ -211,9 +222,17 @@ class Runner:
     def _empty(self, job: Job, prefix: int):
         settings, budget = self.settings, job.budget_tokens(prefix)
         options = {} if budget is None else {"budget_tokens": budget}
+        if job.tiers:
+            options["tiers"] = job.tiers
         return self.backend.make_prompt_cache(
-            self.model, job.plan.profile, job.bits, method=job.method, window=settings.window, sinks=settings.sinks, **options
-        )  # fmt: skip
+            self.model,
+            job.plan.profile,
+            None if job.tiers else job.bits,
+            method=job.method,  # with its rounding
+            window=settings.window,
+            sinks=settings.sinks,
+            **options,
+        )
 
     def _copied(self, plain):
         cache = self.backend.plain_cache(self.model)
@@ -251,7 +270,7 @@ class Runner:
 
     def _reconstruction(self, job: Job, plain, made: Compressed, tokens: int) -> dict:
         """Errors of the keys and values that are sealed, and how their spectra over time fit: means over layers."""
-        span = sealed_span(tokens, self.settings.sinks, self.settings.window, job.method.block)
+        span = sealed_span(tokens, self.settings.sinks, self.settings.window, job.block)
         sums = np.zeros(3)
         held = self.backend.held_vectors(made.cache if made.file is None else made.file, self.layers)
         for exact, (*vectors, positions) in zip(self.backend.held_vectors(plain, self.layers), held):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from .demo import DEMO_DIR
+from .evaluation_rows import GROUP, PLACES, VARIANT
 from .methods import METHODS
 from .paths import model_name
 from .profile import FORMAT, Profile
@@ -100,8 +101,8 @@ def by_place(rows: list[dict]) -> dict[str, list[dict]]:
 
 
 def variant(row: dict) -> tuple:
-    """What a row measures: method, bits, and the share of tokens kept, None where all are."""
-    return row["method"], row["bits"], row.get("keep")
+    """What a row measures: method, bits, the share of tokens kept (None where all are), whose scores round, and tiers."""
+    return tuple(row.get(name) for name in VARIANT)
 
 
 def variants(rows: list[dict]) -> list[tuple]:
@@ -109,22 +110,30 @@ def variants(rows: list[dict]) -> list[tuple]:
     order = list(METHODS)
 
     def place(one: tuple) -> tuple:
-        method, bits, keep = one
-        return order.index(method) if method in order else len(order), method, -bits, -(keep or 1)
+        method, bits, keep, scorer, tiers = one
+        return (
+            order.index(method) if method in order else len(order),
+            method,
+            -bits,
+            -(keep or 1),
+            scorer or "",
+            tiers or "",
+        )
 
     return sorted(dict.fromkeys(map(variant, rows)), key=place)
 
 
 def variant_name(one: tuple, bits: bool = True) -> str:
-    method, stored, keep = one
-    return method + (f", {stored:g} bits" if bits else "") + ("" if keep is None else f", keeps {keep:.0%}")
+    method, stored, keep, scorer, tiers = one
+    name = method + (f", {stored:g} bits" if bits else "") + ("" if keep is None else f", keeps {keep:.0%}")
+    return name + (f", rounded by {scorer}" if scorer else "") + (f", tiers {tiers}" if tiers else "")
 
 
 def curve_names(rows: list[dict]) -> dict[tuple, str]:
     """Name of the curve of every `variant` of `rows`, over its bits or, at one number of bits, over the tokens kept."""
     found = variants(rows)
-    several = {m for m, _, _ in found if len({bits for method, bits, _ in found if method == m}) > 1}
-    return {one: variant_name(one, bits=False) if one[0] in several else one[0] for one in found}
+    several = {m for m, *_ in found if len({bits for method, bits, *_ in found if method == m}) > 1}
+    return {one: variant_name(one, bits=False) if one[0] in several or any(one[3:]) else one[0] for one in found}
 
 
 def _model(name: str) -> str:
@@ -149,7 +158,7 @@ def _read(path: Path, bits: float | None) -> Result:
 
 def _averaged(rows: list[dict], field: str) -> list[dict]:
     """Rows of documents as one per place, variant, turn and depth, with the mean of the numbers that are drawn."""
-    keys = ("method", "bits", "keep", "task", "text", "prefix", "turn", "depth")
+    keys = (*GROUP, *PLACES)
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault(tuple(row.get(key) for key in keys), []).append(row)

@@ -168,8 +168,17 @@ def make_tiered_plan(
     shares, bits = tuple(float(share) for share, _ in tiers), [float(b) for _, b in tiers]
     plain = replace(method, scorer=None)
     plans = tuple(make_plan(shape, profile, plain, b) for b in bits)
-    mean = sum(share * b for share, b in zip(shares, bits))
-    return TieredPlan(method, mean, shape, profile=profile, tiers=plans, shares=shares)
+    return TieredPlan(method, mean_bits(tuple(zip(shares, bits))), shape, profile=profile, tiers=plans, shares=shares)
+
+
+def mean_bits(tiers: Sequence[tuple[float, float]]) -> float:
+    """Average bits of `tiers`."""
+    return sum(share * bits for share, bits in tiers)
+
+
+def name_tiers(tiers: Sequence[tuple[float, float]]) -> str:
+    """`tiers` as the command line takes them: SHARE:BITS, separated by commas."""
+    return ",".join(f"{share:g}:{bits:g}" for share, bits in tiers)
 
 
 def check_tiers(method: Method, tiers: Sequence[tuple[float, float]]) -> None:
