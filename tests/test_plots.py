@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,13 @@ from spectral_kv_core.plots import PICTURES, draw  # noqa: E402
 from spectral_kv_core.result_file import Result, Skip, read_results  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
+PUBLISHED = {
+    "codec_smollm2_1024": ("rate_distortion",),
+    "methods_smollm2": ("rate_distortion",),
+    "scorers_smollm2": ("rate_distortion", "aop"),
+    "second_seed_smollm2": ("rate_distortion", "aop", "drift"),
+    "needle_smollm2": ("needle",),
+}
 KINDS = {"eval": ("rate_distortion", "aop", "drift", "needle"), "bench": ("speed",)}
 
 
@@ -46,7 +53,8 @@ def evaluation() -> Result:
     return Result("made", {"rows": eval_rows(), "model": "/somewhere/tiny", "backend": "torch", "dtype": "float32"})
 
 
-def bench(name: str = "bench_llama_flat") -> Result:
+def published(name: str = "bench_llama_flat") -> Result:
+    """What a file of results/ holds."""
     return Result(name, json.loads((ROOT / "results" / f"{name}.json").read_text()))
 
 
@@ -71,12 +79,14 @@ def looks(axis) -> list[tuple]:
 
 def every_figure():
     made = Result("made", {"rows": eval_rows(), "model": "tiny", "backend": "torch", "dtype": "float32"})
-    results = [made, bench(), bench("bench_demo"), bench("bench_mlx_flat"), profile_result()]
-    results.append(Result("codec", json.loads((ROOT / "results" / "codec_smollm2_1024.json").read_text())))
+    results = [made, published(), published("bench_demo"), published("bench_mlx_flat"), profile_result()]
     for result in results:
         for name, (kind, paint) in PICTURES.items():
-            if kind == result.kind and not (result.stem == "codec" and name != "rate_distortion"):
+            if kind == result.kind:
                 yield pytest.param(result, paint, id=f"{result.stem}-{name}")
+    for stem, names in PUBLISHED.items():
+        for name in names:
+            yield pytest.param(published(stem), PICTURES[name][1], id=f"{stem}-{name}")
 
 
 @pytest.mark.parametrize("result, paint", every_figure())
@@ -99,6 +109,11 @@ def test_every_picture_is_labelled_and_nothing_overlaps(result, paint):
     for first, second in combinations(boxes, 2):
         overlap = matplotlib.transforms.Bbox.intersection(first, second)
         assert overlap is None or min(overlap.width, overlap.height) < 1, (first, second)
+    for axis in figure.axes:
+        for row in (axis.get_xticklabels(), axis.get_yticklabels(), axis.texts):
+            shown = [text.get_window_extent() for text in row if text.get_text()]
+            for first, second in pairwise(shown):
+                assert not first.overlaps(second), (axis.get_title(), first, second)
     for box in boxes:
         assert box.x0 > -1 and box.y0 > -1 and box.x1 < figure.bbox.x1 + 1 and box.y1 < figure.bbox.y1 + 1
 
@@ -201,15 +216,15 @@ def test_fields_of_documents_are_averaged(evaluation):
 
 
 def test_speed_shows_the_ratios():
-    result = bench()
+    result = published()
     lines = lines_of(pictures.speed(result).axes[0])
     for key, label in pictures.RATIOS.items():
         np.testing.assert_allclose(lines[label][:, 1], [row[key] for row in result.content["rows"]])
     np.testing.assert_allclose(
         lines["fastest plain cache"][:, 1], [r["ratio_to_dense"] for r in result.content["rows"]]
     )
-    (row,) = bench("bench_demo").content["rows"]
-    widths = [bar.get_width() for bar in pictures.speed(bench("bench_demo")).axes[0].patches]
+    (row,) = published("bench_demo").content["rows"]
+    widths = [bar.get_width() for bar in pictures.speed(published("bench_demo")).axes[0].patches]
     np.testing.assert_allclose(widths, [row[key] for key in pictures.RATIOS])
 
 

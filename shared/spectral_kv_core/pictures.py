@@ -15,7 +15,7 @@ from .basis import rank_for_energy
 from .methods import METHODS
 from .plan import Plan, make_plan
 from .profile import Profile
-from .result_file import Result, Skip, by_place, curve_names, variant, variant_name, variants
+from .result_file import Result, Skip, budget_name, by_place, curve_names, variant, variant_name, variants
 from .transform import band_sizes
 
 COLUMNS = 3  # panels beside each other, at most
@@ -60,17 +60,17 @@ def rate_distortion(result: Result):
 
 
 def aop_by_layer(result: Result):
-    """Relative error of the attention output, layer by layer: a panel per place, and per bits where lines are many."""
+    """Relative error of the attention output, layer by layer: a panel per place, and per budget where lines are many."""
     rows = result.rows("aop_layers")
-    by_bits = len(variants(rows)) > MOST_LINES
-    names = {one: variant_name(one, bits=not by_bits) for one in variants(rows)}
+    apart = len(variants(rows)) > MOST_LINES
+    names = {one: variant_name(one, budget="" if apart else None) for one in variants(rows)}
     styles = _styles(names.values())
     panels: dict[str, list[dict]] = {}
     for place, members in by_place(rows).items():
-        for bits in sorted({row["bits"] for row in members}, reverse=True) if by_bits else (None,):
-            title = f"{place}, {bits:g} bits" if by_bits else place
-            panels[title] = [row for row in members if bits in (None, row["bits"])]
-    figure, axes = _panels(result.title, len(panels), sharey=True)
+        for row in members:
+            panels.setdefault(f"{place}, {budget_name(variant(row))}" if apart else place, []).append(row)
+    columns = max(COLUMNS, len(panels) // len(by_place(rows))) if apart else COLUMNS  # a row for every place
+    figure, axes = _panels(result.title, len(panels), columns=min(columns, 4), sharey=True)
     for axis, (title, members) in zip(axes, panels.items()):
         for row in sorted(members, key=lambda row: list(names).index(variant(row))):
             layers, name = np.arange(len(row["aop_layers"])), names[variant(row)]
@@ -123,7 +123,9 @@ def needle_grid(result: Result):
         raise Skip("no row of the task needle has the field depth")
     places = by_place(rows)
     most = max(len(variants(members)) for members in places.values())
-    figure, axes = _panels(result.title, len(places), columns=2, size=(5.4, 1.2 + 0.28 * most))
+    longest = max(len(variant_name(one)) for one in variants(rows))
+    wide = 1.0 + 0.08 * longest + 0.42 * len({row["depth"] for row in rows})
+    figure, axes = _panels(result.title, len(places), columns=2, size=(wide, 1.2 + 0.28 * most))
     for axis, (place, members) in zip(axes, places.items()):
         names = variants(members)
         depths = sorted({row["depth"] for row in members})
@@ -172,7 +174,7 @@ def speed(result: Result):
         _label(axes, _SPEED, "")
         return figure
     _label(axes, "context (tokens)", _SPEED)
-    return _legend(figure, axes, columns=2)
+    return _legend(figure, axes)
 
 
 _SPEED = "time of the other / time of ours\n(above 1 ours is faster)"
@@ -256,14 +258,16 @@ def _label(axes, x: str, y: str) -> None:
             axis.set_ylabel(y)
 
 
-def _legend(figure, axes, columns: int | None = None):
-    """One legend below all panels."""
+def _legend(figure, axes):
+    """One legend below all panels, in as many columns as fit; a figure grows with the lines of its legend."""
     entries: dict[str, object] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels()):
             entries.setdefault(label, handle)
-    wide = 5 if figure.get_figwidth() > 2 * PANEL[0] - 1 else 2
-    columns = columns or (len(entries) if len(entries) <= wide else -(-len(entries) // -(-len(entries) // wide)))
+    entry = 0.95 + 0.075 * max(map(len, map(str, entries)))  # inches, at the font size of `plots.STYLE`
+    lines = -(-len(entries) // max(int(figure.get_figwidth() / entry), 1))
+    columns = -(-len(entries) // lines)
+    figure.set_figheight(figure.get_figheight() + 0.19 * max(lines - 2, 0))
     figure.legend(
         entries.values(), entries.keys(), loc="outside lower center", ncols=columns, frameon=False, handlelength=3.5
     )

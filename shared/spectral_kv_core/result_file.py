@@ -123,17 +123,30 @@ def variants(rows: list[dict]) -> list[tuple]:
     return sorted(dict.fromkeys(map(variant, rows)), key=place)
 
 
-def variant_name(one: tuple, bits: bool = True) -> str:
-    method, stored, keep, scorer, tiers = one
-    name = method + (f", {stored:g} bits" if bits else "") + ("" if keep is None else f", keeps {keep:.0%}")
-    return name + (f", rounded by {scorer}" if scorer else "") + (f", tiers {tiers}" if tiers else "")
+def budget_name(one: tuple, bits: bool = True) -> str:
+    """The bits, tiers and share of the tokens kept of a `variant`, as far as its method has them."""
+    method, stored, keep, _, tiers = one
+    exact = keep is not None and "+" not in method  # what is kept is kept as it is
+    parts = [f"{stored:g} bits"] if bits and not (exact or tiers) else []
+    parts += [f"keeps {100 * keep:.3g}%"] if keep is not None else []
+    return ", ".join([*parts, *([f"tiers {tiers}"] if tiers else [])])
+
+
+def variant_name(one: tuple, budget: str | None = None) -> str:
+    """What a line of a picture is called; `budget` instead of `budget_name`, empty for none."""
+    budget = budget_name(one) if budget is None else budget
+    return ", ".join(part for part in (one[0], budget, f"rounded by {one[3]}" if one[3] else "") if part)
 
 
 def curve_names(rows: list[dict]) -> dict[tuple, str]:
     """Name of the curve of every `variant` of `rows`, over its bits or, at one number of bits, over the tokens kept."""
     found = variants(rows)
     several = {m for m, *_ in found if len({bits for method, bits, *_ in found if method == m}) > 1}
-    return {one: variant_name(one, bits=False) if one[0] in several or any(one[3:]) else one[0] for one in found}
+    tiered = {one for one in found if one[4]}
+    return {
+        one: variant_name(one, budget_name(one, bits=False) if one[0] in several or one in tiered else "")
+        for one in found
+    }
 
 
 def _model(name: str) -> str:
