@@ -1,8 +1,8 @@
 """The tables of README and of this folder, from the JSON that `spectralkv eval` wrote: python results/tables.py [--write]
 
 --write puts them between the markers <!-- table NAME --> and <!-- end --> of the files that have them; --code FILE writes
-the code that `eval` reads by itself to a file, so that it can be read beside another text; --publish DIR takes the summary of
-a run over, without the rows of single documents, as DIR's name.
+the code that `eval` reads by itself to a file, so that it can be read beside another text; --publish DIR [DIR ...] takes the
+summary of a run over, without the rows of single documents, as the first DIR's name, with the rows of the other runs.
 """
 
 from __future__ import annotations
@@ -45,8 +45,7 @@ def codec() -> str:
 
 def methods(name: str) -> str:
     """KL on every text by method, at the bits that are really stored."""
-    texts = sorted({row["text"] for row in rows(name)}, reverse=True)
-    body, seen = [], set()
+    texts, body, seen = _texts(name), [], set()
     for row in rows(name, task="text", text=texts[0]):
         key = row["method"], round(row["sealed_bits"], 2)
         if key in seen:  # asked for more bits than the next step of a grid: the same plan again
@@ -62,8 +61,7 @@ def methods(name: str) -> str:
 
 def scorers(name: str) -> str:
     """KL of every scorer at every share of the tokens kept, on every text, with the attention output's error."""
-    texts = sorted({row["text"] for row in rows(name)}, reverse=True)
-    keeps = sorted({row["keep"] for row in rows(name)}, reverse=True)
+    texts, keeps = _texts(name), sorted({row["keep"] for row in rows(name)}, reverse=True)
     body = []
     for method in dict.fromkeys(row["method"] for row in rows(name)):
         cells = [f"`{method}`"]
@@ -77,6 +75,75 @@ def scorers(name: str) -> str:
     return table(["scorer", *(f"{text} {keep:.0%}" for text in texts for keep in keeps)], body)
 
 
+def scorer_rows(name: str) -> str:
+    """Top-1, perplexity and bytes of what `scorers` shows."""
+    texts, keeps = _texts(name), sorted({row["keep"] for row in rows(name)}, reverse=True)
+    body = []
+    for method in sorted({row["method"] for row in rows(name)}):
+        for keep in keeps:
+            cells = [f"`{method}`", f"{keep:.0%}"]
+            for text in texts:
+                (row,) = rows(name, task="text", text=text, method=method, keep=keep)
+                cells += [f"{row['top1']:.1%}", f"{row['nd_ppl']:+.1%}"]
+            body.append([*cells, f"{row['cache_bytes'] / 1e6:.2f}"])
+    head = [f"{label} {text}" for text in texts for label in ("top-1", "ND-PPL")]
+    return table(["scorer", "kept", *head, "cache, MB"], body)
+
+
+def composed(name: str) -> str:
+    """KL of `SCORER+spectral` by share and bits, beside every token at as many bits: equal in tokens times bits."""
+    texts, columns = _texts(name), ((0.5, 2.0), (0.25, 4.0), (0.5, 1.0), (0.25, 2.0))
+    body = []
+    for method in dict.fromkeys(row["method"] for row in rows(name)):
+        cells = [f"`{method}`"]
+        for keep, bits in columns:
+            place = {"bits": bits, "keep": keep} if "+" in method else {"bits": bits * keep}
+            found = [rows(name, text=text, method=method, **place)[0] for text in texts]
+            kl = " / ".join(f"{row['kl']:.4f}" for row in found)
+            cells.append(f"{kl} ({found[0]['cache_bytes'] / 1e6:.2f})")
+        body.append(cells)
+    body.sort(key=lambda line: float(line[1].split()[0]))
+    head = [f"{bits:g} bits on {keep:.0%}" for keep, bits in columns]
+    return table([f"{' / '.join(texts)} (MB)", *head], body)
+
+
+def steering(name: str) -> str:
+    """KL on texts and copies by what rounds the codes, and by tiers."""
+    order = {"nearest": -2, "expected-attention": -1}
+    kinds = [(text, task) for text in _texts(name) for task in ("text", "copy")]
+    body = []
+    for row in rows(name, task="text", text=kinds[0][0]):
+        place = {key: row[key] for key in ("method", "bits", "rounding_scores", "tiers")}
+        kl = [rows(name, text=text, task=task, **place)[0]["kl"] for text, task in kinds]
+        how = f"tiers {row['tiers']}" if row["tiers"] else f"rounded by `{row['rounding_scores']}`"
+        if row["rounding_scores"] == "nearest":
+            how = "nearest codes"
+        codec, rank = row["method"].rpartition("+")[2], order.get(row["rounding_scores"], 0 if not row["tiers"] else 1)
+        cells = [f"`{codec}`", f"{row['bits']:g}", how, *(f"{x:.4f}" for x in kl), f"{row['cache_bytes'] / 1e6:.2f}"]
+        body.append(((codec, -row["bits"], rank, kl[0]), cells))
+    head = ["method", "bits", "", *(f"{text} {task}" if task == "copy" else text for text, task in kinds), "cache, MB"]
+    return table(head, [cells for _, cells in sorted(body)])
+
+
+def needle(name: str) -> str:
+    """Found numbers over the depths, by what is kept."""
+    body = []
+    for key in dict.fromkeys((row["method"], row["bits"], row["keep"], row.get("tiers")) for row in rows(name)):
+        method, bits, keep, tiers = key
+        found = [row for row in rows(name, method=method, bits=bits, keep=keep) if row.get("tiers") == tiers]
+        mean = {x: sum(row[x] for row in found) / len(found) for x in ("needle_kl", "needle_logp", "cache_bytes")}
+        what = f"tiers {tiers}" if tiers else f"{bits:g} bits" if keep is None else f"{keep:.1%} of the tokens"
+        count = f"{sum(round(row['found']) for row in found)} of {len(found)}"
+        cells = [f"`{method}`", what, count, f"{mean['needle_kl']:.3f}", f"{mean['needle_logp']:.2f}"]
+        body.append([*cells, f"{mean['cache_bytes'] / 1e6:.1f}"])
+    head = ["method", "", "found", "KL over the digits", "mean log probability of the digits", "cache, MB"]
+    return table(head, sorted(body, key=lambda line: float(line[3])))
+
+
+def _texts(name: str) -> list[str]:
+    return sorted({row["text"] for row in rows(name)}, reverse=True)
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--code"]:
         from spectral_kv_core.evaluation_text import default_texts
@@ -84,10 +151,13 @@ def main() -> None:
         Path(sys.argv[2]).write_text(default_texts()[1].text, encoding="utf-8")
         return
     if sys.argv[1:2] == ["--publish"]:
-        run = Path(sys.argv[2])
-        summary = json.loads((run / "summary.json").read_text())
+        run, *others = map(Path, sys.argv[2:])
+        summary, *more = (json.loads((folder / "summary.json").read_text()) for folder in (run, *others))
         kept = {key: value for key, value in summary.items() if key != "documents"}
         kept["model"] = Path(kept["model"]).name  # no folder of this machine
+        kept["rows"] += [row for other in more for row in other["rows"]]
+        if more:
+            kept["other_settings"] = [other["settings"] for other in more]
         (HERE / f"{run.name}.json").write_text(json.dumps(kept, indent=1) + "\n")
         return
     for path in FILES:
