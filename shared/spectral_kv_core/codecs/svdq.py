@@ -111,6 +111,7 @@ class SvdqPlan(ArrayPlan):
             widths = tuple(sorted(widths.tolist(), reverse=True))
             if _bits(widths, method) <= bits:
                 break
+        widths = (max(widths[0], 1), *widths[1:])  # the lowest bits of `range`
         return cls(method, bits, shape, profile=profile, widths=widths)
 
     def decides(self) -> list:
