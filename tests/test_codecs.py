@@ -427,6 +427,16 @@ def test_svdq_is_its_paper(bits, widths):
     assert np.median(error) < 0.02, error  # of every channel alike, strong and weak
 
 
+def test_svdq_keeps_a_group_at_its_lowest_bits():
+    """Bits at which the greedy schedule would leave every group out."""
+    low = bits_range(METHODS["svdq"], MODEL.shape)[0]
+    plan = plan_of("svdq", low + 0.02)
+    assert plan.widths == (1,) + 7 * (0,) and plan.bits_per_element == low
+    keys, values = MODEL.sample(1, 128)
+    codec = make_codec(ops, plan, 0)
+    assert relative_rms(decoded(codec, codec.encode(keys, values, 0))[0], keys) < 1
+
+
 def test_eigen_attention_is_its_paper():
     plan = plan_of("eigen-attention", 8)
     rank_k, rank_v = plan.ranks[0].tolist()

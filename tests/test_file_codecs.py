@@ -1,4 +1,4 @@
-"""xKV and KVTC, which are for files: sizes, their papers' formulas written again, every array library, stored prompts."""
+"""xKV, KVTC and SVDq in a prompt's own axes, for files: sizes, their papers' formulas again, every library, whole prompts."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from cases import ToyModel, toy_profile_of
 from tolerances import assert_close, relative_rms
 
 from spectral_kv_core import joint, ops
+from spectral_kv_core.cache import LayerCache
 from spectral_kv_core.calibration import SKIP, Spool
-from spectral_kv_core.codec import Chunk
-from spectral_kv_core.codecs import kvtc
+from spectral_kv_core.codec import Chunk, make_codec
+from spectral_kv_core.codecs import kvtc, svdq_prompt
 from spectral_kv_core.codecs.xkv import leading_axes, ranks
 from spectral_kv_core.joint import fit_joint_set, randomized_axes
 from spectral_kv_core.methods import BASIS_SETS, JOINT, METHODS, get_live_method
-from spectral_kv_core.plan import elements_per_token, make_plan
+from spectral_kv_core.plan import bits_range, elements_per_token, make_plan
 from spectral_kv_core.prompt_file import chunk_arrays
 from spectral_kv_core.rope import rotate, unrotate
 from spectral_kv_core.stored import codec_of, fit_bits, join_layers
 
 MODEL = ToyModel(layers=3, rotated=True)
-TOKENS = 400
-NAMES = ("xkv", "kvtc")
-every_method = pytest.mark.parametrize("name", NAMES)
+TOKENS = 384
+BITS = {"xkv": (0.5, 1, 2, 4), "kvtc": (0.5, 1, 2, 4), "svdq-prompt": (9, 10, 12, 14)}
+every_method = pytest.mark.parametrize("name", BITS)
 
 
 def plan_of(name: str, bits: float):
@@ -34,9 +35,9 @@ def plan_of(name: str, bits: float):
     return make_plan(MODEL.shape, profile, name, bits)
 
 
-def sample(batch: int = 1, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and values [B, 3 H, T, D] of all layers, as a row of several takes them."""
-    return join_layers(ops, [MODEL.sample(seed, TOKENS, batch, layer=layer) for layer in range(3)])
+def sample(batch: int = 1, seed: int = 1, name: str = "kvtc") -> tuple[np.ndarray, np.ndarray]:
+    """Keys and values [B, H, T, D] of all the layers that a row of the method `name` stands for."""
+    return join_layers(ops, [MODEL.sample(seed, TOKENS, batch, layer=layer) for layer in layers_of(name)])
 
 
 def encode(xp, name: str, bits: float, *parts, start: int = 0):
@@ -48,8 +49,14 @@ def decoded(codec, chunk) -> list[np.ndarray]:
     return [codec.xp.to_numpy(x) for x in codec.decode(chunk)]
 
 
-def real_bits(chunk) -> float:
-    return 8 * sum(a.nbytes for a in chunk.arrays) / (elements_per_token(MODEL.shape) * chunk.tokens * chunk.batch)
+def layers_of(name: str) -> tuple[int, ...]:
+    """Layers that the first row of the method `name` stands for."""
+    return MODEL.shape.layer_groups(METHODS[name].group)[0]
+
+
+def real_bits(chunk, name: str = "kvtc") -> float:
+    elements = elements_per_token(MODEL.shape) * len(layers_of(name)) // MODEL.layers
+    return 8 * sum(a.nbytes for a in chunk.arrays) / (elements * chunk.tokens * chunk.batch)
 
 
 def side_by_side(x: np.ndarray, start: int | None = None) -> np.ndarray:
@@ -65,21 +72,23 @@ def heads_again(x: np.ndarray, start: int | None = None) -> np.ndarray:
 
 @every_method
 def test_error_falls_as_bytes_grow(xp, name):
-    parts, errors, sizes = sample(batch=2), [], []
-    for bits in (0.5, 1, 2, 4):
+    parts, errors, sizes = sample(batch=2, name=name), [], []
+    for bits in BITS[name]:
         codec, chunk = encode(xp, name, bits, *parts)
         errors.append([relative_rms(got, x) for got, x in zip(decoded(codec, chunk), parts)])
-        sizes.append(real_bits(chunk))
+        sizes.append(real_bits(chunk, name))
         assert 0.4 * bits < sizes[-1] <= bits
-    assert np.all(np.diff(errors, axis=0) < 0), errors
+    exact = name == "svdq-prompt"  # values in float16
+    assert np.all(np.diff(errors, axis=0)[:, : 2 - exact] < 0), errors
     assert np.max(errors[-1]) < 0.15, errors
 
 
 @every_method
 def test_chunks_of_one_library_decode_on_every_other(xp, name):
-    reference, expected = encode(ops, name, 2, *sample(batch=2), start=20)
-    codec, got = encode(xp, name, 2, *sample(batch=2), start=20)
-    assert [tuple(a.shape) for a in got.arrays if name == "xkv"] == [a.shape for a in expected.arrays if name == "xkv"]
+    bits, parts = BITS[name][2], sample(batch=2, name=name)
+    reference, expected = encode(ops, name, bits, *parts, start=20)
+    codec, got = encode(xp, name, bits, *parts, start=20)
+    assert name == "kvtc" or [tuple(a.shape) for a in got.arrays] == [a.shape for a in expected.arrays]
     moved = Chunk(2, 20, TOKENS, tuple(map(xp.asarray, expected.arrays)))
     for side, a, b, own in zip(
         ("keys", "values"), decoded(codec, moved), decoded(reference, expected), decoded(codec, got)
@@ -90,28 +99,29 @@ def test_chunks_of_one_library_decode_on_every_other(xp, name):
 
 @every_method
 def test_a_file_has_the_arrays_that_it_expects(name):
-    _, chunk = encode(ops, name, 1.5, *sample(batch=2))
-    for array, (shape, kind) in zip(chunk.arrays, chunk_arrays(plan_of(name, 1.5), 0, 2, TOKENS), strict=True):
-        assert array.dtype.name == kind and shape in (None, array.shape)
+    for bits in BITS[name]:
+        _, chunk = encode(ops, name, bits, *sample(batch=2, name=name))
+        for array, (shape, kind) in zip(chunk.arrays, chunk_arrays(plan_of(name, bits), 0, 2, TOKENS), strict=True):
+            assert array.dtype.name == kind and shape in (None, array.shape)
 
 
 @every_method
 def test_there_is_no_live_cache(name):
     with pytest.raises(ValueError, match="which is for files"):
         get_live_method(name)
-    codec, chunk = encode(ops, name, 1, *sample())
-    with pytest.raises(ValueError, match="filled at once"):
-        codec.append(chunk, *sample())
+    codec, chunk = encode(ops, name, BITS[name][1], *sample(name=name))
+    with pytest.raises(ValueError, match=f"filled at once, received further tokens: method {name}"):
+        codec.append(chunk, *sample(name=name))
 
 
 @every_method
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_nan_is_refused(name, side, bad):
-    parts = sample()
+    parts = sample(name=name)
     parts[side][0, 1, 7, 3] = bad
     with pytest.raises(ValueError, match="finite"):
-        encode(ops, name, 2, *parts)
+        encode(ops, name, BITS[name][2], *parts)
 
 
 @pytest.mark.parametrize(
@@ -155,13 +165,76 @@ def test_xkv_ranks_stay_within_the_bits():
         np.testing.assert_allclose(np.abs(np.sum(axes.T * v, axis=1)), 1, atol=1e-8)
 
 
-def test_xkv_keeps_a_prompt_in_one_chunk():
-    from spectral_kv_core.cache import LayerCache
-
-    cache = LayerCache(ops, codec_of(ops, plan_of("xkv", 2), 0), 4, 16)
-    keys, values = (np.concatenate([x] * 4, axis=2) for x in sample())
+@pytest.mark.parametrize("name, block", [("xkv", 16), ("svdq-prompt", 128)])
+def test_a_prompt_is_one_chunk(name, block):
+    cache = LayerCache(ops, codec_of(ops, plan_of(name, BITS[name][2]), 0), 4, 16)
+    keys, values = (np.concatenate([x] * 4, axis=2) for x in sample(name=name))
     cache.append(keys, values)
-    assert [c.tokens for c in cache.lanes[0].chunks] == [(1600 - 20) // 16 * 16]
+    assert [c.tokens for c in cache.lanes[0].chunks] == [(4 * TOKENS - 20) // block * block]
+
+
+def test_svdq_prompt_is_its_paper():
+    """Axes and mean of the prompt itself, codes at the middle of their cell per channel and 128 tokens, bits falling."""
+    keys, values = sample(name="svdq-prompt")
+    codec, chunk = encode(ops, "svdq-prompt", 12, keys, values, start=36)
+    widths = svdq_prompt.schedule(12, 128, TOKENS, 128)
+    assert widths[0] > widths[5] > 0 and sorted(widths, reverse=True) == list(widths)
+    got_keys, got_values = decoded(codec, chunk)
+    x = side_by_side(keys, 36)
+    mean = x.mean(0)
+    axes = np.linalg.svd(x - mean, full_matrices=False)[2]
+    z = (x - mean) @ axes.T
+    near = np.zeros_like(z)
+    for block in range(0, TOKENS, 128):
+        for channel, width in enumerate(np.repeat(widths, 16)):
+            if width:
+                part = z[block : block + 128, channel]
+                step = np.ptp(part) / 2**width
+                cell = np.clip(np.floor((part - part.min()) / step), 0, 2**width - 1)
+                near[block : block + 128, channel] = part.min() + (cell + 0.5) * step
+    assert_close("keys", got_keys, heads_again(near @ axes + mean, 36), limit=0.01)
+    np.testing.assert_array_equal(got_values, values.astype(np.float16))
+    cut = codec.cut(chunk, 128)
+    for got, whole in zip(decoded(codec, cut), (got_keys, got_values)):
+        assert_close("cut", got, whole[:, :, :128], limit=1e-6)
+
+
+def test_svdq_prompt_bits_are_a_ceiling_with_the_axes_counted():
+    low, high = bits_range(METHODS["svdq-prompt"], MODEL.shape)
+    for bits, tokens in itertools.product((low, 8.5, 9, 10, 12, high), (128, 384, 3072)):
+        widths, plan = svdq_prompt.schedule(bits, 128, tokens, 128), plan_of("svdq-prompt", bits)
+        claimed = 8 * sum(np.prod(shape) * np.dtype(kind).itemsize for shape, kind in plan.chunk_arrays(0, 1, tokens))
+        axes, bits_of_codes = 16 * sum(b > 0 for b in widths), sum(b + (b > 0) * 32 / 128 for b in widths) / 8
+        assert claimed / (2 * tokens * 128) == pytest.approx((16 + bits_of_codes) / 2 + 8 * (axes + 1) / tokens)
+        assert widths[0] > 0 and (claimed <= bits * 2 * tokens * 128 or widths == (1,) + 7 * (0,))
+    assert svdq_prompt.schedule(high, 128, 128, 128) == 8 * (8,)
+    x, y = (np.concatenate([part] * 8, axis=2) for part in sample(name="svdq-prompt"))
+    assert encode(ops, "svdq-prompt", 12, x, y)[1].arrays[1].shape[1] > 96  # axes: a long prompt affords more
+
+
+def test_svdq_prompt_reproduces_keys_of_low_rank():
+    """16 directions and a mean: one group of 8 bits, whose steps are all that is lost."""
+    rng = np.random.default_rng(0)
+    axes = np.linalg.qr(rng.standard_normal((128, 16)))[0]
+    z = rng.standard_normal((TOKENS, 16)) * 0.9 ** np.arange(16)
+    keys = heads_again(z @ axes.T + 5 * rng.standard_normal(128), 4)
+    codec, chunk = encode(ops, "svdq-prompt", 8.9, keys, sample(name="svdq-prompt")[1], start=4)
+    assert svdq_prompt.schedule(8.9, 128, TOKENS, 128) == (8,) + 7 * (0,)
+    error = side_by_side(decoded(codec, chunk)[0] - keys, 4)
+    step = np.ptp(z.reshape(-1, 128, 16), axis=1).max() / 256
+    assert np.sqrt(np.square(error).sum(1).mean() / 16) < 1.2 * step / np.sqrt(12)
+    assert real_bits(chunk, "svdq-prompt") == 8 * sum(a.nbytes for a in chunk.arrays) / keys.size / 2
+    assert real_bits(chunk, "svdq-prompt") == 8 + 8.25 / 16 + 8 * 17 / TOKENS <= 8.9
+
+
+def test_svdq_prompt_is_better_than_a_profile_of_other_text():
+    keys, values = sample(name="svdq-prompt")
+    profile, widths = toy_profile_of(MODEL, "layer", "pre"), svdq_prompt.schedule(12, 128, TOKENS, 128)
+    plan = replace(make_plan(MODEL.shape, profile, "svdq", 9), widths=widths)
+    errors = []
+    for codec in (codec_of(ops, plan_of("svdq-prompt", 12), 0), make_codec(ops, plan, 0), make_codec(ops, plan, 1)):
+        errors.append(relative_rms(decoded(codec, codec.encode(keys, values, 0))[0], keys))
+    assert errors[0] < 1.02 * errors[1] and errors[0] < 0.3 * errors[2], errors  # layer 1 stands for other text
 
 
 def test_kvtc_is_its_paper():
@@ -240,13 +313,14 @@ def test_kvtc_refuses_other_bytes():
 
 @every_method
 def test_files_are_as_large_as_asked(name):
-    parts = sample(seed=5)
+    parts, bits = sample(seed=5, name=name), BITS[name][1]
 
     def make(planned):
         chunk = encode(ops, name, planned, *parts)[1]
-        return chunk, real_bits(chunk)
+        return chunk, real_bits(chunk, name)
 
-    assert 0.9 < real_bits(fit_bits(make, 1.0, (0.1, 8.0))) <= 1.0
+    allowed = bits_range(METHODS[name], MODEL.shape)
+    assert 0.9 * bits < real_bits(fit_bits(make, bits, allowed), name) <= bits
 
 
 @pytest.fixture

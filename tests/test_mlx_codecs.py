@@ -82,3 +82,22 @@ def test_a_stored_prompt_goes_on_with_the_same_codes(name, tmp_path):
     assert ids == PROMPT
     question = make_tokens(5, seed=4)
     np.testing.assert_array_equal(read(loaded, question), read(cache, question))
+
+
+@pytest.mark.parametrize("name, high, low", [("xkv", 8.0, 2.0), ("svdq-prompt", 14.0, 9.0)])
+def test_a_prompt_is_stored_by_a_method_for_files(name, high, low, tmp_path):
+    def sides(cache):
+        return [np.array(x)[:, :, : layer.offset] for layer in cache for x in (layer.keys, layer.values)]
+
+    model, errors = model_and_profile()[0], []
+    plain = plain_cache(model)
+    read(plain)
+    for bits in (high, low):
+        path = save_prompt_cache(tmp_path / f"{bits}", plain, PROMPT, model=model, method=name, bits=bits)
+        loaded, ids = load_prompt_cache(path, model)
+        assert ids == PROMPT and type(loaded[0]) is type(plain[0])
+        pairs = list(zip(sides(loaded), sides(plain), strict=True))
+        errors.append(sum(np.square(got - x).sum() / np.square(x).sum() for got, x in pairs))
+        for got, x in pairs:
+            np.testing.assert_array_equal(got[:, :, -64:], x[:, :, -64:])
+    assert 0 < errors[0] < 0.5 * errors[1], errors

@@ -103,15 +103,15 @@ def test_padded_rows_and_crops(name):
         torch.testing.assert_close(now, then[:, :, :-150], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["xkv", "kvtc"])
-def test_a_prompt_is_stored_by_a_method_for_files(name, tmp_path):
+@pytest.mark.parametrize("name, high, low", [("xkv", 8.0, 2.0), ("kvtc", 8.0, 2.0), ("svdq-prompt", 14.0, 9.0)])
+def test_a_prompt_is_stored_by_a_method_for_files(name, high, low, tmp_path):
     model = model_and_profile()[0]
     profile = joint_profile()
     plain = plain_cache(model)
     read(plain)
     held = [(layer.keys.clone(), layer.values.clone()) for layer in plain.layers]
     errors = []
-    for bits in (8.0, 2.0):
+    for bits in (high, low):
         path = save_prompt_cache(
             tmp_path / f"{bits}", plain, PROMPT[0].tolist(), model=model, method=name, bits=bits, profile=profile
         )

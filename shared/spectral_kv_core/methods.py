@@ -12,7 +12,7 @@ from .scorers import SCORERS, get_scorer
 GROUPS = ("head", "side", "layer", "layer2", "layer4", "model")
 ROUNDINGS = ("nearest", *(name for name in SCORERS if name != "snapkv"))  # which needs queries of the text
 # chunks that cannot grow: a file fills a plain cache, or a live one of another method
-FILE_CODECS = ("stored", "xkv", "kvtc")
+FILE_CODECS = ("stored", "svdq-prompt", "xkv", "kvtc")
 CODECS = ("none", "affine", "spectral", "stored", *FAMILIES)
 LATENT_CODECS = ("turboquant", "turboquant-qjl", "jarviskv")  # attention runs on what they code, per head after RoPE
 DROPPING = ("affine", "spectral")  # codecs whose sealed tokens can be dropped
@@ -167,6 +167,15 @@ METHODS = {
             group="side",
             block=128,
             reads="layer.pre",
+        ),
+        Method(
+            "svdq-prompt",
+            "svdq-prompt",
+            "svdq with the mean and the axes of the prompt's own keys, both stored in float16; for files",
+            "SVDq (2502.15304), section 3; axes counted, schedule from the bits and the prompt's length",
+            rope="pre",
+            group="side",
+            block=128,
         ),
         Method(
             "eigen-attention",

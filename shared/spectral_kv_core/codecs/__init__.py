@@ -10,6 +10,7 @@ FAMILIES = {  # codec of a method -> file, class of its plan
     "turboquant-qjl": ("turboquant", "TurboQuantPlan"),
     "jarviskv": ("jarviskv", "JarvisPlan"),
     "svdq": ("svdq", "SvdqPlan"),
+    "svdq-prompt": ("svdq_prompt", "SvdqPromptPlan"),
     "eigen-attention": ("eigen_attention", "EigenPlan"),
     "think": ("think", "ThinkPlan"),
     "xkv": ("xkv", "XkvPlan"),

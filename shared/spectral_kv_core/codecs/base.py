@@ -13,7 +13,7 @@ from ..basis import rank_for_energy
 from ..cache import CHUNK_TOKENS
 from ..codec import Chunk, check_finite
 from ..methods import Method
-from ..plan import Plan, elements_per_token
+from ..plan import Plan, check_bits, elements_per_token
 from ..profile import ModelShape, Profile
 from ..quantizer import UNIT, pack, unpack
 
@@ -60,7 +60,7 @@ class ArrayCodec:
     block = UNIT
 
     def __init__(self, xp, plan: ArrayPlan, row: int, like=None):
-        self.xp, self.like, self.rope = xp, like, plan.shape.rope
+        self.xp, self.like, self.method, self.rope = xp, like, plan.method, plan.shape.rope
         self.kv_heads, self.head_dim = plan.shape.kv_heads * len(plan.layer_groups[row]), plan.shape.head_dim
         self._tables: list = []
 
@@ -106,11 +106,47 @@ class ArrayCodec:
         """Every array that all sequences share."""
         return self._tables
 
+    def flatten(self, x):
+        """Heads side by side: [B, H, T, D] -> [B, T, H D]."""
+        batch, heads, tokens, dim = x.shape
+        return self.xp.permute_dims(x, (0, 2, 1, 3)).reshape(batch, tokens, heads * dim)
+
+    def unflatten(self, x):
+        """Inverse of `flatten`: [B, T, H D] -> [B, H, T, D]."""
+        return self.xp.permute_dims(x.reshape(*x.shape[:2], self.kv_heads, self.head_dim), (0, 2, 1, 3))
+
     def _checked(self, *arrays) -> tuple:
         for array in arrays:
             if array.dtype == self.xp.float16:  # scales and latents: NaN, infinity, and what float16 cannot hold
                 check_finite(self.xp, array)
         return arrays
+
+
+class FileCodec(ArrayCodec):
+    """Tokens <-> arrays of a file: a chunk cannot grow."""
+
+    def append(self, chunk: Chunk, keys, values) -> Chunk:
+        raise ValueError(
+            f"Expected a cache for files, which is filled at once, received further tokens: method {self.method.name}."
+        )
+
+
+@dataclass(frozen=True)
+class PromptPlan(ArrayPlan):
+    """Plan of a codec that holds a prompt in one chunk: what it stores follows from `bits` and the prompt's length."""
+
+    @property
+    def bits_per_element(self) -> float:
+        """The bits asked for: what is stored stays below by less than one step of the method, or is its least."""
+        return self.bits
+
+    @classmethod
+    def make(cls, shape: ModelShape, profile: Profile | None, method: Method, bits: float) -> PromptPlan:
+        check_bits(method, shape, bits)
+        return cls(method, bits, shape)
+
+    def decides(self) -> list:
+        return [np.float64(self.bits)]
 
 
 class LatentCodec(ArrayCodec):

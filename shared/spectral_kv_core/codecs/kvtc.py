@@ -23,7 +23,7 @@ from ..plan import check_bits
 from ..profile import BasisSet, ModelShape, Profile
 from ..quantizer import UNIT, dequantize_affine, pack, quantize_affine, unpack
 from ..rope import rotate, unrotate
-from .base import ArrayCodec, ArrayPlan
+from .base import ArrayPlan, FileCodec
 
 SIZES = {
     1: 0.0,
@@ -36,7 +36,7 @@ WIDTHS = (8, 4, 2)
 ROUNDS = 40  # of the search for the price of a bit
 
 
-class KvtcCodec(ArrayCodec):
+class KvtcCodec(FileCodec):
     """A chunk holds one array: the deflated bytes of, per side and run of like groups, codes, scales and offsets."""
 
     def __init__(self, xp, plan: KvtcPlan, row: int, like=None):
@@ -47,11 +47,11 @@ class KvtcCodec(ArrayCodec):
         self.bases, self.means = [self.table(u) for u in basis], [self.table(m) for m in basis_set.mean[0]]
 
     def store(self, keys, values, start: int) -> tuple:
-        xp, (batch, heads, tokens, dim) = self.xp, keys.shape
+        xp = self.xp
         keys = unrotate(xp, keys, self.rope, start) if self.rope else keys
         parts = []
         for x, mean, basis, runs in zip((keys, values), self.means, self.bases, self.runs):
-            z = xp.matmul(xp.permute_dims(x, (0, 2, 1, 3)).reshape(batch, tokens, heads * dim) - mean, basis)
+            z = xp.matmul(self.flatten(x) - mean, basis)
             check_finite(xp, z)
             done = 0
             for size, bits, count in runs:
@@ -64,9 +64,6 @@ class KvtcCodec(ArrayCodec):
         self._checked(*parts)
         data = zlib.compress(b"".join(np.ascontiguousarray(xp.to_file(x)[0]).tobytes() for x in parts), 9)
         return (xp.asarray(np.frombuffer(data, np.uint8), like=keys),)
-
-    def append(self, chunk: Chunk, keys, values) -> Chunk:
-        raise ValueError("Expected a cache for files, which is filled at once, received further tokens: method kvtc.")
 
     def decode(self, chunk: Chunk) -> tuple:
         """Keys and values [B, H, T, D] float32; raises ValueError for bytes that are not of this plan."""
@@ -92,7 +89,7 @@ class KvtcCodec(ArrayCodec):
                 scale, offset = (array((*lead, count), np.float16) for _ in range(2))
                 parts.append(dequantize_affine(xp, unpack(xp, packed, bits, size * count), scale, offset))
             x = xp.matmul(xp.concat(parts, axis=-1), xp.permute_dims(basis, (1, 0))) + mean
-            sides.append(xp.permute_dims(x.reshape(*lead, self.kv_heads, self.head_dim), (0, 2, 1, 3)))
+            sides.append(self.unflatten(x))
         if done != len(data):
             raise ValueError("Expected deflated bytes of this plan, received more. Make the file again.")
         keys, values = sides

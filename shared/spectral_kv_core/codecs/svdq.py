@@ -29,52 +29,82 @@ REACH = 2.6  # standard deviations that the range of 128 tokens covers to either
 
 
 class SvdqCodec(ArrayCodec):
-    """Codes [B, 1, T / 8, channels, bits] of every width, scales and minima [B, 1, T / 128, channels], values [B, H, T, D]."""
+    """`quantize_groups` of the latents of keys, and values [B, H, T, D] float16."""
 
     def __init__(self, xp, plan: SvdqPlan, row: int, like=None):
         super().__init__(xp, plan, row, like)
         self.block, self.widths = plan.method.block, plan.widths
-        per_group = self.kv_heads * self.head_dim // GROUPS
         basis, _ = fit_basis(covariance(plan.profile, row, 0, self.kv_heads))
-        self.basis = self.table(basis[:, : per_group * sum(b > 0 for b in self.widths)])  # [H D, R]
+        self.basis = self.table(basis[:, : coded_channels(plan.widths, len(basis))])  # [H D, R]
         self.mean = self.table(means(plan.profile, row)[: self.kv_heads].reshape(-1))
-        self.channels = [(b, per_group * self.widths.count(b)) for b in _used(self.widths)]
-        self.cells = self.table(np.repeat(2.0 ** np.array([b for b in self.widths if b]), per_group))  # [R]
 
     def store(self, keys, values, start: int) -> tuple:
-        xp, (batch, heads, tokens, dim) = self.xp, keys.shape
+        xp = self.xp
         keys = unrotate(xp, keys, self.rope, start) if self.rope else keys
-        keys = xp.permute_dims(keys, (0, 2, 1, 3)).reshape(batch, tokens, heads * dim) - self.mean
-        z = xp.matmul(keys, self.basis).reshape(batch, 1, tokens // self.block, self.block, -1)
-        low, high = xp.min(z, axis=3), xp.max(z, axis=3)
-        scale = xp.astype(
-            xp.maximum((high - low) / self.cells, 1e-6), xp.float16
-        )  # the floor guards a constant channel
-        low = xp.astype(low, xp.float16)
-        step, bias = (xp.astype(x, xp.float32)[:, :, :, None] for x in (scale, low))
-        codes = xp.clip((z - bias) / step, 0.0, 255.0)
-        codes = xp.where(codes < self.cells - 1, codes, self.cells - 1)
-        codes = xp.astype(codes, xp.uint8).reshape(batch, 1, tokens, -1)
-        packed = [pack_tokens(xp, codes[..., part], bits) for part, bits in self._parts()]
-        return (*packed, scale, low, xp.astype(values, xp.float16))
+        z = xp.matmul(self.flatten(keys) - self.mean, self.basis)
+        return (*quantize_groups(xp, z, self.widths, self.block), xp.astype(values, xp.float16))
 
     def decode(self, chunk) -> tuple:
-        xp, (*packed, scale, low, values) = self.xp, chunk.arrays
-        codes = [unpack_tokens(xp, x, bits) for x, (_, bits) in zip(packed, self._parts())]
-        codes = xp.astype(xp.concat(codes, axis=-1), xp.float32)
-        codes = codes.reshape(chunk.batch, 1, -1, self.block, codes.shape[-1])
-        step, bias = (xp.astype(x, xp.float32)[:, :, :, None] for x in (scale, low))
-        z = ((codes + 0.5) * step + bias).reshape(chunk.batch, chunk.tokens, -1)
-        keys = xp.matmul(z, xp.permute_dims(self.basis, (1, 0))) + self.mean
-        keys = keys.reshape(chunk.batch, chunk.tokens, self.kv_heads, self.head_dim)
-        keys = xp.permute_dims(keys, (0, 2, 1, 3))
+        xp, (*coded, values) = self.xp, chunk.arrays
+        z = dequantize_groups(xp, coded, self.block)
+        keys = self.unflatten(xp.matmul(z, xp.permute_dims(self.basis, (1, 0))) + self.mean)
         return rotate(xp, keys, self.rope, chunk.start) if self.rope else keys, xp.astype(values, xp.float32)
 
-    def _parts(self):
-        done = 0
-        for bits, count in self.channels:
-            yield slice(done, done + count), bits
-            done += count
+
+def quantize_groups(xp, z, widths: tuple[int, ...], block: int) -> tuple:
+    """Codes [B, 1, T / 8, channels, bits] uint8 of every width, scales and minima [B, 1, T / block, R] float16.
+
+    `z` [B, T, R] float32: latents of the groups that have bits in `widths`, which fall; T a multiple of `block`.
+    """
+    batch, tokens, rank = z.shape
+    used = [b for b in widths if b]
+    cells = np.repeat(2.0 ** np.array(used), rank // len(used))
+    cells = xp.asarray(cells.astype(np.float32), like=z)  # [R]
+    z = z.reshape(batch, 1, tokens // block, block, rank)
+    low, high = xp.min(z, axis=3), xp.max(z, axis=3)
+    scale = xp.astype(xp.maximum((high - low) / cells, 1e-6), xp.float16)  # the floor guards a constant channel
+    low = xp.astype(low, xp.float16)
+    step, bias = (xp.astype(x, xp.float32)[:, :, :, None] for x in (scale, low))
+    codes = xp.clip((z - bias) / step, 0.0, 255.0)
+    codes = xp.where(codes < cells - 1, codes, cells - 1)
+    codes = xp.astype(codes, xp.uint8).reshape(batch, 1, tokens, rank)
+    packed, done = [], 0
+    for bits in _used(widths):
+        count = rank // len(used) * widths.count(bits)
+        packed.append(pack_tokens(xp, codes[..., done : done + count], bits))
+        done += count
+    return (*packed, scale, low)
+
+
+def dequantize_groups(xp, arrays, block: int):
+    """Middles of the cells [B, T, R] float32 that `quantize_groups` gave `arrays` for."""
+    *packed, scale, low = arrays
+    codes = xp.concat([unpack_tokens(xp, x, x.shape[-1]) for x in packed], axis=-1)  # [B, 1, T, R]
+    batch, _, tokens, rank = codes.shape
+    codes = xp.astype(codes, xp.float32).reshape(batch, 1, tokens // block, block, rank)
+    step, bias = (xp.astype(x, xp.float32)[:, :, :, None] for x in (scale, low))
+    return ((codes + 0.5) * step + bias).reshape(batch, tokens, rank)
+
+
+def group_arrays(widths: tuple[int, ...], channels: int, batch: int, tokens: int, block: int) -> list[tuple]:
+    """(shape, dtype name) of the arrays of `quantize_groups` for keys of `channels` channels."""
+    per_group = channels // GROUPS
+    codes = [((batch, 1, tokens // 8, per_group * widths.count(b), b), "uint8") for b in _used(widths)]
+    return [*codes, *2 * [((batch, 1, tokens // block, coded_channels(widths, channels)), "float16")]]
+
+
+def coded_channels(widths: tuple[int, ...], channels: int) -> int:
+    """Latent channels, of `channels`, in groups that have bits."""
+    return channels // GROUPS * sum(b > 0 for b in widths)
+
+
+def check_groups(shape: ModelShape) -> None:
+    """Raise ValueError unless the key channels of a layer fall into groups."""
+    if shape.kv_heads * shape.head_dim % GROUPS:
+        raise ValueError(
+            f"Expected a number of key channels that {GROUPS} groups divide, received {shape.kv_heads} heads of "
+            f"{shape.head_dim}. Use eigen-attention, which has no groups."
+        )
 
 
 @dataclass(frozen=True)
@@ -95,22 +125,19 @@ class SvdqPlan(ArrayPlan):
     @classmethod
     def make(cls, shape: ModelShape, profile: Profile, method: Method, bits: float) -> SvdqPlan:
         check_bits(method, shape, bits)
-        if shape.kv_heads * shape.head_dim % GROUPS:
-            raise ValueError(
-                f"Expected a number of key channels that {GROUPS} groups divide, received {shape.kv_heads} heads of "
-                f"{shape.head_dim}. Use eigen-attention, which has no groups."
-            )
+        check_groups(shape)
         spectra = []
         for row in range(len(shape.layers)):
             _, variance = fit_basis(covariance(profile, row, 0, shape.kv_heads))
             spectra.append(variance.reshape(GROUPS, -1).sum(-1) / variance.sum())
-        cost = np.mean(spectra, axis=0)[:, None] * np.array(_errors())
+        cost = np.mean(spectra, axis=0)[:, None] * np.array(width_errors())
         cost = np.array([[float(f"{x:.9g}") for x in row] for row in cost])  # last bits differ between machines
         for total in range(8 * GROUPS, 0, -1):
             widths = allocate_bits(cost, np.ones(GROUPS, int), total)
             widths = tuple(sorted(widths.tolist(), reverse=True))
             if _bits(widths, method) <= bits:
                 break
+        widths = (max(widths[0], 1), *widths[1:])  # the lowest bits of `range`
         return cls(method, bits, shape, profile=profile, widths=widths)
 
     def decides(self) -> list:
@@ -119,11 +146,8 @@ class SvdqPlan(ArrayPlan):
 
     def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
         heads, dim = self.shape.kv_heads, self.shape.head_dim
-        per_group, block = heads * dim // GROUPS, self.method.block
-        coded = per_group * sum(b > 0 for b in self.widths)
-        codes = [((batch, 1, tokens // 8, per_group * self.widths.count(b), b), "uint8") for b in _used(self.widths)]
-        ranges = 2 * [((batch, 1, tokens // block, coded), "float16")]
-        return [*codes, *ranges, ((batch, heads, tokens, dim), "float16")]
+        coded = group_arrays(self.widths, heads * dim, batch, tokens, self.method.block)
+        return [*coded, ((batch, heads, tokens, dim), "float16")]
 
 
 def _used(widths: tuple[int, ...]) -> list[int]:
@@ -137,7 +161,7 @@ def _bits(widths: tuple[int, ...], method: Method) -> float:
 
 
 @lru_cache(maxsize=1)
-def _errors() -> tuple[float, ...]:
+def width_errors() -> tuple[float, ...]:
     """Squared error on the standard normal density by width of `BIT_WIDTHS`, for a range of `REACH` to either side."""
     x = np.linspace(-6, 6, 4001)
     density = np.exp(-(x**2) / 2)

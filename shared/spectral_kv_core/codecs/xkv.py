@@ -14,15 +14,14 @@ import numpy as np
 
 from ..codec import Chunk
 from ..methods import Method
-from ..plan import check_bits
-from ..profile import ModelShape, Profile
+from ..profile import ModelShape
 from ..rope import rotate, unrotate
-from .base import ArrayCodec, ArrayPlan
+from .base import FileCodec, PromptPlan
 
 KEY_SHARE = 0.4
 
 
-class XkvCodec(ArrayCodec):
+class XkvCodec(FileCodec):
     """Per side: token factor [B, T, R] and layer factor [B, R, H D] float16. A prompt is one chunk, which cannot grow."""
 
     chunk_tokens = 2**31
@@ -32,17 +31,14 @@ class XkvCodec(ArrayCodec):
         self._ranks = plan.bits, self.kv_heads * self.head_dim
 
     def store(self, keys, values, start: int) -> tuple:
-        xp, (batch, heads, tokens, dim) = self.xp, keys.shape
+        xp = self.xp
         keys = unrotate(xp, keys, self.rope, start) if self.rope else keys
         arrays = []
-        for x, rank in zip((keys, values), ranks(*self._ranks, tokens)):
-            x = xp.to_numpy(xp.permute_dims(x, (0, 2, 1, 3)).reshape(batch, tokens, heads * dim))
+        for x, rank in zip((keys, values), ranks(*self._ranks, keys.shape[2])):
+            x = xp.to_numpy(self.flatten(x))
             axes = np.stack([leading_axes(row, rank) for row in x])  # [B, p, R]
             arrays += [x @ axes, np.swapaxes(axes, -1, -2)]
         return tuple(xp.astype(xp.asarray(np.ascontiguousarray(a, np.float32), like=keys), xp.float16) for a in arrays)
-
-    def append(self, chunk: Chunk, keys, values) -> Chunk:
-        raise ValueError("Expected a cache for files, which is filled at once, received further tokens: method xkv.")
 
     def cut(self, chunk: Chunk, tokens: int) -> Chunk:
         """The first `tokens` tokens of `chunk`: rows of the token factors."""
@@ -51,12 +47,9 @@ class XkvCodec(ArrayCodec):
         return Chunk(chunk.batch, chunk.start, tokens, arrays)
 
     def decode(self, chunk: Chunk) -> tuple:
-        xp, sides = self.xp, []
-        for a, b in (chunk.arrays[:2], chunk.arrays[2:]):
-            x = xp.matmul(xp.astype(a, xp.float32), xp.astype(b, xp.float32))
-            x = x.reshape(chunk.batch, chunk.tokens, self.kv_heads, self.head_dim)
-            sides.append(xp.permute_dims(x, (0, 2, 1, 3)))
-        keys, values = sides
+        xp = self.xp
+        a_k, b_k, a_v, b_v = (xp.astype(x, xp.float32) for x in chunk.arrays)
+        keys, values = (self.unflatten(xp.matmul(a, b)) for a, b in ((a_k, b_k), (a_v, b_v)))
         return rotate(xp, keys, self.rope, chunk.start) if self.rope else keys, values
 
 
@@ -81,15 +74,10 @@ def ranks(bits: float, channels: int, tokens: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class XkvPlan(ArrayPlan):
+class XkvPlan(PromptPlan):
     """Ranks follow from `bits` when the length of the prompt is known."""
 
     CODEC = XkvCodec
-
-    @property
-    def bits_per_element(self) -> float:
-        """The bits asked for: what is stored stays below by less than one rank, or takes rank 1."""
-        return self.bits
 
     @classmethod
     def default_bits(cls, shape: ModelShape, method: Method) -> float:
@@ -98,14 +86,6 @@ class XkvPlan(ArrayPlan):
     @classmethod
     def range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
         return 0.1, 32.0  # both factors of a square matrix at full rank
-
-    @classmethod
-    def make(cls, shape: ModelShape, profile: Profile | None, method: Method, bits: float) -> XkvPlan:
-        check_bits(method, shape, bits)
-        return cls(method, bits, shape)
-
-    def decides(self) -> list:
-        return [np.float64(self.bits)]
 
     def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
         channels = len(self.layer_groups[row]) * self.shape.kv_heads * self.shape.head_dim
