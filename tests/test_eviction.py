@@ -72,17 +72,20 @@ def test_a_prompt_is_cut_to_the_budget_and_generation_stays_below_it(xp, name):
     assert cache.seen == 400 and cache.tokens() == 800, "compression is told against all tokens that came in"
 
 
-@pytest.mark.parametrize("name", ["streaming", "triattention"])
-def test_eviction_works_in_batches(xp, name):
+@pytest.mark.parametrize(
+    "name, options", [("streaming", {}), ("triattention", {}), ("triattention", {"evict_every": 9})]
+)
+def test_eviction_works_in_batches(xp, name, options):
     """Scoring at every step would cost more than the attention that it saves."""
-    (cache,) = make_caches(xp, name, 300)
+    (cache,) = make_caches(xp, name, 300, **options)
+    every = options.get("evict_every", EVERY)
     keys, values = MODEL.sample(1, 500)
     dropped = []
     for part in steps(500, 300):
         append(cache, keys[:, :, part], values[:, :, part])
         dropped.append(cache.lanes[0].dropped)
     changes = np.flatnonzero(np.diff(dropped))
-    assert len(changes) == -(-200 // (EVERY + 1)) and (np.diff(changes) == EVERY + 1).all()
+    assert len(changes) == -(-200 // (every + 1)) and (np.diff(changes) == every + 1).all()
 
 
 def test_attention_sees_what_was_kept(xp):
@@ -284,6 +287,8 @@ def test_a_scorer_sees_what_it_is_defined_on(monkeypatch):
         ("triattention", {"budget_tokens": 200, "protect": [(5, 5)]}, "start < end"),
         ("triattention", {"budget_tokens": 100, "protect": [(0, 50)]}, "above 114"),
         ("triattention", {"budget_tokens": 200, "selection": "global"}, "selection among"),
+        ("triattention", {"budget_tokens": 200, "evict_every": 0}, "evict_every to be a number"),
+        ("spectral", {"evict_every": 64}, "drops tokens for evict_every, spectral keeps"),
         ("triattention", {"budget_tokens": 200, "bits": 3.0}, "bits between 16 and 16"),
         ("triattention", {"budget_tokens": True}, "number of tokens"),
         ("triattention", {"budget_tokens": 200, "protect": (0, 10)}, "start < end"),

@@ -10,6 +10,7 @@ import sys
 
 from . import __version__, commands, plots
 from .evaluation import SUITES
+from .eviction import EVERY
 from .methods import DEFAULT_METHOD, ROUNDINGS
 from .prompt_file import DEFAULT_FILE_METHOD
 from .selection import MODES
@@ -97,6 +98,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--rounding-scores", choices=ROUNDINGS, help="what weighs tokens when codes are rounded (default: the recipe's)"
     )
     sub.add_argument("--selection", choices=MODES, help=f"who keeps the same tokens (default {MODES[0]})")
+    sub.add_argument(
+        "--evict-every", type=int, help=f"generated tokens between two rounds of dropping (default {EVERY})"
+    )
     sub.add_argument(
         "--compare", action="store_true", help="run the plain cache too and compare bytes, quality and speed"
     )

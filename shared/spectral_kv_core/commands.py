@@ -109,6 +109,7 @@ def generate(args: argparse.Namespace) -> dict:
             budget_tokens=args.budget_tokens,
             protect=protect,
             selection=args.selection,
+            evict_every=args.evict_every,
             tiers=tiers,
             rounding_scores=args.rounding_scores,
             method=method,
@@ -414,6 +415,7 @@ def _open_prompt_file(args: argparse.Namespace) -> PromptFile:
         "budget_tokens",
         "protect",
         "selection",
+        "evict_every",
         "tiers",
         "rounding_scores",
     ):

@@ -1,7 +1,7 @@
 """Dropping tokens: how many a cache may hold, whom it asks which ones matter, and when.
 
 A token budget counts every stored token, sinks and window included, and is never exceeded once a call has ended. A
-prompt is cut to the budget as it comes in. Afterwards tokens go in batches, so that they are scored once in `EVERY`
+prompt is cut to the budget as it comes in. Afterwards tokens go in batches, so that they are scored once in `every`
 steps and not at each one.
 """
 
@@ -23,7 +23,7 @@ from .profile import ModelShape, Profile
 from .scorers import Scorer, Tokens, get_scorer
 from .selection import MODES, select
 
-EVERY = 64  # generated tokens between two evictions, where the budget leaves that much room
+EVERY = 64
 
 
 @dataclass
@@ -32,7 +32,8 @@ class Eviction:
 
     protect: spans (start, end) of positions, padding not counted, that stay. mode: `per_layer_per_head`, every KV head of
     every layer keeps its own tokens; `per_head`, a head keeps the same ones in all layers, by the mean of their scores,
-    which holds the whole prompt until the last layer has read it.
+    which holds the whole prompt until the last layer has read it. every: generated tokens between two evictions, where the
+    budget leaves that much room; fewer of them are kept in between.
     """
 
     plan: Plan
@@ -41,6 +42,7 @@ class Eviction:
     window: int
     protect: tuple[tuple[int, int], ...] = ()
     mode: str = MODES[0]
+    every: int = EVERY
     agreed: dict = field(default_factory=dict, repr=False)  # blocks that stay in every layer, by rows: masks are shared
     waiting: list = field(default_factory=list, repr=False)  # per_head: layers that the others of a call will follow
 
@@ -56,7 +58,7 @@ class Eviction:
     def __deepcopy__(self, memo) -> Eviction:
         """One for all layers of a copied cache, as the original has."""
         return memo.setdefault(
-            id(self), Eviction(self.plan, self.budget, self.sinks, self.window, self.protect, self.mode)
+            id(self), Eviction(self.plan, self.budget, self.sinks, self.window, self.protect, self.mode, self.every)
         )
 
     @cached_property
@@ -77,7 +79,7 @@ class Eviction:
     @property
     def target(self) -> int:
         """Tokens left when generated ones exceed the budget."""
-        return self.budget - min(EVERY, (self.budget - self.fixed) // 2)
+        return self.budget - min(self.every, (self.budget - self.fixed) // 2)
 
     @property
     def scorer(self) -> Scorer:
@@ -189,10 +191,16 @@ def check_request(
     budget_tokens: int | None = None,
     protect: Sequence[tuple[int, int]] | None = (),
     selection: str | None = None,
+    evict_every: int | None = None,
     tiers: Sequence[tuple[float, float]] | None = None,
 ) -> None:
     """Raise ValueError for arguments of `plan_and_eviction` that do not go together, before a profile is looked for."""
-    given = {"budget_tokens": budget_tokens, "protect": protect or None, "selection": selection}
+    given = {
+        "budget_tokens": budget_tokens,
+        "protect": protect or None,
+        "selection": selection,
+        "evict_every": evict_every,
+    }
     if tiers is not None:
         alone = given | {"bits": bits, "budget_bytes": budget_bytes, "max_context": max_context}
         for name, value in alone.items():
@@ -213,8 +221,9 @@ def check_request(
             f"Expected either budget_tokens or budget_bytes for {method.name}, which drops tokens, received "
             f"{'none' if budget_tokens is None else 'both'}."
         )
-    if budget_tokens is not None:
-        whole_number("budget_tokens", budget_tokens, 1)
+    for name, value in (("budget_tokens", budget_tokens), ("evict_every", evict_every)):
+        if value is not None:
+            whole_number(name, value, 1)
     for span in protect or ():
         try:
             start, end = map(operator.index, span)
@@ -237,6 +246,7 @@ def plan_and_eviction(
     budget_tokens: int | None = None,
     protect: Sequence[tuple[int, int]] = (),
     selection: str | None = None,
+    evict_every: int | None = None,
     tiers: Sequence[tuple[float, float]] | None = None,
     window: int = 64,
     sinks: int = 4,
@@ -257,6 +267,7 @@ def plan_and_eviction(
         budget_tokens=budget_tokens,
         protect=protect,
         selection=selection,
+        evict_every=evict_every,
         tiers=tiers,
     )
     if tiers is not None:
@@ -270,7 +281,8 @@ def plan_and_eviction(
     if budget_tokens is None:
         budget_tokens = _tokens_for_bytes(plan, budget_bytes, window, sinks, element_bytes, other_bytes)
     spans = tuple((int(start), int(end)) for start, end in protect or ())
-    return plan, Eviction(plan, int(budget_tokens), int(sinks), int(window), spans, selection or MODES[0])
+    every = EVERY if evict_every is None else int(evict_every)
+    return plan, Eviction(plan, int(budget_tokens), int(sinks), int(window), spans, selection or MODES[0], every)
 
 
 def _tokens_for_bytes(
