@@ -92,7 +92,7 @@ def scorer_rows(name: str) -> str:
 
 def composed(name: str) -> str:
     """KL of `SCORER+spectral` by share and bits, beside every token at as many bits: equal in tokens times bits."""
-    texts, columns = _texts(name), ((0.5, 2.0), (0.25, 4.0), (0.5, 1.0), (0.25, 2.0))
+    texts, columns = _texts(name), ((0.5, 2.0), (0.25, 4.0))
     body = []
     for method in dict.fromkeys(row["method"] for row in rows(name)):
         cells = [f"`{method}`"]
