@@ -9,7 +9,7 @@ WIKI    := --text wiki="$(WIKITEXT)"
 BOTH    := $(WIKI) code=$(RUNS)/code.txt
 OURS    := spectral,spectral-dense,spectral-stored
 PEERS   := affine,kivi,turboquant,turboquant-qjl,jarviskv,eigen-attention
-SCORERS := streaming,random,knorm,keydiff,snapkv,expected-attention,fourierkv,waveletkv,waveletfourierkv,triattention,wavelettriattention
+SCORERS := streaming,random,knorm,keydiff,snapkv,expected-attention,waveletattention,fourierkv,waveletkv,waveletfourierkv,triattention,wavelettriattention
 COMMA   := ,
 CODED   := $(subst $(COMMA),+spectral$(COMMA),$(SCORERS))+spectral
 ROUNDED := nearest,expected-attention,triattention,wavelettriattention,fourierkv,waveletkv,waveletfourierkv,keydiff,knorm
@@ -32,7 +32,7 @@ ARGS_composed_smollm2_more := $(DEMO) --documents 2 --methods $(CODED) --bits 4 
 ARGS_composed_smollm2_all  := $(DEMO) --documents 2 --methods spectral --bits 1 --prefix 2048 --tasks text $(BOTH)
 ARGS_steering_smollm2      := $(DEMO) --documents 2 --methods spectral,spectral-dense --bits 2,1 --rounding-scores $(ROUNDED) $(STEERED) $(BOTH)
 ARGS_steering_smollm2_more := $(DEMO) --documents 2 $(TIERED) $(STEERED) $(BOTH)
-ARGS_needle_smollm2        := $(DEMO) --methods streaming,snapkv,expected-attention,wavelettriattention --keep 0.125 $(DEEP) $(WIKI)
+ARGS_needle_smollm2        := $(DEMO) --methods streaming,snapkv,expected-attention,waveletattention,wavelettriattention --keep 0.125 $(DEEP) $(WIKI)
 ARGS_needle_smollm2_more   := $(DEMO) --methods spectral,spectral-dense --bits 2,1 $(DEEP) $(WIKI)
 ARGS_needle_smollm2_tiers  := $(DEMO) $(TIERED) $(DEEP) $(WIKI)
 ARGS_second_seed_smollm2   := $(DEMO) --methods fourierkv,waveletkv,waveletfourierkv,triattention,wavelettriattention,turboquant \

@@ -12,6 +12,9 @@ import re
 import sys
 from pathlib import Path
 
+from spectral_kv_core.evaluation_text import default_texts
+from spectral_kv_core.result_file import budget_name, variant, variants
+
 HERE = Path(__file__).parent
 FILES = (HERE.parent / "README.md", HERE / "methods.md", HERE / "scorers.md")
 
@@ -128,13 +131,11 @@ def steering(name: str) -> str:
 def needle(name: str) -> str:
     """Found numbers over the depths, by what is kept."""
     body = []
-    for key in dict.fromkeys((row["method"], row["bits"], row["keep"], row.get("tiers")) for row in rows(name)):
-        method, bits, keep, tiers = key
-        found = [row for row in rows(name, method=method, bits=bits, keep=keep) if row.get("tiers") == tiers]
+    for one in variants(rows(name)):
+        found = [row for row in rows(name) if variant(row) == one]
         mean = {x: sum(row[x] for row in found) / len(found) for x in ("needle_kl", "needle_logp", "cache_bytes")}
-        what = f"tiers {tiers}" if tiers else f"{bits:g} bits" if keep is None else f"{keep:.1%} of the tokens"
         count = f"{sum(round(row['found']) for row in found)} of {len(found)}"
-        cells = [f"`{method}`", what, count, f"{mean['needle_kl']:.3f}", f"{mean['needle_logp']:.2f}"]
+        cells = [f"`{one[0]}`", budget_name(one), count, f"{mean['needle_kl']:.3f}", f"{mean['needle_logp']:.2f}"]
         body.append([*cells, f"{mean['cache_bytes'] / 1e6:.1f}"])
     head = ["method", "", "found", "KL over the digits", "mean log probability of the digits", "cache, MB"]
     return table(head, sorted(body, key=lambda line: float(line[3])))
@@ -146,8 +147,6 @@ def _texts(name: str) -> list[str]:
 
 def main() -> None:
     if sys.argv[1:2] == ["--code"]:
-        from spectral_kv_core.evaluation_text import default_texts
-
         Path(sys.argv[2]).write_text(default_texts()[1].text, encoding="utf-8")
         return
     if sys.argv[1:2] == ["--publish"]:

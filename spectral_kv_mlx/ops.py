@@ -16,6 +16,7 @@ from mlx.core import (
     float16,
     float32,
     int32,
+    log,
     matmul,
     max,
     maximum,
@@ -40,9 +41,9 @@ from . import kernels
 
 __all__ = [
     "all_finite", "argsort", "asarray", "astype", "clip", "concat", "copy", "cos", "cumulative_sum", "evaluate", "exp",
-    "float16", "float32", "from_file", "int32", "irfft", "kernels", "matmul", "max", "maximum", "mean", "min", "permute_dims",
-    "rfft", "round", "sin", "sort", "split_bytes", "sqrt", "square", "stack", "sum", "take", "take_along_axis", "to_file",
-    "to_numpy", "uint8", "where", "zeros",
+    "float16", "float32", "from_file", "int32", "irfft", "kernels", "log", "matmul", "max", "maximum", "mean", "min",
+    "permute_dims", "rfft", "round", "sin", "sort", "split_bytes", "sqrt", "square", "stack", "sum", "take", "take_along_axis",
+    "to_file", "to_numpy", "uint8", "where", "zeros",
 ]  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from spectral_kv_core.rope import unrotate
 from spectral_kv_core.scorers import SCORERS
 
 MODEL = ToyModel()
-SCORED = [name for name in SCORERS if name != "snapkv"]  # which needs queries
+SCORED = [scorer.name for scorer in SCORERS.values() if not scorer.needs_recent]
 
 
 def make_caches(xp, name: str, budget: int, bits: float | None = None, layers: int = 1, **options) -> list[LayerCache]:

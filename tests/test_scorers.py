@@ -554,6 +554,22 @@ def test_wavelettriattention_blends_two_z_scores(xp):
         assert_close("blend", scored(xp, "wavelettriattention", tokens, weight=weight, norm=0), expected)
 
 
+def test_waveletattention_adds_three_z_scores(xp):
+    tokens = tokens_of(xp, text(150))
+
+    def z(x):
+        return (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
+
+    def share(name):
+        x = scored(xp, name, tokens).astype(np.float64)
+        return z(np.log(x / x.mean(-1, keepdims=True) + 0.1))
+
+    expected = (
+        z(scored(xp, "waveletkv", tokens, norm=0).astype(np.float64)) + share("snapkv") + share("expected-attention")
+    )
+    assert_close("blend", scored(xp, "waveletattention", tokens), expected)
+
+
 # --- yardsticks -----------------------------------------------------------------------------------------------------
 
 

@@ -213,7 +213,7 @@ class Runner:
     def _read(self, job: Job, prefix: int, tokens: list[int], plain):
         """A compressed cache of `tokens`, which `plain` holds and `prefix` begin, as one call with all of them leaves it."""
         cache = self._empty(job, prefix)
-        if job.method.scorer is not None and "recent" in get_scorer(job.method.scorer).needs:
+        if job.method.scorer is not None and get_scorer(job.method.scorer).needs_recent:
             self.backend.feed(self.model, tokens, cache)  # the text's own queries decide
         else:
             self.backend.fill(cache, plain)

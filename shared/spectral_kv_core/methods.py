@@ -10,7 +10,7 @@ from .scorers import SCORERS, get_scorer
 # vectors that share one basis: one head; all K heads or all V heads; all of both; of two or four layers that follow each
 # other, or of all
 GROUPS = ("head", "side", "layer", "layer2", "layer4", "model")
-ROUNDINGS = ("nearest", *(name for name in SCORERS if name != "snapkv"))  # which needs queries of the text
+ROUNDINGS = ("nearest", *(scorer.name for scorer in SCORERS.values() if not scorer.needs_recent))
 # chunks that cannot grow: a file fills a plain cache, or a live one of another method
 FILE_CODECS = ("stored", "svdq-prompt", "xkv", "kvtc")
 CODECS = ("none", "affine", "spectral", "stored", *FAMILIES)

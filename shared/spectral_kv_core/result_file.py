@@ -127,7 +127,7 @@ def budget_name(one: tuple, bits: bool = True) -> str:
     """The bits, tiers and share of the tokens kept of a `variant`, as far as its method has them."""
     method, stored, keep, _, tiers = one
     exact = keep is not None and "+" not in method  # what is kept is kept as it is
-    parts = [f"{stored:g} bits"] if bits and not (exact or tiers) else []
+    parts = [f"{stored:g} bit{'s' if stored != 1 else ''}"] if bits and not (exact or tiers) else []
     parts += [f"keeps {100 * keep:.3g}%"] if keep is not None else []
     return ", ".join([*parts, *([f"tiers {tiers}"] if tiers else [])])
 

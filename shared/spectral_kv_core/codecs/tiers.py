@@ -188,7 +188,7 @@ def check_tiers(method: Method, tiers: Sequence[tuple[float, float]]) -> None:
             f"Expected a scorer with spectral or spectral-dense for tiers, such as triattention+spectral, received "
             f"{method.name}."
         )
-    if "recent" in get_scorer(method.scorer).needs:
+    if get_scorer(method.scorer).needs_recent:
         raise ValueError(f"Expected a scorer that looks at keys alone for tiers, {method.scorer} looks at queries.")
     try:
         shares = [float(share) for share, _ in tiers]

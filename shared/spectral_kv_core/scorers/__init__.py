@@ -17,6 +17,7 @@ from . import (
     snapkv,
     streaming,
     triattention,
+    waveletattention,
     waveletfourierkv,
     waveletkv,
     wavelettriattention,
@@ -42,6 +43,11 @@ class Scorer:
     def needs_queries(self) -> bool:
         """Whether it reads the query statistics of a profile."""
         return any(name.startswith("query_") for name in self.needs)
+
+    @property
+    def needs_recent(self) -> bool:
+        """Whether it looks at queries of the text, which are there only where a cache attends."""
+        return "recent" in self.needs
 
     def __call__(self, tokens: Tokens, **options):
         """Scores [B, Hkv, T] float32 of `tokens`; `options` are those of the scorer.
@@ -96,6 +102,13 @@ SCORERS = {
             ("pre_rope", "post_rope", *_QUERIES),
             "waveletkv and triattention in equal parts",
             "as waveletkv and triattention; derived, no paper",
+        ),
+        Scorer(
+            "waveletattention",
+            waveletattention.scores,
+            ("pre_rope", "post_rope", "values", "query_mean", "query_root", "rope", "now", "recent"),
+            "waveletkv, snapkv and expected-attention in equal parts",
+            "as waveletkv, snapkv and expected-attention; derived, no paper",
         ),
         Scorer(
             "expected-attention",
