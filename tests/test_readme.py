@@ -39,18 +39,24 @@ def test_quick_start_of_the_first_library():
 
 
 def test_figures_are_those_of_the_makefile():
-    """README shows what `make figures` draws."""
-    (command,) = re.findall(
-        r"spectralkv plot (results/\S+)\.json --only (\w+) --output (\S+)", (ROOT / "Makefile").read_text()
-    )
-    shown = re.findall(r"!\[[^]]+\]\(([^)]+)\)", (ROOT / "README.md").read_text())
-    assert shown == [f"{command[2]}/{Path(command[0]).name}_{command[1]}.png"]
-    assert (ROOT / shown[0]).stat().st_size < 150_000
+    """README and the pages of results/ show what `make figures` draws."""
+    drawn = set()
+    for line in re.findall(r"^\t\$\(PLOT\) (.+)", (ROOT / "Makefile").read_text(), re.M):
+        only = re.search(r"--only (\S+)", line)
+        pictures = only[1].split(",") if only else ("spectrum", "ranks", "bits")  # those of a profile
+        files = re.findall(r"(\S+)\.(?:json|safetensors)", line)
+        drawn |= {f"results/figures/{Path(file).name}_{picture}.png" for file in files for picture in pictures}
+    for page in (ROOT / "README.md", *(ROOT / "results").glob("*.md")):
+        for name in re.findall(r"!\[[^]]+\]\(([^)]+)\)", page.read_text()):
+            path = (page.parent / name).resolve()
+            assert str(path.relative_to(ROOT)) in drawn, f"{page.name}: {name}"
+            assert path.stat().st_size < 200_000, name
+    assert {path.name for path in (ROOT / "results" / "figures").iterdir()} == {Path(name).name for name in drawn}
 
 
 def test_commands_and_files_that_readme_names_exist():
     text = (ROOT / "README.md").read_text()
-    makefile = (ROOT / "Makefile").read_text()
+    makefile = (ROOT / "Makefile").read_text() + (ROOT / "results" / "measure.mk").read_text()
     for target in re.findall(r"^make (\w+)", text, re.M):
         assert f"\n{target}:" in makefile
     for name in re.findall(r"`((?:profiles|shared|results)/[^`]+)`", text):
