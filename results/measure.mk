@@ -20,7 +20,7 @@ SHARES  := --keep 0.5,0.25,0.14 --prefix 2048 --tasks text
 STEERED := --prefix 1024 --tasks text,copy
 DEEP    := --prefix 3500 --tasks needle --documents 1 --scored 64
 
-# every run, and its options; _MORE are published together with the run before the underscore
+# every run, and its options; those that end in _more, _all, _half, _tiers and _joint are rows of the table before the underscore
 ARGS_codec_smollm2_1024    := $(DEMO) --methods $(OURS) --bits 4,3,2,1.5,1,0.5 --prefix 1024 --tasks text,copy $(WIKI)
 ARGS_codec_smollm2_sizes   := --model demo --dtype bfloat16 --methods spectral --bits 4,3,2,1.5,1,0.5 --documents 1 --tasks text $(WIKI)
 ARGS_methods_smollm2       := $(DEMO) --methods $(OURS),$(PEERS),xkv $(LADDER) $(BOTH)
@@ -34,6 +34,7 @@ ARGS_steering_smollm2      := $(DEMO) --documents 2 --methods spectral,spectral-
 ARGS_steering_smollm2_more := $(DEMO) --documents 2 $(TIERED) $(STEERED) $(BOTH)
 ARGS_needle_smollm2        := $(DEMO) --methods streaming,snapkv,expected-attention,waveletattention,wavelettriattention --keep 0.125 $(DEEP) $(WIKI)
 ARGS_needle_smollm2_more   := $(DEMO) --methods spectral,spectral-dense --bits 2,1 $(DEEP) $(WIKI)
+ARGS_needle_smollm2_half   := $(DEMO) --methods waveletattention+spectral --bits 2 --keep 0.5 $(DEEP) $(WIKI)
 ARGS_needle_smollm2_tiers  := $(DEMO) $(TIERED) $(DEEP) $(WIKI)
 ARGS_second_seed_smollm2   := $(DEMO) --methods fourierkv,waveletkv,waveletfourierkv,triattention,wavelettriattention,turboquant \
   --bits 4.25 --keep 0.140625 --prefix 4096 --tasks text,drift --metrics kl,aop --greedy 64 --scored 64 --documents 1 $(WIKI)
@@ -50,13 +51,13 @@ MODELS  := smollm2 $(if $(GEMMA),gemma3_270m)
 NAMED   := $(patsubst ARGS_%,%,$(filter ARGS_%,$(.VARIABLES)))
 MEASURE := $(foreach model,$(MODELS),$(foreach run,$(NAMED),$(if $(findstring _$(model),$(run)),$(run))))
 # runs that are one table
-TABLES  := $(filter-out %_more %_all %_tiers %_joint,$(MEASURE))
+TABLES  := $(filter-out %_more %_all %_half %_tiers %_joint,$(MEASURE))
 
 .PHONY: results $(addprefix run-,$(MEASURE))
 
 results: $(addprefix run-,$(MEASURE)) $(VENV)/.installed-plots
 	for name in $(TABLES); do \
-	  also=$$(ls -d $(RUNS)/$${name}_more $(RUNS)/$${name}_all $(RUNS)/$${name}_tiers $(RUNS)/$${name}_joint 2>/dev/null); \
+	  also=; for part in more all half tiers joint; do [ ! -d $(RUNS)/$${name}_$$part ] || also="$$also $(RUNS)/$${name}_$$part"; done; \
 	  $(PYTHON) results/tables.py --publish $(RUNS)/$$name $$also || exit 1; \
 	done
 	$(PYTHON) results/tables.py --write
