@@ -1,95 +1,18 @@
-"""Compile the C kernels with the compiler that is there, once per machine and version."""
+"""The C kernels of this backend, built by `spectral_kv_core.native`."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
-import warnings
 from pathlib import Path
 
-from spectral_kv_core.paths import user_cache_dir
+from spectral_kv_core.native import compiled, disabled
 
-FLAGS = ("-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi")
-# the first that the compiler takes; `-mcpu` is what clang calls it on ARM
+__all__ = ["VARIANTS", "disabled", "library"]
 VARIANTS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
-TIMEOUT = 120  # seconds
-
-
-def disabled() -> bool:
-    """Whether SPECTRALKV_KERNELS=0 asks for stock operations."""
-    return os.environ.get("SPECTRALKV_KERNELS") == "0"
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where there is no compiler, or where they are `disabled`.
-
-    The first call on a machine takes some seconds and leaves the result in the user cache folder.
-    """
-    if disabled() or platform.system() == "Windows":
-        return None
-    compilers = (os.environ.get("CC") or "cc", "gcc", "clang")
-    compiler = next(filter(None, map(shutil.which, compilers)), None)
-    if compiler is None:
-        return None
-    sources = sorted(Path(__file__).parent.glob("*.[ch]"))
-    try:
-        return _load(compiler, sources)
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        warnings.warn(
-            f"{compiler} cannot build spectralkv's kernels ({reason[-1] if reason else error!r}); stock operations of torch "
-            "take over, which are slower. SPECTRALKV_KERNELS=0 silences this.",
-            stacklevel=2,
-        )
-        return None
-
-
-def _load(compiler: str, sources: list[Path]) -> ctypes.CDLL:
-    digest = hashlib.sha256(repr((compiler, FLAGS, VARIANTS, _cpu())).encode())
-    for source in sources:
-        digest.update(source.read_bytes())
-    folder = user_cache_dir() / "kernels"
-    target = folder / f"{digest.hexdigest()[:24]}.so"
-    if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as work:
-            os.replace(_compile(compiler, sources, Path(work)), target)
-    return ctypes.CDLL(str(target))
-
-
-def _compile(compiler: str, sources: list[Path], work: Path) -> Path:
-    sources = [source for source in sources if source.suffix == ".c"]
-    objects = [str(work / f"{source.stem}.o") for source in sources]
-    for variant in VARIANTS:
-        try:
-            for source, output in zip(sources, objects):
-                _run([compiler, *FLAGS, *variant, "-c", str(source), "-o", output])
-            # not linked with -fopenmp: the calls resolve to the OpenMP runtime that torch has loaded, so that both share
-            # one pool of threads
-            _run([compiler, "-shared", "-o", str(work / "kernels.so"), *objects, "-lm"])
-            ctypes.CDLL(str(work / "kernels.so"))
-            return work / "kernels.so"
-        except (OSError, subprocess.CalledProcessError):
-            if variant == VARIANTS[-1]:
-                raise
-    raise AssertionError("unreachable")
-
-
-def _run(command: list[str]) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT)
-
-
-def _cpu() -> str:
-    """What `native` means here: a cache folder may be shared by machines."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-        return next(line for line in text.splitlines() if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        return f"{platform.machine()} {platform.processor()}"
+    """The compiled kernels; None where there is no compiler, or where they are `disabled`."""
+    return compiled(Path(__file__).parent, VARIANTS, "stock operations of torch take over, which are slower")
