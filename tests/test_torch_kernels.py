@@ -12,10 +12,7 @@ from tolerances import assert_close
 
 torch = pytest.importorskip("torch")
 
-from spectral_kv_core import (
-    attention,
-    native,
-)
+from spectral_kv_core import attention, native  # noqa: E402
 from spectral_kv_core.cache import CHUNK_TOKENS, LayerCache  # noqa: E402
 from spectral_kv_core.codec import make_codec  # noqa: E402
 from spectral_kv_core.plan import make_plan  # noqa: E402
