@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from . import attention
+from . import attention, trellis
 from .basis import orthonormalize
 from .methods import get_live_method
 from .plan import Plan
@@ -163,13 +163,15 @@ class SpectralCodec(TransformCodec):
 
     def quantize(self, z, weights=None):
         """Coefficients [B, G, n, block, R] -> codes, one [B, rows, n] uint8 array per width of `bits`."""
-        xp = self.xp
-        if weights is None:
-            codes = self.quantizers.quantize(z)
-        else:
-            codes = round_in_time(xp, z, weights, self.gain, self.time, self.quantizers)
+        xp, codes = self.xp, self._codes(z, weights)
         codes = xp.permute_dims(codes, (0, 1, 3, 4, 2)).reshape(z.shape[0], -1, z.shape[2])
         return [xp.take(codes, rows, axis=1) for rows in self.rows]
+
+    def _codes(self, z, weights):
+        """Codes uint8 of coefficients, both [B, G, n, block, R]."""
+        if weights is None:
+            return self.quantizers.quantize(z)
+        return round_in_time(self.xp, z, weights, self.gain, self.time, self.quantizers)
 
     def encode(self, keys, values, start) -> Chunk:
         """A new chunk from T tokens at `start`, T a multiple of `block`; raises ValueError on NaN or infinity."""
@@ -223,15 +225,16 @@ class SpectralCodec(TransformCodec):
 
     def spectrum(self, chunk: Chunk):
         """Dequantized coefficients [B, G, block, R, n]."""
-        xp = self.xp
-        n = chunk.tokens // self.block
-        parts = [
-            dequantize(xp, unpack_rows(xp, packed, b, n), levels) * scale
-            for packed, b, levels, scale in zip(_pairs(chunk.arrays), self.bits, self.levels, self.scale)
-        ]
+        xp, n = self.xp, chunk.tokens // self.block
+        codes = [unpack_rows(xp, packed, b, n) for packed, b in zip(_pairs(chunk.arrays), self.bits)]
+        parts = self._dequantized(codes)
         parts.append(xp.zeros((chunk.batch, 1, n), dtype=xp.float32, like=self.mean))
         y = xp.take(xp.concat(parts, axis=1), self.order, axis=1)
         return y.reshape(chunk.batch, self.groups, self.block, self.rank, n)
+
+    def _dequantized(self, codes: list) -> list:
+        """Coefficients [B, rows, n] of codes width by width."""
+        return [dequantize(self.xp, *of_width) * scale for *of_width, scale in zip(codes, self.levels, self.scale)]
 
     def decode(self, chunk: Chunk):
         """Keys and values [B, H, T, D] float32 of a chunk; keys are rotated as the model had them."""
@@ -303,6 +306,43 @@ class SpectralCodec(TransformCodec):
         """Every array that all sequences share."""
         rows = [self.order, *self.rows, *self.scale, *self.levels]
         return super().tables() + rows + self.quantizers.arrays() + (self.kernel.tables() if self.kernel else [])
+
+
+class TrellisCodec(SpectralCodec):
+    """The codec with codes of `trellis`: stored as those of `SpectralCodec`, chosen and decoded together."""
+
+    def __init__(self, xp, plan: Plan, row: int, like=None):
+        super().__init__(xp, plan, row, like)
+        kept = kept_components(plan.coded[row])
+        widths, gain, cost = (
+            by_frequency(x, kept, self.block) for x in (plan.widths[row], plan.gain(row), plan.loss(row))
+        )
+        self.search = trellis.Rows(widths, gain, cost, xp.to_numpy(self.time), plan.search_tables)
+        self.coupled = sum(b in trellis.WIDTHS for b in self.bits)  # the first widths
+        stored = [xp.to_numpy(rows) for rows in self.rows[: self.coupled]]
+        if self.coupled:
+            numbers = np.concatenate(stored)
+            sequences = self.search.sequences()
+            self.paths = trellis.Paths(xp, sequences, numbers, widths.reshape(-1)[numbers], plan.levels, like)
+            self.paths_scale = xp.concat(self.scale[: self.coupled], axis=0)
+
+    def _codes(self, z, weights):
+        """Codes uint8 of coefficients, both [B, G, n, block, R]."""
+        xp = self.xp
+        held = [x if x is None else xp.to_numpy(x) for x in (z, weights)]
+        return xp.asarray(self.search.search(*held), like=self.mean)
+
+    def _dequantized(self, codes: list) -> list:
+        """Coefficients [B, rows, n] of codes width by width."""
+        xp, n = self.xp, self.coupled
+        alone = [dequantize(xp, *x) * scale for *x, scale in zip(codes[n:], self.levels[n:], self.scale[n:])]
+        if not n:
+            return alone
+        return [self.paths.levels_of(xp.concat(codes[:n], axis=1)) * self.paths_scale, *alone]
+
+    def tables(self) -> list:
+        """Every array that all sequences share."""
+        return super().tables() + ([*self.paths.arrays(), self.paths_scale] if self.coupled else [])
 
 
 class AffineCodec:
@@ -377,7 +417,7 @@ def make_codec(xp, plan: Plan, row: int, like=None):
     name = get_live_method(plan.method).codec
     if hasattr(plan, "CODEC"):
         return plan.CODEC(xp, plan, row, like)
-    kind = {"spectral": SpectralCodec, "affine": AffineCodec, "none": None}[name]
+    kind = {"spectral": TrellisCodec if plan.trellis else SpectralCodec, "affine": AffineCodec, "none": None}[name]
     return kind(xp, plan, row, like) if kind else None
 
 

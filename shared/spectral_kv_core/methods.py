@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
+from functools import cache
 
+from . import trellis
 from .codecs import FAMILIES
+from .native import disabled
 from .scorers import SCORERS, get_scorer
 
 # vectors that share one basis: one head; all K heads or all V heads; all of both; of two or four layers that follow each
 # other, or of all
 GROUPS = ("head", "side", "layer", "layer2", "layer4", "model")
+QUANTIZERS = ("scalar", "trellis")
 ROUNDINGS = ("nearest", *(scorer.name for scorer in SCORERS.values() if not scorer.needs_recent))
 # chunks that cannot grow: a file fills a plain cache, or a live one of another method
 FILE_CODECS = ("stored", "svdq-prompt", "xkv", "kvtc")
@@ -27,6 +32,7 @@ class Method:
     rope: keys are coded before (`pre`) or after (`post`) the rotary embedding.
     group: what shares one basis (`GROUPS`). block: tokens per time block. time: transform inside a block.
     group_size: numbers that share a scale. reads: the profile's basis set, where it is not that of group and rope.
+    quantizer: `scalar`, or `trellis`: codes of 1 to 4 bits are chosen together (module `trellis`).
     rounding: `nearest` code, or by a scorer: the error of a block goes to the tokens that matter least.
     scorer: says which tokens a cache drops (`scorers.SCORERS`); None keeps every token.
     """
@@ -40,6 +46,7 @@ class Method:
     time: str = "none"
     block: int = 1
     group_size: int = 64
+    quantizer: str = "scalar"
     rounding: str = "nearest"
     scorer: str | None = None
     reads: str | None = None
@@ -51,6 +58,8 @@ class Method:
             raise ValueError(f"Expected rope pre or post, received {self.rope!r}.")
         if self.group not in GROUPS:
             raise ValueError(f"Expected a group in {GROUPS}, received {self.group!r}.")
+        if self.quantizer not in QUANTIZERS:
+            raise ValueError(f"Expected a quantizer in {QUANTIZERS}, received {self.quantizer!r}.")
         if self.rounding not in ROUNDINGS:
             raise ValueError(f"Expected a rounding in {ROUNDINGS}, received {self.rounding!r}.")
         if self.scorer is not None:
@@ -95,12 +104,13 @@ METHODS = {
         Method(
             "spectral-dense",
             "spectral",
-            "SVD latents of all keys and values of a layer together, before RoPE, DCT over 16 tokens; decoded to attend",
-            "as spectral; one basis for keys and values because both are linear in the same hidden state",
+            "SVD latents of all keys and values of a layer together, before RoPE, DCT over 16 tokens, trellis codes; decoded",
+            "as spectral; one basis for keys and values, both linear in the same hidden state; Marcellin and Fischer 1990",
             rope="pre",
             group="layer",
             time="dct",
             block=16,
+            quantizer="trellis",
             rounding="expected-attention",
         ),
         Method(
@@ -225,18 +235,35 @@ BASIS_SETS = tuple(dict.fromkeys(m.basis_set for m in METHODS.values() if m.basi
 def get_method(name: str | Method) -> Method:
     """The row called `name`, or of `SCORER+METHOD` the method that drops tokens by that scorer.
 
+    With the scalar quantizer in place of the trellis where that could not be searched fast enough (`without_trellis`).
     Raises ValueError that lists the names there are.
     """
     if isinstance(name, Method):
         return name
     if name in METHODS:
-        return METHODS[name]
+        return METHODS[name] if METHODS[name].quantizer == "scalar" or trellis.is_fast() else without_trellis(name)
     scorer, plus, codec = name.partition("+")
     if plus and scorer in SCORERS and codec in METHODS and METHODS[codec].codec in DROPPING:
         return replace(METHODS[codec], name=name, scorer=scorer, summary=f"{METHODS[codec].summary}; drops tokens")
     raise ValueError(
         f"Expected a method among {', '.join(METHODS)}, or SCORER+METHOD such as triattention+spectral, received {name!r}."
     )
+
+
+def without_trellis(name: str) -> Method:
+    """The row called `name` with the scalar quantizer; says so once."""
+    _say_scalar()
+    return replace(METHODS[name], quantizer="scalar")
+
+
+@cache
+def _say_scalar() -> None:
+    if not disabled():
+        warnings.warn(
+            "spectralkv found no C compiler, which its trellis codes need: codes are chosen one by one, at some 1.4 times the "
+            "divergence for the same bytes. Install one (cc, gcc or clang; on a Mac: xcode-select --install).",
+            stacklevel=4,
+        )
 
 
 def rounded_by(method: Method, scorer: str | None) -> Method:

@@ -17,9 +17,10 @@ from .codecs import plan_class
 from .entropy import StepTable, step_tables
 from .methods import Method, get_method
 from .profile import BasisSet, ModelShape, Profile
-from .quantizer import BIT_WIDTHS, flat_tables
+from .quantizer import BIT_WIDTHS, flat_levels, flat_tables
 from .scorers import get_scorer
 from .transform import band_sizes
+from .trellis import ERROR_RATIOS, codebooks
 
 SEAL = 16  # tokens are sealed in multiples of this, and of the block of their codec
 MIN_BITS, MAX_BITS = 0.25, 8.0
@@ -95,21 +96,42 @@ class Plan:
         """
         if self.widths is None or self.profile is None or self.bits >= STAGING_BITS:
             return None
-        return make_plan(self.shape, self.profile, replace(self.method, rounding="nearest"), STAGING_BITS)
+        plain = replace(self.method, rounding="nearest", quantizer="scalar")
+        return make_plan(self.shape, self.profile, plain, STAGING_BITS)
 
     @cached_property
     def levels(self) -> dict[int, np.ndarray]:
-        """What codes are decoded to by width, in standard deviations: the profile's levels, expanded (`_expansion`)."""
-        expansion = _expansion(np.array(_distortions(self.basis_set)))
-        return {b: (self.basis_set.levels[b] * e).astype(np.float32) for b, e in zip(BIT_WIDTHS, expansion) if b}
+        """What codes are decoded to by width, in standard deviations: `nearest_levels`, expanded (`_expansion`)."""
+        expansion = _expansion(np.array(_distortions(self.basis_set, self.trellis)))
+        return {b: (self.nearest_levels[b] * e).astype(np.float32) for b, e in zip(BIT_WIDTHS, expansion) if b}
+
+    @cached_property
+    def nearest_levels(self) -> dict[int, np.ndarray]:
+        """What codes stand for when they are chosen, by width: the profile's levels, a trellis' codebooks in their place."""
+        levels = self.basis_set.levels
+        return {**levels, **codebooks(levels)} if self.trellis else levels
+
+    @property
+    def trellis(self) -> bool:
+        """Whether codes are those of `trellis`."""
+        return self.method.quantizer == "trellis"
 
     def quantizers(self, xp, like=None) -> tuple:
         """`quantizer.flat_tables` as arrays of `xp` on the device of `like`, made once for all layers."""
         made = self.__dict__.setdefault("_quantizers", {})
         key = (xp.__name__, str(getattr(like, "device", like)))
         if key not in made:
-            made[key] = tuple(xp.asarray(table, like=like) for table in flat_tables(self.basis_set.levels, self.levels))
+            made[key] = tuple(xp.asarray(table, like=like) for table in self._flat_tables)
         return made[key]
+
+    @cached_property
+    def search_tables(self) -> tuple[np.ndarray, ...]:
+        """`quantizer.flat_tables`, and the levels that a trellis search takes codes for, laid out in the same way."""
+        return *self._flat_tables, flat_levels(self.nearest_levels)
+
+    @cached_property
+    def _flat_tables(self) -> tuple[np.ndarray, np.ndarray]:
+        return flat_tables(self.basis_set.levels, self.levels)
 
     @property
     def rounds(self) -> bool:
@@ -128,21 +150,27 @@ class Plan:
 
     def gain(self, row: int) -> np.ndarray:
         """Root of what losing a whole coefficient costs [G, R, F], relative to the largest of its component."""
-        basis_set = self.basis_set
-        product = basis_set.sensitivity[row].astype(np.float64) * basis_set.variance[row]
-        loss = MEASURED_SHARE * basis_set.cost[row, ..., 0] + (1 - MEASURED_SHARE) * product
+        loss = self.loss(row)
         peak = loss.max(-1, keepdims=True)
         return np.sqrt(np.maximum(loss / np.where(peak > 0, peak, 1), MIN_GAIN**2))
 
+    def loss(self, row: int) -> np.ndarray:
+        """What losing a whole coefficient costs [G, R, F] float64, up to one factor."""
+        basis_set = self.basis_set
+        product = basis_set.sensitivity[row].astype(np.float64) * basis_set.variance[row]
+        return MEASURED_SHARE * basis_set.cost[row, ..., 0] + (1 - MEASURED_SHARE) * product
+
     def decides(self) -> list[np.ndarray]:
-        """Arrays beside the fields of this class that say what codes mean."""
-        return []
+        """Arrays beside the fields of this class that say what codes mean: the order of a trellis follows from losses."""
+        return [self.loss(row) for row in range(len(self.widths))] if self.trellis else []
 
     @property
     def hash(self) -> str:
         """Identifies what codes mean: method, widths and every table."""
         apart = ("summary", "source", "reads", "scorer")
         recipe = {key: value for key, value in vars(self.method).items() if key not in apart}
+        if not self.trellis:
+            del recipe["quantizer"]  # files are older than this field
         digest = hashlib.sha256(f"{recipe}{self.affine_bits}{json.dumps(self.shape.to_json())}".encode())
         for array in self.decides():
             digest.update(np.ascontiguousarray(array).tobytes())
@@ -202,7 +230,7 @@ def make_plan(
     padding = PADDING * max(1.0, FULL_PADDING / bits)
     budget = int(np.floor(bits * (1 - padding) * elements_per_token(shape) * basis_set.block))
     copies = np.broadcast_to(sizes, basis_set.variance.shape).reshape(-1)
-    costs = _costs(basis_set) * sizes[:, None]
+    costs = _costs(basis_set, method.quantizer == "trellis") * sizes[:, None]
     widths = allocate_bits(costs.reshape(len(copies), -1), copies, budget)
     return Plan(method, bits, shape, basis_set, widths.reshape(basis_set.variance.shape), 0, profile)
 
@@ -369,15 +397,17 @@ def _stored_costs(basis_set: BasisSet, tables: tuple[StepTable, ...]) -> np.ndar
     return np.stack(columns, axis=-1)
 
 
-def _costs(basis_set: BasisSet) -> np.ndarray:
+def _costs(basis_set: BasisSet, trellis: bool = False) -> np.ndarray:
     """Expected loss [L, G, R, F, W] of one coefficient of every band at every width, up to one common factor.
 
     J(b) = (beta * E[g^2 (y - Q_b(y))^2] + (1 - beta) * E[g^2] E[y^2] D(b)): the second-order loss of a Fisher
-    metric (RATE_DISTORTION.md, section 5), mostly measured, times `_coherent_cost`.
+    metric (RATE_DISTORTION.md, section 5), mostly measured, times `_coherent_cost`. What was measured of scalar
+    quantizers is worth as much less with a trellis as its squared error is.
     """
     product = basis_set.sensitivity.astype(np.float64) * basis_set.variance
-    distortion = np.array(_distortions(basis_set))
-    cost = MEASURED_SHARE * basis_set.cost.astype(np.float64) + (1 - MEASURED_SHARE) * product[..., None] * distortion
+    distortion = np.array(_distortions(basis_set, trellis))
+    measured = basis_set.cost * (distortion / _distortions(basis_set))
+    cost = MEASURED_SHARE * measured + (1 - MEASURED_SHARE) * product[..., None] * distortion
     return cost * _coherent_cost(distortion)
 
 
@@ -398,9 +428,10 @@ def _coherent_cost(distortion):
     return COHERENCE * lost**2 / distortion + expansion**2 * (1 - distortion)
 
 
-def _distortions(basis_set: BasisSet) -> list[float]:
-    """`_distortion` at every width."""
-    return [1.0] + [_distortion(basis_set.levels[b]) for b in BIT_WIDTHS if b]
+def _distortions(basis_set: BasisSet, trellis: bool = False) -> list[float]:
+    """`_distortion` at every width, as much lower as a `trellis` makes it."""
+    ratios = ERROR_RATIOS if trellis else {}
+    return [1.0] + [_distortion(basis_set.levels[b]) * ratios.get(b, 1.0) for b in BIT_WIDTHS if b]
 
 
 def _distortion(levels: np.ndarray) -> float:

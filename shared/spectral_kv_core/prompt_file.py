@@ -138,7 +138,7 @@ class PromptFile:
         table = METHODS.get(recipe["name"]) or Method(**recipe, summary="a recipe of its own", source="")
         fields = {name: header[name] for name in cls.PLAIN_FIELDS}
         return cls(
-            method=replace(table, **recipe),
+            method=replace(table, **{"quantizer": "scalar"} | recipe),
             shape=ModelShape.from_json(header["shape"]),
             arrays=arrays,
             path=str(path),
@@ -343,8 +343,9 @@ def _pack_exact(xp, name: str, layer: ExactLayer, arrays: dict) -> dict:
 
 
 def _recipe(method: Method) -> dict:
-    """Fields of a method that a file has; `reads` only where it says something, which older readers do not know."""
-    left_out = ("summary", "source", "scorer") if method.reads else ("summary", "source", "scorer", "reads")
+    """Fields of a method that a file has; those that older readers do not know only where they say something."""
+    left_out = {"summary", "source", "scorer"}
+    left_out |= {name for name, usual in (("reads", None), ("quantizer", "scalar")) if getattr(method, name) == usual}
     return {key: value for key, value in vars(method).items() if key not in left_out}
 
 

@@ -169,11 +169,16 @@ def flat_tables(levels: dict[int, np.ndarray], decoded: dict[int, np.ndarray]) -
 
     The code of a cell is that of the nearest of `levels`; it is decoded to the same entry of `decoded`.
     """
+    return np.concatenate([code_table(levels.get(bits)) for bits in BIT_WIDTHS]), flat_levels(decoded)
+
+
+def flat_levels(levels: dict[int, np.ndarray]) -> np.ndarray:
+    """Levels of all widths of `BIT_WIDTHS` behind one another, [W * 256] float32, each filled up with zeros."""
     padded = np.zeros((len(BIT_WIDTHS), 256), np.float32)
     for i, bits in enumerate(BIT_WIDTHS):
         if bits:
-            padded[i, : 2**bits] = decoded[bits]
-    return np.concatenate([code_table(levels.get(bits)) for bits in BIT_WIDTHS]), padded.reshape(-1)
+            padded[i, : len(levels[bits])] = levels[bits]
+    return padded.reshape(-1)
 
 
 class RowTables:

@@ -12,7 +12,7 @@ def zscore(xp, scores, axis: int = -1):
     centred = scores - xp.mean(scores, axis=axis, keepdims=True)
     spread = xp.sqrt(xp.mean(xp.square(centred), axis=axis, keepdims=True))
     size = xp.sqrt(xp.mean(xp.square(scores), axis=axis, keepdims=True))
-    return centred / xp.maximum(spread, FLAT * size + 1e-30)  # 1e-30: all zero
+    return centred / xp.maximum(spread, FLAT * size + 1e-18)  # 1e-18: so small that squares underflow
 
 
 def ranks(xp, scores):

@@ -1,0 +1,182 @@
+// The search of trellis.py: codes of blocks of 16 tokens, `LANES` blocks side by side.
+
+#include "vectors.h"
+
+#define CELLS 256  // per standard deviation, quantizer.CELLS
+#define REACH 16   // standard deviations to either side, quantizer.REACH
+#define SPAN (2 * REACH * CELLS)
+#define LEVELS 256
+#define STATES 32
+#define WIDEST 4  // bits of a code that has a path bit
+
+typedef struct {
+  int32_t groups, blocks, rank, first, count;  // `count` blocks from `first` on, of `blocks` of a sequence
+  const float *z, *weights;  // [batch][groups][blocks][FREQUENCIES][rank]; without [rank], or null: nearest codes
+  const float *gain, *cost;  // [groups][FREQUENCIES][rank]
+  const int32_t *slots;      // likewise: number of the row's width
+  const int32_t *order;      // [FREQUENCIES][groups * rank]: rows of a frequency as the path visits them
+  const float *time;         // [frequency][token]
+  const uint8_t *cells;      // [widths][SPAN]: code of every cell, of rows without a path
+  const float *levels, *decoded;  // [widths][LEVELS]: what the search takes codes for, and what they are decoded to
+  uint8_t *output;           // as z
+} Search;
+
+static const int BITS[8] = {0, 1, 2, 3, 4, 5, 6, 8};  // quantizer.BIT_WIDTHS
+
+INLINE vec smaller(vec a, vec b) { return -larger(-a, -b); }
+
+INLINE vec select_vec(ivec where, vec a, vec b) { return (vec)((where & (ivec)a) | (~where & (ivec)b)); }
+
+// Quarter of a codebook that the last six path bits choose, the newest lowest: Ungerboeck's code of 32 states.
+#define LABEL(z) ((((z) ^ (z) >> 3 ^ (z) >> 5) & 1) << 1 | ((z) >> 2 & 1))
+
+// Costs of all paths after one more row: the better of two into every state, and which that was.
+INLINE ivec advance(const vec *cost, vec *next, const vec *error) {
+  ivec took = {0};
+#pragma GCC unroll 16
+  for (int j = 0; j < STATES / 2; j++)
+#pragma GCC unroll 2
+    for (int b = 0; b < 2; b++) {
+      const int low = 2 * j + b;
+      const vec p = cost[j] + error[LABEL(low)], q = cost[j + STATES / 2] + error[LABEL(low + STATES)];
+      took |= (q < p) & (ivec)((ivec){0} + (int32_t)(1u << low));
+      next[low] = smaller(p, q);
+    }
+  return took;
+}
+
+// Squared errors of x at the nearest level of every quarter.
+INLINE void distances(vec x, vec weight, const float *levels, int count, vec *error) {
+  for (int u = 0; u < 4; u++) {
+    vec d = x - levels[u];
+    error[u] = d * d;
+  }
+  for (int v = 4; v < count; v++) {
+    vec d = x - levels[v];
+    error[v & 3] = smaller(error[v & 3], d * d);
+  }
+  for (int u = 0; u < 4; u++) error[u] *= weight;
+}
+
+// One tile: lanes beyond `count` repeat the last.
+static void search(const Search *c, long first, int count, float *memory) {
+  const int all = c->groups * c->rank, stride = all * LANES;
+  vec *z = (vec *)memory, *error = z + FREQUENCIES * all, *target = error + FREQUENCIES * all;
+  vec *metric = target + all;            // [groups][FREQUENCIES][FREQUENCIES]
+  ivec *took = (ivec *)(metric + c->groups * FREQUENCIES * FREQUENCIES);  // [all]
+  uint8_t *codes = (uint8_t *)(took + all);  // [FREQUENCIES][all][LANES]
+  const long group = (long)c->blocks * FREQUENCIES * c->rank, sequence = group * c->groups;
+  long at[LANES], weights_at[LANES];
+  for (int l = 0; l < LANES; l++) {
+    const long n = first + (l < count ? l : count - 1);
+    at[l] = n / c->blocks * sequence + n % c->blocks * FREQUENCIES * c->rank;
+    weights_at[l] = at[l] / c->rank;
+  }
+  for (int g = 0; g < c->groups; g++)
+    for (int f = 0; f < FREQUENCIES; f++)
+      for (int r = 0; r < c->rank; r++)
+        for (int l = 0; l < LANES; l++)
+          ((float *)z)[(long)f * stride + (g * c->rank + r) * LANES + l] = c->z[at[l] + g * group + f * c->rank + r];
+  for (int g = 0; g < c->groups; g++) {
+    vec w[FREQUENCIES];
+    for (int t = 0; t < FREQUENCIES; t++)
+      for (int l = 0; l < LANES; l++)
+        ((float *)w)[t * LANES + l] = c->weights ? c->weights[weights_at[l] + g * (long)c->blocks * FREQUENCIES + t] : 1;
+    for (int f = 0; f < FREQUENCIES; f++)
+      for (int h = 0; h < FREQUENCIES; h++) {
+        vec sum = {0};
+        for (int t = 0; t < FREQUENCIES; t++)
+          sum += c->time[f * FREQUENCIES + t] * c->time[h * FREQUENCIES + t] * w[t];
+        metric[(g * FREQUENCIES + f) * FREQUENCIES + h] = sum;
+      }
+  }
+  vec costs[2][STATES];
+  for (int pass = 0; pass < (c->weights ? 2 : 1); pass++)
+    for (int f = 0; f < FREQUENCIES; f++) {
+      const int32_t *order = c->order + (long)f * all;
+      int now = 0;
+      costs[0][0] = (vec){0};
+      for (int s = 1; s < STATES; s++) costs[0][s] = splat(1e30f);
+      for (int i = 0; i < all; i++) {
+        const int row = order[i], g = row / c->rank;
+        const long place = ((long)g * FREQUENCIES + f) * c->rank + row % c->rank;
+        const int slot = c->slots[place], bits = BITS[slot];
+        const vec *line = metric + (g * FREQUENCIES + f) * FREQUENCIES, x = z[f * all + row];
+        const float gain = c->gain[place];
+        if (!bits) {
+          error[f * all + row] = x * gain;
+          for (int l = 0; l < LANES; l++) codes[((long)f * all + row) * LANES + l] = 0;
+          continue;
+        }
+        vec aim = x;
+        if (pass) {
+          vec others = {0};
+          for (int h = 0; h < FREQUENCIES; h++) others += line[h] * error[h * all + row];
+          aim = x + (others / line[f] - error[f * all + row]) / gain;
+        }
+        aim = smaller(larger(aim, splat(-REACH)), splat(REACH));
+        if (bits > WIDEST) {
+          ivec cell = __builtin_convertvector(aim * CELLS + REACH * CELLS, ivec);
+          cell -= (cell == SPAN) & 1;
+          vec level;
+          for (int l = 0; l < LANES; l++) {
+            const uint8_t code = c->cells[slot * SPAN + cell[l]];
+            codes[((long)f * all + row) * LANES + l] = code;
+            level[l] = c->decoded[slot * LEVELS + code];
+          }
+          error[f * all + row] = (x - level) * gain;
+          continue;
+        }
+        target[i] = aim;
+        vec e[4];
+        distances(aim, c->cost[place] * line[f], c->levels + slot * LEVELS, 2 << bits, e);
+        took[i] = advance(costs[now], costs[1 - now], e);
+        now = 1 - now;
+      }
+      ivec state = {0};
+      vec best = costs[now][0];
+      for (int s = 1; s < STATES; s++) {
+        const ivec less = costs[now][s] < best;
+        best = select_vec(less, costs[now][s], best);
+        state = (less & s) | (~less & state);
+      }
+      for (int i = all - 1; i >= 0; i--) {
+        const int row = order[i], g = row / c->rank;
+        const long place = ((long)g * FREQUENCIES + f) * c->rank + row % c->rank;
+        const int slot = c->slots[place], bits = BITS[slot];
+        if (!bits || bits > WIDEST) continue;
+        const ivec before = (state >> 1) | ((took[i] >> state & 1) << 4), label = LABEL(before << 1 | (state & 1));
+        const float *levels = c->levels + slot * LEVELS, *decoded = c->decoded + slot * LEVELS;
+        ivec code = {0};
+        vec least = splat(1e30f), level = {0};
+        for (int v = 0; v < 2 << bits; v++) {
+          const vec d = target[i] - levels[v];
+          const ivec take = (d * d < least) & (label == (v & 3));
+          least = select_vec(take, d * d, least);
+          level = select_vec(take, splat(decoded[v]), level);
+          code = (take & (v >> 2)) | (~take & code);
+        }
+        code = code << 1 | (state & 1);
+        for (int l = 0; l < LANES; l++) codes[((long)f * all + row) * LANES + l] = code[l];
+        error[f * all + row] = (z[f * all + row] - level) * c->gain[place];
+        state = before;
+      }
+    }
+  for (int g = 0; g < c->groups; g++)
+    for (int f = 0; f < FREQUENCIES; f++)
+      for (int l = 0; l < count; l++)
+        for (int r = 0; r < c->rank; r++)
+          c->output[at[l] + g * group + f * c->rank + r] = codes[((long)f * all + g * c->rank + r) * LANES + l];
+}
+
+// Returns 0, or 1 without memory.
+int spectralkv_trellis(const Search *c) {
+  const long all = (long)c->groups * c->rank;
+  const long vectors = (2 * FREQUENCIES + 2) * all + c->groups * FREQUENCIES * FREQUENCIES;
+  float *memory = aligned_alloc(64, (vectors * sizeof(vec) + FREQUENCIES * all * LANES + 63) / 64 * 64);
+  if (!memory) return 1;
+  for (int done = 0; done < c->count; done += LANES)
+    search(c, c->first + done, c->count - done < LANES ? c->count - done : LANES, memory);
+  free(memory);
+  return 0;
+}
