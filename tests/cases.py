@@ -142,9 +142,17 @@ def codes_of(codec, chunk) -> np.ndarray:
 
 
 @cache
-def plan_of(model: ToyModel, bits: float, group: str = "head", rope: str = "post", rounding: str = "nearest") -> Plan:
+def plan_of(
+    model: ToyModel,
+    bits: float,
+    group: str = "head",
+    rope: str = "post",
+    rounding: str = "nearest",
+    quantizer: str = "scalar",
+) -> Plan:
     """Plan of a toy model for the spectral codec."""
-    method = Method("test", "spectral", "", "", rope=rope, group=group, time="dct", block=16, rounding=rounding)
+    recipe = {"rope": rope, "group": group, "time": "dct", "block": 16, "quantizer": quantizer, "rounding": rounding}
+    method = Method("test", "spectral", "", "", **recipe)
     return make_plan(model.shape, toy_profile_of(model, group, rope), method, bits)
 
 

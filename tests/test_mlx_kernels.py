@@ -17,6 +17,7 @@ from spectral_kv_core import attention  # noqa: E402
 from spectral_kv_core import ops as core_ops  # noqa: E402
 from spectral_kv_core.cache import CHUNK_TOKENS, LayerCache  # noqa: E402
 from spectral_kv_core.codec import make_codec  # noqa: E402
+from spectral_kv_core.methods import QUANTIZERS  # noqa: E402
 from spectral_kv_core.plan import make_plan  # noqa: E402
 from spectral_kv_mlx import ops  # noqa: E402
 from spectral_kv_mlx.kernels import attention as fast  # noqa: E402
@@ -55,8 +56,16 @@ def full(tokens: int) -> list[int]:
     return [size for size in sizes if size]
 
 
-def assert_step(case: Case, bits: float, sizes: list[int], scale: float = 0.125, dtype: str = "float32", **options):
-    codec = make_codec(ops, plan_of(case.model, bits), 0)
+def assert_step(
+    case: Case,
+    bits: float,
+    sizes: list[int],
+    scale: float = 0.125,
+    dtype: str = "float32",
+    quantizer="scalar",
+    **options,
+):
+    codec = make_codec(ops, plan_of(case.model, bits, quantizer=quantizer), 0)
     chunks, given = chunks_of(codec, case, sizes), inputs(case, dtype=getattr(mx, dtype), **options)
     expected = attention.decode_step(ops, codec, chunks, *given, scale)
     got = decode_step(codec)(chunks, *given, scale)
@@ -65,9 +74,10 @@ def assert_step(case: Case, bits: float, sizes: list[int], scale: float = 0.125,
 
 
 @every_case
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
 @pytest.mark.parametrize("bits", [0.5, 2, 6])
-def test_a_step_equals_the_core(products, case, bits):
-    assert_step(case, bits, full(max(case.tokens // 16 * 16, 16)))
+def test_a_step_equals_the_core(products, case, bits, quantizer):
+    assert_step(case, bits, full(max(case.tokens // 16 * 16, 16)), quantizer=quantizer)
 
 
 @pytest.mark.parametrize("case", CASES[-3:], ids=lambda case: case.id)

@@ -19,6 +19,7 @@ from spectral_kv_core.quantizer import (
     flat_tables,
     gaussian_tables,
     lloyd_max,
+    lowest_bits,
     pack,
     pack_rows,
     quantize_affine,
@@ -199,3 +200,15 @@ def test_affine_of_huge_values_stays_within_a_step(xp):
     x = np.random.default_rng(0).uniform(-6e4, 6e4, (4, 64)).astype(np.float32)
     got = xp.to_numpy(dequantize_affine(xp, *quantize_affine(xp, xp.asarray(x), 8, 64)))
     assert np.abs(got - x).max() < 1.2e5 / 255
+
+
+@pytest.mark.parametrize("bits", range(1, 7))
+def test_lowest_bits_of_packed_codes(bits):
+    codes = np.random.default_rng(bits).integers(0, 2**bits, (3, 5, 24), np.uint8)
+    packed = pack(ops, codes, bits)
+    np.testing.assert_array_equal(lowest_bits(packed, bits)[..., None], pack(ops, codes & 1, 1))
+
+
+def test_bytes_have_no_lowest_bits_side_by_side():
+    with pytest.raises(ValueError, match="fewer than 8 bits"):
+        lowest_bits(np.zeros((1, 8), np.uint8), 8)

@@ -12,8 +12,7 @@ from cases import ToyModel, plan_of
 
 from spectral_kv_core import methods, native, ops, trellis
 from spectral_kv_core.codec import TrellisCodec, make_codec
-from spectral_kv_core.methods import METHODS, get_method
-from spectral_kv_core.plan import make_plan
+from spectral_kv_core.methods import METHODS, QUANTIZERS, get_method
 from spectral_kv_core.quantizer import BIT_WIDTHS, flat_levels, flat_tables, gaussian_tables
 from spectral_kv_core.transform import time_matrix
 from spectral_kv_core.trellis import ERROR_RATIOS, STATES, WIDTHS, Paths, Rows, codebooks, label
@@ -176,11 +175,10 @@ def test_paths_decode_as_the_definition_says():
 @pytest.mark.parametrize("group, rope", [("head", "post"), ("layer", "pre")])
 def test_a_codec_loses_less_at_the_same_bytes(group, rope):
     model = ToyModel()
-    scalar = plan_of(model, 1.5, group, rope, "expected-attention")
-    coded = make_plan(scalar.shape, scalar.profile, replace(scalar.method, quantizer="trellis"), 1.5)
     keys, values = model.sample(1, 1024)
     losses, sizes = [], []
-    for plan in (scalar, coded):
+    for quantizer in QUANTIZERS:
+        plan = plan_of(model, 1.5, group, rope, "expected-attention", quantizer)
         codec = make_codec(ops, plan, 0)
         chunk = codec.encode(keys, values, 4)
         sizes.append(sum(x.nbytes for x in chunk.arrays))
@@ -190,8 +188,7 @@ def test_a_codec_loses_less_at_the_same_bytes(group, rope):
 
 
 def test_plans_tell_what_their_codes_mean_apart():
-    scalar = plan_of(ToyModel(), 2, "layer", "pre", "expected-attention")
-    coded = make_plan(scalar.shape, scalar.profile, replace(scalar.method, quantizer="trellis"), 2)
+    scalar, coded = (plan_of(ToyModel(), 2, "layer", "pre", "expected-attention", kind) for kind in QUANTIZERS)
     assert coded.hash != scalar.hash
     assert coded.staging.method.quantizer == "scalar"  # what waits for the end of a prompt is coded twice
     other = replace(coded, basis_set=replace(coded.basis_set, sensitivity=coded.basis_set.sensitivity[..., ::-1]))

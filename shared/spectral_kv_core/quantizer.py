@@ -61,6 +61,19 @@ def unpack(xp, packed, bits: int, n: int):
     return codes if units * UNIT == n else codes[..., :n]
 
 
+def lowest_bits(packed, bits: int):
+    """Lowest bits of packed codes, eight to a byte: [..., units, bits] uint8 -> [..., units] uint8."""
+    width = planes(bits)[0][0]
+    if width == 8:
+        raise ValueError("Expected codes of fewer than 8 bits, which lie in planes, received 8.")
+    found = None
+    for byte in range(width):
+        for field in range(8 // width):
+            bit = (packed[..., byte] >> (field * width) & 1) << (byte * (8 // width) + field)
+            found = bit if found is None else found | bit
+    return found
+
+
 def pack_rows(xp, codes, bits: int):
     """Pack rows of codes [B, rows, n] that grow along n: whole units [B, rows, n // 8, bits], and the rest.
 

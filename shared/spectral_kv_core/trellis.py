@@ -251,14 +251,18 @@ class Paths:
         self.start = xp.asarray(np.array([starts[b] for b in widths.tolist()], np.uint8)[:, None], like=like)
         self.levels = xp.asarray(np.concatenate([levels[b] for b in WIDTHS]).astype(np.float32), like=like)
 
+    def labels(self, bits):
+        """The higher and the lower bit of `label` for path bits [B, T, ...] uint8, or for bytes of eight of them."""
+        xp = self.xp
+        padded = xp.concat([bits, xp.zeros((bits.shape[0], 1, *bits.shape[2:]), dtype=xp.uint8, like=bits)], axis=1)
+        second, third, fifth = (xp.take(padded, rows, axis=1) for rows in self.before)
+        return bits ^ third ^ fifth, second
+
     def levels_of(self, codes):
         """Levels float32 of `codes` [B, T, n] uint8."""
         xp = self.xp
-        blank = xp.zeros((codes.shape[0], 1, codes.shape[2]), dtype=xp.uint8, like=codes)
-        bits = xp.concat([codes & 1, blank], axis=1)
-        second, third, fifth = (xp.take(bits, rows, axis=1) for rows in self.before)
-        index = (codes >> 1 << 2) | (((codes & 1) ^ third ^ fifth) << 1) | second
-        index = xp.astype(index + self.start, xp.int32)
+        high, low = self.labels(codes & 1)
+        index = xp.astype((codes >> 1 << 2 | high << 1 | low) + self.start, xp.int32)
         return xp.take(self.levels, index.reshape(-1), axis=0).reshape(*index.shape)
 
     def arrays(self) -> list:

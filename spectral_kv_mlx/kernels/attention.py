@@ -15,8 +15,9 @@ import numpy as np
 from spectral_kv_core.attention import causal_rows, group_queries
 from spectral_kv_core.cache import CHUNK_TOKENS
 from spectral_kv_core.codec import Chunk, SpectralCodec
+from spectral_kv_core.quantizer import UNIT
 
-from .rows import Rows, make_rows, on_gpu
+from .rows import Rows, make_rows, on_gpu, path_bits, unpack_rest
 
 # chunks of which one width and side is decoded at a time: the processor's caches hold what few of them need, while every
 # tile costs dispatches on a GPU
@@ -50,10 +51,10 @@ class Side:
         self.scale = np.concatenate([np.zeros((0, 1), np.float32), *scale])
         self.slots = [rows.slots for _, rows in self.widths]
 
-    def of(self, chunk: Chunk) -> Iterator[tuple]:
-        """The rows of every width, and their codes."""
+    def of(self, chunk: Chunk, labels: list[tuple]) -> Iterator[tuple]:
+        """The rows of every width, and their codes; `labels`: those of a trellis, width by width."""
         for i, rows in self.widths:
-            yield rows, chunk.arrays[i : i + 2]
+            yield rows, (*chunk.arrays[i : i + 2], *(labels[i // 2] if rows.coupled else ()))
 
 
 class LatentStep:
@@ -84,7 +85,7 @@ class LatentStep:
         rows = group_queries(queries, h).astype(mx.float32) * scale  # [B, H, M, D]
         keys, values = keys.astype(mx.float32), values.astype(mx.float32)
         dtype = mx.float16 if on_gpu() and queries.dtype != mx.float32 else mx.float32
-        tiles = self._joined(chunks)
+        tiles = [(tile, self._labels(tile)) for tile in self._joined(chunks)]
         # q . mu, which the scores of all latents lack, is taken off the others: only differences matter
         exact = rows @ keys.swapaxes(2, 3) - rows @ codec.mean[:h].swapaxes(1, 2)
         mask = causal_rows(codec.xp, queries.shape[1] // h, queries.shape[2], keys.shape[2], like=queries)
@@ -92,7 +93,7 @@ class LatentStep:
             exact = mx.where(mask, exact, -mx.inf)
         scores = [*self._scores(tiles, rows @ codec.basis[:h], dtype), exact]
         p = mx.softmax(mx.concatenate(scores, axis=-1), axis=-1)
-        *parts, p_exact = mx.split(p, np.cumsum([tile.tokens for tile in tiles]).tolist(), axis=-1)
+        *parts, p_exact = mx.split(p, np.cumsum([tile.tokens for tile, _ in tiles]).tolist(), axis=-1)
         share = 1 - p_exact.sum(-1, keepdims=True)
         pooled = self._pooled(tiles, parts, dtype) @ codec.basis[h:].swapaxes(1, 2)
         out = pooled + share * codec.mean[h:] + p_exact @ values
@@ -103,7 +104,22 @@ class LatentStep:
         rows = [x for side in (self.keys, self.values) for _, rows in side.widths for x in rows.tables()]
         return [self._component, self._slot, self._key_scale, self._value_scale, *rows]
 
-    def _scores(self, tiles: list[Chunk], latent, dtype: mx.Dtype) -> list:
+    def _labels(self, tile: Chunk) -> list[tuple]:
+        """Label bits of the codes of a trellis, width by width, as `Rows` takes them."""
+        codec, coupled = self.codec, getattr(self.codec, "coupled", 0)
+        if not coupled:
+            return []
+        widths = list(zip(codec.bits[:coupled], tile.arrays[0::2], tile.arrays[1::2]))
+        left = tile.tokens // codec.block % UNIT
+        whole = mx.concatenate([path_bits(bits)(units) for bits, units, _ in widths], axis=1)
+        labels = [*codec.paths.labels(whole)]
+        if left:
+            rest = [unpack_rest(codec.xp, rest, bits, units.shape[1], left) & 1 for bits, units, rest in widths]
+            labels += codec.paths.labels(mx.concatenate(rest, axis=1))
+        bounds = np.cumsum([units.shape[1] for _, units, _ in widths])[:-1].tolist()
+        return list(zip(*(mx.split(x, bounds, axis=1) for x in labels)))
+
+    def _scores(self, tiles: list[tuple], latent, dtype: mx.Dtype) -> list:
         """Scores [B, H, M, T] of every tile but for q . mu, from latent queries [B, H, M, R]."""
         codec, (batch, h, m, rank) = self.codec, latent.shape
         latent = latent.swapaxes(2, 3).reshape(batch, h * rank, m)
@@ -111,26 +127,28 @@ class LatentStep:
         bounds = np.cumsum(self.keys.slots)[:-1].tolist()
         queries = {d: mx.split(latent.astype(d), bounds, axis=1) for d in {mx.float32, dtype}}
         scores = []
-        for tile in tiles:
+        for tile, labels in tiles:
             n = tile.tokens // codec.block
             sums = [
                 rows.scores(codes, n, queries[rows.dtype(n, dtype)][i])
-                for i, (rows, codes) in enumerate(self.keys.of(tile))
+                for i, (rows, codes) in enumerate(self.keys.of(tile, labels))
             ]
             total = _sum(*sums) if sums else mx.zeros((batch, h * codec.block, m, n))
             by_frequency = total.reshape(batch, h, codec.block, m, n).swapaxes(2, 3)
             scores.append((codec.time.T @ by_frequency).reshape(batch, h, m, -1))
         return scores
 
-    def _pooled(self, tiles: list[Chunk], parts: list, dtype: mx.Dtype):
+    def _pooled(self, tiles: list[tuple], parts: list, dtype: mx.Dtype):
         """Latent values [B, H, M, R] summed with the weights `parts` [B, H, M, T] of every tile."""
         codec, (batch, h, m, _), by_tile = self.codec, parts[0].shape, []
-        for tile, p in zip(tiles, parts):
+        for (tile, labels), p in zip(tiles, parts):
             n = tile.tokens // codec.block
             p = (WEIGHT * codec.time) @ p.reshape(batch, h, m, codec.block, n)
             p = p.swapaxes(2, 3).reshape(batch, -1, m, n)
             weights = {d: p.astype(d) for d in (mx.float32, dtype)}
-            by_tile.append([r.pooled(codes, n, weights[r.dtype(n, dtype)]) for r, codes in self.values.of(tile)])
+            by_tile.append(
+                [r.pooled(codes, n, weights[r.dtype(n, dtype)]) for r, codes in self.values.of(tile, labels)]
+            )
         sums = [_sum(*of_width) for of_width in zip(*by_tile)]
         sums = mx.concatenate([*sums, mx.zeros((batch, 1, m))], axis=1) * self._value_scale
         pooled = mx.take(sums, self._slot, axis=1).reshape(batch, h, codec.block, -1, m)

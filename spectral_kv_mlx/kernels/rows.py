@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from operator import or_
 
 import mlx.core as mx
 import numpy as np
 
-from spectral_kv_core.quantizer import UNIT, dequantize, planes, unpack
+from spectral_kv_core.quantizer import UNIT, dequantize, lowest_bits, planes, unpack
 
 MULTIPLIED = (1, 2, 4, 8)  # widths that are packed as `mx.quantized_matmul` has them
 SELECTED = (3, 4)  # widths with few enough levels to choose among them by comparisons
@@ -20,29 +20,34 @@ class Rows:
     """Rows of `bits` bits that lie segment behind segment, a segment being one KV head and frequency.
 
     `segment` [rows]: of each row, ascending; `codes`: which rows of the width these are. Queries and sums have `slots`
-    rows, of which `places` [rows] are in use. The codes of n blocks come as `pack_rows` has them.
+    rows, of which `places` [rows] are in use. The codes of n blocks come as `pack_rows` has them; those of a trellis
+    with the bits of their labels, higher and lower, first packed as units of one bit and then those of the rest.
     """
 
     def __init__(self, xp, bits: int, levels: mx.array, segment: np.ndarray, segments: int, codes: slice):
         self.xp, self.bits, self.segments, self.codes = xp, bits, segments, codes
         self.slots, self.places = len(segment), np.arange(len(segment))
-        self.levels, self.even = levels, has_even_levels(levels)
+        self.coupled = len(levels) > 2**bits
+        self.levels, self.even = levels, not self.coupled and has_even_levels(levels)
         self.step, self.first = levels[1] - levels[0], levels[0]
-        self._selected = on_gpu() and not self.even and bits in SELECTED
+        self._selected = on_gpu() and not self.even and not self.coupled and bits in SELECTED
         self._made: dict = {}
 
     def decode(self, packed: tuple, n: int, dtype: mx.Dtype) -> mx.array:
         """Coefficients [B, rows, n] in standard deviations."""
-        (units, rest), left, parts = packed, n % UNIT, []
+        (units, rest, *labels), left, parts = packed, n % UNIT, []
         if self._selected and not left:
             levels = self._once(dtype, lambda: [mx.array(x, dtype) for x in self.levels.tolist()])
             return _select(self.bits)(units[:, self.codes], *levels).reshape(len(units), -1, n)
         if n >= UNIT:
-            parts.append(_unpack(self.xp, self.bits)(units[:, self.codes]))
+            codes = _unpack(self.xp, self.bits)(units[:, self.codes])
+            if self.coupled:
+                high, low = (_unpack(self.xp, 1)(x[:, self.codes, :, None]) for x in labels[:2])
+                codes = _with_labels(codes, high, low)
+            parts.append(codes)
         if left:
-            batch, rows = units.shape[:2]
-            rest = unpack(self.xp, rest, self.bits, rows * left).reshape(batch, rows, left)
-            parts.append(rest[:, self.codes])
+            codes = unpack_rest(self.xp, rest, self.bits, units.shape[1], left)[:, self.codes]
+            parts.append(_with_labels(codes, *(x[:, self.codes] for x in labels[2:])) if self.coupled else codes)
         codes = mx.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
         if self.even:
             return _spread(codes, self.step, self.first).astype(dtype)
@@ -143,11 +148,16 @@ class PaddedRows(Rows):
         return rows if self._row is None else mx.take(rows, self._row, axis=1)
 
 
+def unpack_rest(xp, rest, bits: int, rows: int, left: int) -> mx.array:
+    """Codes [B, rows, left] that wait for their unit."""
+    return unpack(xp, rest, bits, rows * left).reshape(len(rest), rows, left)
+
+
 def make_rows(xp, bits: int, levels: mx.array, segment: np.ndarray, segments: int, codes: slice) -> Rows:
     """The kind of rows that is fastest where MLX runs."""
     arguments = xp, bits, levels, segment, segments, codes
     # in the CPU build products with codes are slower than decoding; on Metal they move a fraction of the bytes
-    multiplied = on_gpu() and bits in MULTIPLIED and has_even_levels(levels)
+    multiplied = on_gpu() and bits in MULTIPLIED and len(levels) == 2**bits and has_even_levels(levels)
     if multiplied or len(set(np.bincount(segment, minlength=segments))) == 1:
         return PaddedRows(*arguments, multiplied)
     return RaggedRows(*arguments)
@@ -165,11 +175,22 @@ def has_even_levels(levels: mx.array) -> bool:
 
 
 @cache
+def path_bits(bits: int):
+    """Makes the function `quantizer.lowest_bits` of units of `bits` bits, in one operation."""
+    return mx.compile(partial(lowest_bits, bits=bits))
+
+
+@cache
 def _unpack(xp, bits: int):
     return mx.compile(lambda units: unpack(xp, units, bits, units.shape[2] * UNIT))
 
 
 @mx.compile  # into one operation
+def _with_labels(codes, high, low):
+    return codes >> 1 << 2 | high << 1 | low
+
+
+@mx.compile
 def _spread(codes, step, first):
     return codes.astype(mx.float32) * step + first
 
