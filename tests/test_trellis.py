@@ -98,14 +98,14 @@ def test_every_path_can_reach_every_quarter():
 
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_squared_errors_are_those_that_plans_count_on(bits):
-    """On sequences of normal coefficients, whose ratios are up to 3 % above those of the coefficients of real models."""
+    """On sequences of normal coefficients, whose ratios are up to 4 % above those of the coefficients of real models."""
     rows = rows_of(np.full((1, 16, 600), bits, np.uint8))
     rows.cost[:] = 1
     z, _ = coefficients(rows, 1, 16)
     levels = decoded(rows, rows.search(z, None))
     scalar = NORMAL[bits][np.searchsorted((NORMAL[bits][1:] + NORMAL[bits][:-1]) / 2, z)]
     ratio = np.square(z - levels).mean() / np.square(z - scalar).mean()
-    assert ratio == pytest.approx(ERROR_RATIOS[bits], rel=0.035)
+    assert ratio == pytest.approx(ERROR_RATIOS[bits], rel=0.045)
 
 
 @pytest.mark.parametrize("run", [trellis._native, trellis._in_numpy])

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from spectral_kv_core.quantizer import UNIT, dequantize, lowest_bits, planes, unpack
+from spectral_kv_core.trellis import curve
 
 MULTIPLIED = (1, 2, 4, 8)  # widths that are packed as `mx.quantized_matmul` has them
 SELECTED = (3, 4)  # widths with few enough levels to choose among them by comparisons
@@ -30,28 +31,41 @@ class Rows:
         self.coupled = len(levels) > 2**bits
         self.levels, self.even = levels, not self.coupled and has_even_levels(levels)
         self.step, self.first = levels[1] - levels[0], levels[0]
+        if self.coupled:
+            middle = (len(levels) - 1) / 2
+            self._curve = [mx.array(x, mx.float32) for x in (middle, *curve(np.array(levels)))]
         self._selected = on_gpu() and not self.even and not self.coupled and bits in SELECTED
         self._made: dict = {}
 
     def decode(self, packed: tuple, n: int, dtype: mx.Dtype) -> mx.array:
         """Coefficients [B, rows, n] in standard deviations."""
-        (units, rest, *labels), left, parts = packed, n % UNIT, []
+        if self.coupled:
+            return self._on_curve(packed, n).astype(dtype)
+        (units, rest), left, parts = packed, n % UNIT, []
         if self._selected and not left:
             levels = self._once(dtype, lambda: [mx.array(x, dtype) for x in self.levels.tolist()])
             return _select(self.bits)(units[:, self.codes], *levels).reshape(len(units), -1, n)
         if n >= UNIT:
-            codes = _unpack(self.xp, self.bits)(units[:, self.codes])
-            if self.coupled:
-                high, low = (_unpack(self.xp, 1)(x[:, self.codes, :, None]) for x in labels[:2])
-                codes = _with_labels(codes, high, low)
-            parts.append(codes)
+            parts.append(_unpack(self.xp, self.bits)(units[:, self.codes]))
         if left:
-            codes = unpack_rest(self.xp, rest, self.bits, units.shape[1], left)[:, self.codes]
-            parts.append(_with_labels(codes, *(x[:, self.codes] for x in labels[2:])) if self.coupled else codes)
+            parts.append(unpack_rest(self.xp, rest, self.bits, units.shape[1], left)[:, self.codes])
         codes = mx.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
         if self.even:
             return _spread(codes, self.step, self.first).astype(dtype)
         return dequantize(self.xp, codes, self.levels.astype(dtype))
+
+    def _on_curve(self, packed: tuple, n: int) -> mx.array:
+        """`decode` for codes of a trellis."""
+        (units, rest, *labels), left, parts = packed, n % UNIT, []
+        if n >= UNIT:
+            codes = _unpack(self.xp, self.bits)(units[:, self.codes])
+            bits = (_unpack(self.xp, 1)(x[:, self.codes, :, None]) for x in labels[:2])
+            parts.append(_indices(*(x.view(mx.uint64) for x in (codes, *bits))).view(mx.uint8))
+        if left:
+            codes = unpack_rest(self.xp, rest, self.bits, units.shape[1], left)[:, self.codes]
+            high, low = (x[:, self.codes] for x in labels[2:])
+            parts.append(codes >> 1 << 2 | high << 1 | low)
+        return _evaluate(mx.concatenate(parts, axis=2) if len(parts) > 1 else parts[0], *self._curve)
 
     def dtype(self, n: int, decoded: mx.Dtype) -> mx.Dtype:
         """What queries and weights of n blocks come in: `decoded`, or float32 where nothing is decoded."""
@@ -59,7 +73,8 @@ class Rows:
 
     def tables(self) -> list[mx.array]:
         """Every array that all sequences share."""
-        return [self.step, self.first, *(x for made in self._made.values() for x in made)]
+        own = [self.step, self.first, *(self._curve if self.coupled else ())]
+        return [*own, *(x for made in self._made.values() for x in made)]
 
     def _once(self, key, make: Callable) -> Sequence[mx.array]:
         """What `make` gives, made at the first call with `key`."""
@@ -186,8 +201,17 @@ def _unpack(xp, bits: int):
 
 
 @mx.compile  # into one operation
-def _with_labels(codes, high, low):
-    return codes >> 1 << 2 | high << 1 | low
+def _indices(codes, high, low):
+    """Indices of levels from codes and their label bits, eight bytes at a time."""
+    one = mx.array(1, mx.uint64)
+    return (codes & mx.array(np.uint64(0xFEFEFEFEFEFEFEFE))) << one | high << one | low
+
+
+@mx.compile
+def _evaluate(index, middle, a, b, c):
+    t = index.astype(mx.float32) - middle
+    u = t * t
+    return t * (a + u * (b + u * c))
 
 
 @mx.compile
