@@ -145,6 +145,16 @@ def test_the_kernel_finds_the_codes_of_numpy(kernel, groups, rank, batch, blocks
     assert np.count_nonzero(ours != theirs) <= max(1, ours.size // 10_000)
 
 
+@needs_compiler
+@pytest.mark.parametrize("group, rope", [("head", "post"), ("layer", "pre")])
+def test_the_kernel_finds_the_codes_of_numpy_for_a_codec(group, rope):
+    codec = make_codec(ops, plan_of(ToyModel(), 2, group, rope, "expected-attention", "trellis"), 0)
+    z, weights = (np.ascontiguousarray(x) for x in codec.coefficients(*ToyModel().sample(1, 512), 4))
+    expected = np.empty(z.shape, np.uint8)
+    trellis._in_numpy(codec.search, z, weights, expected)
+    assert np.count_nonzero(codec.search.search(z, weights) != expected) <= max(1, expected.size // 10_000)
+
+
 def test_a_block_is_coded_alike_wherever_it_comes():
     rows = mixed_rows(2, 9)
     z, weights = coefficients(rows, 1, 40)

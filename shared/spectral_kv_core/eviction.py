@@ -88,7 +88,8 @@ class Eviction:
     @property
     def joint(self) -> bool:
         """Whether the heads of a layer keep the same tokens, because they are coded together."""
-        return self.plan.method.codec == "spectral" and self.plan.method.group != "head"
+        method = self.plan.method
+        return method.codec == "spectral" and (method.group != "head" or method.quantizer == "trellis")
 
     def spans(self, seen: int) -> list[tuple[int, int]]:
         """The protected spans in a text of `seen` tokens."""

@@ -102,6 +102,16 @@ METHODS = {
             rounding="expected-attention",
         ),
         Method(
+            "spectral-trellis",
+            "spectral",
+            "spectral with trellis codes: a third less divergence at the same bytes, some more time per step",
+            "as spectral; trellis-coded quantization (Marcellin and Fischer 1990)",
+            time="dct",
+            block=16,
+            quantizer="trellis",
+            rounding="expected-attention",
+        ),
+        Method(
             "spectral-dense",
             "spectral",
             "SVD latents of all keys and values of a layer together, before RoPE, DCT over 16 tokens, trellis codes; decoded",

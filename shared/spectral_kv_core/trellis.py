@@ -137,7 +137,7 @@ def _relative(cost: np.ndarray, has_path: np.ndarray) -> np.ndarray:
     """`cost` [G, F, R] over its mean along the sequence of a frequency, float32."""
     counts = np.maximum(has_path.sum((0, 2), keepdims=True), 1)
     mean = (cost * has_path).sum((0, 2), keepdims=True) / counts
-    return np.maximum(cost / np.where(mean > 0, mean, 1), MIN_COST).astype(np.float32)
+    return np.ascontiguousarray(np.maximum(cost / np.where(mean > 0, mean, 1), MIN_COST), np.float32)
 
 
 class _Search(ctypes.Structure):
@@ -154,6 +154,7 @@ def _native(rows: Rows, z: np.ndarray, weights: np.ndarray | None, codes: np.nda
     run.argtypes, run.restype = (POINTER(_Search),), ctypes.c_int
     batch, groups, blocks, _, rank = z.shape
     tables = rows.gain, rows.cost, rows.slots, rows.order, rows.time, rows.cells, rows.levels, rows.decoded
+    assert all(x is None or x.flags.c_contiguous for x in (z, weights, *tables, codes))
     held = [x if x is None else x.ctypes.data for x in (z, weights, *tables, codes)]
 
     def some(first: int) -> int:
