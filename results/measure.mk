@@ -7,7 +7,7 @@ DEMO    := --model demo --dtype float32
 SMALL   := --model "$(GEMMA)" --dtype float32 --profile $(RUNS)/gemma.safetensors --documents 2
 WIKI    := --text wiki="$(WIKITEXT)"
 BOTH    := $(WIKI) code=$(RUNS)/code.txt
-OURS    := spectral,spectral-dense,spectral-stored
+OURS    := spectral,spectral-trellis,spectral-dense,spectral-stored
 PEERS   := affine,kivi,turboquant,turboquant-qjl,jarviskv,eigen-attention
 SCORERS := streaming,random,knorm,keydiff,snapkv,expected-attention,waveletattention,fourierkv,waveletkv,waveletfourierkv,triattention,wavelettriattention
 COMMA   := ,
@@ -33,7 +33,7 @@ ARGS_composed_smollm2_all  := $(DEMO) --documents 2 --methods spectral --bits 1 
 ARGS_steering_smollm2      := $(DEMO) --documents 2 --methods spectral,spectral-dense --bits 2,1 --rounding-scores $(ROUNDED) $(STEERED) $(BOTH)
 ARGS_steering_smollm2_more := $(DEMO) --documents 2 $(TIERED) $(STEERED) $(BOTH)
 ARGS_needle_smollm2        := $(DEMO) --methods streaming,snapkv,expected-attention,waveletattention,wavelettriattention --keep 0.125 $(DEEP) $(WIKI)
-ARGS_needle_smollm2_more   := $(DEMO) --methods spectral,spectral-dense --bits 2,1 $(DEEP) $(WIKI)
+ARGS_needle_smollm2_more   := $(DEMO) --methods spectral,spectral-trellis,spectral-dense --bits 2,1 $(DEEP) $(WIKI)
 ARGS_needle_smollm2_half   := $(DEMO) --methods waveletattention+spectral --bits 2 --keep 0.5 $(DEEP) $(WIKI)
 ARGS_needle_smollm2_tiers  := $(DEMO) $(TIERED) $(DEEP) $(WIKI)
 ARGS_second_seed_smollm2   := $(DEMO) --methods fourierkv,waveletkv,waveletfourierkv,triattention,wavelettriattention,turboquant \

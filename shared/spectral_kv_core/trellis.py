@@ -26,7 +26,7 @@ from .quantizer import BIT_WIDTHS, CELLS, REACH, gaussian_tables
 WIDTHS = (1, 2, 3, 4)  # of codes with a path bit
 STATES = 32
 DISTANCES = (2, 3, 5)  # rows before a row whose path bits choose its quarter, with its own
-BLOCKS_AT_ONCE = 64  # of a call of the kernel: what one thread takes, at least a register's lanes
+BLOCKS_AT_ONCE = 16  # of a call of the kernel, whose registers have up to so many lanes
 NUMPY_BLOCKS = 128
 MIN_COST = 1e-4  # of the mean of a sequence: a row that costs next to nothing still has a defined code
 FREQUENCIES = 16  # tokens of a block that the kernel is compiled for
