@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from spectral_kv_core.cache import CHUNK_TOKENS
-from spectral_kv_core.codec import Chunk, SpectralCodec
+from spectral_kv_core.codec import Chunk, SpectralCodec, TrellisCodec
 
 from .build import disabled, library
 from .checked import CheckedStep
@@ -96,7 +96,7 @@ class LatentStep:
 
 def decode_step(codec):
     """The faster step for `codec`: a kernel, or stock operations that serve several chunks at a time; None for others."""
-    if not isinstance(codec, SpectralCodec) or not codec.method.latent:
+    if not isinstance(codec, SpectralCodec) or isinstance(codec, TrellisCodec) or not codec.method.latent:
         return None
     return _kernel(codec) or EagerStep(codec)
 
