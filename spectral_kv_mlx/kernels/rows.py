@@ -57,6 +57,9 @@ class Rows:
     def _on_curve(self, packed: tuple, n: int) -> mx.array:
         """`decode` for codes of a trellis."""
         (units, rest, *labels), left, parts = packed, n % UNIT, []
+        if on_gpu() and not left:
+            of_rows = (x[:, self.codes] for x in (units, *labels))
+            return _curve_of_units(self.bits)(*of_rows, *self._curve).reshape(len(units), -1, n)
         if n >= UNIT:
             codes = _unpack(self.xp, self.bits)(units[:, self.codes])
             bits = (_unpack(self.xp, 1)(x[:, self.codes, :, None]) for x in labels[:2])
@@ -229,15 +232,28 @@ def _select(bits: int):
         half = len(levels) // 2
         return mx.where((codes & half) > 0, chosen(codes, levels[half:]), chosen(codes, levels[:half]))
 
-    def select(units, *levels):
-        parts, start = [], 0
-        for width, shift in planes(bits):
-            # the first dimensions count the bytes of the plane, the others the fields of a byte
-            dims = width.bit_length() - 1
-            plane = units[..., start : start + width].reshape(*units.shape[:-1], *dims * [2], *(3 - dims) * [1])
-            fields = mx.array(np.arange(0, 8, width, dtype=np.uint8).reshape((3 - dims) * [2]))
-            parts.append(((plane >> fields) & (2**width - 1)) << shift)
-            start += width
-        return chosen(reduce(or_, parts), levels)
+    return mx.compile(lambda units, *levels: chosen(_fields(units, bits), levels))
 
-    return mx.compile(select)
+
+@cache
+def _curve_of_units(bits: int):
+    """Makes a function of whole units [..., bits], their label bits and a curve: [..., 2, 2, 2], one operation on a GPU."""
+
+    def evaluate(units, high, low, *curve):
+        high, low = (_fields(x[..., None], 1) for x in (high, low))
+        return _evaluate(_fields(units, bits) >> 1 << 2 | high << 1 | low, *curve)
+
+    return mx.compile(evaluate)
+
+
+def _fields(units, bits: int) -> mx.array:
+    """Codes [..., 2, 2, 2] of units [..., bits], out of operations that `mx.compile` makes one."""
+    parts, start = [], 0
+    for width, shift in planes(bits):
+        # the first dimensions count the bytes of the plane, the others the fields of a byte
+        dims = width.bit_length() - 1
+        plane = units[..., start : start + width].reshape(*units.shape[:-1], *dims * [2], *(3 - dims) * [1])
+        fields = mx.array(np.arange(0, 8, width, dtype=np.uint8).reshape((3 - dims) * [2]))
+        parts.append(((plane >> fields) & (2**width - 1)) << shift)
+        start += width
+    return reduce(or_, parts)
