@@ -22,6 +22,9 @@ DEEP    := --prefix 3500 --tasks needle --documents 1 --scored 64
 
 # every run, and its options; those that end in _more, _all, _half, _tiers and _joint are rows of the table before the underscore
 ARGS_codec_smollm2_1024    := $(DEMO) --methods $(OURS) --bits 4,3,2,1.5,1,0.5 --prefix 1024 --tasks text,copy $(WIKI)
+ARGS_codec_smollm2_2048    := $(DEMO) --methods $(OURS) --bits 2,1 --prefix 2048 --tasks text,copy $(WIKI)
+ARGS_codec_smollm2_chunks  := $(DEMO) --methods $(OURS) --bits 2 --prefix 2048 --prefill-chunk 512 --tasks text $(WIKI)
+ARGS_codec_smollm2_code    := $(DEMO) --documents 2 --methods $(OURS) --bits 2,1 --prefix 2048 --tasks text --text code=$(RUNS)/code.txt
 ARGS_codec_smollm2_sizes   := --model demo --dtype bfloat16 --methods spectral --bits 4,3,2,1.5,1,0.5 --documents 1 --tasks text $(WIKI)
 ARGS_methods_smollm2       := $(DEMO) --methods $(OURS),$(PEERS),xkv $(LADDER) $(BOTH)
 ARGS_methods_smollm2_joint := $(DEMO) --methods kvtc --profile $(RUNS)/joint.safetensors $(LADDER) $(BOTH)
@@ -39,6 +42,7 @@ ARGS_needle_smollm2_tiers  := $(DEMO) $(TIERED) $(DEEP) $(WIKI)
 ARGS_second_seed_smollm2   := $(DEMO) --methods fourierkv,waveletkv,waveletfourierkv,triattention,wavelettriattention,turboquant \
   --bits 4.25 --keep 0.140625 --prefix 4096 --tasks text,drift --metrics kl,aop --greedy 64 --scored 64 --documents 1 $(WIKI)
 
+ARGS_codec_gemma3_270m_2048    := $(SMALL) --documents 4 --methods $(OURS) --bits 2,1 --prefix 2048 --tasks text,copy $(WIKI)
 ARGS_methods_gemma3_270m       := $(SMALL) --methods $(OURS),$(PEERS) $(LADDER) $(BOTH)
 ARGS_scorers_gemma3_270m       := $(SMALL) --methods $(SCORERS) $(SHARES) --metrics kl,aop $(BOTH)
 ARGS_composed_gemma3_270m      := $(SMALL) --methods $(CODED) --bits 2 --keep 0.5 --prefix 2048 --tasks text $(BOTH)
@@ -67,7 +71,7 @@ $(addprefix run-,$(MEASURE)): run-%: $(RUNS)/code.txt
 	$(VENV)/bin/spectralkv eval --backend torch --documents 4 --scored 128 --step 16 --greedy 0 --metrics kl $(ARGS_$*) --output $(RUNS)/$*
 
 run-methods_smollm2_joint: $(RUNS)/joint.safetensors
-$(addprefix run-,$(filter %_gemma3_270m %_gemma3_270m_more %_gemma3_270m_all,$(MEASURE))): $(RUNS)/gemma.safetensors
+$(addprefix run-,$(filter %_gemma3_270m %_gemma3_270m_more %_gemma3_270m_all %_gemma3_270m_2048,$(MEASURE))): $(RUNS)/gemma.safetensors
 
 $(RUNS)/code.txt: $(VENV)/.installed-all
 	@test -f "$(WIKITEXT)" || { echo "Give the test text of WikiText-2: make results WIKITEXT=wikitext2-test.txt" >&2; exit 1; }
