@@ -7,7 +7,7 @@ re-quantized. `xp` is `spectral_kv_core.ops` or a backend's module of the same n
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -140,6 +140,8 @@ class SpectralCodec(TransformCodec):
     their unit to fill (`pack_rows`).
     """
 
+    coupled = 0  # widths whose codes are those of a trellis, the first ones
+
     def __init__(self, xp, plan: Plan, row: int, like=None):
         super().__init__(xp, plan, row, like)
 
@@ -159,7 +161,11 @@ class SpectralCodec(TransformCodec):
         self.rows = [table(chosen, np.int32) for chosen in rows]
         self.scale = [table(sigma[chosen][:, None]) for chosen in rows]
         self.levels = [table(plan.levels[b]) for b in self.bits]
-        self.kernel = xp.kernels and xp.kernels.decode_step(self)
+
+    @cached_property
+    def kernel(self):
+        """The faster decode step that the array library has for this codec, or None."""
+        return self.xp.kernels and self.xp.kernels.decode_step(self)
 
     def quantize(self, z, weights=None):
         """Coefficients [B, G, n, block, R] -> codes, one [B, rows, n] uint8 array per width of `bits`."""
@@ -318,7 +324,7 @@ class TrellisCodec(SpectralCodec):
             by_frequency(x, kept, self.block) for x in (plan.widths[row], plan.gain(row), plan.loss(row))
         )
         self.search = trellis.Rows(widths, gain, cost, xp.to_numpy(self.time), plan.search_tables)
-        self.coupled = sum(b in trellis.WIDTHS for b in self.bits)  # the first widths
+        self.coupled = sum(b in trellis.WIDTHS for b in self.bits)
         stored = [xp.to_numpy(rows) for rows in self.rows[: self.coupled]]
         if self.coupled:
             numbers = np.concatenate(stored)
