@@ -66,6 +66,13 @@ def test_a_step_equals_the_core(way, case, bits):
     assert_step(make_codec(ops, plan_of(case.model, bits), 0), case, sizes)
 
 
+@pytest.mark.parametrize("bits", [0.5, 2, 6])
+def test_codes_of_a_trellis(way, bits):
+    """Some of which are coupled with rows of other heads."""
+    case = Case(0, 64, 2, 4, batch=2)
+    assert_step(make_codec(ops, plan_of(case.model, bits, quantizer="trellis"), 0), case, [1024, 1024, 48, 208])
+
+
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
 def test_every_width_alone(way, bits):
     """A row in every segment, so that nothing has to be filled up."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,10 +17,13 @@ from spectral_kv_core import attention, native  # noqa: E402
 from spectral_kv_core.cache import CHUNK_TOKENS, LayerCache  # noqa: E402
 from spectral_kv_core.codec import make_codec  # noqa: E402
 from spectral_kv_core.plan import make_plan  # noqa: E402
+from spectral_kv_core.quantizer import BIT_WIDTHS  # noqa: E402
 from spectral_kv_core.rounding import round_in_time  # noqa: E402
 from spectral_kv_core.stored import codecs_of  # noqa: E402
+from spectral_kv_core.trellis import WIDTHS  # noqa: E402
 from spectral_kv_torch import ops  # noqa: E402
 from spectral_kv_torch.kernels import build, checked, decode_step  # noqa: E402
+from spectral_kv_torch.kernels.attention import LatentStep  # noqa: E402
 from spectral_kv_torch.kernels.eager import EagerStep  # noqa: E402
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
@@ -42,6 +46,17 @@ def kernels(request, monkeypatch, tmp_path_factory):
     build.library.cache_clear()
 
 
+@pytest.fixture(params=["scalar", "trellis"])
+def quantizer(request):
+    return request.param
+
+
+def codec_of(model: ToyModel, bits: float, quantizer: str = "scalar", widths=None):
+    """Codec of a toy model; `widths`: of its coefficients, in place of those of a plan of `bits` bits."""
+    plan = plan_of(model, bits, quantizer=quantizer)
+    return make_codec(ops, plan if widths is None else replace(plan, widths=widths(plan.widths)), 0)
+
+
 def chunks_of(codec, case: Case, sizes: list[int]) -> list:
     keys, values = map(torch.from_numpy, case.model.sample(1, sum(sizes), case.batch))
     stops = np.cumsum(sizes)
@@ -53,8 +68,8 @@ def both(codec, case: Case, sizes: list[int], length: int = 1, exact: int = 9, d
     queries = torch.from_numpy(case.model.queries(1, length, case.batch)).to(dtype)
     keys, values = (torch.from_numpy(x).to(dtype) for x in case.model.sample(2, exact, case.batch))
     chunks, scale = chunks_of(codec, case, sizes), case.head_dim**-0.5
-    step = decode_step(codec)
-    assert step is not None
+    step = codec.kernel
+    assert isinstance(step, LatentStep)
     expected = attention.decode_step(ops, codec, chunks, queries, keys, values, scale)
     return step(chunks, queries, keys, values, scale), expected
 
@@ -62,8 +77,8 @@ def both(codec, case: Case, sizes: list[int], length: int = 1, exact: int = 9, d
 @needs_compiler
 @every_case
 @pytest.mark.parametrize("bits", [0.5, 2, 3.7, 6, 8])
-def test_a_step_equals_stock_operations(kernels, case, bits):
-    codec = make_codec(ops, plan_of(case.model, bits), 0)
+def test_a_step_equals_stock_operations(kernels, case, bits, quantizer):
+    codec = codec_of(case.model, bits, quantizer)
     tokens = max(case.tokens // 16 * 16, 16)
     sizes = [CHUNK_TOKENS] * (tokens // CHUNK_TOKENS) + [tokens % CHUNK_TOKENS]
     assert_close("output", *both(codec, case, sizes))
@@ -71,33 +86,63 @@ def test_a_step_equals_stock_operations(kernels, case, bits):
 
 @needs_compiler
 @pytest.mark.parametrize("blocks", range(1, 65, 3))
-def test_a_chunk_of_any_number_of_blocks(kernels, blocks):
+def test_a_chunk_of_any_number_of_blocks(kernels, blocks, quantizer):
     """Whole vectors, an odd unit, and codes that wait for their unit."""
-    case = Case(0, 64, 2, 6)
-    assert_close("output", *both(make_codec(ops, plan_of(case.model, 3), 0), case, [16 * blocks]))
+    case = Case(0, 64, 2, 6, batch=2)
+    codec = codec_of(case.model, 3, quantizer, lambda widths: some_widths(widths, BIT_WIDTHS))
+    assert_close("output", *both(codec, case, [1024, 16 * blocks]))
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", [*BIT_WIDTHS[1:], "high"])
+def test_every_width_alone(kernels, bits, quantizer):
+    """And none of those that a trellis couples."""
+    case = Case(0, 64, 1, 4, batch=2)
+    codec = codec_of(
+        case.model, 2, quantizer, lambda widths: some_widths(widths, (0, 5, 6, 8) if bits == "high" else (bits,))
+    )
+    assert codec.coupled == (quantizer == "trellis" and bits in WIDTHS)
+    assert_close("output", *both(codec, case, [1024, 16 * 13, 16 * 44]))
+
+
+def some_widths(widths, choices):
+    return np.random.default_rng(0).choice(choices, widths.shape).astype(np.uint8)
+
+
+@needs_compiler
+@pytest.mark.parametrize("batch, chunks", [(1, 1), (1, 9), (2, 9), (3, 5)])
+def test_path_rows_of_some_chunks_at_a_time(kernels, batch, chunks):
+    """With one thread and one KV head, those of 16 chunks at most; of several sequences in turn."""
+    case = Case(0, 32, 1, 2, batch)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert_close("output", *both(codec_of(case.model, 2, "trellis"), case, [CHUNK_TOKENS] * chunks + [272]))
+    finally:
+        torch.set_num_threads(threads)
 
 
 @needs_compiler
 @pytest.mark.parametrize("q_heads, length", [(1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (7, 3), (2, 16)])
-def test_any_number_of_query_rows_and_new_tokens(kernels, q_heads, length):
+def test_any_number_of_query_rows_and_new_tokens(kernels, q_heads, length, quantizer):
     case = Case(0, 64, 1, q_heads, batch=2)
-    codec = make_codec(ops, plan_of(case.model, 2), 0)
+    codec = codec_of(case.model, 2, quantizer)
     assert_close("output", *both(codec, case, [1024] * 5 + [48], length, exact=length + 3))
 
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_any_dtype(kernels, dtype):
+def test_any_dtype(kernels, dtype, quantizer):
     case = Case(0, 128, 2, 8)
-    got, expected = both(make_codec(ops, plan_of(case.model, 2), 0), case, [1024, 112], dtype=getattr(torch, dtype))
+    got, expected = both(codec_of(case.model, 2, quantizer), case, [1024, 112], dtype=getattr(torch, dtype))
     assert got.dtype == expected.dtype == getattr(torch, dtype)
     assert_close("output", got.float(), expected.float(), dtype)
 
 
 @needs_compiler
-def test_scores_far_apart_and_a_masked_future(kernels):
+def test_scores_far_apart_and_a_masked_future(kernels, quantizer):
     case = Case(0, 64, 2, 4)
-    codec = make_codec(ops, plan_of(case.model, 3), 0)
+    codec = codec_of(case.model, 3, quantizer)
     chunks, scale = chunks_of(codec, case, [1024, 1024]), 3.0  # exp(score) would leave the range of float32
     queries = 20 * torch.from_numpy(case.model.queries(1, 4))
     keys, values = map(torch.from_numpy, case.model.sample(2, 6))
@@ -107,16 +152,11 @@ def test_scores_far_apart_and_a_masked_future(kernels):
 
 
 @needs_compiler
-def test_a_layer_without_any_bits_attends_to_its_means(kernels):
+def test_a_layer_without_any_bits_attends_to_its_means(kernels, quantizer):
     case = Case(0, 64, 1, 2)
-    plan = plan_of(case.model, 0.25)
-    codec = make_codec(ops, type(plan)(**{**vars_of(plan), "widths": np.zeros_like(plan.widths)}), 0)
+    codec = codec_of(case.model, 0.25, quantizer, np.zeros_like)
     assert codec.bits == []
     assert_close("output", *both(codec, case, [64]))
-
-
-def vars_of(plan) -> dict:
-    return {name: getattr(plan, name) for name in plan.__dataclass_fields__}
 
 
 @needs_compiler

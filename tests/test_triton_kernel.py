@@ -84,6 +84,7 @@ def test_which_cards_have_the_kernel(monkeypatch):
     codec = make_codec(ops, plan_of(Case(0, 64, 1, 2).model, 2), 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert isinstance(attention._triton_step(codec), CheckedStep)
+    assert attention._triton_step(make_codec(ops, plan_of(Case(0, 64, 1, 2).model, 2, quantizer="trellis"), 0)) is None
     monkeypatch.setenv("SPECTRALKV_KERNELS", "0")
     assert attention._triton_step(codec) is None
     monkeypatch.delenv("SPECTRALKV_KERNELS")

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from spectral_kv_core.cache import CHUNK_TOKENS
-from spectral_kv_core.codec import Chunk, SpectralCodec, TrellisCodec
+from spectral_kv_core.codec import Chunk, SpectralCodec
+from spectral_kv_core.trellis import DISTANCES
 
 from .build import disabled, library
 from .checked import CheckedStep
@@ -25,6 +26,8 @@ class _Codec(ctypes.Structure):
         ("bits", c_int32 * MAX_WIDTHS),
         *((name, c_void_p * MAX_WIDTHS) for name in ("first", "component", "scale", "levels")),
         *((name, c_void_p) for name in ("time", "basis", "mean")),
+        *((name, c_int32) for name in ("coupled", "paths")),
+        ("before", c_void_p * len(DISTANCES)),
     ]
 
 
@@ -60,6 +63,11 @@ class LatentStep:
             c.bits[i] = bits
             c.first[i], c.component[i], c.scale[i], c.levels[i] = (x.data_ptr() for x in held)
             self._tables += held
+        if codec.coupled:
+            before = [rows.contiguous() for rows in codec.paths.before]
+            c.coupled, c.paths = codec.coupled, len(before[0])
+            c.before[:] = [x.data_ptr() for x in before]
+            self._tables += before
 
     def __call__(self, chunks: list[Chunk], queries, keys, values, scale: float):
         """As `attention.decode_step`."""
@@ -96,7 +104,7 @@ class LatentStep:
 
 def decode_step(codec):
     """The faster step for `codec`: a kernel, or stock operations that serve several chunks at a time; None for others."""
-    if not isinstance(codec, SpectralCodec) or isinstance(codec, TrellisCodec) or not codec.method.latent:
+    if not isinstance(codec, SpectralCodec) or not codec.method.latent:
         return None
     return _kernel(codec) or EagerStep(codec)
 
@@ -110,8 +118,10 @@ def _kernel(codec):
 
 
 def _triton_step(codec):
-    """The kernel for NVIDIA cards from Ampere on, whose tensor cores and shared memory it counts on."""
-    if disabled() or torch.version.hip or torch.cuda.get_device_capability(codec.basis.device) < (8, 0):
+    """The kernel for NVIDIA cards from Ampere on, whose tensor cores and shared memory it counts on; no trellis yet."""
+    if codec.coupled or disabled() or torch.version.hip:
+        return None
+    if torch.cuda.get_device_capability(codec.basis.device) < (8, 0):
         return None
     try:
         from .triton_attention import MAX_DIM, TritonStep

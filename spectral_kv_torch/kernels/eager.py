@@ -16,12 +16,15 @@ TILE_CHUNKS = 16
 
 
 class EagerStep:
-    """`attention.decode_step` for one layer's codec; on a CPU by the products of `products`, else by the core's operations."""
+    """`attention.decode_step` for one layer's codec.
+
+    On a CPU by the products of `products`; on a card, or where codes are those of a trellis, by the core's operations.
+    """
 
     def __init__(self, codec: SpectralCodec):
         self._codec, self._tiles = codec, Tiles(codec, TILE_CHUNKS)
         self._keys = self._values = ()
-        if multiplies(codec.basis.device):
+        if multiplies(codec.basis.device) and not codec.coupled:
             self._keys, self._values = (make_rows(codec, i * codec.kv_heads * codec.block * codec.rank) for i in (0, 1))
             self._weight_time = codec.time * WEIGHT_RANGE
 

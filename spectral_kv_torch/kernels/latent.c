@@ -6,6 +6,10 @@
 // probabilities. All arithmetic is float32. Layout of codes: quantizer.pack_rows; formulas: codec.SpectralCodec.attend.
 //
 // Work is split over (sequence, KV head) and groups of chunks, whose softmaxes are partial and merged at the end.
+//
+// Codes of a trellis (trellis.py) say their level together with the path bits of three rows before theirs, of any head.
+// So the path bits of some chunks are laid out first, one *path row* for every such row of the layer, and a row's labels
+// are made of path rows when it is decoded.
 
 #include "vectors.h"
 
@@ -15,15 +19,20 @@
 #define AT_ONCE 2
 #endif
 #define UNIT 8          // codes of a packed unit
+#define PATH_ROW 16     // bytes of a path row: two bits for each of 64 blocks
 #define BLOCKS 64       // time blocks of a full chunk
 #define VECTORS (BLOCKS / LANES)
+#define PARTS 8         // that the path rows of a chunk are laid out in
 #define SPAN 4          // chunks that share one partial softmax
+#define WAVE 4          // items per thread, at least, that path rows are laid out for at a time
 #define ROWS 4          // query rows that share one pass over the codes
+#define AHEAD 4         // rows whose labels are made before those of a row are used
 #define MAX_WIDTHS 8
 #define LOWEST (-1e30f)
 
 typedef uint32_t __attribute__((may_alias, aligned(1))) word;
 typedef uint64_t __attribute__((may_alias, aligned(1))) long_word;
+typedef uint16_t __attribute__((may_alias)) half_word;
 typedef float v4 __attribute__((vector_size(4 * ROWS)));
 
 // What all sequences share. Groups are the KV heads' keys, then their values.
@@ -37,6 +46,8 @@ typedef struct {
   const float *time;                      // [frequency][token]
   const float *basis;                     // [groups][dim][rank]
   const float *mean;                      // [groups][dim]
+  int32_t coupled, paths;                 // widths whose codes are those of a trellis, the first ones; rows they have
+  const int32_t *before[3];               // [paths]: the path rows 2, 3 and 5 before, `paths` for none
 } Codec;
 
 typedef struct {
@@ -115,6 +126,27 @@ INLINE uint64_t unpack_unit(const int bits, const uint8_t *p) {
     p += width;
   }
   return codes;
+}
+
+// The bits of `x` under `mask`, side by side from the lowest; and back.
+INLINE uint64_t gather_bits(uint64_t x, uint64_t mask) {
+#if USE_AVX512 || USE_AVX2
+  return _pext_u64(x, mask);
+#else
+  uint64_t out = 0;
+  for (int to = 0; mask; mask &= mask - 1, to++) out |= (uint64_t)((x & (mask & -mask)) != 0) << to;
+  return out;
+#endif
+}
+
+INLINE uint64_t scatter_bits(uint64_t x, uint64_t mask) {
+#if USE_AVX512 || USE_AVX2
+  return _pdep_u64(x, mask);
+#else
+  uint64_t out = 0;
+  for (; mask; mask &= mask - 1, x >>= 1) out |= x & 1 ? mask & -mask : 0;
+  return out;
+#endif
 }
 
 __attribute__((unused)) INLINE uint32_t short_word(const uint8_t *p) { return p[0] | (uint32_t)p[1] << 8; }
@@ -246,6 +278,9 @@ typedef struct {
   const uint8_t *rest;   // of all rows
   long stride, row;      // bytes of a row's units; number of the first row in `rest`
   int count, blocks;
+  const uint8_t *paths;      // path rows of the chunk
+  const int32_t *before[3];  // numbers of path rows, for each of these rows
+  long path;                 // number of the first row's
 } Rows;
 
 // Codes that wait for their unit: one byte each, [count][blocks % 8], into `bytes`; returns where the first row starts.
@@ -258,20 +293,172 @@ INLINE const uint8_t *unpack_rest(const int bits, const Rows *r, uint8_t *bytes)
   return bytes + start % UNIT;
 }
 
+// ---------------------------------------------------------------------------------------------------- trellis
+
+// The two lowest bits of up to 64 codes of `bits` bits, side by side; the upper one of codes of one bit is 0.
+INLINE void lowest_bits(const int bits, const uint8_t *units, uint64_t out[2]) {
+  const long_word *p = (const long_word *)units;
+  const uint64_t even = 0x5555555555555555ull, nibble = 0x3333333333333333ull;
+  if (bits == 1) {
+    out[0] = scatter_bits(p[0] & 0xffffffff, even), out[1] = scatter_bits(p[0] >> 32, even);
+  } else if (bits == 2) {
+    out[0] = p[0], out[1] = p[1];
+  } else if (bits == 3) {  // two bytes of every three
+    uint64_t a = gather_bits(p[0], 0xffff00ffff00ffffull), b = gather_bits(p[1], 0xff00ffff00ffff00ull);
+    uint64_t c = gather_bits(p[2], 0x00ffff00ffff00ffull);
+    out[0] = a | b << 48, out[1] = b >> 16 | c << 24;
+  } else {
+    out[0] = gather_bits(p[0], nibble) | gather_bits(p[1], nibble) << 32;
+    out[1] = gather_bits(p[2], nibble) | gather_bits(p[3], nibble) << 32;
+  }
+}
+
+// Path rows of rows [start, stop) of all those of one width, `start` a multiple of 8.
+INLINE void lay_paths(const int bits, const Rows *r, long start, long stop, uint64_t (*out)[2]) {
+  const int blocks = r->blocks, left = blocks % UNIT;
+  const long bytes = r->stride, all = r->count;
+  uint64_t held[2], codes[UNIT + 1] = {0};
+  for (int i = 0, n = blocks - left; i < 2; i++, n -= 32) held[i] = n >= 32 ? ~0ull : n > 0 ? (1ull << 2 * n) - 1 : 0;
+  if (blocks == BLOCKS) {
+    for (long row = start; row < stop; row++) {
+      const uint8_t *p = r->units + row * UNIT * bits;
+      __builtin_prefetch(p + 2048, 0, 3);  // past the end of a page, where the processor's own stop
+      lowest_bits(bits, p, out[row]);
+    }
+    return;
+  }
+  for (long row = start; row < stop; row++) {
+    const uint8_t *p = r->units + row * bytes;
+    uint8_t end[UNIT * 4] = {0};
+    if (row * bytes + UNIT * bits > all * bytes) p = memcpy(end, p, bytes);
+    lowest_bits(bits, p, out[row]);
+    out[row][0] &= held[0], out[row][1] &= held[1];
+    if (!left) continue;
+    if (row % UNIT == 0)  // eight rows wait in whole units
+      for (long i = 0, n = (all * left + UNIT - 1) / UNIT - row / UNIT * left; i < left && i < n; i++)
+        codes[i] = unpack_unit(bits, r->rest + (row / UNIT * left + i) * bits);
+    uint64_t waiting = *(long_word *)((uint8_t *)codes + row % UNIT * left) & ((1ull << 8 * left) - 1);
+    out[row][blocks / 32] |= gather_bits(waiting, 0x0303030303030303ull) << blocks / UNIT % 4 * 16;
+  }
+}
+
+// Indices of levels of eight codes, one in a byte: path rows `x`, the sum of three, and `second` are of the same unit.
+INLINE uint64_t indices(uint64_t codes, const uint8_t *x, const uint8_t *second) {
+  const uint64_t ones = 0x0101010101010101ull;
+  return (codes & ~ones) << 1 | (unpack_unit(2, x) & ones) << 1 | (unpack_unit(2, second) & ones);
+}
+
+INLINE const uint8_t *path_row(const Rows *r, const int i, int row) { return r->paths + (long)r->before[i][row] * PATH_ROW; }
+
+// The sum modulo 2 of the path bits of a row, of the third and of the fifth before it, in every other bit.
+INLINE void add_paths(const Rows *r, int row, uint64_t sum[2]) {
+  const long_word *own = (const long_word *)(r->paths + (r->path + row) * PATH_ROW);
+  const long_word *third = (const long_word *)path_row(r, 1, row), *fifth = (const long_word *)path_row(r, 2, row);
+  for (int i = 0; i < 2; i++) sum[i] = own[i] ^ third[i] ^ fifth[i];
+}
+
+#if USE_AVX512
+typedef struct {
+  uint64_t words[4] __attribute__((aligned(32)));
+} Labels;
+
+// Up to 3 bits: a nibble for every code, of the upper bit of its label, of its second bit, and of the lower bit of its label;
+// those of vector v are word v, even codes in its lower half. 4 bits: what the path bits of others add to the upper bit
+// of every label (words 0, 1 as bits of 64 codes), and the lower bits of all labels.
+INLINE void prepare(const int bits, const Rows *r, int row, Labels *l) {
+  const long_word *second = (const long_word *)path_row(r, 0, row);
+  const long_word *third = (const long_word *)path_row(r, 1, row), *fifth = (const long_word *)path_row(r, 2, row);
+  if (bits == 4) {
+    const uint64_t even = 0x5555555555555555ull;
+    l->words[0] = _pext_u64(third[0] ^ fifth[0], even) | _pext_u64(third[1] ^ fifth[1], even) << 32;
+    l->words[1] = _pext_u64(second[0], even) | _pext_u64(second[1], even) << 32;
+    return;
+  }
+  const __m256i twice = _mm256_set_epi32(3, 3, 2, 2, 1, 1, 0, 0);
+  const __m256i odd = _mm256_set_epi32(2, 0, 2, 0, 2, 0, 2, 0), even = _mm256_set_epi32(0, 2, 0, 2, 0, 2, 0, 2);
+  __m128i own = _mm_load_si128((const __m128i *)(r->paths + (r->path + row) * PATH_ROW));
+  __m128i others = _mm_ternarylogic_epi32(_mm_load_si128((const __m128i *)third), _mm_load_si128((const __m128i *)fifth),
+                                          _mm_set1_epi8(0x55), 0x28);  // (a ^ b) & c
+  __m256i low = _mm256_permutevar8x32_epi32(_mm256_castsi128_si256(_mm_xor_si128(own, others)), twice);
+  __m256i high = _mm256_permutevar8x32_epi32(_mm256_loadu_si256((const __m256i *)second), twice);
+  low = _mm256_srlv_epi32(low, odd), high = _mm256_sllv_epi32(high, even);
+  __m256i nibbles = _mm256_ternarylogic_epi32(_mm256_set1_epi8(0x33), low, high, 0xca);  // a ? b : c
+  _mm256_store_si256((__m256i *)l->words, nibbles);
+  __asm__("" : "+m"(l->words));  // broadcasts from memory cost no shuffle
+}
+
+// `levels` as `decode_coupled` reads them: by nibble, and for its third bit or the lower bit of its label.
+INLINE Levels arrange_coupled(const int bits, const float *levels) {
+  Levels l = {.levels = levels};
+  __m512 low = _mm512_loadu_ps(levels), high = _mm512_loadu_ps(levels + LANES);
+  if (bits == 4) {  // labels of 0 and 2
+    __m512i i = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    l.t[0] = _mm512_permutex2var_ps(low, i, high);
+    l.t[1] = _mm512_permutex2var_ps(low, _mm512_add_epi32(i, _mm512_set1_epi32(1)), high);
+    return l;
+  }
+  __m512i i = _mm512_set_epi32(7, 5, 3, 1, 6, 4, 2, 0, 7, 5, 3, 1, 6, 4, 2, 0);
+  if (bits == 1) i = _mm512_set_epi32(3, 1, 3, 1, 2, 0, 2, 0, 3, 1, 3, 1, 2, 0, 2, 0);
+  l.t[0] = _mm512_permutexvar_ps(i, low);
+  l.t[1] = _mm512_permutexvar_ps(_mm512_add_epi32(i, _mm512_set1_epi32(8)), low);
+  return l;
+}
+
+// Levels of the codes of vector v of a row, whose units begin at `p`.
+INLINE vec decode_coupled(const int bits, const Levels *l, const Labels *labels, const uint8_t *p, int v) {
+  if (bits == 4) {
+    __mmask16 flip = ((const half_word *)labels->words)[v], odd = ((const half_word *)labels->words)[4 + v];
+    __m512i i = nibbles(p + v * 8, p + v * 8 + 4);
+    i = _mm512_mask_xor_epi32(i, flip, i, _mm512_set1_epi32(1));
+    return (vec)_mm512_mask_permutexvar_ps(_mm512_permutexvar_ps(i, l->t[0]), odd, i, l->t[1]);
+  }
+  const __m512i shifts = _mm512_set_epi32(28, 28, 24, 24, 20, 20, 16, 16, 12, 12, 8, 8, 4, 4, 0, 0);
+  __m512i i = _mm512_srlv_epi32(_mm512_set1_epi64(labels->words[v]), shifts);
+  __m512 y = _mm512_permutexvar_ps(i, l->t[0]);
+  if (bits == 3) y = _mm512_mask_permutexvar_ps(y, p[v * 6 + 2] | p[v * 6 + 5] << 8, i, l->t[1]);
+  return (vec)y;
+}
+#else
+typedef struct {
+  uint64_t sum[2];
+  const uint8_t *second;
+} Labels;
+
+INLINE void prepare(const int bits, const Rows *r, int row, Labels *l) {
+  (void)bits;
+  add_paths(r, row, l->sum);
+  l->second = path_row(r, 0, row);
+}
+
+INLINE Levels arrange_coupled(const int bits, const float *levels) { return arrange(bits + 1, levels); }
+
+INLINE vec decode_coupled(const int bits, const Levels *l, const Labels *labels, const uint8_t *p, int v) {
+  uint64_t codes = unpack_unit(bits, p + v * bits);
+  return decode_bytes(bits + 1, l, indices(codes, (const uint8_t *)labels->sum + 2 * v, labels->second + 2 * v), 0);
+}
+#endif
+
 // ---------------------------------------------------------------------------------------------------- passes
 
+INLINE vec decode_vector(const int bits, const int coupled, const Levels *l, const Labels *labels, const uint8_t *p, int v) {
+  return coupled ? decode_coupled(bits, l, labels, p, v) : decode(bits, l, p + v * (LANES / UNIT) * bits);
+}
+
 // sums[m][v] += q[row][m] y[row][v] over rows.
-INLINE void score_rows(const int bits, const int m_rows, const int vectors, const Rows *r, int vector, const Levels *given,
-                       const v4 *q, vec sums[ROWS][VECTORS]) {
+INLINE void score_rows(const int bits, const int coupled, const int m_rows, const int vectors, const Rows *r, int vector,
+                       const Levels *given, const v4 *q, vec sums[ROWS][VECTORS]) {
   const Levels l = *given;
   vec acc[ROWS][VECTORS];
   for (int m = 0; m < m_rows; m++)
     for (int v = 0; v < vectors; v++) acc[m][v] = sums[m][vector + v];
-  const uint8_t *p = r->units + vector * (LANES / UNIT) * bits;
+  const uint8_t *p = r->units;
+  Labels labels[AHEAD];
+  for (int row = 0; coupled && row < AHEAD && row < r->count; row++) prepare(bits, r, row, labels + row);
   for (int row = 0; row < r->count; row++, p += r->stride, q++) {
     vec y[VECTORS];
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; v++) y[v] = decode(bits, &l, p + v * (LANES / UNIT) * bits);
+    for (int v = 0; v < vectors; v++) y[v] = decode_vector(bits, coupled, &l, labels + row % AHEAD, p, vector + v);
+    if (coupled && row + AHEAD < r->count) prepare(bits, r, row + AHEAD, labels + row % AHEAD);
 #pragma GCC unroll 4
     for (int m = 0; m < m_rows; m++)
 #pragma GCC unroll 4
@@ -282,87 +469,127 @@ INLINE void score_rows(const int bits, const int m_rows, const int vectors, cons
 }
 
 // pooled[component][m] += scale w[m][v] . y[row][v] over rows, as `reduce` leaves them.
-INLINE void pool_rows(const int bits, const int m_rows, const int vectors, const Rows *r, int vector, const Levels *given,
-                      const float *scale, const uint16_t *component, vec weights[ROWS][VECTORS], vec *pooled) {
+INLINE void pool_rows(const int bits, const int coupled, const int m_rows, const int vectors, const Rows *r, int vector,
+                      const Levels *given, const float *scale, const uint16_t *component, vec weights[ROWS][VECTORS],
+                      vec *pooled) {
   const Levels l = *given;
   vec w[ROWS][VECTORS];
   for (int m = 0; m < m_rows; m++)
     for (int v = 0; v < vectors; v++) w[m][v] = weights[m][vector + v];
-  const uint8_t *p = r->units + vector * (LANES / UNIT) * bits;
+  const uint8_t *p = r->units;
+  Labels labels[AHEAD];
+  for (int row = 0; coupled && row < AHEAD && row < r->count; row++) prepare(bits, r, row, labels + row);
   for (int row = 0; row < r->count; row++, p += r->stride) {
     vec dot[ROWS] = {{0}};
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; v++) {
-      vec y = decode(bits, &l, p + v * (LANES / UNIT) * bits);
+      vec y = decode_vector(bits, coupled, &l, labels + row % AHEAD, p, vector + v);
 #pragma GCC unroll 4
       for (int m = 0; m < m_rows; m++) dot[m] += w[m][v] * y;
     }
+    if (coupled && row + AHEAD < r->count) prepare(bits, r, row + AHEAD, labels + row % AHEAD);
     pooled[component[row]] += scale[row] * reduce(dot[0], dot[1], dot[2], dot[3]);
   }
 }
 
 // The vector that is not made of whole units alone: an odd unit where a vector takes two, and what waits for its unit.
-INLINE vec decode_tail(const int bits, const Levels *l, const Rows *r, int row, const uint8_t *rest) {
+INLINE vec decode_tail(const int bits, const int coupled, const Levels *l, const Rows *r, int row, const uint8_t *rest) {
   int units = r->blocks / UNIT, left = r->blocks % UNIT, odd = units % (LANES / UNIT);
-  uint64_t whole = odd ? unpack_unit(bits, r->units + row * r->stride + (units - 1) * bits) : 0, waiting = 0;
-  if (left) memcpy(&waiting, rest + (long)row * left, UNIT);  // more than `left` are read, and weigh nothing
-  return decode_bytes(bits, l, odd ? whole : waiting, waiting);
+  uint64_t first = odd ? unpack_unit(bits, r->units + row * r->stride + (units - 1) * bits) : 0, second = 0;
+  if (left) memcpy(&second, rest + (long)row * left, UNIT);  // more than `left` are read, and weigh nothing
+  if (!odd) first = second;
+  if (!coupled) return decode_bytes(bits, l, first, second);
+  uint64_t sum[2];
+  add_paths(r, row, sum);
+  const uint8_t *x = (const uint8_t *)sum + 2 * (units - odd), *y = path_row(r, 0, row) + 2 * (units - odd);
+  return decode_bytes(bits + 1, l, indices(first, x, y), units - odd < 7 ? indices(second, x + 2, y + 2) : 0);
 }
 
-INLINE void score_tail(const int bits, const int m_rows, const Rows *r, const Levels *l, const v4 *q, uint8_t *bytes,
-                       vec sums[ROWS][VECTORS]) {
+INLINE void score_tail(const int bits, const int coupled, const int m_rows, const Rows *r, const Levels *l, const v4 *q,
+                       uint8_t *bytes, vec sums[ROWS][VECTORS]) {
   const uint8_t *rest = unpack_rest(bits, r, bytes);
   int vector = r->blocks / LANES;
   for (int row = 0; row < r->count; row++, q++) {
-    vec y = decode_tail(bits, l, r, row, rest);
+    vec y = decode_tail(bits, coupled, l, r, row, rest);
     for (int m = 0; m < m_rows; m++) sums[m][vector] += (*q)[m] * y;
   }
 }
 
-INLINE void pool_tail(const int bits, const int m_rows, const Rows *r, const Levels *l, const float *scale,
+INLINE void pool_tail(const int bits, const int coupled, const int m_rows, const Rows *r, const Levels *l, const float *scale,
                       const uint16_t *component, uint8_t *bytes, vec weights[ROWS][VECTORS], vec *pooled) {
   const uint8_t *rest = unpack_rest(bits, r, bytes);
   int vector = r->blocks / LANES;
   for (int row = 0; row < r->count; row++) {
-    vec y = decode_tail(bits, l, r, row, rest), dot[ROWS] = {{0}};
+    vec y = decode_tail(bits, coupled, l, r, row, rest), dot[ROWS] = {{0}};
     for (int m = 0; m < m_rows; m++) dot[m] = weights[m][vector] * y;
     pooled[component[row]] += scale[row] * reduce(dot[0], dot[1], dot[2], dot[3]);
   }
 }
 
+// Vectors of a row that are decoded from its own units, or from its labels alone.
+INLINE int whole_vectors(const int bits, const int coupled, int blocks) {
+#if USE_AVX512
+  if (coupled && bits <= 2) return VECTORS;
+#endif
+  return blocks / LANES;
+}
+
+INLINE void score(const int bits, const int coupled, const int m_rows, const Rows *r, const float *levels, const v4 *q,
+                  uint8_t *bytes, vec sums[ROWS][VECTORS]) {
+  const Levels l = coupled ? arrange_coupled(bits, levels) : arrange(bits, levels);
+  int whole = whole_vectors(bits, coupled, r->blocks), v = 0;
+  for (; v + AT_ONCE <= whole; v += AT_ONCE) score_rows(bits, coupled, m_rows, AT_ONCE, r, v, &l, q, sums);
+  if (coupled && AT_ONCE == 4 && v + 2 <= whole) {  // so that labels are made once
+    if (v + 3 == whole) score_rows(bits, coupled, m_rows, 3, r, v, &l, q, sums);
+    else score_rows(bits, coupled, m_rows, 2, r, v, &l, q, sums);
+    v = whole;
+  }
+  for (; v < whole; v++) score_rows(bits, coupled, m_rows, 1, r, v, &l, q, sums);
+  if (v * LANES < r->blocks) score_tail(bits, coupled, m_rows, r, &l, q, bytes, sums);
+}
+
+INLINE void pool(const int bits, const int coupled, const int m_rows, const Rows *r, const float *levels, const float *scale,
+                 const uint16_t *component, uint8_t *bytes, vec weights[ROWS][VECTORS], vec *pooled) {
+  const Levels l = coupled ? arrange_coupled(bits, levels) : arrange(bits, levels);
+  int whole = whole_vectors(bits, coupled, r->blocks), v = 0;
+  for (; v + AT_ONCE <= whole; v += AT_ONCE)
+    pool_rows(bits, coupled, m_rows, AT_ONCE, r, v, &l, scale, component, weights, pooled);
+  if (coupled && AT_ONCE == 4 && v + 2 <= whole) {
+    if (v + 3 == whole) pool_rows(bits, coupled, m_rows, 3, r, v, &l, scale, component, weights, pooled);
+    else pool_rows(bits, coupled, m_rows, 2, r, v, &l, scale, component, weights, pooled);
+    v = whole;
+  }
+  for (; v < whole; v++) pool_rows(bits, coupled, m_rows, 1, r, v, &l, scale, component, weights, pooled);
+  if (v * LANES < r->blocks) pool_tail(bits, coupled, m_rows, r, &l, scale, component, bytes, weights, pooled);
+}
+
 // One body for every width and number of query rows, so that both are constants in it.
-#define SCORE(bits, m_rows)                                                                                     \
-  static void score_##bits##_##m_rows(const Rows *r, const float *levels, const v4 *q, uint8_t *bytes,          \
-                                      vec sums[ROWS][VECTORS]) {                                                \
-    Levels l = arrange(bits, levels);                                                                           \
-    int whole = r->blocks / LANES, v = 0;                                                                       \
-    for (; v + AT_ONCE <= whole; v += AT_ONCE) score_rows(bits, m_rows, AT_ONCE, r, v, &l, q, sums);            \
-    for (; v < whole; v++) score_rows(bits, m_rows, 1, r, v, &l, q, sums);                                      \
-    if (r->blocks % LANES) score_tail(bits, m_rows, r, &l, q, bytes, sums);                                     \
+#define BODY(bits, coupled, m_rows)                                                                              \
+  static void score_##bits##_##coupled##_##m_rows(const Rows *r, const float *levels, const v4 *q, uint8_t *bytes, \
+                                                  vec sums[ROWS][VECTORS]) {                                     \
+    score(bits, coupled, m_rows, r, levels, q, bytes, sums);                                                     \
+  }                                                                                                              \
+  static void pool_##bits##_##coupled##_##m_rows(const Rows *r, const float *levels, const float *scale,         \
+                                                 const uint16_t *component, uint8_t *bytes,                      \
+                                                 vec weights[ROWS][VECTORS], vec *pooled) {                      \
+    pool(bits, coupled, m_rows, r, levels, scale, component, bytes, weights, pooled);                            \
   }
-#define POOL(bits, m_rows)                                                                                      \
-  static void pool_##bits##_##m_rows(const Rows *r, const float *levels, const float *scale,                    \
-                                     const uint16_t *component, uint8_t *bytes, vec weights[ROWS][VECTORS],     \
-                                     vec *pooled) {                                                             \
-    Levels l = arrange(bits, levels);                                                                           \
-    int whole = r->blocks / LANES, v = 0;                                                                       \
-    for (; v + AT_ONCE <= whole; v += AT_ONCE)                                                                  \
-      pool_rows(bits, m_rows, AT_ONCE, r, v, &l, scale, component, weights, pooled);                            \
-    for (; v < whole; v++) pool_rows(bits, m_rows, 1, r, v, &l, scale, component, weights, pooled);             \
-    if (r->blocks % LANES) pool_tail(bits, m_rows, r, &l, scale, component, bytes, weights, pooled);            \
-  }
-#define BOTH(bits) \
-  SCORE(bits, 1) SCORE(bits, 2) SCORE(bits, 3) SCORE(bits, 4) POOL(bits, 1) POOL(bits, 2) POOL(bits, 3) POOL(bits, 4)
-BOTH(1) BOTH(2) BOTH(3) BOTH(4) BOTH(5) BOTH(6) BOTH(8)
+#define BODIES(bits, coupled) BODY(bits, coupled, 1) BODY(bits, coupled, 2) BODY(bits, coupled, 3) BODY(bits, coupled, 4)
+BODIES(1, 0) BODIES(2, 0) BODIES(3, 0) BODIES(4, 0) BODIES(5, 0) BODIES(6, 0) BODIES(8, 0)
+BODIES(1, 1) BODIES(2, 1) BODIES(3, 1) BODIES(4, 1)
 
 typedef void (*Score)(const Rows *, const float *, const v4 *, uint8_t *, vec[ROWS][VECTORS]);
 typedef void (*Pool)(const Rows *, const float *, const float *, const uint16_t *, uint8_t *, vec[ROWS][VECTORS], vec *);
-#define EACH(name, bits) {name##_##bits##_1, name##_##bits##_2, name##_##bits##_3, name##_##bits##_4}
+#define EACH(name, bits, coupled) \
+  {name##_##bits##_##coupled##_1, name##_##bits##_##coupled##_2, name##_##bits##_##coupled##_3, name##_##bits##_##coupled##_4}
 #define NONE {0, 0, 0, 0}
-#define TABLE(name) \
-  {NONE, EACH(name, 1), EACH(name, 2), EACH(name, 3), EACH(name, 4), EACH(name, 5), EACH(name, 6), NONE, EACH(name, 8)}
-static const Score score_table[9][ROWS] = TABLE(score);
-static const Pool pool_table[9][ROWS] = TABLE(pool);
+#define LOW(name, coupled) EACH(name, 1, coupled), EACH(name, 2, coupled), EACH(name, 3, coupled), EACH(name, 4, coupled)
+#define TABLE(name)                                                                             \
+  {                                                                                             \
+    {NONE, LOW(name, 0), EACH(name, 5, 0), EACH(name, 6, 0), NONE, EACH(name, 8, 0)}, { NONE, LOW(name, 1) } \
+  }
+static const Score score_table[2][9][ROWS] = TABLE(score);
+static const Pool pool_table[2][9][ROWS] = TABLE(pool);
 
 // ---------------------------------------------------------------------------------------------------- a group of chunks
 
@@ -378,14 +605,47 @@ typedef struct {
   float *total;   // [rows]: sum of exp(s - top)
 } Partial;
 
-static Rows rows_of(const Codec *codec, const Call *call, int chunk, int sequence, int width, int slot) {
-  const int32_t *first = codec->first[width];
+static long stored(const Codec *codec, int width) { return codec->first[width][2 * codec->kv_heads * FREQUENCIES]; }
+
+// Rows [start, stop) of one width of a chunk; `path`: the number of the width's first path row, `paths`: those of the chunk.
+static Rows rows_of(const Codec *codec, const Call *call, int chunk, int sequence, int width, long start, long stop,
+                    const uint8_t *paths, long path) {
   int bits = codec->bits[width], blocks = call->blocks[chunk], left = blocks % UNIT;
-  long all = first[2 * codec->kv_heads * FREQUENCIES], stride = (long)(blocks / UNIT) * bits;
-  long rest = (all * left + UNIT - 1) / UNIT * bits;
+  long all = stored(codec, width), stride = (long)(blocks / UNIT) * bits, rest = (all * left + UNIT - 1) / UNIT * bits;
   const uint8_t *const *codes = call->codes + ((long)chunk * codec->widths + width) * 2;
-  return (Rows){codes[0] + (sequence * all + first[slot]) * stride, codes[1] + sequence * rest, stride, first[slot],
-                first[slot + 1] - first[slot], blocks};
+  Rows r = {codes[0] + (sequence * all + start) * stride, codes[1] + sequence * rest, stride, start, stop - start, blocks};
+  if (width < codec->coupled) {
+    r.paths = paths, r.path = path + start;
+    for (int i = 0; i < 3; i++) r.before[i] = codec->before[i] + r.path;
+  }
+  return r;
+}
+
+// Of one KV head's keys or values, at one frequency.
+static Rows rows_at(const Codec *codec, const Call *call, int chunk, int sequence, int width, int slot, const uint8_t *paths) {
+  const int32_t *first = codec->first[width];
+  long path = 0;
+  for (int w = 0; w < width && width < codec->coupled; w++) path += stored(codec, w);
+  return rows_of(codec, call, chunk, sequence, width, first[slot], first[slot + 1], paths, path);
+}
+
+static long path_bytes(const Codec *codec) { return ((long)codec->paths * PATH_ROW + 127) / 64 * 64; }
+
+// Fill part `part` of the path rows of a chunk; the last is the row of zeros that stands for none, and is read beyond.
+static void lay_part(const Codec *codec, const Call *call, int chunk, int sequence, int part, uint8_t *paths) {
+  long path = 0;
+  for (int w = 0; w < codec->coupled; w++) {
+    long all = stored(codec, w), step = (all + PARTS * UNIT - 1) / (PARTS * UNIT) * UNIT, start = part * step;
+    long stop = start + step < all ? start + step : all;
+    Rows r = rows_of(codec, call, chunk, sequence, w, 0, all, paths, path);
+    uint64_t(*out)[2] = (uint64_t(*)[2])(paths + path * PATH_ROW);
+    if (codec->bits[w] == 1) lay_paths(1, &r, start, stop, out);
+    if (codec->bits[w] == 2) lay_paths(2, &r, start, stop, out);
+    if (codec->bits[w] == 3) lay_paths(3, &r, start, stop, out);
+    if (codec->bits[w] == 4) lay_paths(4, &r, start, stop, out);
+    path += all;
+  }
+  if (part == 0) memset(paths + path * PATH_ROW, 0, path_bytes(codec) - path * PATH_ROW);
 }
 
 // Apply the time transform to [FREQUENCIES][VECTORS], from frequencies to tokens or back.
@@ -431,10 +691,12 @@ static void scale_queries(const Codec *codec, int head, int from, int m_rows, Pr
         *q++ = latent[codec->component[w][row]] * codec->scale[w][row];
 }
 
-// Partial softmax of query rows [from, from + m_rows) of one KV head over chunks [start, stop).
+// Partial softmax of query rows [from, from + m_rows) of one KV head over chunks [start, stop), which have `paths`.
 static void attend_chunks(const Codec *codec, const Call *call, int sequence, int head, int start, int stop, int from,
-                          int m_rows, Projected query, Partial out, Scratch *s, v4 *q, vec *pooled, uint8_t *bytes) {
+                          int m_rows, Projected query, Partial out, Scratch *s, v4 *q, vec *pooled, uint8_t *bytes,
+                          const uint8_t *paths) {
   const int rank = codec->rank;
+  const long laid = paths ? path_bytes(codec) : 0;
   scale_queries(codec, head, from, m_rows, query, q);
   vec top[ROWS];
   for (int m = 0; m < ROWS; m++) top[m] = splat(LOWEST);
@@ -443,8 +705,9 @@ static void attend_chunks(const Codec *codec, const Call *call, int sequence, in
     const v4 *row = q;
     for (int f = 0; f < FREQUENCIES; f++)
       for (int w = 0; w < codec->widths; w++) {
-        Rows r = rows_of(codec, call, chunk, sequence, w, head * FREQUENCIES + f);
-        if (r.count) score_table[codec->bits[w]][m_rows - 1](&r, codec->levels[w], row, bytes, s->spectrum[f]);
+        Rows r = rows_at(codec, call, chunk, sequence, w, head * FREQUENCIES + f, paths + (chunk - start) * laid);
+        Score score = score_table[w < codec->coupled][codec->bits[w]][m_rows - 1];
+        if (r.count) score(&r, codec->levels[w], row, bytes, s->spectrum[f]);
         row += r.count;
       }
     int blocks = call->blocks[chunk];
@@ -478,10 +741,11 @@ static void attend_chunks(const Codec *codec, const Call *call, int sequence, in
     }
     for (int f = 0; f < FREQUENCIES; f++)
       for (int w = 0; w < codec->widths; w++) {
-        Rows r = rows_of(codec, call, chunk, sequence, w, (codec->kv_heads + head) * FREQUENCIES + f);
-        if (!r.count) continue;
-        pool_table[codec->bits[w]][m_rows - 1](&r, codec->levels[w], codec->scale[w] + r.row,
-                                               codec->component[w] + r.row, bytes, s->spectrum[f], pooled);
+        int slot = (codec->kv_heads + head) * FREQUENCIES + f;
+        Rows r = rows_at(codec, call, chunk, sequence, w, slot, paths + (chunk - start) * laid);
+        Pool pool = pool_table[w < codec->coupled][codec->bits[w]][m_rows - 1];
+        if (r.count)
+          pool(&r, codec->levels[w], codec->scale[w] + r.row, codec->component[w] + r.row, bytes, s->spectrum[f], pooled);
       }
   }
   for (int m = 0; m < m_rows; m++) {
@@ -589,10 +853,14 @@ static void *allocate(size_t bytes) { return aligned_alloc(64, (bytes + 63) / 64
 int spectralkv_attend(const Codec *codec, const Call *call) {
   const int heads = call->batch * codec->kv_heads, rank = codec->rank, dim = codec->dim, rows = call->rows;
   const int spans = (call->chunks + SPAN - 1) / SPAN, items = spans + 1, wide = rank > dim ? rank : dim;
+  const int all = call->batch * spans, enough = (WAVE * call->threads + codec->kv_heads - 1) / codec->kv_heads;
+  const int wave = codec->coupled && enough < all ? enough : all;  // (sequence, span)s whose path rows there is room for
+  const long laid = codec->coupled ? path_bytes(codec) : 0;
   const size_t projected = (size_t)heads * rows * (rank + 1), partial = (size_t)rows * (wide + 2);
   float *store = allocate(sizeof(float) * (projected + heads * items * partial));
   Partial *parts = allocate(sizeof(Partial) * heads * items);
-  int failed = !store || !parts;
+  uint8_t *paths = laid ? allocate((size_t)wave * SPAN * laid) : 0;
+  int failed = !store || !parts || (laid && !paths);
   for (int i = 0; i < heads * items && !failed; i++) {
     float *at = store + projected + i * partial;
     parts[i] = (Partial){at + 2 * rows, at, at + rows};
@@ -616,26 +884,38 @@ int spectralkv_attend(const Codec *codec, const Call *call) {
 #pragma omp for schedule(static)
         for (int head = 0; head < heads; head++)
           project(codec, call, head, store + (size_t)head * rows * rank, store + (size_t)heads * rows * rank + head * rows);
+        for (int first = 0; first < all; first += wave) {
+          int held = first + wave < all ? wave : all - first;
+          if (laid) {
+#pragma omp barrier
 #pragma omp for schedule(dynamic)
-        for (int item = 0; item < heads * items; item++) {
-          int head = item % heads, span = item / heads;  // the longest items first
-          Partial out = parts[head * items + span];
-          if (span == spans) {
-            attend_exact(codec, call, head, out, buffer, buffer + floats - wide);
-            continue;
+            for (int i = 0; i < held * SPAN * PARTS; i++) {
+              int pair = first + i / (SPAN * PARTS), sequence = pair / spans, at = i / PARTS % SPAN;
+              int chunk = pair % spans * SPAN + at;
+              if (chunk < call->chunks) lay_part(codec, call, chunk, sequence, i % PARTS, paths + i / PARTS * laid);
+            }
           }
-          Projected query = {store + (size_t)head * rows * rank, store + (size_t)heads * rows * rank + head * rows};
-          int stop = (span + 1) * SPAN < call->chunks ? (span + 1) * SPAN : call->chunks;
-          for (int from = 0; from < rows; from += ROWS)
-            attend_chunks(codec, call, head / codec->kv_heads, head % codec->kv_heads, span * SPAN, stop, from,
-                          rows - from < ROWS ? rows - from : ROWS, query, out, scratch, scaled, pooled, bytes);
+#pragma omp for schedule(dynamic) nowait
+          for (int i = 0; i < held * codec->kv_heads; i++) {
+            int pair = first + i / codec->kv_heads, sequence = pair / spans, span = pair % spans;
+            int head = sequence * codec->kv_heads + i % codec->kv_heads;
+            Projected query = {store + (size_t)head * rows * rank, store + (size_t)heads * rows * rank + head * rows};
+            int stop = (span + 1) * SPAN < call->chunks ? (span + 1) * SPAN : call->chunks;
+            for (int from = 0; from < rows; from += ROWS)
+              attend_chunks(codec, call, sequence, i % codec->kv_heads, span * SPAN, stop, from,
+                            rows - from < ROWS ? rows - from : ROWS, query, parts[head * items + span], scratch, scaled, pooled,
+                            bytes, laid ? paths + (long)(i / codec->kv_heads) * SPAN * laid : 0);
+          }
         }
+#pragma omp for schedule(dynamic)
+        for (int head = 0; head < heads; head++)
+          attend_exact(codec, call, head, parts[head * items + spans], buffer, buffer + floats - wide);
 #pragma omp for schedule(static)
         for (int head = 0; head < heads; head++) merge(codec, call, head, spans, parts + head * items, buffer);
       }
       free(scratch), free(pooled), free(scaled), free(buffer), free(bytes);
     }
   }
-  free(store), free(parts);
+  free(store), free(parts), free(paths);
   return failed;
 }
