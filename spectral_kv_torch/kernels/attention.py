@@ -27,6 +27,7 @@ class _Codec(ctypes.Structure):
         *((name, c_void_p * MAX_WIDTHS) for name in ("first", "component", "scale", "levels")),
         *((name, c_void_p) for name in ("time", "basis", "mean")),
         *((name, c_int32) for name in ("coupled", "paths")),
+        ("path", c_int32 * MAX_WIDTHS),
         ("before", c_void_p * len(DISTANCES)),
     ]
 
@@ -66,6 +67,7 @@ class LatentStep:
         if codec.coupled:
             before = [rows.contiguous() for rows in codec.paths.before]
             c.coupled, c.paths = codec.coupled, len(before[0])
+            c.path[: codec.coupled] = np.cumsum([0, *map(len, codec.rows[: codec.coupled - 1])]).tolist()
             c.before[:] = [x.data_ptr() for x in before]
             self._tables += before
 

@@ -47,6 +47,7 @@ typedef struct {
   const float *basis;                     // [groups][dim][rank]
   const float *mean;                      // [groups][dim]
   int32_t coupled, paths;                 // widths whose codes are those of a trellis, the first ones; rows they have
+  int32_t path[MAX_WIDTHS];               // number of a width's first path row
   const int32_t *before[3];               // [paths]: the path rows 2, 3 and 5 before, `paths` for none
 } Codec;
 
@@ -528,6 +529,7 @@ INLINE void pool_tail(const int bits, const int coupled, const int m_rows, const
 
 // Vectors of a row that are decoded from its own units, or from its labels alone.
 INLINE int whole_vectors(const int bits, const int coupled, int blocks) {
+  (void)bits, (void)coupled;
 #if USE_AVX512
   if (coupled && bits <= 2) return VECTORS;
 #endif
@@ -607,45 +609,44 @@ typedef struct {
 
 static long stored(const Codec *codec, int width) { return codec->first[width][2 * codec->kv_heads * FREQUENCIES]; }
 
-// Rows [start, stop) of one width of a chunk; `path`: the number of the width's first path row, `paths`: those of the chunk.
-static Rows rows_of(const Codec *codec, const Call *call, int chunk, int sequence, int width, long start, long stop,
-                    const uint8_t *paths, long path) {
+// Rows [start, stop) of one width of a chunk that has `paths`.
+INLINE Rows rows_of(const Codec *codec, const Call *call, int chunk, int sequence, int width, long start, long stop,
+                    const uint8_t *paths) {
   int bits = codec->bits[width], blocks = call->blocks[chunk], left = blocks % UNIT;
   long all = stored(codec, width), stride = (long)(blocks / UNIT) * bits, rest = (all * left + UNIT - 1) / UNIT * bits;
   const uint8_t *const *codes = call->codes + ((long)chunk * codec->widths + width) * 2;
-  Rows r = {codes[0] + (sequence * all + start) * stride, codes[1] + sequence * rest, stride, start, stop - start, blocks};
+  Rows r;
+  r.units = codes[0] + (sequence * all + start) * stride, r.rest = codes[1] + sequence * rest;
+  r.stride = stride, r.row = start, r.count = stop - start, r.blocks = blocks;
   if (width < codec->coupled) {
-    r.paths = paths, r.path = path + start;
+    r.paths = paths, r.path = codec->path[width] + start;
     for (int i = 0; i < 3; i++) r.before[i] = codec->before[i] + r.path;
   }
   return r;
 }
 
 // Of one KV head's keys or values, at one frequency.
-static Rows rows_at(const Codec *codec, const Call *call, int chunk, int sequence, int width, int slot, const uint8_t *paths) {
+INLINE Rows rows_at(const Codec *codec, const Call *call, int chunk, int sequence, int width, int slot, const uint8_t *paths) {
   const int32_t *first = codec->first[width];
-  long path = 0;
-  for (int w = 0; w < width && width < codec->coupled; w++) path += stored(codec, w);
-  return rows_of(codec, call, chunk, sequence, width, first[slot], first[slot + 1], paths, path);
+  return rows_of(codec, call, chunk, sequence, width, first[slot], first[slot + 1], paths);
 }
 
 static long path_bytes(const Codec *codec) { return ((long)codec->paths * PATH_ROW + 127) / 64 * 64; }
 
 // Fill part `part` of the path rows of a chunk; the last is the row of zeros that stands for none, and is read beyond.
 static void lay_part(const Codec *codec, const Call *call, int chunk, int sequence, int part, uint8_t *paths) {
-  long path = 0;
   for (int w = 0; w < codec->coupled; w++) {
     long all = stored(codec, w), step = (all + PARTS * UNIT - 1) / (PARTS * UNIT) * UNIT, start = part * step;
     long stop = start + step < all ? start + step : all;
-    Rows r = rows_of(codec, call, chunk, sequence, w, 0, all, paths, path);
-    uint64_t(*out)[2] = (uint64_t(*)[2])(paths + path * PATH_ROW);
+    Rows r = rows_of(codec, call, chunk, sequence, w, 0, all, paths);
+    uint64_t(*out)[2] = (uint64_t(*)[2])(paths + r.path * PATH_ROW);
     if (codec->bits[w] == 1) lay_paths(1, &r, start, stop, out);
     if (codec->bits[w] == 2) lay_paths(2, &r, start, stop, out);
     if (codec->bits[w] == 3) lay_paths(3, &r, start, stop, out);
     if (codec->bits[w] == 4) lay_paths(4, &r, start, stop, out);
-    path += all;
   }
-  if (part == 0) memset(paths + path * PATH_ROW, 0, path_bytes(codec) - path * PATH_ROW);
+  long laid = (long)codec->paths * PATH_ROW;
+  if (part == 0) memset(paths + laid, 0, path_bytes(codec) - laid);
 }
 
 // Apply the time transform to [FREQUENCIES][VECTORS], from frequencies to tokens or back.
