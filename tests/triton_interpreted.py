@@ -86,7 +86,7 @@ def test_a_cache_that_seals_while_it_decodes():
         outputs.append([store.attend(q[:, :, p], k[:, :, p], v[:, :, p], 0.125, fused) for p in parts])
     for got, expected in zip(*outputs):
         assert_close("output", got, expected)
-    assert len(step._tables) <= 1
+    assert len(step._spans.arrays()) <= 1
 
 
 def fused(q, k, v, scale):
@@ -98,10 +98,10 @@ def test_what_lies_where_is_moved_once_per_sealing_and_counted():
     codec = make_codec(ops, plan_of(case.model, 2), 0)
     step, chunks = TritonStep(codec), chunks_of(codec, case, [1024, 48, 16])
     assert sum(x.nbytes for x in step.tables()) == 4 * codec.groups * 16 * (codec.rank + 1)
-    table = step._table(chunks)
-    assert step._table(list(chunks)) is table
+    table = step._spans.of(chunks)
+    assert step._spans.of(list(chunks)) is table
     assert step.tables()[-1] is table and table.nbytes == 3 * 192
-    assert step._table(chunks[:2]) is not table
-    assert len(step._tables) == 1
+    assert step._spans.of(chunks[:2]) is not table
+    assert len(step._spans.arrays()) == 1
     del chunks, table
-    assert len(step._tables) == 0
+    assert len(step._spans.arrays()) == 0

@@ -17,75 +17,18 @@ instructions: results/triton.md.
 
 from __future__ import annotations
 
-from weakref import WeakKeyDictionary, ref
-
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 
 from spectral_kv_core.codec import Chunk, SpectralCodec
-from spectral_kv_core.quantizer import BIT_WIDTHS, UNIT
+
+from .triton_codes import BLOCKS_AT, FREQUENCIES, LEFT_AT, WAITING, CodeTables, Spans, coefficients
 
 MAX_DIM = 256  # channels of a head that the 99 KB of shared memory of most cards have room for
 TILE = 4096  # coefficients decoded at a time: 32 registers of each of 128 threads, 16 KB as an operand
 QUERY_ROWS, QUERY_TILE = 4, 512  # most query rows of a program, and most of them times components: 16 tokens of each
-FREQUENCIES = tl.constexpr(16)
-WAITING = tl.constexpr(16)  # columns for up to 7 codes that wait for their unit; a product wants no fewer
 LOG2E = tl.constexpr(1.4426950408889634)
-
-# A span is 3 x 8 numbers: by index in BIT_WIDTHS where its codes lie, and how far apart sequences do; then these.
-SLOTS = len(BIT_WIDTHS)
-BLOCKS_AT, UNITS_AT, LEFT_AT = (tl.constexpr(2 * SLOTS + i) for i in range(3))
-
-
-@triton.jit
-def _plane(address, bits, n, blocks, WIDTH: tl.constexpr, BLOCKS: tl.constexpr, REST: tl.constexpr):
-    """What the planes of WIDTH bits add to codes [BLOCKS, rows]; 0 in rows whose codes have no such plane.
-
-    `address` [rows]: of unit 0; `n`: numbers of the codes. A row's own units are read byte by byte.
-    """
-    PER_BYTE: tl.constexpr = 8 // WIDTH
-    start = bits & 7 & (8 - 2 * WIDTH)  # quantizer.planes: wider ones come first, and lower in the code
-    address += start
-    present = (bits & WIDTH) != 0
-    if REST:  # code by code, since neighbours share units
-        byte = address[None, :] + n // 8 * bits[None, :] + n % 8 // PER_BYTE
-        held = present[None, :] & (tl.arange(0, BLOCKS)[:, None] < blocks)
-        shift = n % PER_BYTE * WIDTH
-    else:
-        i = tl.arange(0, BLOCKS // PER_BYTE)[:, None]
-        byte = address[None, :] + i // WIDTH * bits[None, :] + i % WIDTH
-        held = present[None, :] & (i // WIDTH * 8 < blocks)
-        shift = tl.arange(0, PER_BYTE)[None, :, None] * WIDTH
-    fields = tl.load(byte.to(tl.pointer_type(tl.uint8)), mask=held, other=0).to(tl.int32) << start[None, :]
-    fields = fields >> shift if REST else tl.reshape(fields[:, None, :] >> shift, [BLOCKS, bits.shape[0]])
-    return fields & (((1 << WIDTH) - 1) << start)[None, :]
-
-
-@triton.jit
-def _coefficients(
-    span, sequence, at, planes, places, normalize, levels, RANK: tl.constexpr, RANK_TILE: tl.constexpr,
-    BLOCKS: tl.constexpr, REST: tl.constexpr,
-):  # fmt: skip
-    """Coefficients [BLOCKS, RANK_TILE] of a span at group and frequency `at`; 0 in components that are not stored."""
-    r = tl.arange(0, RANK_TILE)
-    place = tl.load(places + at * RANK + r, mask=r < RANK, other=0)
-    sigma = 1 / tl.load(normalize + at * RANK + r, mask=r < RANK, other=1.0)
-    slot, row = place % 8, place // 8
-    bits = slot + slot // 7  # quantizer.BIT_WIDTHS
-    address = tl.load(span + slot) + sequence * tl.load(span + 8 + slot)
-    n = tl.arange(0, BLOCKS)[:, None]
-    if REST:  # rows lie side by side
-        n += row[None, :] * tl.load(span + LEFT_AT).to(tl.int32)
-    else:
-        address += row * tl.load(span + UNITS_AT).to(tl.int32) * bits
-    blocks = tl.load(span + BLOCKS_AT).to(tl.int32)
-    codes = tl.zeros([BLOCKS, RANK_TILE], tl.int32)
-    for i in tl.static_range(4):
-        if planes & (1 << i):
-            codes |= _plane(address, bits, n, blocks, 1 << i, BLOCKS, REST)
-    return tl.load(levels + slot[None, :] * 256 + codes) * sigma[None, :]  # index 0 has levels of 0: flat_tables
 
 
 @triton.jit
@@ -103,7 +46,7 @@ def _attend_codes(
         at = head * FREQUENCIES + f
         present = tl.load(planes + at)
         if present:
-            y = _coefficients(span, sequence, at, present, places, normalize, levels, RANK, RANK_TILE, BLOCKS, REST)
+            y = coefficients(span, sequence, at, 0, present, places, normalize, levels, RANK, RANK_TILE, BLOCKS, REST)
             turned = query * tl.load(time + f * FREQUENCIES + token)[:, None]
             scores = tl.dot(turned, tl.trans(y), scores, input_precision=PRECISION)
     scores += tl.load(offset + m, mask=m < query_rows, other=0.0)[:, None]
@@ -118,7 +61,7 @@ def _attend_codes(
         at = (kv_heads + head) * FREQUENCIES + f
         present = tl.load(planes + at)
         if present:
-            y = _coefficients(span, sequence, at, present, places, normalize, levels, RANK, RANK_TILE, BLOCKS, REST)
+            y = coefficients(span, sequence, at, 0, present, places, normalize, levels, RANK, RANK_TILE, BLOCKS, REST)
             turned = p * tl.load(time + f * FREQUENCIES + token)[:, None]
             sums = tl.dot(turned, y, sums, input_precision=PRECISION)
     m = first_row + tl.arange(0, ROWS)
@@ -255,24 +198,14 @@ class TritonStep:
 
     def __init__(self, codec: SpectralCodec):
         self._codec = codec
-        slots = codec.quantizers.slots.reshape(-1)  # indices in BIT_WIDTHS
-        device = slots.device
-        rows = dict(zip(codec.bits, map(len, codec.rows)))
-        first = np.cumsum([0, *(rows.get(bits, 0) for bits in BIT_WIDTHS[:-1])], dtype=np.int32)
-        # where a coefficient is stored: 8 times its row among those of its width, plus the index of the width
-        self._places = torch.where(slots > 0, (codec.order - torch.from_numpy(first).to(device)[slots]) * 8 + slots, 0)
-        # the planes in use at (group, frequency)
-        bits = torch.tensor(BIT_WIDTHS, dtype=torch.int32, device=device)[slots].reshape(-1, codec.rank, 1)
-        widths = torch.tensor([1, 2, 4, 8], dtype=torch.int32, device=device)
-        self._planes = ((bits & widths > 0).any(1) * widths).sum(-1, dtype=torch.int32)
-        self._spans: WeakKeyDictionary[Chunk, np.ndarray] = WeakKeyDictionary()
-        self._tables: WeakKeyDictionary[Chunk, tuple[ref[Chunk], torch.Tensor]] = WeakKeyDictionary()
         self._rank_tile, self._dim_tile = (max(16, triton.next_power_of_2(n)) for n in (codec.rank, codec.head_dim))
-        self._blocks, self._exact = (max(16, min(64, TILE // n)) for n in (self._rank_tile, self._dim_tile))
+        blocks, self._exact = (max(16, min(64, TILE // n)) for n in (self._rank_tile, self._dim_tile))
+        self._blocks, self._spans = blocks, Spans(codec, blocks, codec.basis)
+        self._codes = CodeTables(codec, self._rank_tile)
 
     def __call__(self, chunks: list[Chunk], queries, keys, values, scale: float):
         """As `attention.decode_step`."""
-        codec, spans = self._codec, self._table(chunks)
+        codec, spans = self._codec, self._spans.of(chunks)
         batch, q_heads, length, dim = queries.shape
         kv_heads, exact = keys.shape[1:3]
         heads, rows, rank, parts = batch * kv_heads, q_heads // kv_heads * length, codec.rank, len(spans)
@@ -293,7 +226,7 @@ class TritonStep:
             )
             _attend[triton.cdiv(rows, at_once), 1 + parts, heads](
                 rows, length, exact, kv_heads, scale, spans, queries, keys, values, latent, offset, state, pooled, window,
-                self._places, self._planes, codec.normalize, codec.quantizers.levels, codec.time, dim, self._dim_tile, rank,
+                self._codes.places, self._codes.planes, codec.normalize, codec.quantizers.levels, codec.time, dim, self._dim_tile, rank,
                 self._rank_tile, at_once, self._blocks, self._exact, precision, num_warps=8 if self._rank_tile > 128 else 4,
             )  # fmt: skip
             _merge[rows, heads](
@@ -314,38 +247,4 @@ class TritonStep:
 
     def tables(self) -> list[torch.Tensor]:
         """Every tensor that all sequences share, and where the codes of each lie."""
-        return [self._places, self._planes, *(table for _, table in self._tables.values())]
-
-    def _table(self, chunks: list[Chunk]) -> torch.Tensor:
-        """The spans [n, 3, 8] of all chunks on the device, moved there once per sealing.
-
-        Chunks are never changed, only followed by others: the first and the last stand for all between.
-        """
-        last, table = self._tables.get(chunks[0], (None, None))
-        if last is None or last() is not chunks[-1]:
-            spans = np.concatenate([self._of_chunk(chunk) for chunk in chunks])
-            table = torch.from_numpy(spans).to(self._places.device)
-            self._tables[chunks[0]] = ref(chunks[-1]), table
-        return table
-
-    def _of_chunk(self, chunk: Chunk) -> np.ndarray:
-        """The spans of one chunk, found once."""
-        found = self._spans.get(chunk)
-        if found is None:
-            assert all(x.is_contiguous() for x in chunk.arrays)
-            units, left = divmod(chunk.tokens // self._codec.block, UNIT)
-            at_once = self._blocks // UNIT
-            starts = range(0, units, at_once)
-            found = np.zeros((len(starts) + bool(left), 3, SLOTS), np.int64)
-            for bits, whole, rest in zip(self._codec.bits, chunk.arrays[0::2], chunk.arrays[1::2]):
-                slot = BIT_WIDTHS.index(bits)
-                for span, start in zip(found, starts):
-                    span[:2, slot] = whole.data_ptr() + start * bits, whole[0].numel()
-                if left:
-                    found[-1, :2, slot] = rest.data_ptr(), rest[0].numel()
-            for span, start in zip(found, starts):
-                span[2, :2] = min(units - start, at_once) * UNIT, units
-            if left:
-                found[-1, 2, :3] = left, 0, left
-            self._spans[chunk] = found
-        return found
+        return [*self._codes.arrays(), *self._spans.arrays()]

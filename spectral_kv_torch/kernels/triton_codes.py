@@ -1,0 +1,145 @@
+"""Packed codes on a GPU, for kernels in Triton: where they lie, and how they become coefficients.
+
+Chunks are cut into *spans*, up to so many time blocks of one chunk, or its codes that wait for their unit. A kernel reads
+one frequency of one group of a span at a time, as a tile of blocks by components in which every component has its own width:
+widths are data, so that one compilation serves every plan of a model.
+"""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary, ref
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from spectral_kv_core.codec import Chunk, SpectralCodec
+from spectral_kv_core.quantizer import BIT_WIDTHS, UNIT
+
+FREQUENCIES = tl.constexpr(16)
+WAITING = tl.constexpr(16)  # columns for up to 7 codes that wait for their unit; a product wants no fewer
+
+# A span is 3 x 8 numbers: by index in BIT_WIDTHS where its codes lie, and how far apart sequences do; then these.
+SLOTS = len(BIT_WIDTHS)
+BLOCKS_AT, UNITS_AT, LEFT_AT, FIRST_AT = (tl.constexpr(2 * SLOTS + i) for i in range(4))
+
+
+@triton.jit
+def plane(address, bits, n, blocks, WIDTH: tl.constexpr, BLOCKS: tl.constexpr, REST: tl.constexpr):
+    """What the planes of WIDTH bits add to codes [BLOCKS, rows]; 0 in rows whose codes have no such plane.
+
+    `address` [rows]: of unit 0; `n`: numbers of the codes. A row's own units are read byte by byte.
+    """
+    PER_BYTE: tl.constexpr = 8 // WIDTH
+    start = bits & 7 & (8 - 2 * WIDTH)  # quantizer.planes: wider ones come first, and lower in the code
+    address += start
+    present = (bits & WIDTH) != 0
+    if REST:  # code by code, since neighbours share units
+        byte = address[None, :] + n // 8 * bits[None, :] + n % 8 // PER_BYTE
+        held = present[None, :] & (tl.arange(0, BLOCKS)[:, None] < blocks)
+        shift = n % PER_BYTE * WIDTH
+    else:
+        i = tl.arange(0, BLOCKS // PER_BYTE)[:, None]
+        byte = address[None, :] + i // WIDTH * bits[None, :] + i % WIDTH
+        held = present[None, :] & (i // WIDTH * 8 < blocks)
+        shift = tl.arange(0, PER_BYTE)[None, :, None] * WIDTH
+    fields = tl.load(byte.to(tl.pointer_type(tl.uint8)), mask=held, other=0).to(tl.int32) << start[None, :]
+    fields = fields >> shift if REST else tl.reshape(fields[:, None, :] >> shift, [BLOCKS, bits.shape[0]])
+    return fields & (((1 << WIDTH) - 1) << start)[None, :]
+
+
+@triton.jit
+def coefficients(
+    span, sequence, at, first, planes, places, normalize, levels, RANK: tl.constexpr, RANK_TILE: tl.constexpr,
+    BLOCKS: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """Coefficients [BLOCKS, RANK_TILE] from component `first` on of a span at group and frequency `at`; 0 where nothing is
+    stored. `planes`: which ones these components have."""
+    r = first + tl.arange(0, RANK_TILE)
+    place = tl.load(places + at * RANK + r, mask=r < RANK, other=0)
+    sigma = 1 / tl.load(normalize + at * RANK + r, mask=r < RANK, other=1.0)
+    slot, row = place % 8, place // 8
+    bits = slot + slot // 7  # quantizer.BIT_WIDTHS
+    address = tl.load(span + slot) + sequence * tl.load(span + 8 + slot)
+    n = tl.arange(0, BLOCKS)[:, None]
+    if REST:  # rows lie side by side
+        n += row[None, :] * tl.load(span + LEFT_AT).to(tl.int32)
+    else:
+        address += row * tl.load(span + UNITS_AT).to(tl.int32) * bits
+    blocks = tl.load(span + BLOCKS_AT).to(tl.int32)
+    codes = tl.zeros([BLOCKS, RANK_TILE], tl.int32)
+    for i in tl.static_range(4):
+        if planes & (1 << i):
+            codes |= plane(address, bits, n, blocks, 1 << i, BLOCKS, REST)
+    return tl.load(levels + slot[None, :] * 256 + codes) * sigma[None, :]  # index 0 has levels of 0: flat_tables
+
+
+class CodeTables:
+    """Where a codec keeps its coefficients.
+
+    places [G, F, R]: 8 times the row of a coefficient among those of its width, plus the index of the width.
+    planes [G, F, R / tile]: which planes the components of a tile have, a bit each.
+    """
+
+    def __init__(self, codec: SpectralCodec, tile: int):
+        slots = codec.quantizers.slots.reshape(-1)  # indices in BIT_WIDTHS
+        device = slots.device
+        rows = dict(zip(codec.bits, map(len, codec.rows)))
+        first = np.cumsum([0, *(rows.get(bits, 0) for bits in BIT_WIDTHS[:-1])], dtype=np.int32)
+        self.places = torch.where(slots > 0, (codec.order - torch.from_numpy(first).to(device)[slots]) * 8 + slots, 0)
+        bits = torch.tensor(BIT_WIDTHS, dtype=torch.int32, device=device)[slots].reshape(-1, codec.rank)
+        bits = torch.nn.functional.pad(bits, (0, -codec.rank % tile)).reshape(-1, tile, 1)
+        widths = torch.tensor([1, 2, 4, 8], dtype=torch.int32, device=device)
+        self.planes = ((bits & widths > 0).any(1) * widths).sum(-1, dtype=torch.int32)
+
+    def arrays(self) -> list[torch.Tensor]:
+        return [self.places, self.planes]
+
+
+class Spans:
+    """The spans of chunks on the device of `like`, moved there once per sealing; each is up to `blocks` time blocks."""
+
+    def __init__(self, codec: SpectralCodec, blocks: int, like: torch.Tensor):
+        self._codec, self._blocks, self._device = codec, blocks, like.device
+        self._spans: WeakKeyDictionary[Chunk, np.ndarray] = WeakKeyDictionary()
+        self._tables: WeakKeyDictionary[Chunk, tuple[ref[Chunk], torch.Tensor]] = WeakKeyDictionary()
+
+    def of(self, chunks: list[Chunk]) -> torch.Tensor:
+        """Spans [n, 3, 8] of all `chunks`.
+
+        Chunks are never changed, only followed by others: the first and the last stand for all between.
+        """
+        last, table = self._tables.get(chunks[0], (None, None))
+        if last is None or last() is not chunks[-1]:
+            spans = np.concatenate([self._of_chunk(chunk) for chunk in chunks])
+            counts = spans[:, 2, 0]
+            spans[:, 2, FIRST_AT.value - 2 * SLOTS] = np.cumsum(counts) - counts
+            table = torch.from_numpy(spans).to(self._device)
+            self._tables[chunks[0]] = ref(chunks[-1]), table
+        return table
+
+    def arrays(self) -> list[torch.Tensor]:
+        return [table for _, table in self._tables.values()]
+
+    def _of_chunk(self, chunk: Chunk) -> np.ndarray:
+        """The spans of one chunk, found once."""
+        found = self._spans.get(chunk)
+        if found is None:
+            assert all(x.is_contiguous() for x in chunk.arrays)
+            units, left = divmod(chunk.tokens // self._codec.block, UNIT)
+            at_once = self._blocks // UNIT
+            starts = range(0, units, at_once)
+            found = np.zeros((len(starts) + bool(left), 3, SLOTS), np.int64)
+            for bits, whole, rest in zip(self._codec.bits, chunk.arrays[0::2], chunk.arrays[1::2]):
+                slot = BIT_WIDTHS.index(bits)
+                for span, start in zip(found, starts):
+                    span[:2, slot] = whole.data_ptr() + start * bits, whole[0].numel()
+                if left:
+                    found[-1, :2, slot] = rest.data_ptr(), rest[0].numel()
+            for span, start in zip(found, starts):
+                span[2, :2] = min(units - start, at_once) * UNIT, units
+            if left:
+                found[-1, 2, :3] = left, 0, left
+            self._spans[chunk] = found
+        return found
