@@ -22,7 +22,7 @@ from spectral_kv_core.rounding import round_in_time  # noqa: E402
 from spectral_kv_core.stored import codecs_of  # noqa: E402
 from spectral_kv_core.trellis import WIDTHS  # noqa: E402
 from spectral_kv_torch import ops  # noqa: E402
-from spectral_kv_torch.kernels import build, checked, decode_step  # noqa: E402
+from spectral_kv_torch.kernels import build, checked, decode_step, flash  # noqa: E402
 from spectral_kv_torch.kernels.attention import LatentStep  # noqa: E402
 from spectral_kv_torch.kernels.eager import EagerStep  # noqa: E402
 
@@ -60,7 +60,9 @@ def codec_of(model: ToyModel, bits: float, quantizer: str = "scalar", widths=Non
 def chunks_of(codec, case: Case, sizes: list[int]) -> list:
     keys, values = map(torch.from_numpy, case.model.sample(1, sum(sizes), case.batch))
     stops = np.cumsum(sizes)
-    return [codec.encode(keys[:, :, b - n : b], values[:, :, b - n : b], 4 + b - n) for n, b in zip(sizes, stops)]
+    return [
+        codec.encode(keys[:, :, b - n : b], values[:, :, b - n : b], 4 + b - n) for n, b in zip(sizes, stops.tolist())
+    ]
 
 
 def both(codec, case: Case, sizes: list[int], length: int = 1, exact: int = 9, dtype=torch.float32) -> tuple:
@@ -284,8 +286,8 @@ def test_a_kernel_not_seen_on_a_card_is_checked_at_its_first_step(monkeypatch, f
     assert len(calls) == (1 if fault else 3)
     assert [str(w.message).split(" on cpu")[0] for w in caught] == {
         None: [],
-        "wrong": ["spectralkv's kernel differs by 10.0%"],
-        "raises": ["spectralkv's kernel fails: out of resources"],
+        "wrong": ["spectralkv's kernel for attention differs by 10.0%"],
+        "raises": ["spectralkv's kernel for attention fails: out of resources"],
     }[fault]
 
 
@@ -297,3 +299,36 @@ def test_caches_of_one_plan_share_their_codecs():
     plan = plan_of(ToyModel(), 2)
     first, second = (codecs_of(ops, plan, torch.device("cpu")) for _ in range(2))
     assert first is second and len(first) == ToyModel().layers
+
+
+@pytest.mark.parametrize("fault", [None, "wrong"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_partial_attention_on_a_card(monkeypatch, fault, causal):
+    """The call and what comes back, by a stand-in for the operation that CPUs do not have."""
+
+    def on_card(queries, keys, values, dropout, is_causal, debug, scale):
+        assert queries.shape[1] == keys.shape[1] == values.shape[1] and (dropout, debug) == (0.0, False)
+        scores = queries.float() @ keys.float().mT * scale
+        if is_causal:
+            scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf)
+        out = (scores.softmax(-1) @ values.float()).to(queries.dtype)
+        return out * (1.1 if fault else 1), scores.logsumexp(-1), None
+
+    monkeypatch.setattr(checked, "_verdicts", {})
+    monkeypatch.setattr(flash, "is_card", lambda device: True)
+    monkeypatch.setattr(flash, "runs_kernels", lambda device: True)
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention", on_card)
+    queries = torch.randn(2, 6, 40, 64).bfloat16()
+    keys, values = (torch.randn(2, 2, 40 if causal else 100, 64).bfloat16() for _ in range(2))
+    assert flash.supports_partial_attention(queries) and not flash.supports_partial_attention(queries.float())
+    rows = attention.group_queries(queries, 2).float()
+    mask = attention.causal_rows(ops, 3, 40, 40, queries) if causal else None
+    expected = attention.dense_partial(ops, rows, keys.float(), values.float(), 0.125, mask)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            o, m, l = flash.partial_attention(queries, keys, values, 0.125, causal)
+            assert_close("output", o / l, expected[0] / expected[2], "bfloat16")
+            assert_close("log-sum-exp", m + l.log(), expected[1] + expected[2].log(), "bfloat16")
+    assert len(caught) == (1 if fault else 0)
+    assert flash.supports_partial_attention(queries) == (fault is None)

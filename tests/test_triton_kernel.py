@@ -36,31 +36,65 @@ def test_its_numbers_are_those_of_stock_operations():
 
 @needs_triton
 @pytest.mark.parametrize("dtype, head_dim, capability", [("bfloat16", 128, 90), ("float32", 256, 86)])
-def test_it_compiles_for_gpus_that_are_not_there(monkeypatch, tmp_path, dtype, head_dim, capability):
+def test_the_step_compiles_for_gpus_that_are_not_there(launches, dtype, head_dim, capability):
     """With the arguments of a step, whose launches are recorded; the interpreter takes programs that no compiler does."""
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from spectral_kv_torch.kernels import triton_attention
 
-    launches = []
+    case = Case(0, head_dim, 1, 4)
+    codec = make_codec(ops, plan_of(case.model, 8), 0)
+    queries, keys = (torch.zeros(1, heads, 1, head_dim, dtype=getattr(torch, dtype)) for heads in (4, 1))
+    step, chunks = triton_attention.TritonStep(codec), chunks_of(codec, case, [16])
+    made = launches(triton_attention, lambda: step(chunks, queries, keys, keys, 0.125))
+    assert len(made) == 3
+    assert_compiles(made, capability)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype, capability", [("bfloat16", 90), ("float32", 80)])
+def test_decoding_compiles_for_gpus_that_are_not_there(launches, dtype, capability):
+    from spectral_kv_torch.kernels import triton_latents
+
+    case = Case(0, 64, 2, 4)
+    codec = make_codec(ops, plan_of(case.model, 2, "layer", "pre"), 0)
+    chunks, decode = chunks_of(codec, case, [144]), triton_latents.Latents(codec)
+    made = launches(triton_latents, lambda: decode(chunks, getattr(torch, dtype)))
+    assert len(made) == 1
+    assert_compiles(made, capability)
+
+
+@pytest.fixture
+def launches(monkeypatch, tmp_path):
+    """What launches the kernels of a module while a function runs: (kernel, arguments, options) each."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    made = []
 
     class Recorder:
         def __init__(self, kernel):
             self.kernel = kernel
 
         def __getitem__(self, grid):
-            return lambda *args, **options: launches.append((self.kernel, args, options))
+            return lambda *args, **options: made.append((self.kernel, args, options))
 
-    for name in ("_project", "_attend", "_merge"):
-        monkeypatch.setattr(triton_attention, name, Recorder(getattr(triton_attention, name)))
-    case = Case(0, head_dim, 1, 4)
-    codec = make_codec(ops, plan_of(case.model, 8), 0)
-    queries, keys = (torch.zeros(1, heads, 1, head_dim, dtype=getattr(torch, dtype)) for heads in (4, 1))
-    triton_attention.TritonStep(codec)(chunks_of(codec, case, [16]), queries, keys, keys, 0.125)
-    assert len(launches) == 3
+    def record(module, run) -> list:
+        from triton.runtime.jit import JITFunction
+
+        for name, kernel in vars(module).copy().items():
+            if isinstance(kernel, JITFunction):
+                monkeypatch.setattr(module, name, Recorder(kernel))
+        run()
+        monkeypatch.undo()
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+        return made
+
+    return record
+
+
+def assert_compiles(launches: list, capability: int) -> None:
+    """Every one of `launches`, for an NVIDIA card of this capability."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     for kernel, args, options in launches:
         signature, constants = {}, {}
         for i, (parameter, value) in enumerate(zip(kernel.params, args, strict=True)):
@@ -73,7 +107,7 @@ def test_it_compiles_for_gpus_that_are_not_there(monkeypatch, tmp_path, dtype, h
 
 def type_of(value) -> str:
     """Triton's name of the type of an argument."""
-    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64"}
     if isinstance(value, torch.Tensor):
         return "*" + names[value.dtype]
     return {int: "i32", float: "fp32"}[type(value)]

@@ -16,8 +16,15 @@ from tolerances import assert_close
 from spectral_kv_core import attention
 from spectral_kv_core.cache import LayerCache
 from spectral_kv_core.codec import make_codec
+from spectral_kv_core.rope import Rope
+from spectral_kv_core.rope import rotate as core_rotate
+from spectral_kv_core.transform import to_time
 from spectral_kv_torch import ops
+from spectral_kv_torch.kernels import decoding
+from spectral_kv_torch.kernels.decoding import Decoder, DenseStep
 from spectral_kv_torch.kernels.triton_attention import TritonStep
+from spectral_kv_torch.kernels.triton_latents import Latents
+from spectral_kv_torch.kernels.triton_rotation import rotate
 
 
 def compare(codec, case: Case, sizes: list[int], length: int = 1, exact: int = 9, dtype="float32", stretch=1.0) -> None:
@@ -105,3 +112,107 @@ def test_what_lies_where_is_moved_once_per_sealing_and_counted():
     assert len(step._spans.arrays()) == 1
     del chunks, table
     assert len(step._spans.arrays()) == 0
+
+
+def latents_of(codec, chunks) -> torch.Tensor:
+    return torch.cat([to_time(ops, codec.spectrum(chunk), codec.time) for chunk in chunks], dim=2)
+
+
+@pytest.mark.parametrize("bits", [0.5, 2, 3.7, 6, 8])
+def test_latents_of_every_width(bits):
+    check_latents(Case(0, 64, 1, 2), bits, "layer", "pre")
+
+
+@pytest.mark.parametrize(
+    "group, rope, case", [("side", "pre", Case(0, 80, 2, 4)), ("head", "post", Case(0, 64, 1, 1, 2))]
+)
+def test_latents_of_other_groups(group, rope, case):
+    check_latents(case, 3, group, rope)
+
+
+def check_latents(case: Case, bits: float, group: str, rope: str) -> None:
+    codec = make_codec(ops, plan_of(case.model, bits, group, rope), 0)
+    chunks = chunks_of(codec, case, [128, 48])
+    assert_close("latents", Latents(codec)(chunks, torch.float32), latents_of(codec, chunks))
+
+
+@pytest.mark.parametrize("sizes", [[16], [128], [400, 272, 48]], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_latents_of_any_number_of_blocks(sizes, dtype):
+    case = Case(0, 64, 1, 2)
+    codec = make_codec(ops, plan_of(case.model, 2), 0)
+    chunks = chunks_of(codec, case, sizes)
+    got = Latents(codec)(chunks, getattr(torch, dtype))
+    assert got.dtype == getattr(torch, dtype)
+    assert_close("latents", got.float(), latents_of(codec, chunks), dtype)
+
+
+def test_latents_of_a_layer_without_any_bits():
+    case = Case(0, 64, 1, 2)
+    plan = plan_of(case.model, 0.25)
+    codec = make_codec(ops, type(plan)(**{**vars_of(plan), "widths": np.zeros_like(plan.widths)}), 0)
+    assert not Latents(codec)(chunks_of(codec, case, [176]), torch.float32).any()
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dim, rotary, scaling", [(64, 64, 1.0), (80, 48, 1.3)])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_rotation(interleaved, dim, rotary, scaling, inverse):
+    rope = Rope(tuple(10000.0 ** (-np.arange(0, rotary, 2) / rotary)), interleaved, scaling)
+    x = torch.randn(2, 3, 40, dim)
+    got = rotate(x.transpose(1, 2).contiguous().transpose(1, 2), rope, 130_000, inverse, torch.float32)
+    assert_close("at one place", got, core_rotate(ops, x, rope, 130_000, inverse), limit=1e-6)
+    places = torch.randint(0, 4000, (2, 1, 40), dtype=torch.int32).sort(-1).values
+    got = rotate(x, rope, places, inverse, torch.float32)
+    assert_close("at any place", got, core_rotate(ops, x, rope, places, inverse), limit=1e-6)
+    half = rotate(x.bfloat16(), rope, 5, inverse, torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    assert_close("in half precision", half.float(), core_rotate(ops, x, rope, 5, inverse), "bfloat16")
+
+
+@pytest.mark.parametrize(
+    "group, rope, case, dtype",
+    [
+        ("head", "post", Case(0, 64, 1, 2), "float32"),
+        ("layer", "pre", Case(0, 64, 2, 4, batch=2), "float32"),
+        ("layer", "pre", Case(0, 128, 1, 2), "bfloat16"),
+        ("side", "pre", Case(0, 80, 2, 6), "bfloat16"),
+    ],
+)
+def test_decoded_tiles(monkeypatch, group, rope, case, dtype):
+    """As chunk by chunk, and a step over them; with more chunks than a tile takes."""
+    monkeypatch.setattr(decoding, "TILE_CHUNKS", 2)
+    kind = getattr(torch, dtype)
+    codec = make_codec(ops, plan_of(case.model, 2, group, rope), 0)
+    decode = on_card(monkeypatch, codec)
+    chunks = chunks_of(codec, case, [128, 16, 32])
+    tiles = list(decode(chunks, kind))
+    assert [tile[0].shape[2] for tile in tiles] == [144, 32]
+    for got, expected in zip(zip(*tiles), zip(*map(codec.decode, chunks))):
+        assert got[0].dtype == kind
+        assert_close("side", torch.cat(got, dim=2).float(), torch.cat(expected, dim=2), dtype)
+    for length, held in ((1, chunks[:2]), (3, chunks)):
+        queries = torch.from_numpy(case.model.queries(1, length, case.batch)).to(kind)
+        exact = (torch.from_numpy(x).to(kind) for x in case.model.sample(2, 9, case.batch))
+        call = held, queries, *exact, case.head_dim**-0.5
+        got = DenseStep(codec, decode)(*call)
+        assert got.dtype == kind and got.shape == queries.shape
+        assert_close("output", got.float(), attention.decode_step(ops, codec, *call).float(), dtype)
+
+
+def test_decoded_tiles_of_tokens_that_stand_anywhere(monkeypatch):
+    case = Case(0, 64, 2, 4, batch=2)
+    codec = make_codec(ops, plan_of(case.model, 3, "layer", "pre"), 0)
+    blocks = torch.tensor([[[0, 2, 3, 7, 9]], [[1, 2, 4, 5, 6]]], dtype=torch.int32)
+    chunks = codec.keep(chunks_of(codec, case, [128, 48]), blocks, 48)
+    (got,) = on_card(monkeypatch, codec)(chunks, torch.float32)
+    for x, expected in zip(got, zip(*map(codec.decode, chunks))):
+        assert_close("side", x, torch.cat(expected, dim=2))
+
+
+def on_card(monkeypatch, codec) -> Decoder:
+    """A decoder as a card has it, without the check of its first results."""
+    monkeypatch.setattr(decoding, "rotate", lambda *args, dtype: rotate(*args, False, dtype))
+    decode = Decoder(codec, Latents(codec))
+    monkeypatch.setattr(decode, "_checked", lambda like, size, *args: decode._decode(*args))
+    return decode

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from . import attention, working_set
-from .codec import CHUNK_TOKENS, Chunk, select_rows
+from .codec import CHUNK_TOKENS, Chunk, decoded, select_rows
 from .eviction import Eviction
 from .lane import Lane
 from .plan import SEAL
@@ -321,7 +321,7 @@ class LayerCache:
         return self.codec.decode_step(lane.chunks, q, keys, values, scale)
 
     def _attend_blocks(self, lane: Lane, q, k, v, scale):
-        """Attention of many new tokens, with never more than one chunk of the history decoded."""
+        """Attention of many new tokens, with never more of the history decoded than `decoded` gives at a time."""
         xp, attend = self.xp, self.xp.kernels.partial_attention
 
         def partials():
@@ -329,8 +329,8 @@ class LayerCache:
             if lane.exact:  # no fused kernel takes 0 keys
                 yield attend(q, lane.exact_keys, lane.exact_values, scale)
             for codec, chunks in ((self.codec, lane.chunks), (self._staging, lane.staged)):
-                for chunk in chunks:
-                    yield attend(q, *(xp.astype(x, q.dtype) for x in codec.decode(chunk)), scale)
+                for tile in decoded(xp, codec, chunks, q.dtype):
+                    yield attend(q, *tile, scale)
 
         total = None
         for part in partials():
@@ -403,9 +403,9 @@ class LayerCache:
         xp, sinks = self.xp, min(self.sinks, lane.exact)
         parts = [[lane.exact_keys[:, :, :sinks]], [lane.exact_values[:, :, :sinks]]]
         for codec, chunks in ((self.codec, lane.chunks), (self._staging, lane.staged)):
-            for chunk in chunks:
-                for side, x in zip(parts, codec.decode(chunk)):
-                    side.append(xp.astype(x, dtype))
+            for tile in decoded(xp, codec, chunks, dtype):
+                for side, x in zip(parts, tile):
+                    side.append(x)
         parts[0].append(lane.exact_keys[:, :, sinks:])
         parts[1].append(lane.exact_values[:, :, sinks:])
         return tuple(xp.concat([xp.astype(x, dtype) for x in side], axis=2) for side in parts)

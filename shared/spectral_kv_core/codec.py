@@ -163,6 +163,11 @@ class SpectralCodec(TransformCodec):
         self.levels = [table(plan.levels[b]) for b in self.bits]
 
     @cached_property
+    def decoder(self):
+        """What the array library has to decode several chunks at a time, or None."""
+        return self.xp.kernels and self.xp.kernels.decoder(self)
+
+    @cached_property
     def kernel(self):
         """The faster decode step that the array library has for this codec, or None."""
         return self.xp.kernels and self.xp.kernels.decode_step(self)
@@ -311,7 +316,8 @@ class SpectralCodec(TransformCodec):
     def tables(self) -> list:
         """Every array that all sequences share."""
         rows = [self.order, *self.rows, *self.scale, *self.levels]
-        return super().tables() + rows + self.quantizers.arrays() + (self.kernel.tables() if self.kernel else [])
+        faster = [x for way in (self.decoder, self.kernel) if way for x in way.tables()]
+        return super().tables() + rows + self.quantizers.arrays() + faster
 
 
 class TrellisCodec(SpectralCodec):
@@ -416,6 +422,17 @@ class AffineCodec:
     def tables(self) -> list:
         """No array is shared."""
         return []
+
+
+def decoded(xp, codec, chunks: list[Chunk], dtype):
+    """Keys and values [B, H, T, D] in `dtype` of `chunks`, in their order: of as many at a time as the array library has a
+    faster way for, else one by one."""
+    many = getattr(codec, "decoder", None)
+    if many:
+        yield from many(chunks, dtype)
+        return
+    for chunk in chunks:
+        yield tuple(xp.astype(x, dtype) for x in codec.decode(chunk))
 
 
 def make_codec(xp, plan: Plan, row: int, like=None):

@@ -49,6 +49,8 @@ def rotate(xp, x, rope: Rope, start, inverse: bool = False):
 
     `start` may be an integer array of `xp`, the position of every token, that broadcasts to [..., T].
     """
+    if xp.kernels and (out := xp.kernels.rotate(x, rope, start, inverse)) is not None:
+        return out
     if not getattr(start, "ndim", 0):
         return rotate_at(xp, x, rope, np.arange(start, start + x.shape[-2]), inverse)
     return rotate_at(xp, x, rope, xp.to_numpy(start), inverse)

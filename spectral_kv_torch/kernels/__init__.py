@@ -1,7 +1,9 @@
 """Kernels of the PyTorch backend; each has stock operations that take over where it cannot run."""
 
 from .attention import decode_step
+from .decoding import decoder
 from .flash import partial_attention, supports_partial_attention
+from .rotation import rotate
 from .rounding import round_in_time
 
-__all__ = ["decode_step", "partial_attention", "round_in_time", "supports_partial_attention"]
+__all__ = ["decode_step", "decoder", "partial_attention", "rotate", "round_in_time", "supports_partial_attention"]

@@ -13,8 +13,10 @@ from spectral_kv_core.cache import CHUNK_TOKENS
 from spectral_kv_core.codec import Chunk, SpectralCodec
 from spectral_kv_core.trellis import DISTANCES
 
-from .build import disabled, library
+from .build import library
 from .checked import CheckedStep
+from .decoding import dense_step
+from .device import runs_kernels
 from .eager import EagerStep
 
 MAX_WIDTHS, FREQUENCIES, LEVELS = 8, 16, 256
@@ -106,8 +108,10 @@ class LatentStep:
 
 def decode_step(codec):
     """The faster step for `codec`: a kernel, or stock operations that serve several chunks at a time; None for others."""
-    if not isinstance(codec, SpectralCodec) or not codec.method.latent:
+    if not isinstance(codec, SpectralCodec):
         return None
+    if not codec.method.latent:
+        return dense_step(codec)
     return _kernel(codec) or EagerStep(codec)
 
 
@@ -120,13 +124,8 @@ def _kernel(codec):
 
 
 def _triton_step(codec):
-    """The kernel for NVIDIA cards from Ampere on, whose tensor cores and shared memory it counts on; no trellis yet."""
-    if codec.coupled or disabled() or torch.version.hip:
+    if codec.coupled or not runs_kernels(codec.basis.device):  # no trellis yet
         return None
-    if torch.cuda.get_device_capability(codec.basis.device) < (8, 0):
-        return None
-    try:
-        from .triton_attention import MAX_DIM, TritonStep
-    except ImportError:  # torch's wheels for Windows come without Triton
-        return None
+    from .triton_attention import MAX_DIM, TritonStep
+
     return CheckedStep(codec.xp, codec, TritonStep(codec)) if codec.head_dim <= MAX_DIM else None

@@ -1,8 +1,16 @@
-"""Partial attention of many tokens, by torch's own fused kernel."""
+"""Partial attention of many tokens, by torch's own fused kernels, which are not part of its public interface."""
 
 from __future__ import annotations
 
 import torch
+
+from spectral_kv_core import attention
+
+from .checked import Checked
+from .device import runs_kernels
+
+MAX_DIM = 256  # channels of a head, which are multiples of 8, in the kernel for cards
+ROWS_TIMES_KEYS = 2**21  # scores of a head that stock operations compute at a time
 
 
 def partial_attention(queries, keys, values, scale: float, causal: bool = False):
@@ -11,15 +19,56 @@ def partial_attention(queries, keys, values, scale: float, causal: bool = False)
     causal: the keys are those of the same L tokens. Returns (o, m, l) for grouped query rows.
     """
     heads, (batch, q_heads, length, dim) = keys.shape[1], queries.shape
+    rows = q_heads // heads * length
     if not causal:  # the query heads of a KV head as rows: its keys are read once
         queries = queries.reshape(batch, heads, -1, dim)
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out, log_sum = kernel(queries, keys, values, 0.0, causal, scale=scale)
-    rows = q_heads // heads * length
+    if is_card(queries.device):
+        if causal:
+            keys, values = (x.repeat_interleave(q_heads // heads, dim=1) for x in (keys, values))
+        out, log_sum = _checked(queries, dim, queries, keys, values, scale, causal)
+    else:
+        out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            queries, keys, values, 0.0, causal, scale=scale
+        )
     out, log_sum = out.reshape(batch, heads, rows, dim).float(), log_sum.reshape(batch, heads, rows, 1)
     return out, log_sum, torch.ones_like(log_sum)
 
 
 def supports_partial_attention(queries) -> bool:
-    """Whether torch has the kernel, which is not part of its public interface, for the device of `queries`."""
-    return queries.device.type == "cpu" and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
+    """Whether torch has the kernel for the device, dtype and channels of `queries`."""
+    device, dim = queries.device, queries.shape[3]
+    if not is_card(device):
+        return device.type == "cpu" and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
+    if queries.dtype not in (torch.float16, torch.bfloat16) or dim % 8 or dim > MAX_DIM:
+        return False
+    return runs_kernels(device) and not _checked.refused(queries, dim)
+
+
+def is_card(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _on_card(queries, keys, values, scale: float, causal: bool) -> tuple:
+    """Output [B, H, L, D] and log-sum-exp [B, H, L] float32 of heads that are as many for queries, keys and values."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention
+    return kernel(queries, keys, values, 0.0, causal, False, scale=scale)[:2]
+
+
+def _stock(queries, keys, values, scale: float, causal: bool) -> tuple:
+    """`_on_card` by the core's operations, some queries at a time."""
+    from .. import ops
+
+    total, parts = queries.shape[2], []
+    at_once = max(1, ROWS_TIMES_KEYS // keys.shape[2])
+    for start in range(0, total, at_once):
+        part = queries[:, :, start : start + at_once].float()
+        mask = None
+        if causal:
+            rows = torch.arange(start, start + part.shape[2], device=queries.device)
+            mask = rows[:, None] >= torch.arange(keys.shape[2], device=queries.device)
+        o, m, l = attention.dense_partial(ops, part, keys.float(), values.float(), scale, mask)
+        parts.append(((o / l).to(queries.dtype), (m + l.log())[..., 0]))
+    return tuple(torch.cat(x, dim=2) for x in zip(*parts))
+
+
+_checked = Checked("prefill", _on_card, _stock)

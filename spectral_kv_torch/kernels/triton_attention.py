@@ -226,8 +226,9 @@ class TritonStep:
             )
             _attend[triton.cdiv(rows, at_once), 1 + parts, heads](
                 rows, length, exact, kv_heads, scale, spans, queries, keys, values, latent, offset, state, pooled, window,
-                self._codes.places, self._codes.planes, codec.normalize, codec.quantizers.levels, codec.time, dim, self._dim_tile, rank,
-                self._rank_tile, at_once, self._blocks, self._exact, precision, num_warps=8 if self._rank_tile > 128 else 4,
+                self._codes.places, self._codes.planes, codec.normalize, codec.quantizers.levels, codec.time, dim,
+                self._dim_tile, rank, self._rank_tile, at_once, self._blocks, self._exact, precision,
+                num_warps=8 if self._rank_tile > 128 else 4,
             )  # fmt: skip
             _merge[rows, heads](
                 rows,

@@ -1,0 +1,81 @@
+"""Latents of many chunks in one launch: codes of every width -> coefficients -> the transform back to tokens."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from spectral_kv_core.codec import Chunk, SpectralCodec
+
+from .triton_codes import BLOCKS_AT, FIRST_AT, FREQUENCIES, LEFT_AT, WAITING, CodeTables, Spans, coefficients
+
+COMPONENTS = 32  # of a program; those of higher numbers have few frequencies with bits, and are done early
+BLOCKS = WAITING.value  # of a program: 64 registers of each of 128 threads for the latents of 32 components
+
+
+@triton.jit
+def _of_span(
+    span, sequence, group, first, tiles, planes, places, normalize, levels, time, latents, RANK: tl.constexpr,
+    RANK_TILE: tl.constexpr, BLOCKS: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """Latents of RANK_TILE components of a span, from component `first` on; `latents`: of the sequence and group."""
+    token, n, r = tl.arange(0, FREQUENCIES), tl.arange(0, BLOCKS), first + tl.arange(0, RANK_TILE)
+    z = tl.zeros([FREQUENCIES, BLOCKS, RANK_TILE], tl.float32)
+    for f in range(FREQUENCIES):
+        at = group * FREQUENCIES + f
+        present = tl.load(planes + at * tiles + first // RANK_TILE)
+        if present:
+            y = coefficients(
+                span, sequence, at, first, present, places, normalize, levels, RANK, RANK_TILE, BLOCKS, REST
+            )
+            z += tl.load(time + f * FREQUENCIES + token)[:, None, None] * y[None, :, :]
+    block = tl.load(span + FIRST_AT) + n
+    here = (block[None, :, None] * FREQUENCIES + token[:, None, None]) * RANK + r[None, None, :]
+    held = (n < tl.load(span + BLOCKS_AT))[None, :, None] & (r < RANK)[None, None, :]
+    tl.store(latents + here, z.to(latents.dtype.element_ty), mask=held)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _latents(
+    tokens, groups, spans, planes, places, normalize, levels, time, latents, RANK: tl.constexpr, RANK_TILE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Latents [B, G, tokens, RANK] of every (tile of components, span, sequence and group)."""
+    tile, number, sequence_group = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    span, latents = spans + number * 24, latents + sequence_group * tokens * RANK
+    sequence, group = sequence_group // groups, (sequence_group % groups).to(tl.int32)
+    if tl.load(span + LEFT_AT) > 0:
+        _of_span(
+            span, sequence, group, tile * RANK_TILE, tl.num_programs(0), planes, places, normalize, levels, time,
+            latents, RANK, RANK_TILE, BLOCKS, True,
+        )  # fmt: skip
+    else:
+        _of_span(
+            span, sequence, group, tile * RANK_TILE, tl.num_programs(0), planes, places, normalize, levels, time,
+            latents, RANK, RANK_TILE, BLOCKS, False,
+        )  # fmt: skip
+
+
+class Latents:
+    """`transform.to_time` of the coefficients of several chunks of one layer's codec."""
+
+    def __init__(self, codec: SpectralCodec):
+        self._codec = codec
+        self._codes, self._spans = CodeTables(codec, COMPONENTS), Spans(codec, BLOCKS, codec.basis)
+
+    def __call__(self, chunks: list[Chunk], dtype: torch.dtype) -> torch.Tensor:
+        """Latents [B, G, T, R] of the tokens of all `chunks`."""
+        codec, spans = self._codec, self._spans.of(chunks)
+        batch, tokens = chunks[0].batch, sum(chunk.tokens for chunk in chunks)
+        latents = torch.empty((batch, codec.groups, tokens, codec.rank), dtype=dtype, device=spans.device)
+        with torch.cuda.device_of(latents):
+            _latents[triton.cdiv(codec.rank, COMPONENTS), len(spans), batch * codec.groups](
+                tokens, codec.groups, spans, self._codes.planes, self._codes.places, codec.normalize,
+                codec.quantizers.levels, codec.time, latents, codec.rank, COMPONENTS, BLOCKS,
+            )  # fmt: skip
+        return latents
+
+    def tables(self) -> list[torch.Tensor]:
+        """Every tensor that all sequences share, and where the codes of each lie."""
+        return [*self._codes.arrays(), *self._spans.arrays()]
