@@ -9,14 +9,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from cases import Case, plan_of
+from cases import Case, ToyModel, plan_of
 from test_torch_kernels import chunks_of
 
 torch = pytest.importorskip("torch")
 
 from spectral_kv_core.codec import make_codec  # noqa: E402
 from spectral_kv_torch import ops  # noqa: E402
-from spectral_kv_torch.kernels import attention  # noqa: E402
+from spectral_kv_torch.kernels import attention, device  # noqa: E402
 from spectral_kv_torch.kernels.checked import CheckedStep  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -62,6 +62,24 @@ def test_decoding_compiles_for_gpus_that_are_not_there(launches, dtype, capabili
     assert_compiles(made, capability)
 
 
+@needs_triton
+@pytest.mark.parametrize("dtype, capability", [("bfloat16", 90), ("float32", 80)])
+def test_rotation_and_rounding_compile_for_gpus_that_are_not_there(launches, dtype, capability):
+    from spectral_kv_torch.kernels import triton_rotation, triton_rounding
+
+    model, dtype = ToyModel(80), getattr(torch, dtype)
+    x, places = torch.zeros(2, 2, 33, 80, dtype=dtype), torch.arange(33, dtype=torch.int32)
+    made = launches(triton_rotation, lambda: triton_rotation.rotate(x, model.rope, 5, True, dtype))
+    assert_compiles(made, capability)
+    made = launches(triton_rotation, lambda: triton_rotation.rotate(x, model.rope, places, False, dtype))
+    assert_compiles(made, capability)
+    codec = make_codec(ops, plan_of(model, 2, rounding="expected-attention"), 0)
+    z, weights = codec.coefficients(*map(torch.from_numpy, model.sample(1, 32)), 4)
+    call = z, weights, codec.gain, codec.time, codec.quantizers
+    made = launches(triton_rounding, lambda: triton_rounding.round_in_time(*call))
+    assert_compiles(made, capability)
+
+
 @pytest.fixture
 def launches(monkeypatch, tmp_path):
     """What launches the kernels of a module while a function runs: (kernel, arguments, options) each."""
@@ -76,6 +94,7 @@ def launches(monkeypatch, tmp_path):
             return lambda *args, **options: made.append((self.kernel, args, options))
 
     def record(module, run) -> list:
+        made.clear()
         from triton.runtime.jit import JITFunction
 
         for name, kernel in vars(module).copy().items():
@@ -84,6 +103,7 @@ def launches(monkeypatch, tmp_path):
         run()
         monkeypatch.undo()
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+        assert made
         return made
 
     return record
@@ -110,30 +130,31 @@ def type_of(value) -> str:
     names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64"}
     if isinstance(value, torch.Tensor):
         return "*" + names[value.dtype]
-    return {int: "i32", float: "fp32"}[type(value)]
+    return {int: "i32", float: "fp32", bool: "u1"}[type(value)]
 
 
 @needs_triton
-def test_which_cards_have_the_kernel(monkeypatch):
-    codec = make_codec(ops, plan_of(Case(0, 64, 1, 2).model, 2), 0)
+def test_which_cards_have_kernels(monkeypatch):
+    card, codec = torch.device("cuda", 0), make_codec(ops, plan_of(Case(0, 64, 1, 2).model, 2), 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert device.runs_kernels(card) and not device.runs_kernels(torch.device("cpu"))
+    with monkeypatch.context() as patch:
+        patch.setenv("SPECTRALKV_KERNELS", "0")
+        assert not device.runs_kernels(card)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        assert not device.runs_kernels(card)
+    monkeypatch.setattr(attention, "runs_kernels", lambda device: True)
     assert isinstance(attention._triton_step(codec), CheckedStep)
     assert attention._triton_step(make_codec(ops, plan_of(Case(0, 64, 1, 2).model, 2, quantizer="trellis"), 0)) is None
-    monkeypatch.setenv("SPECTRALKV_KERNELS", "0")
-    assert attention._triton_step(codec) is None
-    monkeypatch.delenv("SPECTRALKV_KERNELS")
     monkeypatch.setattr(codec, "head_dim", 512)
-    assert attention._triton_step(codec) is None
-    monkeypatch.undo()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert attention._triton_step(codec) is None
 
 
 def test_stock_operations_take_over_without_triton(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.delitem(sys.modules, "spectral_kv_torch.kernels.triton_attention", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert attention._triton_step(make_codec(ops, plan_of(Case(0, 64, 1, 2).model, 2), 0)) is None
+    assert not device.runs_kernels(torch.device("cuda", 0))
 
 
 def test_triton_is_imported_for_a_gpu_only():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cases import Case, plan_of
+from cases import Case, ToyModel, plan_of
 from test_torch_kernels import chunks_of, vars_of
 from tolerances import assert_close
 
@@ -18,6 +18,7 @@ from spectral_kv_core.cache import LayerCache
 from spectral_kv_core.codec import make_codec
 from spectral_kv_core.rope import Rope
 from spectral_kv_core.rope import rotate as core_rotate
+from spectral_kv_core.rounding import descend
 from spectral_kv_core.transform import to_time
 from spectral_kv_torch import ops
 from spectral_kv_torch.kernels import decoding
@@ -25,6 +26,7 @@ from spectral_kv_torch.kernels.decoding import Decoder, DenseStep
 from spectral_kv_torch.kernels.triton_attention import TritonStep
 from spectral_kv_torch.kernels.triton_latents import Latents
 from spectral_kv_torch.kernels.triton_rotation import rotate
+from spectral_kv_torch.kernels.triton_rounding import round_in_time
 
 
 def compare(codec, case: Case, sizes: list[int], length: int = 1, exact: int = 9, dtype="float32", stretch=1.0) -> None:
@@ -216,3 +218,15 @@ def on_card(monkeypatch, codec) -> Decoder:
     decode = Decoder(codec, Latents(codec))
     monkeypatch.setattr(decode, "_checked", lambda like, size, *args: decode._decode(*args))
     return decode
+
+
+@pytest.mark.parametrize("group, rope", [("head", "post"), ("layer", "pre")])
+@pytest.mark.parametrize("bits", [0.5, 2, 6])
+def test_time_rounding(group, rope, bits):
+    model = ToyModel(80 if group == "head" else 64)
+    codec = make_codec(ops, plan_of(model, bits, group, rope, "expected-attention"), 0)
+    z, weights = codec.coefficients(*map(torch.from_numpy, model.sample(1, 64, 2)), 4)
+    call = z, weights, codec.gain, codec.time, codec.quantizers
+    got, expected = round_in_time(*call), descend(ops, *call)
+    assert (got != codec.quantizers.quantize(z)).float().mean() > 0.01  # rounding to the nearest is something else
+    assert np.count_nonzero(got != expected) <= max(1, got.numel() // 10_000)

@@ -134,6 +134,11 @@ def round_in_time(xp, z, weights, gain, matrix, tables):
     """
     if xp.kernels and (codes := xp.kernels.round_in_time(z, weights, gain, matrix, tables)) is not None:
         return codes
+    return descend(xp, z, weights, gain, matrix, tables)
+
+
+def descend(xp, z, weights, gain, matrix, tables):
+    """`round_in_time` by the operations of `xp`."""
     metric = xp.matmul(matrix * weights[..., None, :], xp.permute_dims(matrix, (1, 0)))  # [B, G, n, F, F]
     codes = tables.quantize(z)
     error = (z - tables.dequantize(codes)) * gain

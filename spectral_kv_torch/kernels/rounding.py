@@ -1,13 +1,18 @@
-"""The time rounding of `rounding.c` on torch tensors."""
+"""The time rounding of `rounding.c` and of `triton_rounding` on torch tensors."""
 
 from __future__ import annotations
 
 import ctypes
 from ctypes import POINTER, byref, c_int32, c_void_p
+from functools import cache
 
 import torch
 
+from spectral_kv_core.rounding import descend
+
 from .build import library
+from .checked import Checked
+from .device import runs_kernels
 
 FREQUENCIES = 16
 
@@ -21,8 +26,11 @@ class _Rounding(ctypes.Structure):
 
 def round_in_time(z, weights, gain, matrix, tables) -> torch.Tensor | None:
     """`rounding.round_in_time` as one call of the kernel; None where it cannot run."""
-    fits = z.device.type == "cpu" and z.dtype == torch.float32 and matrix.shape[0] == FREQUENCIES
-    lib = library() if fits and hasattr(tables, "slots") else None
+    if z.dtype != torch.float32 or matrix.shape[0] != FREQUENCIES or not hasattr(tables, "slots"):
+        return None
+    if runs_kernels(z.device):
+        return _on_card()(z, z.shape[-1], z, weights, gain, matrix, tables)
+    lib = library() if z.device.type == "cpu" else None
     if lib is None:
         return None
     batch, groups, blocks, _, rank = z.shape
@@ -32,3 +40,16 @@ def round_in_time(z, weights, gain, matrix, tables) -> torch.Tensor | None:
     lib.spectralkv_round.argtypes, lib.spectralkv_round.restype = (POINTER(_Rounding),), None
     lib.spectralkv_round(byref(call))
     return output
+
+
+@cache
+def _on_card() -> Checked:
+    from .triton_rounding import round_in_time as kernel
+
+    return Checked("time rounding", kernel, _stock)
+
+
+def _stock(*args) -> torch.Tensor:
+    from .. import ops
+
+    return descend(ops, *args)

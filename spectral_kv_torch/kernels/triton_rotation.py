@@ -43,17 +43,15 @@ def _rotate(
     one = 2 * i if INTERLEAVED else i
     other = one + 1 if INTERLEAVED else i + HALF
     here = x + t[:, None].to(tl.int64) * x_token
-    a, b = (
-        tl.load(here + one, mask=pair, other=0.0).to(tl.float32),
-        tl.load(here + other, mask=pair, other=0.0).to(tl.float32),
-    )
-    there, kind = output + t[:, None] * DIM, output.dtype.element_ty
-    tl.store(there + one, (a * cos - b * sin).to(kind), mask=pair)
-    tl.store(there + other, (b * cos + a * sin).to(kind), mask=pair)
+    a = tl.load(here + one, mask=pair, other=0.0).to(tl.float32)
+    b = tl.load(here + other, mask=pair, other=0.0).to(tl.float32)
+    there = output + t[:, None] * DIM
+    tl.store(there + one, (a * cos - b * sin).to(output.dtype.element_ty), mask=pair)
+    tl.store(there + other, (b * cos + a * sin).to(output.dtype.element_ty), mask=pair)
     if DIM > 2 * HALF:
         rest = 2 * HALF + tl.arange(0, REST_TILE)[None, :]
         held = (t < tokens)[:, None] & (rest < DIM)
-        tl.store(there + rest, tl.load(here + rest, mask=held, other=0.0).to(kind), mask=held)
+        tl.store(there + rest, tl.load(here + rest, mask=held, other=0.0).to(output.dtype.element_ty), mask=held)
 
 
 def rotate(x: torch.Tensor, rope: Rope, start, inverse: bool, dtype: torch.dtype) -> torch.Tensor:
