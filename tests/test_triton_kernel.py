@@ -64,8 +64,8 @@ def test_decoding_compiles_for_gpus_that_are_not_there(launches, dtype, capabili
 
 @needs_triton
 @pytest.mark.parametrize("dtype, capability", [("bfloat16", 90), ("float32", 80)])
-def test_rotation_and_rounding_compile_for_gpus_that_are_not_there(launches, dtype, capability):
-    from spectral_kv_torch.kernels import triton_rotation, triton_rounding
+def test_the_encoder_compiles_for_gpus_that_are_not_there(launches, dtype, capability):
+    from spectral_kv_torch.kernels import triton_packing, triton_rotation, triton_rounding
 
     model, dtype = ToyModel(80), getattr(torch, dtype)
     x, places = torch.zeros(2, 2, 33, 80, dtype=dtype), torch.arange(33, dtype=torch.int32)
@@ -77,6 +77,9 @@ def test_rotation_and_rounding_compile_for_gpus_that_are_not_there(launches, dty
     z, weights = codec.coefficients(*map(torch.from_numpy, model.sample(1, 32)), 4)
     call = z, weights, codec.gain, codec.time, codec.quantizers
     made = launches(triton_rounding, lambda: triton_rounding.round_in_time(*call))
+    assert_compiles(made, capability)
+    packer, codes = triton_packing.Packer(codec), codec.quantizers.quantize(z)
+    made = launches(triton_packing, lambda: packer(codes))
     assert_compiles(made, capability)
 
 

@@ -6,16 +6,19 @@ takes a third of a second here, so cases are small.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from cases import Case, ToyModel, plan_of
+from cases import Case, ToyModel, codes_of, plan_of
 from test_torch_kernels import chunks_of, vars_of
-from tolerances import assert_close
+from tolerances import assert_close, assert_codes_close
 
 from spectral_kv_core import attention
+from spectral_kv_core import codec as core_codec
 from spectral_kv_core.cache import LayerCache
-from spectral_kv_core.codec import make_codec
+from spectral_kv_core.codec import Chunk, make_codec
 from spectral_kv_core.rope import Rope
 from spectral_kv_core.rope import rotate as core_rotate
 from spectral_kv_core.rounding import descend
@@ -25,6 +28,7 @@ from spectral_kv_torch.kernels import decoding
 from spectral_kv_torch.kernels.decoding import Decoder, DenseStep
 from spectral_kv_torch.kernels.triton_attention import TritonStep
 from spectral_kv_torch.kernels.triton_latents import Latents
+from spectral_kv_torch.kernels.triton_packing import Packer
 from spectral_kv_torch.kernels.triton_rotation import rotate
 from spectral_kv_torch.kernels.triton_rounding import round_in_time
 
@@ -230,3 +234,38 @@ def test_time_rounding(group, rope, bits):
     got, expected = round_in_time(*call), descend(ops, *call)
     assert (got != codec.quantizers.quantize(z)).float().mean() > 0.01  # rounding to the nearest is something else
     assert np.count_nonzero(got != expected) <= max(1, got.numel() // 10_000)
+
+
+@pytest.mark.parametrize("bits, sizes", [(0.5, [1, 2]), (2, [9, 7]), (3.7, [3, 5, 1]), (8, [8, 1])])
+def test_packing(bits, sizes):
+    """Chunks that grow by any number of blocks, byte by byte as width by width; of a part of more codes."""
+    case = Case(0, 64, 1, 2, batch=2 if bits == 2 else 1)
+    codec = make_codec(ops, plan_of(case.model, bits, "layer", "pre"), 0)
+    keys, values = map(torch.from_numpy, case.model.sample(1, 16 * sum(sizes), case.batch))
+    codes, packer = codec.choose(keys, values, 4), Packer(codec)
+    chunk = expected = None
+    for start, n in zip(np.cumsum([0, *sizes]).tolist(), sizes):
+        part = codes[:, :, start : start + n]
+        got, expected = packer(part, chunk), codec.pack(part, expected and replace(chunk, arrays=expected))
+        assert [x.shape for x in got] == [x.shape for x in expected]
+        assert all(torch.equal(x, y) for x, y in zip(got, expected))
+        chunk = Chunk(case.batch, 4, 16 * (start + n), got)
+    elsewhere = replace(chunk, arrays=tuple(x.clone() for x in got))
+    assert all(torch.equal(x, y) for x, y in zip(packer(part, elsewhere), packer(part, chunk)))
+
+
+def test_a_prompt_coded_several_chunks_at_a_time(monkeypatch):
+    case = Case(0, 64, 1, 2)
+    k, v = map(torch.from_numpy, case.model.sample(1, 2600))
+    stores = []
+    for at_once in (False, True):
+        codec = make_codec(ops, plan_of(case.model, 2), 0)
+        codec.packer = codec.pack if at_once else None
+        monkeypatch.setattr(core_codec, "TILE_CHUNKS", 2)
+        stores.append(LayerCache(ops, codec, 4, 16))
+        for p in (slice(0, 2500), slice(2500, 2600)):
+            stores[-1].append(k[:, :, p], v[:, :, p])
+    one, many = (store.lanes[0].chunks for store in stores)
+    assert [(c.start, c.tokens) for c in one] == [(c.start, c.tokens) for c in many]
+    for a, b in zip(one, many):
+        assert_codes_close("codes", codes_of(codec, b), codes_of(codec, a))

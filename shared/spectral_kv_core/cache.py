@@ -181,9 +181,9 @@ class LayerCache:
                 self._seal(lane, staged=False)
                 continue
             position = self.sinks + sum(chunk.tokens for chunk in lane.chunks)
-            for chunk in lane.staged:
-                lane.chunks = self._sealed(self.codec, lane.chunks, *self.staging.decode(chunk), position)
-                position += chunk.tokens
+            for tile in decoded(self.xp, self._staging, lane.staged, self.xp.float32):
+                lane.chunks = self._sealed(self.codec, lane.chunks, *tile, position)
+                position += tile[0].shape[2]
             lane.staged = []
 
     def dense(self, dtype=None):
@@ -384,18 +384,34 @@ class LayerCache:
     @staticmethod
     def _sealed(codec, chunks: list[Chunk], k, v, position) -> list[Chunk]:
         """`chunks` with the tokens of `k`, `v` [B, H, T, D] at `position` (see `Chunk`) behind them; the old list stays."""
-        done, chunks, full = 0, list(chunks), getattr(codec, "chunk_tokens", CHUNK_TOKENS)
-        while done < k.shape[2]:
-            last = chunks[-1] if chunks and chunks[-1].tokens < full else None
-            stop = min(done + full - (last.tokens if last else 0), k.shape[2])
-            part = k[:, :, done:stop], v[:, :, done:stop]
-            contiguous = isinstance(position, int)
-            if last:
-                chunks[-1] = codec.append(last, *part, *(() if contiguous else (position[:, :, done:stop],)))
-            else:
-                start = position + done if contiguous else codec.xp.copy(position[:, :, done:stop])
-                chunks.append(codec.encode(*part, start))
-            done = stop
+        chunks, full = list(chunks), getattr(codec, "chunk_tokens", CHUNK_TOKENS)
+        contiguous, tokens, at_once = isinstance(position, int), k.shape[2], getattr(codec, "at_once", 0)
+
+        def places(start: int, stop: int):
+            return position + start if contiguous else codec.xp.copy(position[:, :, start:stop])
+
+        def filled(start: int, stop: int):
+            """Tokens `start` to `stop` by the chunks they fill: the one that grows, if any, and where to stop."""
+            while start < stop:
+                last = chunks.pop() if chunks and chunks[-1].tokens < full else None
+                end = min(start + full - (last.tokens if last else 0), stop)
+                yield last, start, end
+                start = end
+
+        for run in range(0, tokens, at_once or tokens):
+            stop = min(run + at_once, tokens) if at_once else tokens
+            if at_once:
+                codes = codec.choose(k[:, :, run:stop], v[:, :, run:stop], places(run, stop))
+                for last, start, end in filled(run, stop):
+                    part = codes[:, :, (start - run) // codec.block : (end - run) // codec.block]
+                    chunks.append(codec.seal(last, part, places(start, end)))
+                continue
+            for last, start, end in filled(run, stop):
+                part = k[:, :, start:end], v[:, :, start:end]
+                if last:
+                    chunks.append(codec.append(last, *part, *(() if contiguous else (places(start, end),))))
+                else:
+                    chunks.append(codec.encode(*part, places(start, end)))
         return chunks
 
     def lane_dense(self, lane: Lane, dtype) -> tuple:

@@ -33,6 +33,7 @@ from .rounding import TokenWeights, round_in_time
 from .transform import octave_bands, time_matrix, to_frequency, to_time
 
 CHUNK_TOKENS = 1024  # tokens of a full chunk: the unit that is decoded at a time
+TILE_CHUNKS = 8  # chunks that are coded at a time where small operations cost more than memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,39 +169,66 @@ class SpectralCodec(TransformCodec):
         return self.xp.kernels and self.xp.kernels.decoder(self)
 
     @cached_property
+    def packer(self):
+        """What the array library has to pack the codes of all widths at once, or None."""
+        return self.xp.kernels and self.xp.kernels.packer(self)
+
+    @cached_property
     def kernel(self):
         """The faster decode step that the array library has for this codec, or None."""
         return self.xp.kernels and self.xp.kernels.decode_step(self)
 
-    def quantize(self, z, weights=None):
-        """Coefficients [B, G, n, block, R] -> codes, one [B, rows, n] uint8 array per width of `bits`."""
-        xp, codes = self.xp, self._codes(z, weights)
-        codes = xp.permute_dims(codes, (0, 1, 3, 4, 2)).reshape(z.shape[0], -1, z.shape[2])
-        return [xp.take(codes, rows, axis=1) for rows in self.rows]
+    def choose(self, keys, values, start):
+        """Codes uint8 [B, G, T / block, block, R] of T tokens at `start`, T a multiple of `block`.
 
-    def _codes(self, z, weights):
-        """Codes uint8 of coefficients, both [B, G, n, block, R]."""
+        Raises ValueError on NaN or infinity.
+        """
+        z, weights = self.coefficients(keys, values, start)
+        check_finite(self.xp, z)
+        return self.quantize(z, weights)
+
+    def quantize(self, z, weights=None):
+        """Coefficients [B, G, n, block, R] -> codes uint8 of the same shape."""
         if weights is None:
             return self.quantizers.quantize(z)
         return round_in_time(self.xp, z, weights, self.gain, self.time, self.quantizers)
 
+    def pack(self, codes, chunk: Chunk | None = None) -> tuple:
+        """Arrays of a chunk with `codes` [B, G, n, block, R], behind those of `chunk` where one is given."""
+        xp, (batch, _, n, _, _) = self.xp, codes.shape
+        codes = xp.permute_dims(codes, (0, 1, 3, 4, 2)).reshape(batch, -1, n)
+        by_width = [xp.take(codes, rows, axis=1) for rows in self.rows]
+        if chunk is None:
+            return _flatten([pack_rows(xp, x, b) for x, b in zip(by_width, self.bits)])
+        held = chunk.tokens // self.block
+        packed = [
+            append_rows(xp, *x, b) for *x, b in zip(_pairs(chunk.arrays), [held] * len(by_width), by_width, self.bits)
+        ]
+        return _flatten(packed)
+
+    def seal(self, chunk: Chunk | None, codes, position) -> Chunk:
+        """`chunk` with `codes` [B, G, n, block, R] behind its own, or a new one; `position`: where these tokens stand.
+
+        position: a number, or int32 [B, H, T] of a chunk that has those of all tokens.
+        """
+        tokens, arrays = codes.shape[2] * self.block, (self.packer or self.pack)(codes, chunk)
+        if chunk is None:
+            return Chunk(codes.shape[0], position, tokens, arrays)
+        return extended(self.xp, chunk, tokens, arrays, None if isinstance(position, int) else position)
+
     def encode(self, keys, values, start) -> Chunk:
         """A new chunk from T tokens at `start`, T a multiple of `block`; raises ValueError on NaN or infinity."""
-        z, weights = self.coefficients(keys, values, start)
-        check_finite(self.xp, z)
-        packed = [pack_rows(self.xp, codes, b) for codes, b in zip(self.quantize(z, weights), self.bits)]
-        return Chunk(keys.shape[0], start, keys.shape[2], _flatten(packed))
+        return self.seal(None, self.choose(keys, values, start), start)
 
     def append(self, chunk: Chunk, keys, values, positions=None) -> Chunk:
         """`chunk` with T more tokens behind its own; `positions` [B, H, T] of a chunk that has those of all tokens."""
-        z, weights = self.coefficients(keys, values, next_start(chunk, positions))
-        check_finite(self.xp, z)
-        n = chunk.tokens // self.block
-        packed = [
-            append_rows(self.xp, old, n, codes, b)
-            for old, codes, b in zip(_pairs(chunk.arrays), self.quantize(z, weights), self.bits)
-        ]
-        return extended(self.xp, chunk, keys.shape[2], _flatten(packed), positions)
+        start = next_start(chunk, positions)
+        return self.seal(chunk, self.choose(keys, values, start), start)
+
+    @property
+    def at_once(self) -> int:
+        """Tokens whose codes are chosen together; 0: those of one chunk."""
+        return TILE_CHUNKS * CHUNK_TOKENS if self.packer else 0
 
     def keep(self, chunks: list[Chunk], blocks, size: int) -> list[Chunk]:
         """`chunks` of `size` tokens with the blocks `blocks` of all of them, int32 [B, H, m] ascending; codes are copied.
@@ -316,7 +344,7 @@ class SpectralCodec(TransformCodec):
     def tables(self) -> list:
         """Every array that all sequences share."""
         rows = [self.order, *self.rows, *self.scale, *self.levels]
-        faster = [x for way in (self.decoder, self.kernel) if way for x in way.tables()]
+        faster = [x for way in (self.decoder, self.packer, self.kernel) if way for x in way.tables()]
         return super().tables() + rows + self.quantizers.arrays() + faster
 
 
@@ -338,8 +366,8 @@ class TrellisCodec(SpectralCodec):
             self.paths = trellis.Paths(xp, sequences, numbers, widths.reshape(-1)[numbers], plan.levels, like)
             self.paths_scale = xp.concat(self.scale[: self.coupled], axis=0)
 
-    def _codes(self, z, weights):
-        """Codes uint8 of coefficients, both [B, G, n, block, R]."""
+    def quantize(self, z, weights=None):
+        """As `SpectralCodec.quantize`; the host searches, wherever `z` is."""
         xp = self.xp
         held = [x if x is None else xp.to_numpy(x) for x in (z, weights)]
         return xp.asarray(self.search.search(*held), like=self.mean)

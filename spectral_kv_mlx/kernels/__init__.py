@@ -3,11 +3,23 @@
 from .attention import decode_step
 from .blocks import partial_attention, supports_partial_attention
 
-__all__ = ["decode_step", "decoder", "partial_attention", "rotate", "round_in_time", "supports_partial_attention"]
+__all__ = [
+    "decode_step",
+    "decoder",
+    "packer",
+    "partial_attention",
+    "rotate",
+    "round_in_time",
+    "supports_partial_attention",
+]
 
 
 def decoder(codec) -> None:
     """No faster way than chunk by chunk."""
+
+
+def packer(codec) -> None:
+    """No faster way than width by width."""
 
 
 def rotate(x, rope, start, inverse: bool = False) -> None:

@@ -3,7 +3,16 @@
 from .attention import decode_step
 from .decoding import decoder
 from .flash import partial_attention, supports_partial_attention
+from .packing import packer
 from .rotation import rotate
 from .rounding import round_in_time
 
-__all__ = ["decode_step", "decoder", "partial_attention", "rotate", "round_in_time", "supports_partial_attention"]
+__all__ = [
+    "decode_step",
+    "decoder",
+    "packer",
+    "partial_attention",
+    "rotate",
+    "round_in_time",
+    "supports_partial_attention",
+]
