@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import weakref
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from spectral_kv_core.rope import Rope
 
 from . import ops
 from .handles import Handle
+from .kernels.flash import causal_attention
 
 ATTENTION = "spectralkv"
 
@@ -40,7 +42,7 @@ def attention_forward(module, query, key, value, attention_mask=None, scaling=No
 
     length = query.shape[2]
     # the mask of a single token has nothing new to say, and reading it would wait for the device in every layer
-    padding = left_padding(attention_mask, length) if length > 1 or pending.layer.is_empty() else None
+    padding = _last_padding(attention_mask, length) if length > 1 or pending.layer.is_empty() else None
     out = pending.layer.attend(pending, query, scale, fused, padding)
     return out.transpose(1, 2).contiguous(), None
 
@@ -52,10 +54,28 @@ def _fused(module, q, k, v, scale):
         rows = q.view(q.shape[0], kv_heads, -1, q.shape[3])
         out = torch.nn.functional.scaled_dot_product_attention(rows, k, v, scale=scale)
         return out.reshape(*q.shape[:3], v.shape[3])
+    if (out := causal_attention(q, k, v, scale)) is not None:
+        return out
     mask = None
     if length < total:
         mask = torch.ones(length, total, dtype=torch.bool, device=q.device).tril(total - length)[None, None]
     return sdpa_attention_forward(module, q, k, v, mask, scaling=scale)[0].transpose(1, 2)
+
+
+def _last_padding(mask: torch.Tensor | None, length: int) -> list[int] | None:
+    """`left_padding`, read once per call of the model: all layers get the same mask, and reading waits for the device."""
+    global _read
+    if mask is None:
+        return None
+    of, version, padding = _read
+    now = None if mask.is_inference() else mask._version, length
+    if of() is not mask or version != now:
+        padding = left_padding(mask, length)
+        _read = weakref.ref(mask), now, padding
+    return padding
+
+
+_read: tuple = (lambda: None, None, None)
 
 
 def left_padding(mask: torch.Tensor | None, length: int) -> list[int] | None:

@@ -23,6 +23,7 @@ from spectral_kv_torch import (  # noqa: E402
     SpectralProfiler,
     cache_nbytes,
     capture,
+    integration,
     make_prompt_cache,
     ops,
     restore,
@@ -481,3 +482,15 @@ def test_generate_and_score_report_times_and_logits():
     with torch.no_grad():
         expected = model(ids).logits[0, 99:]
     np.testing.assert_allclose(plain, expected.numpy(), atol=1e-4)
+
+
+def test_a_mask_is_read_once_for_all_layers(monkeypatch):
+    reads = []
+    monkeypatch.setattr(integration, "left_padding", lambda mask, _: reads.append(1) or [int((~mask[0, 0, -1]).sum())])
+    mask = torch.ones(1, 1, 4, 8, dtype=torch.bool)
+    assert [integration._last_padding(mask, 4) for _ in range(3)] == [[0]] * 3 and len(reads) == 1
+    mask[..., :2] = False
+    assert integration._last_padding(mask, 4) == [2]
+    with torch.inference_mode():
+        other = torch.ones(1, 1, 4, 8, dtype=torch.bool)
+    assert [integration._last_padding(x, 4) for x in (other, other, mask)] == [[0], [0], [2]] and len(reads) == 4

@@ -305,19 +305,7 @@ def test_caches_of_one_plan_share_their_codecs():
 @pytest.mark.parametrize("causal", [True, False])
 def test_partial_attention_on_a_card(monkeypatch, fault, causal):
     """The call and what comes back, by a stand-in for the operation that CPUs do not have."""
-
-    def on_card(queries, keys, values, dropout, is_causal, debug, scale):
-        assert queries.shape[1] == keys.shape[1] == values.shape[1] and (dropout, debug) == (0.0, False)
-        scores = queries.float() @ keys.float().mT * scale
-        if is_causal:
-            scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf)
-        out = (scores.softmax(-1) @ values.float()).to(queries.dtype)
-        return out * (1.1 if fault else 1), scores.logsumexp(-1), None
-
-    monkeypatch.setattr(checked, "_verdicts", {})
-    monkeypatch.setattr(flash, "is_card", lambda device: True)
-    monkeypatch.setattr(flash, "runs_kernels", lambda device: True)
-    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention", on_card)
+    pretend_a_card(monkeypatch, 1.1 if fault else 1)
     queries = torch.randn(2, 6, 40, 64).bfloat16()
     keys, values = (torch.randn(2, 2, 40 if causal else 100, 64).bfloat16() for _ in range(2))
     assert flash.supports_partial_attention(queries) and not flash.supports_partial_attention(queries.float())
@@ -332,3 +320,48 @@ def test_partial_attention_on_a_card(monkeypatch, fault, causal):
             assert_close("log-sum-exp", m + l.log(), expected[1] + expected[2].log(), "bfloat16")
     assert len(caught) == (1 if fault else 0)
     assert flash.supports_partial_attention(queries) == (fault is None)
+
+
+def test_causal_attention_on_a_card(monkeypatch):
+    """The last queries of more keys, of which those that are sealed are decoded at once."""
+    pretend_a_card(monkeypatch)
+    model = ToyModel(q_heads=6, layers=1)
+    q, (k, v) = model.queries(1, 300), model.sample(1, 300)
+    q, k, v = (torch.from_numpy(x).bfloat16() for x in (q, k, v))
+    outputs = []
+    for many in (False, True):
+        codec = make_codec(ops, plan_of(model, 2), 0)
+        codec.decoder = Chunkwise(codec) if many else None
+        store = LayerCache(ops, codec, 4, 64)
+        parts = [slice(0, 200), slice(200, 300)]
+        outputs.append([store.attend(q[:, :, p], k[:, :, p], v[:, :, p], 0.125, flash.causal_attention) for p in parts])
+    for got, expected in zip(*outputs):
+        assert_close("output", got.float(), expected.float(), "bfloat16")
+
+
+class Chunkwise:
+    """A decoder of several chunks."""
+
+    def __init__(self, codec):
+        self.codec = codec
+
+    def __call__(self, chunks, dtype):
+        return ([x.to(dtype) for x in self.codec.decode(chunk)] for chunk in chunks)
+
+
+def pretend_a_card(monkeypatch, factor: float = 1) -> None:
+    """A stand-in for the operation of torch that CPUs do not have, of which a fault is the `factor`."""
+
+    def attention_on_card(queries, keys, values, dropout, is_causal, debug, scale):
+        assert (dropout, debug) == (0.0, False)
+        keys, values = (x.float().repeat_interleave(queries.shape[1] // x.shape[1], 1) for x in (keys, values))
+        scores = queries.float() @ keys.mT * scale
+        if is_causal:
+            future = torch.ones_like(scores).triu(1 + keys.shape[2] - queries.shape[2]).bool()
+            scores = scores.masked_fill(future, -torch.inf)
+        return (scores.softmax(-1) @ values).to(queries.dtype) * factor, scores.logsumexp(-1), None
+
+    monkeypatch.setattr(checked, "_verdicts", {})
+    monkeypatch.setattr(flash, "is_card", lambda device: True)
+    monkeypatch.setattr(flash, "runs_kernels", lambda device: True)
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention", attention_on_card)

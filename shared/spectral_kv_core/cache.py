@@ -21,6 +21,10 @@ from .plan import SEAL
 RECENT = 64  # queries of a call that scorers may look at
 LATENT_QUERIES = 16  # up to so many new tokens attend to the codes; more are a prefill and use the host's fused kernel
 
+DENSE_TOKENS = (
+    32768  # sealed tokens that may be decoded at once for such a call, where that saves many small operations
+)
+
 
 class CacheSize(int):
     """Bytes of every array held for the sequences of a cache, with what they stand for.
@@ -310,10 +314,10 @@ class LayerCache:
                 k, v = xp.concat([lane.exact_keys, k], axis=2), xp.concat([lane.exact_values, v], axis=2)
             return fused(q, k, v, scale)
         if q.shape[2] > LATENT_QUERIES:
-            if xp.kernels and xp.kernels.supports_partial_attention(q):
+            at_once = getattr(self.codec, "decoder", None) and lane.sealed <= DENSE_TOKENS
+            if not at_once and xp.kernels and xp.kernels.supports_partial_attention(q):
                 return self._attend_blocks(lane, q, k, v, scale)
-            old_k, old_v = self.lane_dense(lane, k.dtype)
-            return fused(q, xp.concat([old_k, k], axis=2), xp.concat([old_v, v], axis=2), scale)
+            return fused(q, *self.lane_dense(lane, k.dtype, (k, v)), scale)
         keys, values = xp.concat([lane.exact_keys, k], axis=2), xp.concat([lane.exact_values, v], axis=2)
         if self.working_set:
             others = sum(x.nbytes for other in self.lanes if other is not lane for x in working_set.held(other))
@@ -414,8 +418,8 @@ class LayerCache:
                     chunks.append(codec.encode(*part, places(start, end)))
         return chunks
 
-    def lane_dense(self, lane: Lane, dtype) -> tuple:
-        """Keys and values [b, H, stored, D] of a lane, decoded: sinks, what is sealed, the rest."""
+    def lane_dense(self, lane: Lane, dtype, new=()) -> tuple:
+        """Keys and values [b, H, stored, D] of a lane, decoded: sinks, what is sealed, the rest, and those of `new` tokens."""
         xp, sinks = self.xp, min(self.sinks, lane.exact)
         parts = [[lane.exact_keys[:, :, :sinks]], [lane.exact_values[:, :, :sinks]]]
         for codec, chunks in ((self.codec, lane.chunks), (self._staging, lane.staged)):
@@ -424,6 +428,8 @@ class LayerCache:
                     side.append(x)
         parts[0].append(lane.exact_keys[:, :, sinks:])
         parts[1].append(lane.exact_values[:, :, sinks:])
+        for side, x in zip(parts, new):
+            side.append(x)
         return tuple(xp.concat([xp.astype(x, dtype) for x in side], axis=2) for side in parts)
 
     def _crop_lane(self, lane: Lane, tokens: int) -> None:

@@ -9,6 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from spectral_kv_core import attention
 from spectral_kv_core.codec import Chunk, SpectralCodec, TrellisCodec
+from spectral_kv_core.rope import rotate as core_rotate
 
 from .checked import Checked, CheckedStep
 from .device import runs_kernels
@@ -50,7 +51,9 @@ class Decoder:
         )  # a view where a side has one group, or a group one head
         keys, values = x[:, : codec.kv_heads], x[:, codec.kv_heads :]
         if codec.rope and codec.method.rope == "pre":
-            keys = rotate(keys, codec.rope, self._start(chunks), dtype=dtype)
+            start = self._start(chunks)
+            turned = rotate(keys, codec.rope, start, dtype=dtype)
+            keys = core_rotate(codec.xp, keys, codec.rope, start).to(dtype) if turned is None else turned
         return keys, values
 
     def _stock(self, chunks: list[Chunk], dtype: torch.dtype) -> tuple:

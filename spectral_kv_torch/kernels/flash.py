@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from spectral_kv_core import attention
 
@@ -32,6 +33,13 @@ def partial_attention(queries, keys, values, scale: float, causal: bool = False)
         )
     out, log_sum = out.reshape(batch, heads, rows, dim).float(), log_sum.reshape(batch, heads, rows, 1)
     return out, log_sum, torch.ones_like(log_sum)
+
+
+def causal_attention(queries, keys, values, scale: float):
+    """Attention [B, Hq, L, D] of L queries at the end of N keys [B, H, N, D] on a card; None where torch has no kernel."""
+    if not is_card(queries.device) or not supports_partial_attention(queries):
+        return None
+    return _checked_causal(queries, queries.shape[3], queries, keys, values, scale)
 
 
 def supports_partial_attention(queries) -> bool:
@@ -71,4 +79,15 @@ def _stock(queries, keys, values, scale: float, causal: bool) -> tuple:
     return tuple(torch.cat(x, dim=2) for x in zip(*parts))
 
 
-_checked = Checked("prefill", _on_card, _stock)
+def _causal_on_card(queries, keys, values, scale: float):
+    # for fewer queries than keys this operation means the last ones: torch.nn.attention.bias.causal_lower_right
+    return torch.ops.aten._scaled_dot_product_flash_attention(queries, keys, values, 0.0, True, False, scale=scale)[0]
+
+
+def _causal_stock(queries, keys, values, scale: float):
+    length, total = queries.shape[2], keys.shape[2]
+    mask = torch.ones(length, total, dtype=torch.bool, device=queries.device).tril(total - length)
+    return scaled_dot_product_attention(queries, keys, values, mask, scale=scale, enable_gqa=True)
+
+
+_checked, _checked_causal = Checked("prefill", _on_card, _stock), Checked("causal", _causal_on_card, _causal_stock)

@@ -83,15 +83,15 @@ class CodeTables:
     """
 
     def __init__(self, codec: SpectralCodec, tile: int):
-        slots = codec.quantizers.slots.reshape(-1)  # indices in BIT_WIDTHS
-        device = slots.device
-        rows = dict(zip(codec.bits, map(len, codec.rows)))
-        first = np.cumsum([0, *(rows.get(bits, 0) for bits in BIT_WIDTHS[:-1])], dtype=np.int32)
-        self.places = torch.where(slots > 0, (codec.order - torch.from_numpy(first).to(device)[slots]) * 8 + slots, 0)
-        bits = torch.tensor(BIT_WIDTHS, dtype=torch.int32, device=device)[slots].reshape(-1, codec.rank)
-        bits = torch.nn.functional.pad(bits, (0, -codec.rank % tile)).reshape(-1, tile, 1)
-        widths = torch.tensor([1, 2, 4, 8], dtype=torch.int32, device=device)
-        self.planes = ((bits & widths > 0).any(1) * widths).sum(-1, dtype=torch.int32)
+        slots, order = (x.cpu().numpy().reshape(-1) for x in (codec.quantizers.slots, codec.order))
+        counts = np.bincount(slots, minlength=SLOTS)
+        first = np.cumsum(counts) - counts - counts[0]  # row that a width begins with; width 0 has none
+        places = np.where(slots > 0, (order - first[slots]) * 8 + slots, 0)
+        bits = np.pad(np.array(BIT_WIDTHS)[slots].reshape(-1, codec.rank), ((0, 0), (0, -codec.rank % tile)))
+        planes = np.bitwise_or.reduce(bits.reshape(len(bits), -1, tile), axis=-1)
+        self.places, self.planes = (
+            torch.from_numpy(x.astype(np.int32)).to(codec.basis.device) for x in (places, planes)
+        )
 
     def arrays(self) -> list[torch.Tensor]:
         return [self.places, self.planes]
@@ -134,9 +134,9 @@ class Spans:
             for bits, whole, rest in zip(self._codec.bits, chunk.arrays[0::2], chunk.arrays[1::2]):
                 slot = BIT_WIDTHS.index(bits)
                 for span, start in zip(found, starts):
-                    span[:2, slot] = whole.data_ptr() + start * bits, whole[0].numel()
+                    span[:2, slot] = whole.data_ptr() + start * bits, whole.stride(0)
                 if left:
-                    found[-1, :2, slot] = rest.data_ptr(), rest[0].numel()
+                    found[-1, :2, slot] = rest.data_ptr(), rest.stride(0)
             for span, start in zip(found, starts):
                 span[2, :2] = min(units - start, at_once) * UNIT, units
             if left:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 import triton
 import triton.language as tl
@@ -61,8 +63,11 @@ class Latents:
     """`transform.to_time` of the coefficients of several chunks of one layer's codec."""
 
     def __init__(self, codec: SpectralCodec):
-        self._codec = codec
-        self._codes, self._spans = CodeTables(codec, COMPONENTS), Spans(codec, BLOCKS, codec.basis)
+        self._codec, self._spans = codec, Spans(codec, BLOCKS, codec.basis)
+
+    @cached_property
+    def _codes(self) -> CodeTables:
+        return CodeTables(self._codec, COMPONENTS)
 
     def __call__(self, chunks: list[Chunk], dtype: torch.dtype) -> torch.Tensor:
         """Latents [B, G, T, R] of the tokens of all `chunks`."""
