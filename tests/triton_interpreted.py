@@ -110,10 +110,10 @@ def test_what_lies_where_is_moved_once_per_sealing_and_counted():
     case = Case(0, 64, 1, 2)
     codec = make_codec(ops, plan_of(case.model, 2), 0)
     step, chunks = TritonStep(codec), chunks_of(codec, case, [1024, 48, 16])
-    assert sum(x.nbytes for x in step.tables()) == 4 * codec.groups * 16 * (codec.rank + -(-codec.rank // 32))
+    assert sum(x.nbytes for x in step.tables()) == 4 * codec.groups * 16 * (codec.rank + 1)
     table = step._spans.of(chunks)
     assert step._spans.of(list(chunks)) is table
-    assert step.tables()[-1] is table and table.nbytes == 4 * 192
+    assert step.tables()[-1] is table and table.nbytes == 3 * 192
     assert step._spans.of(chunks[:2]) is not table
     assert len(step._spans.arrays()) == 1
     del chunks, table

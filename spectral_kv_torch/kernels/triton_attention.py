@@ -1,13 +1,13 @@
 """The decode step of `latent.c` in Triton, for tensors on a GPU: three launches per layer and step.
 
-A program attends with a few query rows of one KV head to the codes of one *span*: some time blocks of a chunk, or its codes
-that wait for their unit. It decodes some components of one frequency of its head at a time, in which every component has its
-own width, and turns what the query rows make of a frequency to the 16 tokens of a block in registers:
+A program attends with a few query rows of one KV head to the codes of one *span*: up to 64 time blocks of a chunk, or
+its codes that wait for their unit. It reads one frequency of its head at a time, as a tile of all components by all blocks,
+in which every row has its own width, and multiplies it with the query rows turned to each of the 16 tokens of a block:
 
-    score[token, row, block] = sum over frequencies f of time[f, token] (sum over components r of q[row, r] y[f, r, block])
+    score[token, row, block] = sum over frequencies f, components r of (time[f, token] q[row, r]) y[f, r, block]
 
-so the time transform costs no pass of its own. Values go the same way back. One compilation serves every plan of a model,
-since widths are data. Formulas: codec.SpectralCodec.attend.
+so the time transform costs no pass of its own, and even one query row fills a tensor core's 16. Values go the same way
+back. One compilation serves every plan of a model, since widths are data. Formulas: codec.SpectralCodec.attend.
 
 Verified under Triton's interpreter (TRITON_INTERPRET=1, CPU tensors), and on an H100 with Triton 3.6: relative errors of 1e-7
 in float32 and 2e-4 to 7e-4 in half precision. Counts of registers, shared memory and instructions: results/triton.md.
@@ -26,10 +26,8 @@ from spectral_kv_core.codec import Chunk, SpectralCodec
 from .triton_codes import BLOCKS_AT, FREQUENCIES, LEFT_AT, WAITING, CodeTables, Spans, coefficients
 
 MAX_DIM = 256  # channels of a head that the 99 KB of shared memory of most cards have room for
-COMPONENTS, BLOCKS = 32, 32  # decoded at a time
-OPTIONS = {"num_warps": 4}  # of the program for that
-QUERY_ROWS = 8  # most query rows of a program
-EXACT_TILE = 2048  # numbers of keys, and of values, that the program for exact tokens reads at a time
+TILE = 4096  # coefficients decoded at a time: 32 registers of each of 128 threads, 16 KB as an operand
+QUERY_ROWS, QUERY_TILE = 4, 512  # most query rows of a program, and most of them times components: 16 tokens of each
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -40,46 +38,37 @@ def _attend_codes(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Partial softmax of ROWS query rows over one span, to the base 2, values as latents."""
-    TILES: tl.constexpr = (RANK + RANK_TILE - 1) // RANK_TILE
-    i, token, r = tl.arange(0, 16), tl.arange(0, FREQUENCIES), tl.arange(0, RANK_TILE)  # a product wants 16 rows
-    rows = (first_row + i)[:, None] * RANK + r
-    valid = ((i < ROWS) & (first_row + i < query_rows))[:, None]
-    scores = tl.zeros([FREQUENCIES, ROWS, BLOCKS], tl.float32)
+    i, r = tl.arange(0, FREQUENCIES * ROWS), tl.arange(0, RANK_TILE)
+    token, m = i // ROWS, first_row + i % ROWS
+    query = tl.load(latent + m[:, None] * RANK + r, mask=(m < query_rows)[:, None] & (r < RANK), other=0.0)
+    scores = tl.zeros([FREQUENCIES * ROWS, BLOCKS], tl.float32)
     for f in range(FREQUENCIES):
         at = head * FREQUENCIES + f
-        spectrum = tl.zeros([16, BLOCKS], tl.float32)
-        for tile in range(TILES):
-            first = tile * RANK_TILE
-            present = tl.load(planes + at * TILES + tile)
-            if present:
-                y = coefficients(
-                    span, sequence, at, first, present, places, normalize, levels, RANK, RANK_TILE, BLOCKS, REST
-                )
-                query = tl.load(latent + rows + first, mask=valid & (first + r < RANK), other=0.0)
-                spectrum = tl.dot(query, tl.trans(y), spectrum, input_precision=PRECISION)
-        part = tl.sum(tl.reshape(spectrum, [16 // ROWS, ROWS, BLOCKS]), 0)  # the other rows are 0
-        scores += tl.load(time + f * FREQUENCIES + token)[:, None, None] * part[None, :, :]
-    m = first_row + tl.arange(0, ROWS)
-    scores += tl.load(offset + m, mask=m < query_rows, other=0.0)[None, :, None]
+        present = tl.load(planes + at)
+        if present:
+            y = coefficients(span, sequence, at, 0, present, places, normalize, levels, RANK, RANK_TILE, BLOCKS, REST)
+            turned = query * tl.load(time + f * FREQUENCIES + token)[:, None]
+            scores = tl.dot(turned, tl.trans(y), scores, input_precision=PRECISION)
+    scores += tl.load(offset + m, mask=m < query_rows, other=0.0)[:, None]
     scores = tl.where(tl.arange(0, BLOCKS) < tl.load(span + BLOCKS_AT), scores, float("-inf"))
+    scores = tl.reshape(scores, [FREQUENCIES, ROWS, BLOCKS])
     top = tl.max(tl.max(scores, 2), 0)
     p = tl.exp2(scores - top[None, :, None])
+    total = tl.sum(tl.sum(p, 2), 0)
+    p = tl.reshape(p, [FREQUENCIES * ROWS, BLOCKS])
+    sums = tl.zeros([FREQUENCIES * ROWS, RANK_TILE], tl.float32)
+    for f in range(FREQUENCIES):
+        at = (kv_heads + head) * FREQUENCIES + f
+        present = tl.load(planes + at)
+        if present:
+            y = coefficients(span, sequence, at, 0, present, places, normalize, levels, RANK, RANK_TILE, BLOCKS, REST)
+            turned = p * tl.load(time + f * FREQUENCIES + token)[:, None]
+            sums = tl.dot(turned, y, sums, input_precision=PRECISION)
+    m = first_row + tl.arange(0, ROWS)
     tl.store(state + 2 * m, top, mask=m < query_rows)
-    tl.store(state + 2 * m + 1, tl.sum(tl.sum(p, 2), 0), mask=m < query_rows)
-    for tile in range(TILES):
-        first = tile * RANK_TILE
-        sums = tl.zeros([16, RANK_TILE], tl.float32)
-        for f in range(FREQUENCIES):
-            at = (kv_heads + head) * FREQUENCIES + f
-            present = tl.load(planes + at * TILES + tile)
-            if present:
-                y = coefficients(
-                    span, sequence, at, first, present, places, normalize, levels, RANK, RANK_TILE, BLOCKS, REST
-                )
-                weight = tl.sum(p * tl.load(time + f * FREQUENCIES + token)[:, None, None], 0)
-                weight = tl.broadcast_to(weight[None, :, :], [16 // ROWS, ROWS, BLOCKS])
-                sums = tl.dot(tl.reshape(weight, [16, BLOCKS]), y, sums, input_precision=PRECISION)
-        tl.store(pooled + rows + first, sums, mask=valid & (first + r < RANK))
+    tl.store(state + 2 * m + 1, total, mask=m < query_rows)
+    sums = tl.sum(tl.reshape(sums, [FREQUENCIES, ROWS, RANK_TILE]), 0)
+    tl.store(pooled + m[:, None] * RANK + r, sums, mask=(m < query_rows)[:, None] & (r < RANK))
 
 
 @triton.jit
@@ -210,11 +199,12 @@ class TritonStep:
     def __init__(self, codec: SpectralCodec):
         self._codec = codec
         self._rank_tile, self._dim_tile = (max(16, triton.next_power_of_2(n)) for n in (codec.rank, codec.head_dim))
-        self._exact, self._spans = max(16, min(64, EXACT_TILE // self._dim_tile)), Spans(codec, BLOCKS, codec.basis)
+        blocks, self._exact = (max(16, min(64, TILE // n)) for n in (self._rank_tile, self._dim_tile))
+        self._blocks, self._spans = blocks, Spans(codec, blocks, codec.basis)
 
     @cached_property
     def _codes(self) -> CodeTables:
-        return CodeTables(self._codec, COMPONENTS)
+        return CodeTables(self._codec, self._rank_tile)
 
     def __call__(self, chunks: list[Chunk], queries, keys, values, scale: float):
         """As `attention.decode_step`."""
@@ -230,7 +220,7 @@ class TritonStep:
 
         latent, offset, state = empty(heads, rows, rank), empty(heads, rows), empty(heads, 1 + parts, rows, 2)
         pooled, window = empty(heads, parts, rows, rank), empty(heads, rows, dim)
-        at_once = min(triton.next_power_of_2(rows), QUERY_ROWS)
+        at_once = min(triton.next_power_of_2(rows), QUERY_ROWS, QUERY_TILE // self._rank_tile)
         # ten bits of mantissa: no less than a half-precision query has
         precision = "ieee" if queries.dtype == torch.float32 else "tf32"
         with torch.cuda.device_of(queries):
@@ -240,7 +230,8 @@ class TritonStep:
             _attend[triton.cdiv(rows, at_once), 1 + parts, heads](
                 rows, length, exact, kv_heads, scale, spans, queries, keys, values, latent, offset, state, pooled, window,
                 self._codes.places, self._codes.planes, codec.normalize, codec.quantizers.levels, codec.time, dim,
-                self._dim_tile, rank, COMPONENTS, at_once, BLOCKS, self._exact, precision, **OPTIONS,
+                self._dim_tile, rank, self._rank_tile, at_once, self._blocks, self._exact, precision,
+                num_warps=8 if self._rank_tile > 128 else 4,
             )  # fmt: skip
             _merge[rows, heads](
                 rows,
