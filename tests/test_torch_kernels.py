@@ -22,7 +22,7 @@ from spectral_kv_core.rounding import round_in_time  # noqa: E402
 from spectral_kv_core.stored import codecs_of  # noqa: E402
 from spectral_kv_core.trellis import WIDTHS  # noqa: E402
 from spectral_kv_torch import ops  # noqa: E402
-from spectral_kv_torch.kernels import build, checked, decode_step, flash  # noqa: E402
+from spectral_kv_torch.kernels import build, checked, decode_step, flash, packing  # noqa: E402
 from spectral_kv_torch.kernels.attention import LatentStep  # noqa: E402
 from spectral_kv_torch.kernels.eager import EagerStep  # noqa: E402
 
@@ -289,6 +289,18 @@ def test_a_kernel_not_seen_on_a_card_is_checked_at_its_first_step(monkeypatch, f
         "wrong": ["spectralkv's kernel for attention differs by 10.0%"],
         "raises": ["spectralkv's kernel for attention fails: out of resources"],
     }[fault]
+
+
+def test_layers_of_other_ranks_share_a_check(monkeypatch):
+    monkeypatch.setattr(checked, "_verdicts", {})
+    ranks = set()
+    for bits in (0.5, 2):
+        codec = make_codec(ops, plan_of(ToyModel(), bits, "layer", "pre"), 0)
+        codes = codec.choose(*map(torch.from_numpy, ToyModel().sample(1, 32)), 4)
+        got = packing.CheckedPacker(codec, codec.pack)(codes)
+        assert all(torch.equal(*pair) for pair in zip(got, codec.pack(codes), strict=True))
+        ranks.add(codec.rank)
+    assert len(ranks) == 2 and list(checked._verdicts.values()) == [True]
 
 
 def exact(case: Case) -> tuple:

@@ -83,6 +83,56 @@ def test_the_encoder_compiles_for_gpus_that_are_not_there(launches, dtype, capab
     assert_compiles(made, capability)
 
 
+@needs_triton
+def test_layers_of_other_ranks_and_calls_of_other_lengths_need_no_other_kernels(launches):
+    """A model has as many ranks as layers, and a compilation takes up to some seconds."""
+    from spectral_kv_torch.kernels import (
+        triton_attention,
+        triton_latents,
+        triton_packing,
+        triton_rotation,
+        triton_rounding,
+    )
+
+    def variants(head_bits: float, layer_bits: float, tokens: int) -> tuple[list, list]:
+        model, made = ToyModel(64), []
+        head, layer = (
+            make_codec(ops, plan_of(model, bits, *how, "expected-attention"), 0)
+            for bits, how in ((head_bits, ("head", "post")), (layer_bits, ("layer", "pre")))
+        )
+        case = Case(0, 64, 2, 4)
+        queries, keys = torch.zeros(1, 4, 1, 64), torch.zeros(1, 2, tokens % 60, 64)
+        step, chunks = triton_attention.TritonStep(head), chunks_of(head, case, [tokens])
+        made += launches(triton_attention, lambda: step(chunks, queries, keys, keys, 0.125))
+        decode, chunks = triton_latents.Latents(layer), chunks_of(layer, case, [tokens])
+        made += launches(triton_latents, lambda: decode(chunks, torch.bfloat16))
+        z, weights = layer.coefficients(*map(torch.from_numpy, model.sample(1, tokens)), 4)
+        call = z, weights, layer.gain, layer.time, layer.quantizers
+        made += launches(triton_rounding, lambda: triton_rounding.round_in_time(*call))
+        packer, codes = triton_packing.Packer(layer), layer.quantizers.quantize(z)
+        made += launches(triton_packing, lambda: packer(codes))
+        x = torch.zeros(1, 2, tokens + 1, 64)
+        made += launches(triton_rotation, lambda: triton_rotation.rotate(x, model.rope, tokens, True, torch.float32))
+        return [(kernel.__name__, specialized(kernel, args)) for kernel, args, _ in made], [head.rank, layer.rank]
+
+    (some, ranks), (others, other_ranks) = variants(1, 0.3, 32), variants(2, 8, 400)
+    assert all(rank % 16 for rank in ranks) and not any(rank % 16 for rank in other_ranks)
+    assert some == others
+
+
+def specialized(kernel, args) -> list:
+    """What decides, with the types of arguments, which variant of a kernel a launch takes."""
+    found = []
+    for parameter, value in zip(kernel.params, args, strict=True):
+        if parameter.is_constexpr or isinstance(value, str):
+            found.append(value)
+        elif isinstance(value, torch.Tensor):
+            found.append((value.dtype, value.data_ptr() % 16 == 0))
+        elif isinstance(value, int) and not parameter.do_not_specialize:
+            found.append((value == 1, value % 16 == 0))
+    return found
+
+
 @pytest.fixture
 def launches(monkeypatch, tmp_path):
     """What launches the kernels of a module while a function runs: (kernel, arguments, options) each."""
@@ -107,7 +157,7 @@ def launches(monkeypatch, tmp_path):
         monkeypatch.undo()
         monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
         assert made
-        return made
+        return made.copy()
 
     return record
 

@@ -22,7 +22,8 @@ class Checked:
         self._name, self._kernel, self._stock = name, kernel, stock
 
     def __call__(self, like: torch.Tensor, size: int, *args):
-        """The result for `args`; `like` is on the card and has the dtype, `size` decides what is compiled."""
+        """The result for `args`; `like` is on the card and has the dtype, `size` decides what is compiled: channels of a
+        head, or 0. Ranks and lengths differ from layer to layer and call to call; kernels take them as they come."""
         key = self._name, like.device, like.dtype, size
         verdict = _verdicts.get(key)
         if verdict:

@@ -25,7 +25,7 @@ class CheckedPacker:
 
     def __call__(self, codes, chunk: Chunk | None = None) -> tuple:
         """As `SpectralCodec.pack`."""
-        return self._checked(codes, codes.shape[-1], codes, chunk)
+        return self._checked(codes, 0, codes, chunk)
 
     def tables(self) -> list:
         """Every tensor that all sequences share."""

@@ -29,7 +29,7 @@ def round_in_time(z, weights, gain, matrix, tables) -> torch.Tensor | None:
     if z.dtype != torch.float32 or matrix.shape[0] != FREQUENCIES or not hasattr(tables, "slots"):
         return None
     if runs_kernels(z.device):
-        return _on_card()(z, z.shape[-1], z, weights, gain, matrix, tables)
+        return _on_card()(z, 0, z, weights, gain, matrix, tables)
     lib = library() if z.device.type == "cpu" else None
     if lib is None:
         return None

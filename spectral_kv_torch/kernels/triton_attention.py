@@ -33,20 +33,22 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _attend_codes(
-    span, sequence, head, kv_heads, first_row, query_rows, latent, offset, state, pooled, places, planes, normalize, levels,
-    time, RANK: tl.constexpr, RANK_TILE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, REST: tl.constexpr,
+    span, sequence, head, kv_heads, first_row, query_rows, rank, latent, offset, state, pooled, places, planes, normalize,
+    levels, time, RANK_TILE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, REST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Partial softmax of ROWS query rows over one span, to the base 2, values as latents."""
     i, r = tl.arange(0, FREQUENCIES * ROWS), tl.arange(0, RANK_TILE)
     token, m = i // ROWS, first_row + i % ROWS
-    query = tl.load(latent + m[:, None] * RANK + r, mask=(m < query_rows)[:, None] & (r < RANK), other=0.0)
+    query = tl.load(latent + m[:, None] * RANK_TILE + r, mask=(m < query_rows)[:, None], other=0.0)
     scores = tl.zeros([FREQUENCIES * ROWS, BLOCKS], tl.float32)
     for f in range(FREQUENCIES):
         at = head * FREQUENCIES + f
         present = tl.load(planes + at)
         if present:
-            y = coefficients(span, sequence, at, 0, present, places, normalize, levels, RANK, RANK_TILE, BLOCKS, REST)
+            y = coefficients(
+                span, sequence, at, 0, 1, rank, present, places, normalize, levels, RANK_TILE, BLOCKS, REST
+            )
             turned = query * tl.load(time + f * FREQUENCIES + token)[:, None]
             scores = tl.dot(turned, tl.trans(y), scores, input_precision=PRECISION)
     scores += tl.load(offset + m, mask=m < query_rows, other=0.0)[:, None]
@@ -61,14 +63,16 @@ def _attend_codes(
         at = (kv_heads + head) * FREQUENCIES + f
         present = tl.load(planes + at)
         if present:
-            y = coefficients(span, sequence, at, 0, present, places, normalize, levels, RANK, RANK_TILE, BLOCKS, REST)
+            y = coefficients(
+                span, sequence, at, 0, 1, rank, present, places, normalize, levels, RANK_TILE, BLOCKS, REST
+            )
             turned = p * tl.load(time + f * FREQUENCIES + token)[:, None]
             sums = tl.dot(turned, y, sums, input_precision=PRECISION)
     m = first_row + tl.arange(0, ROWS)
     tl.store(state + 2 * m, top, mask=m < query_rows)
     tl.store(state + 2 * m + 1, total, mask=m < query_rows)
     sums = tl.sum(tl.reshape(sums, [FREQUENCIES, ROWS, RANK_TILE]), 0)
-    tl.store(pooled + m[:, None] * RANK + r, sums, mask=(m < query_rows)[:, None] & (r < RANK))
+    tl.store(pooled + m[:, None] * RANK_TILE + r, sums, mask=(m < query_rows)[:, None])
 
 
 @triton.jit
@@ -103,10 +107,9 @@ def _attend_exact(
     tl.store(window + m[:, None] * DIM + d, sums, mask=valid[:, None] & (d < DIM))
 
 
-@triton.jit(do_not_specialize=["query_rows"])
+@triton.jit(do_not_specialize=["query_rows", "rank"])
 def _project(
-    query_rows, kv_heads, scale, queries, basis, mean, latent, offset, DIM: tl.constexpr, RANK: tl.constexpr,
-    RANK_TILE: tl.constexpr,
+    query_rows, rank, kv_heads, scale, queries, basis, mean, latent, offset, DIM: tl.constexpr, RANK_TILE: tl.constexpr
 ):  # fmt: skip
     """One query row on the basis of its head's keys, and on their mean, times the scale of logits to the base 2."""
     m, sequence_head = tl.program_id(0), tl.program_id(1)
@@ -117,17 +120,17 @@ def _project(
     for start in range(0, DIM, 16):
         d = start + tl.arange(0, 16)
         query = tl.load(queries + line * DIM + d, mask=d < DIM, other=0.0).to(tl.float32) * (scale * LOG2E)
-        axes = basis + head * DIM * RANK + d[:, None] * RANK + r
-        sums += tl.sum(query[:, None] * tl.load(axes, mask=(d < DIM)[:, None] & (r < RANK), other=0.0), 0)
+        axes = basis + head * DIM * rank + d[:, None] * rank + r
+        sums += tl.sum(query[:, None] * tl.load(axes, mask=(d < DIM)[:, None] & (r < rank), other=0.0), 0)
         at_mean += tl.sum(query * tl.load(mean + head * DIM + d, mask=d < DIM, other=0.0), 0)
-    tl.store(latent + line * RANK + r, sums, mask=r < RANK)
+    tl.store(latent + line * RANK_TILE + r, sums)
     tl.store(offset + line, at_mean)
 
 
-@triton.jit(do_not_specialize=["query_rows", "length", "exact"])
+@triton.jit(do_not_specialize=["query_rows", "length", "exact", "rank"])
 def _attend(
-    query_rows, length, exact, kv_heads, scale, spans, queries, keys, values, latent, offset, state, pooled, window, places,
-    planes, normalize, levels, time, DIM: tl.constexpr, DIM_TILE: tl.constexpr, RANK: tl.constexpr, RANK_TILE: tl.constexpr,
+    query_rows, length, exact, rank, kv_heads, scale, spans, queries, keys, values, latent, offset, state, pooled, window,
+    places, planes, normalize, levels, time, DIM: tl.constexpr, DIM_TILE: tl.constexpr, RANK_TILE: tl.constexpr,
     ROWS: tl.constexpr, BLOCKS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Partials of every (group of query rows, span, sequence and KV head); the first is that of the exact tokens."""
@@ -142,31 +145,31 @@ def _attend(
     else:
         span = spans + (number - 1) * 24
         sequence, head = sequence_head // kv_heads, (sequence_head % kv_heads).to(tl.int32)
-        latent += sequence_head * query_rows * RANK
+        latent += sequence_head * query_rows * RANK_TILE
         offset += sequence_head * query_rows
-        pooled += (sequence_head * (tl.num_programs(1) - 1) + number - 1) * query_rows * RANK
+        pooled += (sequence_head * (tl.num_programs(1) - 1) + number - 1) * query_rows * RANK_TILE
         if tl.load(span + LEFT_AT) > 0:
             _attend_codes(
-                span, sequence, head, kv_heads, first_row, query_rows, latent, offset, state, pooled, places, planes,
-                normalize, levels, time, RANK, RANK_TILE, ROWS, WAITING, True, PRECISION,
+                span, sequence, head, kv_heads, first_row, query_rows, rank, latent, offset, state, pooled, places, planes,
+                normalize, levels, time, RANK_TILE, ROWS, WAITING, True, PRECISION,
             )  # fmt: skip
         else:
             _attend_codes(
-                span, sequence, head, kv_heads, first_row, query_rows, latent, offset, state, pooled, places, planes,
-                normalize, levels, time, RANK, RANK_TILE, ROWS, BLOCKS, False, PRECISION,
+                span, sequence, head, kv_heads, first_row, query_rows, rank, latent, offset, state, pooled, places, planes,
+                normalize, levels, time, RANK_TILE, ROWS, BLOCKS, False, PRECISION,
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["query_rows", "spans"])
+@triton.jit(do_not_specialize=["query_rows", "spans", "rank"])
 def _merge(
-    query_rows, spans, kv_heads, state, pooled, window, basis, mean, output, DIM: tl.constexpr, RANK: tl.constexpr,
+    query_rows, spans, rank, kv_heads, state, pooled, window, basis, mean, output, DIM: tl.constexpr,
     RANK_TILE: tl.constexpr,
 ):  # fmt: skip
     """Weighted mean of the partials of one query row over `spans` and over the exact tokens."""
     m, sequence_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     group = kv_heads + sequence_head % kv_heads
     state += (sequence_head * (spans + 1) * query_rows + m) * 2
-    pooled += (sequence_head * spans * query_rows + m) * RANK
+    pooled += (sequence_head * spans * query_rows + m) * RANK_TILE
     r = tl.arange(0, RANK_TILE)
     top, exact = tl.load(state), tl.load(state + 1)
     state += query_rows * 2
@@ -176,8 +179,7 @@ def _merge(
         tops = tl.load(state + i * query_rows * 2, mask=i < spans, other=float("-inf"))
         higher = tl.maximum(top, tl.max(tops, 0))
         p, fade = tl.exp2(tops - higher), tl.exp2(top - higher)
-        parts = pooled + i[:, None] * query_rows * RANK + r
-        parts = tl.load(parts, mask=(i < spans)[:, None] & (r < RANK), other=0.0)
+        parts = tl.load(pooled + i[:, None] * query_rows * RANK_TILE + r, mask=(i < spans)[:, None], other=0.0)
         sums = sums * fade + tl.sum(p[:, None] * parts, 0)
         sealed = sealed * fade + tl.sum(p * tl.load(state + i * query_rows * 2 + 1, mask=i < spans, other=0.0), 0)
         weight *= fade
@@ -185,8 +187,8 @@ def _merge(
     line = sequence_head * query_rows + m
     for start in range(0, DIM, 16):
         d = start + tl.arange(0, 16)
-        axes = basis + group * DIM * RANK + d[:, None] * RANK + r
-        out = tl.sum(sums[None, :] * tl.load(axes, mask=(d < DIM)[:, None] & (r < RANK), other=0.0), 1)
+        axes = basis + group * DIM * rank + d[:, None] * rank + r
+        out = tl.sum(sums[None, :] * tl.load(axes, mask=(d < DIM)[:, None] & (r < rank), other=0.0), 1)
         out += sealed * tl.load(mean + group * DIM + d, mask=d < DIM, other=0.0)
         out += weight * tl.load(window + line * DIM + d, mask=d < DIM, other=0.0)
         out = out / (sealed + weight * exact)
@@ -211,42 +213,30 @@ class TritonStep:
         codec, spans = self._codec, self._spans.of(chunks)
         batch, q_heads, length, dim = queries.shape
         kv_heads, exact = keys.shape[1:3]
-        heads, rows, rank, parts = batch * kv_heads, q_heads // kv_heads * length, codec.rank, len(spans)
+        heads, rows, tile, parts = batch * kv_heads, q_heads // kv_heads * length, self._rank_tile, len(spans)
         queries, keys, values = queries.contiguous(), keys.contiguous(), values.contiguous()
         output = torch.empty_like(queries)
 
         def empty(*shape):
             return torch.empty(shape, dtype=torch.float32, device=queries.device)
 
-        latent, offset, state = empty(heads, rows, rank), empty(heads, rows), empty(heads, 1 + parts, rows, 2)
-        pooled, window = empty(heads, parts, rows, rank), empty(heads, rows, dim)
-        at_once = min(triton.next_power_of_2(rows), QUERY_ROWS, QUERY_TILE // self._rank_tile)
+        latent, offset, state = empty(heads, rows, tile), empty(heads, rows), empty(heads, 1 + parts, rows, 2)
+        pooled, window = empty(heads, parts, rows, tile), empty(heads, rows, dim)
+        at_once = min(triton.next_power_of_2(rows), QUERY_ROWS, QUERY_TILE // tile)
         # ten bits of mantissa: no less than a half-precision query has
         precision = "ieee" if queries.dtype == torch.float32 else "tf32"
         with torch.cuda.device_of(queries):
             _project[rows, heads](
-                rows, kv_heads, scale, queries, codec.basis, codec.mean, latent, offset, dim, rank, self._rank_tile
-            )
+                rows, codec.rank, kv_heads, scale, queries, codec.basis, codec.mean, latent, offset, dim, tile
+            )  # fmt: skip
             _attend[triton.cdiv(rows, at_once), 1 + parts, heads](
-                rows, length, exact, kv_heads, scale, spans, queries, keys, values, latent, offset, state, pooled, window,
-                self._codes.places, self._codes.planes, codec.normalize, codec.quantizers.levels, codec.time, dim,
-                self._dim_tile, rank, self._rank_tile, at_once, self._blocks, self._exact, precision,
-                num_warps=8 if self._rank_tile > 128 else 4,
+                rows, length, exact, codec.rank, kv_heads, scale, spans, queries, keys, values, latent, offset, state, pooled,
+                window, self._codes.places, self._codes.planes, codec.normalize, codec.quantizers.levels, codec.time, dim,
+                self._dim_tile, tile, at_once, self._blocks, self._exact, precision, num_warps=8 if tile > 128 else 4,
             )  # fmt: skip
             _merge[rows, heads](
-                rows,
-                parts,
-                kv_heads,
-                state,
-                pooled,
-                window,
-                codec.basis,
-                codec.mean,
-                output,
-                dim,
-                rank,
-                self._rank_tile,
-            )
+                rows, parts, codec.rank, kv_heads, state, pooled, window, codec.basis, codec.mean, output, dim, tile
+            )  # fmt: skip
         return output
 
     def tables(self) -> list[torch.Tensor]:

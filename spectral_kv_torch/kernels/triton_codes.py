@@ -51,14 +51,15 @@ def plane(address, bits, n, blocks, WIDTH: tl.constexpr, BLOCKS: tl.constexpr, R
 
 @triton.jit
 def coefficients(
-    span, sequence, at, first, planes, places, normalize, levels, RANK: tl.constexpr, RANK_TILE: tl.constexpr,
+    span, sequence, at, tile, tiles, rank, planes, places, normalize, levels, RANK_TILE: tl.constexpr,
     BLOCKS: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """Coefficients [BLOCKS, RANK_TILE] from component `first` on of a span at group and frequency `at`; 0 where nothing is
-    stored. `planes`: which ones these components have."""
-    r = first + tl.arange(0, RANK_TILE)
-    place = tl.load(places + at * RANK + r, mask=r < RANK, other=0)
-    sigma = 1 / tl.load(normalize + at * RANK + r, mask=r < RANK, other=1.0)
+    """Coefficients [BLOCKS, RANK_TILE] of one of `tiles` tiles of components of a span, at group and frequency `at`; 0 where
+    nothing is stored. `planes`: which ones these components have."""
+    i = tl.arange(0, RANK_TILE)
+    r = tile * RANK_TILE + i
+    place = tl.load(places + (at * tiles + tile) * RANK_TILE + i)
+    sigma = 1 / tl.load(normalize + at * rank + r, mask=r < rank, other=1.0)
     slot, row = place % 8, place // 8
     bits = slot + slot // 7  # quantizer.BIT_WIDTHS
     address = tl.load(span + slot) + sequence * tl.load(span + 8 + slot)
@@ -76,10 +77,10 @@ def coefficients(
 
 
 class CodeTables:
-    """Where a codec keeps its coefficients.
+    """Where a codec keeps its coefficients, by tiles of components, of which the last one may hold more than there are.
 
-    places [G, F, R]: 8 times the row of a coefficient among those of its width, plus the index of the width.
-    planes [G, F, R / tile]: which planes the components of a tile have, a bit each.
+    places [G, F, tiles, tile]: 8 times the row of a coefficient among those of its width, plus the index of the width.
+    planes [G, F, tiles]: which planes the components of a tile have, a bit each.
     """
 
     def __init__(self, codec: SpectralCodec, tile: int):
@@ -87,8 +88,12 @@ class CodeTables:
         counts = np.bincount(slots, minlength=SLOTS)
         first = np.cumsum(counts) - counts - counts[0]  # row that a width begins with; width 0 has none
         places = np.where(slots > 0, (order - first[slots]) * 8 + slots, 0)
-        bits = np.pad(np.array(BIT_WIDTHS)[slots].reshape(-1, codec.rank), ((0, 0), (0, -codec.rank % tile)))
-        planes = np.bitwise_or.reduce(bits.reshape(len(bits), -1, tile), axis=-1)
+
+        def tiled(x):
+            return np.pad(x.reshape(-1, codec.rank), ((0, 0), (0, -codec.rank % tile))).reshape(-1, self.tiles, tile)
+
+        self.tiles = -(-codec.rank // tile)
+        places, planes = tiled(places), np.bitwise_or.reduce(tiled(np.array(BIT_WIDTHS)[slots]), axis=-1)
         self.places, self.planes = (
             torch.from_numpy(x.astype(np.int32)).to(codec.basis.device) for x in (places, planes)
         )

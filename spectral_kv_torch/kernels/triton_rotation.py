@@ -15,7 +15,7 @@ FINE, COARSE = 1024, 4096  # position = FINE * i + j: two small tables give ever
 ENTRIES = 2048  # numbers of a program
 
 
-@triton.jit(do_not_specialize=["start"])
+@triton.jit(do_not_specialize=["start", "tokens", "sequence_positions", "head_positions"])
 def _rotate(
     start, factor, sign, x, positions, coarse, fine, output, tokens, x_sequence, x_head, x_token, sequence_positions,
     head_positions, DIM: tl.constexpr, HALF: tl.constexpr, HALF_TILE: tl.constexpr, REST_TILE: tl.constexpr,

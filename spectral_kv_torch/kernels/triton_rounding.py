@@ -25,18 +25,18 @@ def _quantize(z, at, slot, codes, levels):
     return code, z - tl.load(levels + slot * LEVELS + code.to(tl.int32))
 
 
-@triton.jit(do_not_specialize=["blocks"])
+@triton.jit(do_not_specialize=["blocks", "rank"])
 def _round(
-    blocks, groups, z, weights, gain, slots, time, codes, levels, output, RANK: tl.constexpr, RANK_TILE: tl.constexpr
-):
+    blocks, rank, groups, z, weights, gain, slots, time, codes, levels, output, RANK_TILE: tl.constexpr
+):  # fmt: skip
     """Codes of RANK_TILE components; one round of coordinate descent from the nearest: rounding.round_in_time."""
     number, sequence_group = tl.program_id(0), tl.program_id(2).to(tl.int64)
     block = sequence_group * blocks + number
-    group = (sequence_group % groups).to(tl.int32) * FREQUENCIES * RANK
+    group = (sequence_group % groups).to(tl.int32) * FREQUENCIES * rank
     f, r = tl.arange(0, FREQUENCIES), tl.program_id(1) * RANK_TILE + tl.arange(0, RANK_TILE)
-    z, output = z + block * FREQUENCIES * RANK, output + block * FREQUENCIES * RANK
+    z, output = z + block * FREQUENCIES * rank, output + block * FREQUENCIES * rank
     gain, slots = gain + group, slots + group
-    rows, held = f[:, None] * RANK + r[None, :], (r < RANK)[None, :]
+    rows, held = f[:, None] * rank + r[None, :], (r < rank)[None, :]
     nearest = tl.load(z + rows, mask=held, other=0.0)
     _, error = _quantize(nearest, nearest, tl.load(slots + rows, mask=held, other=0), codes, levels)
     error *= tl.load(gain + rows, mask=held, other=0.0)
@@ -47,11 +47,11 @@ def _round(
         metric = tl.sum(matrix * (row * weight)[None, :], 1) / tl.sum(row * row * weight, 0)
         others = tl.sum(metric[:, None] * error, 0)
         own = tl.sum(tl.where(f[:, None] == i, error, 0.0), 0)
-        here = i * RANK + r
-        value, g = tl.load(z + here, mask=r < RANK, other=0.0), tl.load(gain + here, mask=r < RANK, other=1.0)
-        slot = tl.load(slots + here, mask=r < RANK, other=0)
+        here = i * rank + r
+        value, g = tl.load(z + here, mask=r < rank, other=0.0), tl.load(gain + here, mask=r < rank, other=1.0)
+        slot = tl.load(slots + here, mask=r < rank, other=0)
         code, left = _quantize(value, value + (others - own) / g, slot, codes, levels)
-        tl.store(output + here, code, mask=r < RANK)
+        tl.store(output + here, code, mask=r < rank)
         error = tl.where(f[:, None] == i, (left * g)[None, :], error)
 
 
@@ -62,7 +62,7 @@ def round_in_time(z, weights, gain, matrix, tables) -> torch.Tensor:
     output = torch.empty(z.shape, dtype=torch.uint8, device=z.device)
     with torch.cuda.device_of(z):
         _round[blocks, triton.cdiv(rank, COMPONENTS), batch * groups](
-            blocks, groups, z, weights, gain, tables.slots, matrix, tables.codes, tables.levels, output, rank, COMPONENTS,
+            blocks, rank, groups, z, weights, gain, tables.slots, matrix, tables.codes, tables.levels, output, COMPONENTS,
             num_warps=2,
         )  # fmt: skip
     return output
