@@ -120,6 +120,25 @@ def test_what_lies_where_is_moved_once_per_sealing_and_counted():
     assert len(step._spans.arrays()) == 0
 
 
+@pytest.mark.parametrize("bits, sizes, batch", [(0.5, [176], 1), (2, [1024, 48], 1), (3.7, [128, 16], 2), (6, [16], 1)])
+def test_the_step_with_a_trellis(bits, sizes, batch):
+    """Paths that visit rows of all widths, heads and both sides; spans of two words, and codes that wait for their unit."""
+    case = Case(0, 64, 2, 4, batch)
+    codec = make_codec(ops, plan_of(case.model, bits, quantizer="trellis"), 0)
+    assert codec.coupled
+    compare(codec, case, sizes)
+
+
+@pytest.mark.parametrize("bits, batch", [(0.5, 1), (3.7, 2)])
+def test_latents_with_a_trellis(bits, batch):
+    case = Case(0, 64, 2, 4, batch)
+    codec = make_codec(ops, plan_of(case.model, bits, "layer", "pre", "expected-attention", "trellis"), 0)
+    chunks, latents = chunks_of(codec, case, [128, 48]), Latents(codec)
+    assert_close("latents", latents(chunks, torch.float32), latents_of(codec, chunks))
+    tables = latents.tables()
+    assert sum(x.nbytes for x in tables) == 4 * (16 * -(-codec.rank // 32) * 33 + 32) + 24 * 8 * 2
+
+
 def latents_of(codec, chunks) -> torch.Tensor:
     return torch.cat([to_time(ops, codec.spectrum(chunk), codec.time) for chunk in chunks], dim=2)
 

@@ -124,7 +124,7 @@ def _kernel(codec):
 
 
 def _triton_step(codec):
-    if codec.coupled or not runs_kernels(codec.basis.device):  # no trellis yet
+    if not runs_kernels(codec.basis.device):
         return None
     from .triton_attention import MAX_DIM, TritonStep
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from spectral_kv_core import attention
-from spectral_kv_core.codec import Chunk, SpectralCodec, TrellisCodec
+from spectral_kv_core.codec import Chunk, SpectralCodec
 from spectral_kv_core.rope import rotate as core_rotate
 
 from .checked import Checked, CheckedStep
@@ -69,9 +69,7 @@ class Decoder:
 
 def decoder(codec) -> Decoder | None:
     """What decodes several chunks of `codec` at once; None where each is decoded on its own."""
-    if not isinstance(codec, SpectralCodec) or isinstance(codec, TrellisCodec) or codec.block != FREQUENCIES:
-        return None
-    if not runs_kernels(codec.basis.device):
+    if not isinstance(codec, SpectralCodec) or codec.block != FREQUENCIES or not runs_kernels(codec.basis.device):
         return None
     from .triton_latents import Latents
 

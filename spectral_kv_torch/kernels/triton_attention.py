@@ -1,4 +1,4 @@
-"""The decode step of `latent.c` in Triton, for tensors on a GPU: three launches per layer and step.
+"""The decode step of `latent.c` in Triton, for tensors on a GPU: three launches per layer and step, four for a trellis.
 
 A program attends with a few query rows of one KV head to the codes of one *span*: up to 64 time blocks of a chunk, or
 its codes that wait for their unit. It reads one frequency of its head at a time, as a tile of all components by all blocks,
@@ -34,8 +34,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def _attend_codes(
     span, sequence, head, kv_heads, first_row, query_rows, rank, latent, offset, state, pooled, places, planes, normalize,
-    levels, time, RANK_TILE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr, REST: tl.constexpr,
-    PRECISION: tl.constexpr,
+    levels, time, paths, path_rows, starts, second, third, fifth, curves, COUPLED: tl.constexpr, RANK_TILE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCKS: tl.constexpr, REST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Partial softmax of ROWS query rows over one span, to the base 2, values as latents."""
     i, r = tl.arange(0, FREQUENCIES * ROWS), tl.arange(0, RANK_TILE)
@@ -47,8 +47,9 @@ def _attend_codes(
         present = tl.load(planes + at)
         if present:
             y = coefficients(
-                span, sequence, at, 0, 1, rank, present, places, normalize, levels, RANK_TILE, BLOCKS, REST
-            )
+                span, sequence, at, 0, 1, rank, present, places, normalize, levels, paths, path_rows, starts, second, third,
+                fifth, curves, COUPLED, RANK_TILE, BLOCKS, REST,
+            )  # fmt: skip
             turned = query * tl.load(time + f * FREQUENCIES + token)[:, None]
             scores = tl.dot(turned, tl.trans(y), scores, input_precision=PRECISION)
     scores += tl.load(offset + m, mask=m < query_rows, other=0.0)[:, None]
@@ -64,8 +65,9 @@ def _attend_codes(
         present = tl.load(planes + at)
         if present:
             y = coefficients(
-                span, sequence, at, 0, 1, rank, present, places, normalize, levels, RANK_TILE, BLOCKS, REST
-            )
+                span, sequence, at, 0, 1, rank, present, places, normalize, levels, paths, path_rows, starts, second, third,
+                fifth, curves, COUPLED, RANK_TILE, BLOCKS, REST,
+            )  # fmt: skip
             turned = p * tl.load(time + f * FREQUENCIES + token)[:, None]
             sums = tl.dot(turned, y, sums, input_precision=PRECISION)
     m = first_row + tl.arange(0, ROWS)
@@ -127,11 +129,12 @@ def _project(
     tl.store(offset + line, at_mean)
 
 
-@triton.jit(do_not_specialize=["query_rows", "length", "exact", "rank"])
+@triton.jit(do_not_specialize=["query_rows", "length", "exact", "rank", "path_rows"])
 def _attend(
     query_rows, length, exact, rank, kv_heads, scale, spans, queries, keys, values, latent, offset, state, pooled, window,
-    places, planes, normalize, levels, time, DIM: tl.constexpr, DIM_TILE: tl.constexpr, RANK_TILE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCKS: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    places, planes, normalize, levels, time, paths, path_rows, starts, second, third, fifth, curves, COUPLED: tl.constexpr,
+    DIM: tl.constexpr, DIM_TILE: tl.constexpr, RANK_TILE: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Partials of every (group of query rows, span, sequence and KV head); the first is that of the exact tokens."""
     first_row, number, sequence_head = tl.program_id(0) * ROWS, tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -148,15 +151,18 @@ def _attend(
         latent += sequence_head * query_rows * RANK_TILE
         offset += sequence_head * query_rows
         pooled += (sequence_head * (tl.num_programs(1) - 1) + number - 1) * query_rows * RANK_TILE
+        paths += (sequence * (tl.num_programs(1) - 1) + number - 1) * ((BLOCKS + 31) // 32) * path_rows
         if tl.load(span + LEFT_AT) > 0:
             _attend_codes(
                 span, sequence, head, kv_heads, first_row, query_rows, rank, latent, offset, state, pooled, places, planes,
-                normalize, levels, time, RANK_TILE, ROWS, WAITING, True, PRECISION,
+                normalize, levels, time, paths, path_rows, starts, second, third, fifth, curves, COUPLED, RANK_TILE, ROWS,
+                WAITING, True, PRECISION,
             )  # fmt: skip
         else:
             _attend_codes(
                 span, sequence, head, kv_heads, first_row, query_rows, rank, latent, offset, state, pooled, places, planes,
-                normalize, levels, time, RANK_TILE, ROWS, BLOCKS, False, PRECISION,
+                normalize, levels, time, paths, path_rows, starts, second, third, fifth, curves, COUPLED, RANK_TILE, ROWS,
+                BLOCKS, False, PRECISION,
             )  # fmt: skip
 
 
@@ -210,7 +216,7 @@ class TritonStep:
 
     def __call__(self, chunks: list[Chunk], queries, keys, values, scale: float):
         """As `attention.decode_step`."""
-        codec, spans = self._codec, self._spans.of(chunks)
+        codec, codes, spans = self._codec, self._codes, self._spans.of(chunks)
         batch, q_heads, length, dim = queries.shape
         kv_heads, exact = keys.shape[1:3]
         heads, rows, tile, parts = batch * kv_heads, q_heads // kv_heads * length, self._rank_tile, len(spans)
@@ -226,13 +232,15 @@ class TritonStep:
         # ten bits of mantissa: no less than a half-precision query has
         precision = "ieee" if queries.dtype == torch.float32 else "tf32"
         with torch.cuda.device_of(queries):
+            trellis = codes.paths(spans, batch, self._blocks)
             _project[rows, heads](
                 rows, codec.rank, kv_heads, scale, queries, codec.basis, codec.mean, latent, offset, dim, tile
             )  # fmt: skip
             _attend[triton.cdiv(rows, at_once), 1 + parts, heads](
                 rows, length, exact, codec.rank, kv_heads, scale, spans, queries, keys, values, latent, offset, state, pooled,
-                window, self._codes.places, self._codes.planes, codec.normalize, codec.quantizers.levels, codec.time, dim,
-                self._dim_tile, tile, at_once, self._blocks, self._exact, precision, num_warps=8 if tile > 128 else 4,
+                window, codes.places, codes.planes, codec.normalize, codec.quantizers.levels, codec.time, *trellis,
+                codes.coupled, dim, self._dim_tile, tile, at_once, self._blocks, self._exact, precision,
+                num_warps=8 if tile > 128 else 4,
             )  # fmt: skip
             _merge[rows, heads](
                 rows, parts, codec.rank, kv_heads, state, pooled, window, codec.basis, codec.mean, output, dim, tile

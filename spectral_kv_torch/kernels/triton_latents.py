@@ -18,8 +18,9 @@ BLOCKS = WAITING.value  # of a program: 64 registers of each of 128 threads for 
 
 @triton.jit
 def _of_span(
-    span, sequence, group, tile, tiles, rank, planes, places, normalize, levels, time, latents, RANK_TILE: tl.constexpr,
-    BLOCKS: tl.constexpr, REST: tl.constexpr,
+    span, sequence, group, tile, tiles, rank, planes, places, normalize, levels, time, latents, paths, path_rows,
+    starts, second, third, fifth, curves, COUPLED: tl.constexpr, RANK_TILE: tl.constexpr, BLOCKS: tl.constexpr,
+    REST: tl.constexpr,
 ):  # fmt: skip
     """Latents of a tile of components of a span; `latents`: of the sequence and group."""
     token, n, r = tl.arange(0, FREQUENCIES), tl.arange(0, BLOCKS), tile * RANK_TILE + tl.arange(0, RANK_TILE)
@@ -29,8 +30,9 @@ def _of_span(
         present = tl.load(planes + at * tiles + tile)
         if present:
             y = coefficients(
-                span, sequence, at, tile, tiles, rank, present, places, normalize, levels, RANK_TILE, BLOCKS, REST
-            )
+                span, sequence, at, tile, tiles, rank, present, places, normalize, levels, paths, path_rows, starts, second,
+                third, fifth, curves, COUPLED, RANK_TILE, BLOCKS, REST,
+            )  # fmt: skip
             z += tl.load(time + f * FREQUENCIES + token)[:, None, None] * y[None, :, :]
     block = tl.load(span + FIRST_AT) + n
     here = (block[None, :, None] * FREQUENCIES + token[:, None, None]) * rank + r[None, None, :]
@@ -38,24 +40,25 @@ def _of_span(
     tl.store(latents + here, z.to(latents.dtype.element_ty), mask=held)
 
 
-@triton.jit(do_not_specialize=["tokens", "rank"])
+@triton.jit(do_not_specialize=["tokens", "rank", "path_rows"])
 def _latents(
-    tokens, rank, groups, spans, planes, places, normalize, levels, time, latents, RANK_TILE: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    tokens, rank, groups, spans, planes, places, normalize, levels, time, latents, paths, path_rows, starts, second, third,
+    fifth, curves, COUPLED: tl.constexpr, RANK_TILE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Latents [B, G, tokens, rank] of every (tile of components, span, sequence and group)."""
     tile, number, sequence_group = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     span, latents = spans + number * 24, latents + sequence_group * tokens * rank
     sequence, group = sequence_group // groups, (sequence_group % groups).to(tl.int32)
+    paths += (sequence * tl.num_programs(1) + number) * ((BLOCKS + 31) // 32) * path_rows
     if tl.load(span + LEFT_AT) > 0:
         _of_span(
-            span, sequence, group, tile, tl.num_programs(0), rank, planes, places, normalize, levels, time, latents,
-            RANK_TILE, BLOCKS, True,
+            span, sequence, group, tile, tl.num_programs(0), rank, planes, places, normalize, levels, time, latents, paths,
+            path_rows, starts, second, third, fifth, curves, COUPLED, RANK_TILE, BLOCKS, True,
         )  # fmt: skip
     else:
         _of_span(
-            span, sequence, group, tile, tl.num_programs(0), rank, planes, places, normalize, levels, time, latents,
-            RANK_TILE, BLOCKS, False,
+            span, sequence, group, tile, tl.num_programs(0), rank, planes, places, normalize, levels, time, latents, paths,
+            path_rows, starts, second, third, fifth, curves, COUPLED, RANK_TILE, BLOCKS, False,
         )  # fmt: skip
 
 
@@ -75,9 +78,10 @@ class Latents:
         batch, tokens = chunks[0].batch, sum(chunk.tokens for chunk in chunks)
         latents = torch.empty((batch, codec.groups, tokens, codec.rank), dtype=dtype, device=spans.device)
         with torch.cuda.device_of(latents):
+            trellis = self._codes.paths(spans, batch, BLOCKS)
             _latents[self._codes.tiles, len(spans), batch * codec.groups](
                 tokens, codec.rank, codec.groups, spans, self._codes.planes, self._codes.places, codec.normalize,
-                codec.quantizers.levels, codec.time, latents, COMPONENTS, BLOCKS,
+                codec.quantizers.levels, codec.time, latents, *trellis, self._codes.coupled, COMPONENTS, BLOCKS,
             )  # fmt: skip
         return latents
 
