@@ -1,7 +1,7 @@
 """The Triton kernel under Triton's interpreter, on CPU tensors: `test_triton_kernel.py` runs this in its own process.
 
 TRITON_INTERPRET=1 must be set before triton is imported, and holds for everything in a process that uses it. One program
-takes a third of a second here, so cases are small.
+takes up to a third of a second here, so cases are as few and as small as there are ways to go wrong.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ def compare(codec, case: Case, sizes: list[int], length: int = 1, exact: int = 9
     assert_close("output", got.float(), expected.float(), dtype)
 
 
-@pytest.mark.parametrize("bits", [0.5, 2, 3.7, 6, 8])
+@pytest.mark.parametrize("bits", [0.5, 3.7, 8])
 def test_every_width(bits):
     case = Case(0, 64, 1, 2)
     compare(make_codec(ops, plan_of(case.model, bits), 0), case, [176])
 
 
-@pytest.mark.parametrize("sizes", [[16], [112], [128], [400], [1024, 1024, 48], [48, 128]], ids=str)
+@pytest.mark.parametrize("sizes", [[112], [400], [1024, 1024, 48], [48, 128]], ids=str)
 def test_chunks_of_any_number_of_blocks(sizes):
     """Whole units, codes that wait for theirs, and both."""
     case = Case(0, 64, 1, 2)
@@ -61,7 +61,7 @@ def test_a_chunk_of_several_spans_and_a_head_that_is_no_power_of_two():
     compare(make_codec(ops, plan_of(case.model, 3), 0), case, [1024, 672])
 
 
-@pytest.mark.parametrize("kv_heads, q_heads, batch, length", [(1, 1, 1, 1), (2, 6, 2, 1), (1, 5, 1, 3), (1, 2, 1, 16)])
+@pytest.mark.parametrize("kv_heads, q_heads, batch, length", [(1, 1, 1, 1), (2, 6, 2, 1), (1, 5, 1, 2)])
 def test_any_number_of_heads_sequences_and_new_tokens(kv_heads, q_heads, batch, length):
     case = Case(0, 64, kv_heads, q_heads, batch)
     compare(make_codec(ops, plan_of(case.model, 2), 0), case, [48], length, exact=70 + length)
@@ -95,7 +95,7 @@ def test_a_cache_that_seals_while_it_decodes():
         store = LayerCache(ops, codec, 4, 16)
         codec.kernel = TritonStep(codec) if kernel else None
         step = codec.kernel or step
-        parts = [slice(0, 48), *(slice(i, i + 8) for i in range(48, 72, 8))]
+        parts = [slice(0, 48), slice(48, 52), slice(52, 54)]
         outputs.append([store.attend(q[:, :, p], k[:, :, p], v[:, :, p], 0.125, fused) for p in parts])
     for got, expected in zip(*outputs):
         assert_close("output", got, expected)
@@ -120,18 +120,18 @@ def test_what_lies_where_is_moved_once_per_sealing_and_counted():
     assert len(step._spans.arrays()) == 0
 
 
-@pytest.mark.parametrize("bits, sizes, batch", [(0.5, [176], 1), (2, [1024, 48], 1), (3.7, [128, 16], 2), (6, [16], 1)])
+@pytest.mark.parametrize("bits, sizes, batch", [(0.5, [48], 1), (2, [1024], 1), (3.7, [48], 2), (6, [16], 1)])
 def test_the_step_with_a_trellis(bits, sizes, batch):
     """Paths that visit rows of all widths, heads and both sides; spans of two words, and codes that wait for their unit."""
-    case = Case(0, 64, 2, 4, batch)
+    case = Case(0, 64, 2 if bits < 1 else 1, 2, batch)
     codec = make_codec(ops, plan_of(case.model, bits, quantizer="trellis"), 0)
     assert codec.coupled
     compare(codec, case, sizes)
 
 
-@pytest.mark.parametrize("bits, batch", [(0.5, 1), (3.7, 2)])
+@pytest.mark.parametrize("bits, batch", [(0.5, 2), (3.7, 1)])
 def test_latents_with_a_trellis(bits, batch):
-    case = Case(0, 64, 2, 4, batch)
+    case = Case(0, 24, 1, 2, batch)
     codec = make_codec(ops, plan_of(case.model, bits, "layer", "pre", "expected-attention", "trellis"), 0)
     chunks, latents = chunks_of(codec, case, [128, 48]), Latents(codec)
     assert_close("latents", latents(chunks, torch.float32), latents_of(codec, chunks))
@@ -143,14 +143,12 @@ def latents_of(codec, chunks) -> torch.Tensor:
     return torch.cat([to_time(ops, codec.spectrum(chunk), codec.time) for chunk in chunks], dim=2)
 
 
-@pytest.mark.parametrize("bits", [0.5, 2, 3.7, 6, 8])
+@pytest.mark.parametrize("bits", [0.5, 3.7, 8])
 def test_latents_of_every_width(bits):
-    check_latents(Case(0, 64, 1, 2), bits, "layer", "pre")
+    check_latents(Case(0, 24, 1, 2), bits, "layer", "pre")
 
 
-@pytest.mark.parametrize(
-    "group, rope, case", [("side", "pre", Case(0, 80, 2, 4)), ("head", "post", Case(0, 64, 1, 1, 2))]
-)
+@pytest.mark.parametrize("group, rope, case", [("side", "pre", Case(0, 40, 1, 2)), ("head", "post", Case(0, 16, 2, 2))])
 def test_latents_of_other_groups(group, rope, case):
     check_latents(case, 3, group, rope)
 
@@ -161,10 +159,9 @@ def check_latents(case: Case, bits: float, group: str, rope: str) -> None:
     assert_close("latents", Latents(codec)(chunks, torch.float32), latents_of(codec, chunks))
 
 
-@pytest.mark.parametrize("sizes", [[16], [128], [400, 272, 48]], ids=str)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sizes, dtype", [([16], "float32"), ([128], "bfloat16"), ([400, 48], "float32")], ids=str)
 def test_latents_of_any_number_of_blocks(sizes, dtype):
-    case = Case(0, 64, 1, 2)
+    case = Case(0, 16, 1, 2)
     codec = make_codec(ops, plan_of(case.model, 2), 0)
     chunks = chunks_of(codec, case, sizes)
     got = Latents(codec)(chunks, getattr(torch, dtype))
@@ -199,16 +196,16 @@ def test_rotation(interleaved, dim, rotary, scaling, inverse):
     "group, rope, case, dtype",
     [
         ("head", "post", Case(0, 64, 1, 2), "float32"),
-        ("layer", "pre", Case(0, 64, 2, 4, batch=2), "float32"),
-        ("layer", "pre", Case(0, 128, 1, 2), "bfloat16"),
-        ("side", "pre", Case(0, 80, 2, 6), "bfloat16"),
+        ("layer", "pre", Case(0, 64, 2, 4), "float32"),
+        ("side", "pre", Case(0, 80, 1, 3), "bfloat16"),
     ],
 )
 def test_decoded_tiles(monkeypatch, group, rope, case, dtype):
     """As chunk by chunk, and a step over them; with more chunks than a tile takes."""
     monkeypatch.setattr(decoding, "TILE_CHUNKS", 2)
     kind = getattr(torch, dtype)
-    codec = make_codec(ops, plan_of(case.model, 2, group, rope), 0)
+    quantizer = "trellis" if group == "layer" else "scalar"
+    codec = make_codec(ops, plan_of(case.model, 0.4, group, rope, quantizer=quantizer), 0)
     decode = on_card(monkeypatch, codec)
     chunks = chunks_of(codec, case, [128, 16, 32])
     tiles = list(decode(chunks, kind))
@@ -216,6 +213,8 @@ def test_decoded_tiles(monkeypatch, group, rope, case, dtype):
     for got, expected in zip(zip(*tiles), zip(*map(codec.decode, chunks))):
         assert got[0].dtype == kind
         assert_close("side", torch.cat(got, dim=2).float(), torch.cat(expected, dim=2), dtype)
+    kept = dict(zip((chunks[0], chunks[2]), tiles))  # decoded once: the first chunk of a tile stands for it
+    monkeypatch.setattr(decode, "_checked", lambda like, size, some, dtype: kept[some[0]])
     for length, held in ((1, chunks[:2]), (3, chunks)):
         queries = torch.from_numpy(case.model.queries(1, length, case.batch)).to(kind)
         exact = (torch.from_numpy(x).to(kind) for x in case.model.sample(2, 9, case.batch))
@@ -227,7 +226,7 @@ def test_decoded_tiles(monkeypatch, group, rope, case, dtype):
 
 def test_decoded_tiles_of_tokens_that_stand_anywhere(monkeypatch):
     case = Case(0, 64, 2, 4, batch=2)
-    codec = make_codec(ops, plan_of(case.model, 3, "layer", "pre"), 0)
+    codec = make_codec(ops, plan_of(case.model, 0.4, "layer", "pre"), 0)
     blocks = torch.tensor([[[0, 2, 3, 7, 9]], [[1, 2, 4, 5, 6]]], dtype=torch.int32)
     chunks = codec.keep(chunks_of(codec, case, [128, 48]), blocks, 48)
     (got,) = on_card(monkeypatch, codec)(chunks, torch.float32)
@@ -243,12 +242,11 @@ def on_card(monkeypatch, codec) -> Decoder:
     return decode
 
 
-@pytest.mark.parametrize("group, rope", [("head", "post"), ("layer", "pre")])
-@pytest.mark.parametrize("bits", [0.5, 2, 6])
+@pytest.mark.parametrize("group, rope, bits", [("head", "post", 3), ("layer", "pre", 0.5)])
 def test_time_rounding(group, rope, bits):
-    model = ToyModel(80 if group == "head" else 64)
+    model = ToyModel(80, kv_heads=1, q_heads=2) if group == "head" else ToyModel(64)
     codec = make_codec(ops, plan_of(model, bits, group, rope, "expected-attention"), 0)
-    z, weights = codec.coefficients(*map(torch.from_numpy, model.sample(1, 64, 2)), 4)
+    z, weights = codec.coefficients(*map(torch.from_numpy, model.sample(1, 48, 2)), 4)
     call = z, weights, codec.gain, codec.time, codec.quantizers
     got, expected = round_in_time(*call), descend(ops, *call)
     assert (got != codec.quantizers.quantize(z)).float().mean() > 0.01  # rounding to the nearest is something else
@@ -258,7 +256,7 @@ def test_time_rounding(group, rope, bits):
 @pytest.mark.parametrize("bits, sizes", [(0.5, [1, 2]), (2, [9, 7]), (3.7, [3, 5, 1]), (8, [8, 1])])
 def test_packing(bits, sizes):
     """Chunks that grow by any number of blocks, byte by byte as width by width; of a part of more codes."""
-    case = Case(0, 64, 1, 2, batch=2 if bits == 2 else 1)
+    case = Case(0, 16, 1, 2, batch=2 if bits == 0.5 else 1)
     codec = make_codec(ops, plan_of(case.model, bits, "layer", "pre"), 0)
     keys, values = map(torch.from_numpy, case.model.sample(1, 16 * sum(sizes), case.batch))
     codes, packer = codec.choose(keys, values, 4), Packer(codec)
