@@ -83,6 +83,21 @@ def test_attention_is_attention_over_what_the_cache_holds(xp, bits, group, rope)
     assert cache.lanes[0].sealed > CHUNK_TOKENS or bits is None
 
 
+def test_a_step_joins_exact_tokens_once(xp, monkeypatch):
+    cache = make_cache(xp, 2)
+    append(cache, *MODEL.sample(1, 200))
+    queries, keys, values = (xp.asarray(x) for x in (MODEL.queries(2, 1), *MODEL.sample(2, 1)))
+    joined, concat = [], xp.concat
+
+    def recorded(arrays, axis):
+        joined.extend(x for x in arrays if x is keys or x is values)
+        return concat(arrays, axis=axis)
+
+    monkeypatch.setattr(xp, "concat", recorded)
+    cache.attend(queries, keys, values, 0.125, None)
+    assert len(joined) == 2
+
+
 def test_no_codec_is_the_plain_cache(xp):
     cache = make_cache(xp, None)
     parts = MODEL.queries(1, sum(STEPS)), *MODEL.sample(1, sum(STEPS))

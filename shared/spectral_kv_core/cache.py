@@ -123,8 +123,8 @@ class LayerCache:
             if not q.shape[2]:
                 outputs.append(self.xp.zeros(self._take(lane, queries).shape, dtype=queries.dtype, like=queries))
                 continue
-            out = self._attend_lane(lane, q, k, v, scale, fused)
-            self._append_lane(lane, k, v, prompt, q[:, :, -RECENT:] * scale if self.eviction else None)
+            out, joined = self._attend_lane(lane, q, k, v, scale, fused)
+            self._append_lane(lane, k, v, prompt, q[:, :, -RECENT:] * scale if self.eviction else None, joined)
             if missing:
                 blank = self.xp.zeros((*out.shape[:2], missing, out.shape[3]), dtype=out.dtype, like=out)
                 out = self.xp.concat([blank, out], axis=2)
@@ -307,22 +307,30 @@ class LayerCache:
         joined = self.xp.concat(parts, axis=0)
         return self.xp.take(joined, self.xp.asarray(order, like=joined), axis=0)
 
-    def _attend_lane(self, lane: Lane, q, k, v, scale, fused):
+    def _attend_lane(self, lane: Lane, q, k, v, scale, fused) -> tuple:
+        """The output, and keys and values of the exact tokens with `k` and `v` behind them, or None where it took none."""
         xp = self.xp
         if not lane.sealed:
-            if lane.exact:
-                k, v = xp.concat([lane.exact_keys, k], axis=2), xp.concat([lane.exact_values, v], axis=2)
-            return fused(q, k, v, scale)
+            joined = self._joined(lane, k, v)
+            return fused(q, *joined, scale), joined
         if q.shape[2] > LATENT_QUERIES:
             at_once = getattr(self.codec, "decoder", None) and lane.sealed <= DENSE_TOKENS
             if not at_once and xp.kernels and xp.kernels.supports_partial_attention(q):
-                return self._attend_blocks(lane, q, k, v, scale)
-            return fused(q, *self.lane_dense(lane, k.dtype, (k, v)), scale)
-        keys, values = xp.concat([lane.exact_keys, k], axis=2), xp.concat([lane.exact_values, v], axis=2)
+                return self._attend_blocks(lane, q, k, v, scale), None
+            return fused(q, *self.lane_dense(lane, k.dtype, (k, v)), scale), None
+        joined = self._joined(lane, k, v)
         if self.working_set:
             others = sum(x.nbytes for other in self.lanes if other is not lane for x in working_set.held(other))
-            return working_set.decode_step(xp, self.codec, lane, self.working_set - others, q, keys, values, scale)
-        return self.codec.decode_step(lane.chunks, q, keys, values, scale)
+            out = working_set.decode_step(xp, self.codec, lane, self.working_set - others, q, *joined, scale)
+        else:
+            out = self.codec.decode_step(lane.chunks, q, *joined, scale)
+        return out, joined
+
+    def _joined(self, lane: Lane, k, v) -> tuple:
+        """Keys and values of the exact tokens of `lane`, with `k` and `v` behind them."""
+        if not lane.exact:
+            return k, v
+        return tuple(self.xp.concat(pair, axis=2) for pair in ([lane.exact_keys, k], [lane.exact_values, v]))
 
     def _attend_blocks(self, lane: Lane, q, k, v, scale):
         """Attention of many new tokens, with never more of the history decoded than `decoded` gives at a time."""
@@ -343,15 +351,12 @@ class LayerCache:
         o, _, l = total
         return xp.astype((o / l).reshape(q.shape), q.dtype)
 
-    def _append_lane(self, lane: Lane, k, v, prompt: bool, recent=None) -> None:
+    def _append_lane(self, lane: Lane, k, v, prompt: bool, recent=None, joined: tuple | None = None) -> None:
+        """Put `k` and `v` behind the exact tokens of `lane`, which may be `_joined` already, and seal what is ready."""
         xp = self.xp
         # the first call is encoded for good: most prompts come in one, and nothing was attended to with an error yet
         staged = prompt and lane.exact > 0
-        if lane.exact:
-            lane.exact_keys = xp.concat([lane.exact_keys, k], axis=2)
-            lane.exact_values = xp.concat([lane.exact_values, v], axis=2)
-        else:
-            lane.exact_keys, lane.exact_values = k, v
+        lane.exact_keys, lane.exact_values = joined or self._joined(lane, k, v)
         if self.eviction is None:
             self._seal(lane, staged)
         else:
