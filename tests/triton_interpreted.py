@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from cases import Case, ToyModel, codes_of, plan_of
-from test_torch_kernels import chunks_of, vars_of
+from test_torch_kernels import chunks_of, codec_of
 from tolerances import assert_close, assert_codes_close
 
 from spectral_kv_core import attention
@@ -80,8 +80,7 @@ def test_scores_far_apart():
 
 def test_a_layer_without_any_bits_attends_to_its_means():
     case = Case(0, 64, 1, 2)
-    plan = plan_of(case.model, 0.25)
-    codec = make_codec(ops, type(plan)(**{**vars_of(plan), "widths": np.zeros_like(plan.widths)}), 0)
+    codec = codec_of(case.model, 0.25, "scalar", np.zeros_like)
     assert codec.bits == []
     compare(codec, case, [176])
 
@@ -171,8 +170,7 @@ def test_latents_of_any_number_of_blocks(sizes, dtype):
 
 def test_latents_of_a_layer_without_any_bits():
     case = Case(0, 64, 1, 2)
-    plan = plan_of(case.model, 0.25)
-    codec = make_codec(ops, type(plan)(**{**vars_of(plan), "widths": np.zeros_like(plan.widths)}), 0)
+    codec = codec_of(case.model, 0.25, "scalar", np.zeros_like)
     assert not Latents(codec)(chunks_of(codec, case, [176]), torch.float32).any()
 
 
