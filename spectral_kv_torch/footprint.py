@@ -50,7 +50,7 @@ def footprint(name: str, dtype: str | None = None) -> Footprint:
     windows = {i: layers[i].sliding_window for i in passed if getattr(layers[i], "sliding_window", None)}
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     experts = (getattr(config, "num_experts_per_tok", 0) or 0) * (getattr(config, "moe_intermediate_size", 0) or 0)
-    on_card = torch.cuda.is_available()
+    on_card, query = torch.cuda.is_available(), torch.empty(1, 1, 1, shape.head_dim, device="cpu")
     return Footprint(
         shape=shape,
         passed=passed,
@@ -60,7 +60,7 @@ def footprint(name: str, dtype: str | None = None) -> Footprint:
         intermediate=max(getattr(config, "intermediate_size", 0) or 0, experts),
         context=max_context(model),
         call=PREFILL_CHUNK,
-        decodes_history=on_card or not ops.kernels or not ops.kernels.supports_partial_attention(torch.empty(0)),
+        decodes_history=on_card or not ops.kernels or not ops.kernels.supports_partial_attention(query),
         pair_bytes=4,  # the mask that transformers makes, and what it is made of
         shares_memory=not on_card,
     )

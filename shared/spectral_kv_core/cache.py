@@ -20,10 +20,7 @@ from .plan import SEAL
 
 RECENT = 64  # queries of a call that scorers may look at
 LATENT_QUERIES = 16  # up to so many new tokens attend to the codes; more are a prefill and use the host's fused kernel
-
-DENSE_TOKENS = (
-    32768  # sealed tokens that may be decoded at once for such a call, where that saves many small operations
-)
+DENSE_TOKENS = 32768  # sealed tokens that may be decoded at once for such a call, where that saves small operations
 
 
 class CacheSize(int):
