@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spectral_kv_core import ops
+from spectral_kv_core import ops, trellis
 from spectral_kv_core.calibration import Spool, fit_basis_set
 from spectral_kv_core.joint import fit_joint_set
 from spectral_kv_core.methods import Method
 from spectral_kv_core.plan import Plan, make_plan
 from spectral_kv_core.profile import ModelShape, Profile, QueryStatistics
-from spectral_kv_core.quantizer import unpack_rows
+from spectral_kv_core.quantizer import BIT_WIDTHS, unpack_rows
 from spectral_kv_core.rope import Rope, rotate
 from spectral_kv_core.statistics import QueryMoments
 
@@ -154,6 +154,24 @@ def plan_of(
     recipe = {"rope": rope, "group": group, "time": "dct", "block": 16, "quantizer": quantizer, "rounding": rounding}
     method = Method("test", "spectral", "", "", **recipe)
     return make_plan(model.shape, toy_profile_of(model, group, rope), method, bits)
+
+
+def decoded_paths(rows: trellis.Rows, levels: dict[int, np.ndarray], codes: np.ndarray) -> np.ndarray:
+    """Levels of codes [B, G, n, F, R], step by step along every path: the definition, without `trellis.Paths`."""
+    _, frequencies, rank = rows.shape
+    bits = np.array(BIT_WIDTHS)[rows.slots]
+    found = np.zeros(codes.shape, np.float32)
+    for f in range(frequencies):
+        window = np.zeros((codes.shape[0], codes.shape[2]), int)
+        for number in rows.order[f]:
+            g, r = divmod(int(number), rank)
+            code = codes[:, g, :, f, r].astype(int)
+            if bits[g, f, r] in trellis.WIDTHS:
+                window = (window << 1 | code & 1) % (2 * trellis.STATES)
+                code = code >> 1 << 2 | trellis.label(window)
+            if bits[g, f, r]:
+                found[:, g, :, f, r] = levels[bits[g, f, r]][code]
+    return found
 
 
 def attention(queries, keys, values, scale: float) -> np.ndarray:

@@ -9,11 +9,12 @@ from importlib.resources import files
 
 import numpy as np
 import pytest
+from cases import decoded_paths
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from spectral_kv_core import cli  # noqa: E402
+from spectral_kv_core import cli, trellis  # noqa: E402
 from spectral_kv_core.basis import orthonormalize  # noqa: E402
 from spectral_kv_core.demo import demo_model_path  # noqa: E402
 from spectral_kv_core.divergence import compare_logits  # noqa: E402
@@ -94,15 +95,22 @@ def simulated(plan, row, keys, values, start):
     sigma = np.sqrt(basis_set.variance[row].astype(np.float64))[..., BANDS].transpose(0, 2, 1)[:, None]
     z, decoded = DCT @ y / sigma, np.zeros_like(y)
     widths = np.broadcast_to(plan.widths[row][..., BANDS].transpose(0, 2, 1)[:, None], z.shape)
+    coupled = trellis.WIDTHS if plan.trellis else ()
     for bits, levels in basis_set.levels.items():
-        code = np.searchsorted(thresholds(levels), z)
-        decoded = np.where(widths == bits, plan.levels[bits][code], decoded)
+        if bits not in coupled:
+            code = np.searchsorted(thresholds(levels), z)
+            decoded = np.where(widths == bits, plan.levels[bits][code], decoded)
+    if coupled:
+        cost = plan.loss(row)[..., BANDS].transpose(0, 2, 1)
+        rows = trellis.Rows(widths[:, 0], np.ones(cost.shape), cost, DCT, plan.search_tables)
+        along = decoded_paths(rows, plan.levels, rows.search(z[None], None))[0]
+        decoded = np.where(np.isin(widths, coupled), along, decoded)
     x = (DCT.T @ (decoded * sigma)).reshape(groups, -1, basis.shape[-1]) @ basis.swapaxes(-1, -2) / weight + mean
     x = x.reshape(groups, x.shape[1], -1, plan.shape.head_dim).transpose(0, 2, 1, 3).reshape(2 * heads, x.shape[1], -1)
     return turned(x[:heads], angles) if pre else x[:heads], x[heads:]
 
 
-@pytest.mark.parametrize("name", ["spectral", "spectral-dense"])
+@pytest.mark.parametrize("name", ["spectral", "spectral-trellis", "spectral-dense"])
 def test_the_packed_cache_is_a_float_simulation_of_itself(name):
     model, tokenizer = load_model(demo_model_path(), "float32")
     text = (files("spectral_kv_core") / "data" / "evaluation" / "prose.txt").read_text()

@@ -8,7 +8,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from cases import ToyModel, plan_of
+from cases import ToyModel, decoded_paths, plan_of
 
 from spectral_kv_core import methods, native, ops, trellis
 from spectral_kv_core.codec import TrellisCodec, make_codec
@@ -57,24 +57,6 @@ def coefficients(rows: Rows, batch: int, blocks: int, seed: int = 1) -> tuple[np
     return z.astype(np.float32), (weights / weights.mean(-1, keepdims=True)).astype(np.float32)
 
 
-def decoded(rows: Rows, codes: np.ndarray) -> np.ndarray:
-    """Levels of codes [B, G, n, F, R], step by step along every path: the definition, without `Paths`."""
-    _, frequencies, rank = rows.shape
-    bits = np.array(BIT_WIDTHS)[rows.slots]
-    levels = np.zeros(codes.shape, np.float32)
-    for f in range(frequencies):
-        window = np.zeros((codes.shape[0], codes.shape[2]), int)
-        for number in rows.order[f]:
-            g, r = divmod(int(number), rank)
-            code = codes[:, g, :, f, r].astype(int)
-            if bits[g, f, r] in WIDTHS:
-                window = (window << 1 | code & 1) % (2 * STATES)
-                code = code >> 1 << 2 | label(window)
-            if bits[g, f, r]:
-                levels[:, g, :, f, r] = BOOKS[bits[g, f, r]][code]
-    return levels
-
-
 def weighted_error(rows: Rows, z, weights, levels) -> np.ndarray:
     """What time rounding minimises, of every block [B, n]: errors weighed by tokens, and by rows."""
     error = (z - levels) * rows.gain[:, None]
@@ -102,7 +84,7 @@ def test_squared_errors_are_those_that_plans_count_on(bits):
     rows = rows_of(np.full((1, 16, 600), bits, np.uint8))
     rows.cost[:] = 1
     z, _ = coefficients(rows, 1, 16)
-    levels = decoded(rows, rows.search(z, None))
+    levels = decoded_paths(rows, BOOKS, rows.search(z, None))
     scalar = NORMAL[bits][np.searchsorted((NORMAL[bits][1:] + NORMAL[bits][:-1]) / 2, z)]
     ratio = np.square(z - levels).mean() / np.square(z - scalar).mean()
     assert ratio == pytest.approx(ERROR_RATIOS[bits], rel=0.045)
@@ -124,10 +106,10 @@ def test_no_codes_are_better_than_those_found(run):
     every = np.zeros((1, 2, len(ways), 16, 4), np.uint8)
     for number, (g, r) in enumerate(np.argwhere(coupled)):
         every[0, g, :, 3, r] = np.array(ways)[:, number]
-    levels = decoded(rows, every)[0, :, :, 3].transpose(1, 0, 2)[:, coupled]
+    levels = decoded_paths(rows, BOOKS, every)[0, :, :, 3].transpose(1, 0, 2)[:, coupled]
     cost = rows.cost[:, 3][coupled]
     best = (np.square(z[0, :, :, 3].transpose(1, 0, 2)[:, None, coupled] - levels) * cost).sum(-1).min(1)
-    found = decoded(rows, codes)[0, :, :, 3].transpose(1, 0, 2)[:, coupled]
+    found = decoded_paths(rows, BOOKS, codes)[0, :, :, 3].transpose(1, 0, 2)[:, coupled]
     error = (np.square(z[0, :, :, 3].transpose(1, 0, 2)[:, coupled] - found) * cost).sum(-1)
     np.testing.assert_allclose(error, best, rtol=1e-5)
     assert (codes[:, :, :, :3] == 0).all()
@@ -167,7 +149,9 @@ def test_weights_move_the_error_to_the_tokens_that_matter_least():
     rows = mixed_rows(2, 30, choices=(0, 1, 2, 3))
     rows.gain[:] = 1  # so that the weighted error is what the search minimises
     z, weights = coefficients(rows, 1, 50)
-    aware, blind = (weighted_error(rows, z, weights, decoded(rows, rows.search(z, w))) for w in (weights, None))
+    aware, blind = (
+        weighted_error(rows, z, weights, decoded_paths(rows, BOOKS, rows.search(z, w))) for w in (weights, None)
+    )
     assert aware.mean() < 0.9 * blind.mean()
 
 
@@ -178,7 +162,7 @@ def test_paths_decode_as_the_definition_says():
     stored = np.concatenate([np.flatnonzero(widths == b) for b in WIDTHS])
     paths = Paths(ops, rows.sequences(), stored, widths[stored], BOOKS)
     by_row = codes.transpose(0, 1, 3, 4, 2).reshape(2, -1, 6)[:, stored]
-    expected = decoded(rows, codes).transpose(0, 1, 3, 4, 2).reshape(2, -1, 6)[:, stored]
+    expected = decoded_paths(rows, BOOKS, codes).transpose(0, 1, 3, 4, 2).reshape(2, -1, 6)[:, stored]
     np.testing.assert_array_equal(paths.levels_of(by_row), expected)
 
 
