@@ -112,7 +112,7 @@ def test_what_lies_where_is_moved_once_per_sealing_and_counted():
     assert sum(x.nbytes for x in step.tables()) == 4 * codec.groups * 16 * (codec.rank + 1)
     table = step._spans.of(chunks)
     assert step._spans.of(list(chunks)) is table
-    assert step.tables()[-1] is table and table.nbytes == 3 * 192
+    assert step.tables()[-1] is table and table.nbytes == 4 * 192
     assert step._spans.of(chunks[:2]) is not table
     assert len(step._spans.arrays()) == 1
     del chunks, table

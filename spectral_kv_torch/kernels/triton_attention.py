@@ -207,7 +207,7 @@ class TritonStep:
     def __init__(self, codec: SpectralCodec):
         self._codec = codec
         self._rank_tile, self._dim_tile = (max(16, triton.next_power_of_2(n)) for n in (codec.rank, codec.head_dim))
-        blocks, self._exact = (max(16, min(64, TILE // n)) for n in (self._rank_tile, self._dim_tile))
+        blocks, self._exact = (max(16, min(32, TILE // n)) for n in (self._rank_tile, self._dim_tile))
         self._blocks, self._spans = blocks, Spans(codec, blocks, codec.basis)
 
     @cached_property
