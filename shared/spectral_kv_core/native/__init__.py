@@ -29,7 +29,7 @@ def disabled() -> bool:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The core's kernels; None where there is no compiler, or where they are `disabled`."""
-    return compiled(HERE, VARIANTS, "NumPy takes over, which is many times slower")
+    return compiled(HERE, VARIANTS, "codes are chosen one by one in place of a trellis search")
 
 
 def compiled(folder: Path, variants: tuple, otherwise: str) -> ctypes.CDLL | None:
