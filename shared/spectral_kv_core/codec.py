@@ -201,10 +201,8 @@ class SpectralCodec(TransformCodec):
         if chunk is None:
             return _flatten([pack_rows(xp, x, b) for x, b in zip(by_width, self.bits)])
         held = chunk.tokens // self.block
-        packed = [
-            append_rows(xp, *x, b) for *x, b in zip(_pairs(chunk.arrays), [held] * len(by_width), by_width, self.bits)
-        ]
-        return _flatten(packed)
+        rows = zip(_pairs(chunk.arrays), by_width, self.bits)
+        return _flatten([append_rows(xp, old, held, new, b) for old, new, b in rows])
 
     def seal(self, chunk: Chunk | None, codes, position) -> Chunk:
         """`chunk` with `codes` [B, G, n, block, R] behind its own, or a new one; `position`: where these tokens stand.

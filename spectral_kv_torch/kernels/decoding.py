@@ -46,9 +46,8 @@ class Decoder:
         x = torch.matmul(z, self._axes[dtype]).add_(codec.mean)  # [B, G, T, Dg]
         batch, groups, tokens, _ = x.shape
         x = x.view(batch, groups, tokens, -1, codec.head_dim).transpose(2, 3)
-        x = x.reshape(
-            batch, 2 * codec.kv_heads, tokens, codec.head_dim
-        )  # a view where a side has one group, or a group one head
+        # a view where a side has one group, or a group one head
+        x = x.reshape(batch, 2 * codec.kv_heads, tokens, codec.head_dim)
         keys, values = x[:, : codec.kv_heads], x[:, codec.kv_heads :]
         if codec.rope and codec.method.rope == "pre":
             start = self._start(chunks)
