@@ -18,11 +18,11 @@ from mlx_lm.models.cache import (
 )
 
 from spectral_kv_core.cache import LATENT_QUERIES, CacheSize, LayerCache
-from spectral_kv_core.codec import Chunk
+from spectral_kv_core.codec import Chunk, join_layers, split_layers
 from spectral_kv_core.eviction import Eviction
 from spectral_kv_core.lane import Lane
 from spectral_kv_core.plan import Plan
-from spectral_kv_core.stored import codecs_of, join_layers, split_layers
+from spectral_kv_core.stored import codecs_of
 
 from . import ops
 from .handles import RoutedCache, caller_is_routed
@@ -30,7 +30,8 @@ from .integration import exact_layer
 
 
 class SpectralKVCache(RoutedCache):
-    """The compressed layers of row `row` of the plan's tables: one, or several that a file codes together.
+    """The compressed layers of row `row` of the plan's tables: one, or the first of several that are coded together, which
+    keeps the tokens of all.
 
     `left_padding` counts slots, row by row of the batch.
     Where our dispatcher is installed, `update_and_fetch` gives back the new tokens only and the dispatcher attends to
@@ -48,6 +49,7 @@ class SpectralKVCache(RoutedCache):
         working_set: int = 0,
     ):
         self.plan, self.row = plan, row
+        self.taken: dict[int, tuple] = {}  # by layer of the row: tokens that nobody has attended to yet
         self.left_padding = [int(p) for p in left_padding] if left_padding is not None else None
         staging = (lambda: codecs_of(ops, plan.staging)[row]) if plan.staging and eviction is None else None
         self.store = LayerCache(ops, codecs_of(ops, plan)[row], sinks, window, staging, eviction, row, working_set)
@@ -62,37 +64,47 @@ class SpectralKVCache(RoutedCache):
         """KV heads of all of these layers."""
         return self.plan.shape.kv_heads * len(self.layers)
 
+    @property
+    def pending(self) -> tuple[mx.array, mx.array] | None:
+        return self.taken.get(0)
+
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Take in [B, H, L, D] post-RoPE keys and values."""
-        self._check(keys)
-        self.commit()
-        self.pending = keys, values
-        if caller_is_routed():
-            return self.pending
+        return self.take(keys, values, 0, caller_is_routed())
+
+    def take(self, keys: mx.array, values: mx.array, number: int, routed: bool) -> tuple[mx.array, mx.array]:
+        """`update_and_fetch` for layer number `number` of the row."""
+        self._check(keys, self.plan.shape.kv_heads)
+        if not number:
+            self.commit()
+        self.taken[number] = keys, values
+        if routed:
+            return keys, values
         self.store.begin(keys.shape[2])
         held = self.store.dense(keys.dtype)
         self.commit()
         if held is None:
             return keys, values
+        held = split_layers(*held, len(self.layers))[number]
         return mx.concatenate([held[0], keys], axis=2), mx.concatenate([held[1], values], axis=2)
 
-    def attend(self, queries: mx.array, scale: float, fused) -> mx.array:
-        """Attention [B, Hq, L, D] of the pending tokens, which enter the cache."""
-        (keys, values), self.pending = self.pending, None
+    def attend(self, queries: mx.array, scale: float, fused, number: int = 0) -> mx.array:
+        """Attention [B, Hq, L, D] of the pending tokens of layer number `number` of the row; they enter with the last's."""
+        keys, values = self.taken.pop(number)
         self._start(keys)
         if queries.shape[2] <= LATENT_QUERIES:
             self._end_prompt()
-        out = self.store.attend(queries, keys, values, scale, fused)
+        out = self.store.attend(queries, keys, values, scale, fused, number)
         if queries.shape[2] > LATENT_QUERIES:  # else the dense keys and values of every layer live until the last one
             mx.eval(out, self.store.arrays())
         return out
 
     def commit(self) -> None:
         """Let tokens that nobody attended to through us enter the cache."""
-        if self.pending is not None:
-            (keys, values), self.pending = self.pending, None
+        taken, self.taken = self.taken, {}
+        for number, (keys, values) in taken.items():
             self._start(keys)
-            self.store.append(keys, values)
+            self.store.append(keys, values, number)
 
     def finalize(self) -> None:
         """End the prompt now instead of at the next call with at most 16 tokens: the cache takes its final size."""
@@ -105,20 +117,20 @@ class SpectralKVCache(RoutedCache):
             mx.eval(self.store.arrays())  # else the decoded prompt of every layer lives until the last one
 
     def append(self, keys: mx.array, values: mx.array) -> None:
-        """Take in [B, H, L, D] post-RoPE keys and values without attending."""
-        self._check(keys)
+        """Take in [B, layers * H, L, D] post-RoPE keys and values without attending."""
+        self._check(keys, self.kv_heads)
         self.commit()
         self._start(keys)
         self.store.append(keys, values)
 
     def keys_and_values(self):
-        """Decoded keys and values [B, H, seen, D]; None twice when empty."""
+        """Decoded keys and values [B, layers * H, seen, D]; None twice when empty."""
         self.commit()
         return self.store.dense() or (None, None)
 
     def size(self) -> int:
         """Slots seen, padding included."""
-        return self.store.seen + (self.pending[0].shape[2] if self.pending is not None else 0)
+        return self.store.seen + next((keys.shape[2] for keys, _ in self.taken.values()), 0)
 
     @property
     def offset(self) -> int | mx.array:
@@ -172,15 +184,7 @@ class SpectralKVCache(RoutedCache):
                 "pad": lane.pad,
                 "exact": lane.exact_keys is not None,
                 "dropped": lane.dropped,
-                "chunks": [
-                    [
-                        chunk.batch,
-                        chunk.start if isinstance(chunk.start, int) else None,
-                        chunk.tokens,
-                        len(chunk.arrays),
-                    ]
-                    for chunk in lane.chunks
-                ],
+                "chunks": [_fields(chunk) for chunk in lane.chunks],
             }
             for lane in self.store.lanes
         ]
@@ -195,7 +199,7 @@ class SpectralKVCache(RoutedCache):
                 f"Expected the state of a cache with plan {self.plan.hash}, received {layout['plan']}. Make the cache with "
                 "the same profile, method and bits."
             )
-        self.pending, self.left_padding = None, layout["left_padding"]
+        self.taken, self.left_padding = {}, layout["left_padding"]
         self.store.seen, self.store.lanes = layout["seen"], []
         for fields in layout["lanes"]:
             lane = Lane(fields["rows"], fields["pad"], dropped=fields["dropped"])
@@ -219,6 +223,7 @@ class SpectralKVCache(RoutedCache):
         """An independent cache that shares the plan and the arrays."""
         self.commit()
         new = copy.copy(self)
+        new.taken = {}
         new.store = copy.deepcopy(self.store, memo)
         return new
 
@@ -226,20 +231,104 @@ class SpectralKVCache(RoutedCache):
         if not self.store.lanes:
             self.store.start(keys.shape[0], self.left_padding)
 
-    def _check(self, keys: mx.array) -> None:
-        expected, received = (self.kv_heads, self.plan.shape.head_dim), (keys.shape[1], keys.shape[3])
+    def _check(self, keys: mx.array, kv_heads: int) -> None:
+        expected, received = (kv_heads, self.plan.shape.head_dim), (keys.shape[1], keys.shape[3])
         if expected != received:
             raise ValueError(
                 f"Expected keys with (kv_heads, head_dim) {expected}, received {received}: the profile is of another model."
             )
 
 
+def _fields(chunk: Chunk) -> list:
+    """What a chunk is beside its arrays; no start where an array has the positions."""
+    return [chunk.batch, chunk.start if isinstance(chunk.start, int) else None, chunk.tokens, len(chunk.arrays)]
+
+
+class FollowingKVCache(RoutedCache):
+    """Layer number `number` of a row of several: `first` keeps its tokens, and what happens to them happens there."""
+
+    def __init__(self, first: SpectralKVCache, number: int):
+        self.first, self.number = first, number
+
+    @property
+    def store(self) -> LayerCache:
+        """The cache of the whole row."""
+        return self.first.store
+
+    @property
+    def left_padding(self) -> list[int] | None:
+        return self.first.left_padding
+
+    @property
+    def pending(self) -> tuple[mx.array, mx.array] | None:
+        return self.first.taken.get(self.number)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """As `SpectralKVCache.update_and_fetch`."""
+        return self.first.take(keys, values, self.number, caller_is_routed())
+
+    def attend(self, queries: mx.array, scale: float, fused) -> mx.array:
+        """As `SpectralKVCache.attend`."""
+        return self.first.attend(queries, scale, fused, self.number)
+
+    def size(self) -> int:
+        return self.first.size()
+
+    @property
+    def offset(self) -> int | mx.array:
+        return self.first.offset
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None):
+        return self.first.make_mask(N, return_array, window_size)
+
+    def is_trimmable(self) -> bool:
+        return self.first.is_trimmable()
+
+    def trim(self, n: int) -> int:
+        """The first layer of the row forgets for all."""
+        return n
+
+    def empty(self) -> bool:
+        return self.first.empty()
+
+    @property
+    def nbytes(self) -> int:
+        return 0
+
+    @property
+    def state(self) -> tuple:
+        return ()
+
+    @state.setter
+    def state(self, state: tuple) -> None:
+        pass
+
+    def __deepcopy__(self, memo) -> FollowingKVCache:
+        return FollowingKVCache(copy.deepcopy(self.first, memo), self.number)
+
+
+COMPRESSED = SpectralKVCache, FollowingKVCache
+
+
+def put_row(cache: list, first: SpectralKVCache) -> None:
+    """Let all layers of the row that `first` keeps be compressed in `cache`."""
+    for number, layer_idx in enumerate(first.layers):
+        cache[layer_idx] = FollowingKVCache(first, number) if number else first
+
+
+def rows_of(cache: list) -> list[SpectralKVCache]:
+    """The compressed layers that hold tokens: one for every row of the plan."""
+    return [layer for layer in cache if isinstance(layer, SpectralKVCache)]
+
+
 def layer_contents(cache: list, layers: Sequence[int]) -> Iterator[tuple]:
     """(keys, values) [B, H, seen, D] of every one of `layers`, ascending; what is coded is decoded.
 
-    Rows of several layers are decoded once.
+    Rows of several layers, which are in `layers` whole, are decoded once.
     """
-    for layer in dict.fromkeys(cache[layer_idx] for layer_idx in layers):
+    for layer in (cache[layer_idx] for layer_idx in layers):
+        if isinstance(layer, FollowingKVCache):
+            continue
         if isinstance(layer, SpectralKVCache):
             layer.store.check_complete()
             yield from split_layers(*layer.keys_and_values(), len(layer.layers))
@@ -253,7 +342,9 @@ def held_vectors(cache: list, layers: Sequence[int]) -> Iterator[tuple]:
     and the positions [H or 1, N] that they stand at, None where every token is held.
     """
     same = {}  # what layers share stays shared
-    for layer in dict.fromkeys(cache[layer_idx] for layer_idx in layers):
+    for layer in (cache[layer_idx] for layer_idx in layers):
+        if isinstance(layer, FollowingKVCache):
+            continue
         if isinstance(layer, SpectralKVCache):
             layer = copy.deepcopy(layer, same)
             layer.finalize()
@@ -271,11 +362,11 @@ def fill(cache: list, plain: list) -> None:
     itself, stays as it is.
     """
     for layer_idx, (layer, host) in enumerate(zip(cache, plain)):
-        if not isinstance(layer, SpectralKVCache):
+        if not isinstance(layer, COMPRESSED):
             cache[layer_idx] = copy.deepcopy(host)
-    layers = [layer_idx for layer_idx, layer in enumerate(cache) if isinstance(layer, SpectralKVCache)]
+    layers = [layer_idx for layer_idx, layer in enumerate(cache) if isinstance(layer, COMPRESSED)]
     contents = layer_contents(plain, layers)
-    for layer in dict.fromkeys(cache[layer_idx] for layer_idx in layers):
+    for layer in rows_of(cache):
         layer.append(*join_layers(ops, tuple(islice(contents, len(layer.layers)))))
         mx.eval(layer.arrays())  # else the keys and values of every layer live until the last one
 
@@ -284,10 +375,11 @@ def cache_nbytes(cache: list) -> CacheSize:
     """Bytes of every array that `cache` holds for its sequences, window, sinks and passed-through layers included."""
     stored = dense = 0
     tables = {}
-    for layer in cache:  # heads may keep the same tokens in all layers
-        if isinstance(layer, SpectralKVCache):
-            layer.commit()
-    for layer in dict.fromkeys(cache):
+    for layer in rows_of(cache):  # heads may keep the same tokens in all layers
+        layer.commit()
+    for layer in cache:
+        if isinstance(layer, FollowingKVCache):
+            continue
         if isinstance(layer, SpectralKVCache):
             stored += layer.nbytes
             tables |= {id(x): x.nbytes for x in layer.tables()}  # some are shared by all layers

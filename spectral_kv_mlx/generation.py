@@ -16,7 +16,7 @@ from spectral_kv_core.methods import get_live_method, rounded_by
 from spectral_kv_core.profile import Profile
 from spectral_kv_core.working_set import bytes_per_layer
 
-from .cache import SpectralKVCache, cache_nbytes, fill, held_vectors
+from .cache import SpectralKVCache, cache_nbytes, fill, held_vectors, put_row
 from .capture import attend, recorded
 from .integration import (
     end_tokens,
@@ -129,8 +129,8 @@ def make_prompt_cache(
         for layer_idx in passed:
             layers[layer_idx] = padded(layers[layer_idx], left_padding)
     share = bytes_per_layer(plan, working_set)
-    for row, layer_idx in enumerate(shape.layers):
-        layers[layer_idx] = SpectralKVCache(plan, row, sinks, window, left_padding, eviction, share)
+    for row in range(len(plan.layer_groups)):
+        put_row(layers, SpectralKVCache(plan, row, sinks, window, left_padding, eviction, share))
     return layers
 
 

@@ -15,7 +15,7 @@ from spectral_kv_core.profile import Profile
 from spectral_kv_core.prompt_file import ExactLayer, PromptFile, encode_within
 
 from . import ops
-from .cache import SpectralKVCache, fill, layer_contents
+from .cache import COMPRESSED, SpectralKVCache, fill, layer_contents, put_row, rows_of
 from .integration import (
     exact_layer,
     host_layers,
@@ -64,10 +64,10 @@ def save_prompt_cache(
         cache = encode_cache(plan, cache, sinks, window)
     elif bits is not None:
         raise ValueError(f"Expected a method that has {bits:g} bits, received bits alone. Give method= too.")
-    ours = [layer for layer in cache if isinstance(layer, SpectralKVCache)]
+    ours = rows_of(cache)
     for layer in ours:
         layer.finalize()
-    layers = [layer.store if isinstance(layer, SpectralKVCache) else exact_layer(layer) for layer in cache]
+    layers = [layer.store if isinstance(layer, COMPRESSED) else exact_layer(layer) for layer in cache]
     file = PromptFile.of(
         ops,
         ours[0].plan,
@@ -111,8 +111,7 @@ def load_prompt_cache(
     for row, layers in enumerate(plan.layer_groups):
         made = SpectralKVCache(plan, row, file.sinks, file.window, padding)
         file.restore(layers[0], made.store, dtype)
-        for layer_idx in layers:
-            cache[layer_idx] = made
+        put_row(cache, made)
     if target is not None:
         profile = SpectralProfiler().profile_for(model, target, profile or plan.profile)[2]
         wanted = make_plan(plan.shape, profile, target, bits)
@@ -143,9 +142,7 @@ def _encode(plan: Plan, cache: list, sinks: int, window: int) -> list:
     for row, layers in enumerate(plan.layer_groups):
         padding = getattr(cache[layers[0]], "left_padding", None)
         padding = padding if padding is None or isinstance(padding, list) else padding.tolist()
-        layer = SpectralKVCache(plan, row, sinks, window, padding)
-        for layer_idx in layers:
-            made[layer_idx] = layer
+        put_row(made, SpectralKVCache(plan, row, sinks, window, padding))
     fill(made, cache)
     return made
 
@@ -154,9 +151,9 @@ def decode_cache(cache: list, model) -> list:
     """The plain cache of `model` with what `cache` holds, decoded; `cache` stays as it is."""
     plain = plain_cache(model)
     for layer_idx, layer in enumerate(cache):
-        if not isinstance(layer, SpectralKVCache):
+        if not isinstance(layer, COMPRESSED):
             plain[layer_idx] = copy.deepcopy(layer)
-    layers = [layer_idx for layer_idx, layer in enumerate(cache) if isinstance(layer, SpectralKVCache)]
+    layers = [layer_idx for layer_idx, layer in enumerate(cache) if isinstance(layer, COMPRESSED)]
     for layer_idx, held in zip(layers, layer_contents(cache, layers)):
         if cache[layer_idx].left_padding:
             plain[layer_idx] = padded(plain[layer_idx], cache[layer_idx].left_padding)
@@ -165,4 +162,4 @@ def decode_cache(cache: list, model) -> list:
 
 
 def _stores(cache: list) -> list[LayerCache]:
-    return [layer.store for layer in dict.fromkeys(cache) if isinstance(layer, SpectralKVCache)]
+    return [layer.store for layer in rows_of(cache)]

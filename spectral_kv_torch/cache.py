@@ -10,12 +10,13 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from spectral_kv_core.cache import CacheSize, LayerCache
+from spectral_kv_core.codec import join_layers, split_layers
 from spectral_kv_core.eviction import Eviction
 from spectral_kv_core.lane import Lane
 from spectral_kv_core.methods import get_live_method
 from spectral_kv_core.plan import Plan, make_plan
 from spectral_kv_core.profile import Profile
-from spectral_kv_core.stored import codecs_of, join_layers, split_layers
+from spectral_kv_core.stored import codecs_of
 from spectral_kv_core.working_set import bytes_per_layer
 
 from . import ops
@@ -24,7 +25,8 @@ from .integration import exact_layer
 
 
 class SpectralKVLayer(CacheLayerMixin):
-    """The compressed layers of row `row` of the plan's tables: one, or several that a file codes together.
+    """The compressed layers of row `row` of the plan's tables: one, or the first of several that are coded together, which
+    keeps the tokens of all.
 
     `update` gives handles back: our attention function attends to the codes through them, for anybody else they turn
     into dense keys and values.
@@ -46,19 +48,20 @@ class SpectralKVLayer(CacheLayerMixin):
         self.plan, self.row, self.sinks, self.window, self.eviction = plan, row, sinks, window, eviction
         self.working_set = working_set
         self.store: LayerCache | None = None
-        self.pending: Pending | None = None
+        self.pending: list[Pending] = []  # of layers of the row that nobody has attended to yet, in their order
 
     def __deepcopy__(self, memo) -> SpectralKVLayer:
         """An independent layer that shares the plan and the tensors: a prefix can be read once and copied."""
         self.commit()
         new = copy.copy(self)
+        new.pending = []
         new.store = copy.deepcopy(self.store, memo)
         new.eviction = copy.deepcopy(self.eviction, memo)
         return new
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Open the store on the device of the first keys."""
-        expected = (self.kv_heads, self.plan.shape.head_dim)
+        expected = (self.plan.shape.kv_heads, self.plan.shape.head_dim)
         received = (key_states.shape[1], key_states.shape[3])
         if expected != received:
             raise ValueError(
@@ -88,11 +91,16 @@ class SpectralKVLayer(CacheLayerMixin):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Take in [B, H, L, D] post-RoPE keys and values; returns handles of shape [B, H, slots, D]."""
+        return self.take(key_states, value_states, 0)
+
+    def take(self, key_states: torch.Tensor, value_states: torch.Tensor, number: int):
+        """`update` for layer number `number` of the row."""
         if self.store is None:
             self.lazy_initialization(key_states, value_states)
-        self.commit()
-        self.pending = Pending(self, key_states, value_states)
-        return self.pending.handles(self.slots)
+        if not number:
+            self.commit()
+        self.pending.append(Pending(self, key_states, value_states, number))
+        return self.pending[-1].handles(self.slots)
 
     def attend(self, pending: Pending, queries, scale: float, fused, padding=None):
         """Attention [B, Hq, L, D] of the tokens of `pending`, which enter the cache; `padding` [B] at the first call."""
@@ -100,17 +108,18 @@ class SpectralKVLayer(CacheLayerMixin):
             self.store.start(queries.shape[0], padding)
         elif padding is not None:
             self.store.repad([p + self.store.seen - self.store.slots for p in padding])
-        self.pending = None
-        return self.store.attend(queries, pending.keys, pending.values, scale, fused)
+        self.pending.remove(pending)
+        return self.store.attend(queries, pending.keys, pending.values, scale, fused, pending.number)
 
     def dense(self, pending: Pending):
         """Keys and values [B, H, seen, D] including the tokens of `pending`, which enter the cache."""
         self.store.begin(pending.keys.shape[2])
         held = self.store.dense(pending.keys.dtype)
-        if pending is self.pending:
+        if pending in self.pending:
             self.commit()
         if held is None:
             return pending.keys, pending.values
+        held = split_layers(*held, len(self.layers))[pending.number]
         return torch.cat([held[0], pending.keys], dim=2), torch.cat([held[1], pending.values], dim=2)
 
     def is_empty(self) -> bool:
@@ -119,21 +128,21 @@ class SpectralKVLayer(CacheLayerMixin):
 
     def commit(self) -> None:
         """Let tokens that nobody attended to through us enter the cache."""
-        if self.pending is not None:
-            pending, self.pending = self.pending, None
-            self.store.append(pending.keys, pending.values)
+        pending, self.pending = self.pending, []
+        for taken in pending:
+            self.store.append(taken.keys, taken.values, taken.number)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, padding: list[int] | None = None) -> None:
-        """Take in [B, H, L, D] post-RoPE keys and values without attending; `padding` [B] at the first call."""
+        """Take in [B, layers * H, L, D] post-RoPE keys and values without attending; `padding` [B] at the first call."""
         if self.store is None:
-            self.lazy_initialization(keys, values)
+            self.lazy_initialization(*split_layers(keys, values, len(self.layers))[0])
         self.commit()
         if not self.store.lanes:
             self.store.start(keys.shape[0], padding)
         self.store.append(keys, values)
 
     def keys_and_values(self) -> tuple:
-        """Decoded keys and values [B, H, seen, D]; None twice when empty."""
+        """Decoded keys and values [B, layers * H, seen, D]; None twice when empty."""
         self.commit()
         return (self.store.dense() if self.store is not None else None) or (None, None)
 
@@ -147,7 +156,7 @@ class SpectralKVLayer(CacheLayerMixin):
         """Slots seen, padding included."""
         if self.store is None:
             return 0
-        return self.store.seen + (self.pending.keys.shape[2] if self.pending is not None else 0)
+        return self.store.seen + self._taken
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Slots of keys, and how many slots before them are no longer there: the host reads its mask by slot."""
@@ -159,7 +168,12 @@ class SpectralKVLayer(CacheLayerMixin):
         """Slots that the dense keys and values have."""
         if self.store is None or not self.store.lanes:
             return self.get_seq_length()
-        return self.store.slots + (self.pending.keys.shape[2] if self.pending is not None else 0)
+        return self.store.slots + self._taken
+
+    @property
+    def _taken(self) -> int:
+        """Slots of the tokens that wait to enter."""
+        return self.pending[-1].keys.shape[2] if self.pending else 0
 
     def get_max_length(self) -> int:
         return -1
@@ -173,7 +187,7 @@ class SpectralKVLayer(CacheLayerMixin):
             self.store.crop(-tokens_to_remove)
 
     def reset(self) -> None:
-        self.store = self.pending = None
+        self.store, self.pending = None, []
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -199,6 +213,57 @@ class SpectralKVLayer(CacheLayerMixin):
     def tables(self) -> list[torch.Tensor]:
         """Every tensor that all sequences share."""
         return self.store.tables() if self.store is not None else []
+
+
+class FollowingLayer(CacheLayerMixin):
+    """Layer number `number` of a row of several: `first` keeps its tokens, and what happens to them happens there."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, first: SpectralKVLayer, number: int):
+        super().__init__()
+        self.first, self.number = first, number
+
+    def __deepcopy__(self, memo) -> FollowingLayer:
+        return FollowingLayer(copy.deepcopy(self.first, memo), self.number)
+
+    @property
+    def store(self) -> LayerCache | None:
+        """The cache of the whole row."""
+        return self.first.store
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        if self.store is None:
+            self.first.lazy_initialization(key_states, value_states)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """As `SpectralKVLayer.update`."""
+        return self.first.take(key_states, value_states, self.number)
+
+    def get_seq_length(self) -> int:
+        return self.first.get_seq_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.first.get_mask_sizes(query_length)
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        pass
+
+    def reset(self) -> None:
+        pass
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        pass
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        pass
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        pass
 
 
 class SpectralCache(Cache):
@@ -229,8 +294,8 @@ class SpectralCache(Cache):
         layers = list(layers) if layers is not None else [DynamicLayer() for _ in range(plan.shape.num_layers)]
         for row, layer_group in enumerate(plan.layer_groups):
             layer = SpectralKVLayer(plan, row, sinks, window, eviction, bytes_per_layer(plan, working_set))
-            for layer_idx in layer_group:
-                layers[layer_idx] = layer
+            for number, layer_idx in enumerate(layer_group):
+                layers[layer_idx] = FollowingLayer(layer, number) if number else layer
         super().__init__(layers=layers)
         self.plan = plan
 
@@ -243,17 +308,26 @@ class SpectralCache(Cache):
 
     def finalize(self) -> None:
         """End the prompt now instead of at the next call with at most 16 tokens: the cache takes its final size."""
-        for layer in self.layers:
-            if isinstance(layer, SpectralKVLayer):
-                layer.finalize()
+        for layer in rows_of(self):
+            layer.finalize()
+
+
+COMPRESSED = SpectralKVLayer, FollowingLayer
+
+
+def rows_of(cache: Cache) -> list[SpectralKVLayer]:
+    """The compressed layers that hold tokens: one for every row of the plan."""
+    return [layer for layer in cache.layers if isinstance(layer, SpectralKVLayer)]
 
 
 def layer_contents(cache: Cache, layers: Sequence[int]) -> Iterator[tuple]:
     """(keys, values) [B, H, seen, D] of every one of `layers`, ascending, and its left padding; what is coded is decoded.
 
-    Rows of several layers are decoded once.
+    Rows of several layers, which are in `layers` whole, are decoded once.
     """
-    for layer in dict.fromkeys(cache.layers[layer_idx] for layer_idx in layers):
+    for layer in (cache.layers[layer_idx] for layer_idx in layers):
+        if isinstance(layer, FollowingLayer):
+            continue
         if isinstance(layer, SpectralKVLayer):
             if layer.store is not None:
                 layer.store.check_complete()
@@ -269,7 +343,9 @@ def held_vectors(cache: Cache, layers: Sequence[int]) -> Iterator[tuple]:
     and the positions [H or 1, N] that they stand at, None where every token is held.
     """
     ended = copy.deepcopy(cache) if isinstance(cache, SpectralCache) else cache
-    for layer in dict.fromkeys(ended.layers[layer_idx] for layer_idx in layers):
+    for layer in (ended.layers[layer_idx] for layer_idx in layers):
+        if isinstance(layer, FollowingLayer):
+            continue
         if isinstance(layer, SpectralKVLayer):
             layer.finalize()
             for held in split_layers(*layer.keys_and_values(), len(layer.layers)):
@@ -287,13 +363,13 @@ def fill(cache: Cache, plain: Cache) -> None:
     itself, stays as it is; rows of a batch must be of equal length in a plain one, which does not know its padding.
     """
     for layer_idx, (layer, host) in enumerate(zip(cache.layers, plain.layers)):
-        if not isinstance(layer, SpectralKVLayer):
+        if not isinstance(layer, COMPRESSED):
             held = [x for x in (getattr(host, "keys", None), getattr(host, "values", None)) if x is not None]
             # a sliding window is a view of all that came in, and deepcopy copies what a view keeps alive
             cache.layers[layer_idx] = copy.deepcopy(host, {id(x): ops.copy(x) for x in held})
-    layers = [layer_idx for layer_idx, layer in enumerate(cache.layers) if isinstance(layer, SpectralKVLayer)]
+    layers = [layer_idx for layer_idx, layer in enumerate(cache.layers) if isinstance(layer, COMPRESSED)]
     contents = layer_contents(plain, layers)
-    for layer in dict.fromkeys(cache.layers[layer_idx] for layer_idx in layers):
+    for layer in rows_of(cache):
         held, paddings = zip(*islice(contents, len(layer.layers)))
         layer.append(*join_layers(ops, held), paddings[0])
 
@@ -303,7 +379,9 @@ def cache_nbytes(cache: Cache) -> CacheSize:
     stored = dense = 0
     tables = {}
     _commit(cache.layers)
-    for layer in dict.fromkeys(cache.layers):
+    for layer in cache.layers:
+        if isinstance(layer, FollowingLayer):
+            continue
         if isinstance(layer, SpectralKVLayer):
             stored += sum(storages(layer.arrays()).values())
             tables |= storages(layer.tables())  # some are shared by all layers

@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_map
 
 
 class Pending:
-    """Tokens [B, H, L, D] that `layer.update` took in and that nobody has attended to yet."""
+    """Tokens [B, H, L, D] that `layer` took in for layer number `number` of its row and that nobody has attended to yet."""
 
-    def __init__(self, layer, keys: torch.Tensor, values: torch.Tensor):
-        self.layer, self.keys, self.values = layer, keys, values
+    def __init__(self, layer, keys: torch.Tensor, values: torch.Tensor, number: int = 0):
+        self.layer, self.keys, self.values, self.number = layer, keys, values, number
         self._dense = None
 
     def handles(self, slots: int) -> tuple[Handle, Handle]:

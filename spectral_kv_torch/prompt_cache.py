@@ -18,7 +18,7 @@ from spectral_kv_core.profile import Profile
 from spectral_kv_core.prompt_file import ExactLayer, PromptFile, encode_within
 
 from . import ops
-from .cache import SpectralCache, SpectralKVLayer, fill, layer_contents
+from .cache import COMPRESSED, SpectralCache, SpectralKVLayer, fill, layer_contents, rows_of
 from .integration import (
     exact_layer,
     host_layers,
@@ -68,7 +68,7 @@ def save_prompt_cache(
     if not cache.get_seq_length():
         raise ValueError("Expected a cache that has read a prompt, received an empty one.")
     cache.finalize()
-    layers = [layer.store if isinstance(layer, SpectralKVLayer) else exact_layer(layer) for layer in cache.layers]
+    layers = [layer.store if isinstance(layer, COMPRESSED) else exact_layer(layer) for layer in cache.layers]
     file = PromptFile.of(
         ops,
         cache.plan,
@@ -105,9 +105,9 @@ def load_prompt_cache(
     plan = file.plan(profile)
     cache = SpectralCache(plan=plan, window=file.window, sinks=file.sinks, layers=host_layers(model))
     for layer_idx, layer in enumerate(cache.layers):
-        if not isinstance(layer, SpectralKVLayer):
+        if not isinstance(layer, COMPRESSED):
             set_exact_layer(layer, file.exact(ops, layer_idx, model.dtype, model.device))
-        elif layer_idx == layer.layers[0]:
+        elif isinstance(layer, SpectralKVLayer):
             file.restore(layer_idx, layer.open(model.device), model.dtype, model.device)
     if target is not None:
         profile = SpectralProfiler().profile_for(model, target, profile or plan.profile)[2]
@@ -145,7 +145,7 @@ def decode_cache(cache: SpectralCache, model) -> Cache:
     """The plain cache of `model` with what `cache` holds, decoded; `cache` stays as it is."""
     plain = plain_cache(model)
     for layer_idx, layer in enumerate(cache.layers):
-        if not isinstance(layer, SpectralKVLayer):
+        if not isinstance(layer, COMPRESSED):
             plain.layers[layer_idx] = copy.deepcopy(layer)
     layers, seen = cache.plan.shape.layers, cache.get_seq_length()
     for layer_idx, (held, _) in zip(layers, layer_contents(cache, layers)):
@@ -154,4 +154,4 @@ def decode_cache(cache: SpectralCache, model) -> Cache:
 
 
 def _stores(cache: SpectralCache) -> list[LayerCache]:
-    return [layer.store for layer in dict.fromkeys(cache.layers) if isinstance(layer, SpectralKVLayer)]
+    return [layer.store for layer in rows_of(cache)]

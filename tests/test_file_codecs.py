@@ -14,7 +14,7 @@ from tolerances import assert_close, relative_rms
 from spectral_kv_core import joint, ops
 from spectral_kv_core.cache import LayerCache
 from spectral_kv_core.calibration import SKIP, Spool
-from spectral_kv_core.codec import Chunk, make_codec
+from spectral_kv_core.codec import Chunk, join_layers, make_codec
 from spectral_kv_core.codecs import kvtc, svdq_prompt
 from spectral_kv_core.codecs.xkv import leading_axes, ranks
 from spectral_kv_core.joint import fit_joint_set, randomized_axes
@@ -22,7 +22,7 @@ from spectral_kv_core.methods import BASIS_SETS, JOINT, METHODS, get_live_method
 from spectral_kv_core.plan import bits_range, elements_per_token, make_plan
 from spectral_kv_core.prompt_file import chunk_arrays
 from spectral_kv_core.rope import rotate, unrotate
-from spectral_kv_core.stored import codec_of, fit_bits, join_layers
+from spectral_kv_core.stored import codec_of, fit_bits
 
 MODEL = ToyModel(layers=3, rotated=True)
 TOKENS = 384

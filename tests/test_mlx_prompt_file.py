@@ -186,7 +186,7 @@ def test_profiles_of_mlx_have_pairs_on_request(pair):
     tokenizer = SimpleNamespace(encode=lambda text: [ord(c) for c in text])
     text = ["".join(map(chr, make_tokens(256)))]
     if pair.name == "gemma3":
-        with pytest.raises(ValueError, match="compressible layers 1. Use spectral-stored"):
+        with pytest.raises(ValueError, match="compressible layers 1. Use spectral-dense or spectral-stored"):
             profiler.profile_from_model(pair.mlx, tokenizer, text)
     else:
         made = profiler.profile_from_model(pair.mlx, tokenizer, text)

@@ -1,7 +1,8 @@
-"""Two-layer groups, for files: which layers pair, what a lone one gets, and every way through a stored prompt."""
+"""Two-layer groups: which layers pair, what a lone one gets, and every way through a stored prompt and a live cache."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from dataclasses import replace
@@ -12,13 +13,14 @@ from cases import ToyModel, toy_profile_of
 from tolerances import assert_close, relative_rms
 
 from spectral_kv_core import cli, ops
+from spectral_kv_core.codec import join_layers, split_layers
 from spectral_kv_core.evaluation import Settings, plan_jobs
 from spectral_kv_core.methods import BASIS_SETS, PAIRS, Method, get_method
 from spectral_kv_core.plan import elements_per_token, make_plan
 from spectral_kv_core.profile import Profile
 from spectral_kv_core.profile_store import cached_profile_path
 from spectral_kv_core.prompt_file import PromptFile
-from spectral_kv_core.stored import StoredCodec, join_layers, split_layers
+from spectral_kv_core.stored import StoredCodec
 
 pytest.importorskip("constriction")
 torch = pytest.importorskip("torch")
@@ -27,10 +29,19 @@ transformers = pytest.importorskip("transformers")
 from tiny_checkpoint import save_tiny_checkpoint  # noqa: E402
 from torch_models import CONFIGS, SIZES, ByteTokenizer, tiny_model, tokens  # noqa: E402
 
-from spectral_kv_torch import SpectralProfiler, cache_nbytes, load_prompt_cache, make_prompt_cache  # noqa: E402
+from spectral_kv_torch import (  # noqa: E402
+    SpectralProfiler,
+    cache_nbytes,
+    integration,
+    load_prompt_cache,
+    make_prompt_cache,
+    restore,
+)
 from spectral_kv_torch import generation as backend  # noqa: E402
+from spectral_kv_torch import ops as torch_ops  # noqa: E402
+from spectral_kv_torch.cache import rows_of  # noqa: E402
 
-METHOD = "spectral-stored-pairs"
+METHOD, LIVE = "spectral-stored-pairs", "spectral-dense-pairs"
 MODEL = ToyModel(layers=3, rotated=True)  # a pair and a lone layer
 SHAPE = MODEL.shape
 TOKENS = 512
@@ -55,17 +66,23 @@ def test_which_layers_pair(layers, groups):
 @pytest.mark.parametrize("layers", [(0,), (5, 11, 17)], ids=["one", "Gemma 3"])
 def test_nothing_to_pair_is_said(layers):
     shape = replace(SHAPE, num_layers=18, layers=layers)
-    with pytest.raises(ValueError, match=rf"compressible layers {', '.join(map(str, layers))}\. Use spectral-stored"):
+    with pytest.raises(
+        ValueError, match=rf"compressible layers {', '.join(map(str, layers))}\. Use spectral-dense or spectral-stored"
+    ):
         shape.layer_groups("layer2")
     profile = Profile(shape, "toy", {}, toy_profile_of(MODEL, "layer", "pre").basis_sets)
     with pytest.raises(ValueError, match="follow each other"):  # calibrating again would not help
         make_plan(shape, profile, METHOD, 1)
 
 
-def test_two_layers_are_for_files_only():
-    with pytest.raises(ValueError, match="Expected the codec stored for the group layer2, received 'spectral'"):
-        Method("m", "spectral", "", "", rope="pre", group="layer2")
-    assert PAIRS not in BASIS_SETS and not get_method(METHOD).live
+def test_what_cannot_take_two_layers_says_so():
+    with pytest.raises(
+        ValueError, match="Expected the codec spectral or stored for the group layer2, received 'affine'"
+    ):
+        Method("m", "affine", "", "", group="layer2")
+    with pytest.raises(ValueError, match=r"knorm\+spectral-dense-pairs codes layers together. Choose spectral-dense"):
+        get_method(f"knorm+{LIVE}")
+    assert PAIRS not in BASIS_SETS and get_method(LIVE).live and not get_method(METHOD).live
 
 
 def test_a_lone_layer_gets_what_it_has_alone():
@@ -282,11 +299,152 @@ def test_a_model_with_nothing_to_pair(monkeypatch, tmp_path):
     config = transformers.Gemma3TextConfig(**SIZES, head_dim=32, sliding_window=32, layer_types=alternating)
     monkeypatch.setitem(CONFIGS, "gemma3", lambda: config)
     model = tiny_model("gemma3")
-    with pytest.raises(ValueError, match="compressible layers 0, 2. Use spectral-stored"):
+    with pytest.raises(ValueError, match="compressible layers 0, 2. Use spectral-dense or spectral-stored"):
         SpectralProfiler(tokens=512, progress=False, pairs=True).profile_from_model(model, ByteTokenizer(), TEXT)
     monkeypatch.setenv("SPECTRALKV_CACHE", str(tmp_path))
-    with pytest.raises(ValueError, match="compressible layers 0, 2. Use spectral-stored"):
+    with pytest.raises(ValueError, match="compressible layers 0, 2. Use spectral-dense or spectral-stored"):
         backend.save_prompt_cache(tmp_path / "c", backend.plain_cache(model), model=model, method=METHOD)
+
+
+def live(name: str, bits: float = 3.0, **options):
+    model, profile = model_and_profile(name)
+    return make_prompt_cache(model, profile, bits, method=LIVE, **options)
+
+
+def logits_of(model, ids, cache, step=None, **options):
+    with torch.no_grad():
+        parts = ids.split(step or ids.shape[1], dim=1)
+        return torch.cat([model(part, past_key_values=cache, **options).logits for part in parts], dim=1)
+
+
+@pytest.fixture(params=["kernels", "stock"])
+def kernels(request, monkeypatch):
+    if request.param == "stock":
+        monkeypatch.setattr(torch_ops, "kernels", None)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3"])
+@pytest.mark.parametrize("step", [1, 5, 40], ids=["one by one", "few", "a prompt that goes on"])
+def test_attention_is_that_over_what_is_decoded(name, step, kernels):
+    model, _ = model_and_profile(name)
+    cache, more = live(name), tokens(40 if step == 40 else 8, seed=4)  # before the next block is full
+    logits_of(model, tokens(300), cache)
+    plain = backend.decode_cache(cache, model)
+    assert any(len(layer.layers) == 2 and layer.store.lanes[0].sealed == 224 for layer in rows_of(cache))
+    torch.testing.assert_close(
+        logits_of(model, more, cache, step), logits_of(model, more, plain, step), atol=1e-4, rtol=1e-3
+    )
+
+
+def test_codes_are_those_of_both_layers_together():
+    model, _profile = model_and_profile("llama")
+    cache, (plain, _) = live("llama"), read("llama")
+    logits_of(model, tokens(300), cache)
+    for layer in rows_of(cache):
+        held = [tuple(x[:, :, 4:228] for x in layers_of(plain)[i]) for i in layer.layers]
+        (chunk,) = layer.store.lanes[0].chunks
+        expected = layer.store.codec.encode(*join_layers(torch_ops, held), 4)
+        assert all(torch.equal(a, b) for a, b in zip(chunk.arrays, expected.arrays, strict=True))
+    size = cache_nbytes(cache)
+    assert size == sum(x.nbytes for layer in rows_of(cache) for x in layer.store.arrays())
+    assert size.dense_nbytes == cache_nbytes(plain).dense_nbytes and 0.9 * 3 < backend.sealed_bits(cache) < 1.005 * 3
+
+
+@pytest.mark.parametrize("step", [1, 100], ids=["one by one", "staged"])
+def test_tokens_are_sealed_as_they_come(step):
+    model, _profile = model_and_profile("llama")
+    cache = live("llama", 6.0)
+    got = logits_of(model, tokens(300), cache, step)
+    expected = logits_of(model, tokens(300), backend.plain_cache(model), step)
+    assert 0 < relative_rms(got, expected) < 0.05
+    cache.finalize()
+    for layer in rows_of(cache):
+        (lane,) = layer.store.lanes
+        assert (lane.sealed, lane.exact, layer.store.seen, lane.staged) == (224, 76, 300, [])
+    assert 0.9 * 6 < backend.sealed_bits(cache) <= 6 and cache.get_seq_length() == 300
+
+
+def test_padded_rows_come_out_as_if_they_were_alone():
+    model, _ = model_and_profile("llama")
+    ids, pads = tokens(220, batch=3), torch.tensor([[0], [70], [0]])
+    mask, position = torch.arange(220)[None] >= pads, (torch.arange(220)[None] - pads).clamp(min=0)
+    cache, alone = live("llama"), live("llama")
+    for start, stop in ((0, 50), (50, 200), *((i, i + 1) for i in range(200, 220))):
+        part = {"attention_mask": mask[:, :stop].long(), "position_ids": position[:, start:stop]}
+        got = logits_of(model, ids[:, start:stop], cache, **part)[1:2]
+        if stop > 70:
+            first = max(start, 70)
+            expected = logits_of(model, ids[1:2, first:stop], alone)
+            torch.testing.assert_close(got[:, first - start :], expected, atol=1e-4, rtol=1e-3)
+    assert [lane.sealed for lane in cache.layers[0].store.lanes] == [144, 80]
+
+
+def test_crop_copy_and_selection():
+    model, _ = model_and_profile("llama")
+    cache, whole = live("llama", 8.0), live("llama", 8.0)
+    ids, tail = tokens(330, batch=2), tokens(6, seed=6)
+    logits_of(model, ids[:, :300], cache), logits_of(model, ids[:, :300], whole)
+    logits_of(model, ids[:, 300:], cache, 1)
+    cache.crop(-30)
+    assert cache.get_seq_length() == 300
+    other = copy.deepcopy(cache)
+    assert other.layers[1].first is other.layers[0] is not cache.layers[0] and cache_nbytes(other) == cache_nbytes(
+        cache
+    )
+    other.batch_select_indices(torch.tensor([1, 1, 0]))
+    whole.reorder_cache(torch.tensor([1, 0]))
+    got = logits_of(model, tail.repeat(3, 1), other, 1)
+    expected = logits_of(model, tail.repeat(2, 1), whole, 1)
+    torch.testing.assert_close(got[1:], expected, atol=0.05, rtol=0.05)  # 14 tokens were sealed and decoded again
+    assert torch.equal(got[0], got[1]) and cache.get_seq_length() == 300 and other.get_seq_length() == 306
+    other.reset()
+    assert other.get_seq_length() == 0
+
+
+def test_a_live_cache_is_stored_and_goes_on(tmp_path):
+    model, profile = model_and_profile("llama")
+    cache, ids, more = live("llama"), tokens(300), tokens(30, seed=8)
+    logits_of(model, ids, cache)
+    path = backend.save_prompt_cache(tmp_path / "c", cache, ids[0], model=model)
+    loaded, told = load_prompt_cache(path, model, profile)
+    assert told == ids[0].tolist() and loaded.layers[1].store is loaded.layers[0].store
+    assert torch.equal(logits_of(model, more, loaded, 1), logits_of(model, more, cache, 1))
+
+
+def test_other_attention_gets_keys_of_its_own_layer():
+    model, _ = model_and_profile("llama")
+    ids, ours, theirs = tokens(310), live("llama"), live("llama")
+    expected = logits_of(model, ids[:, :300], ours), logits_of(model, ids[:, 300:], ours, 1)
+    try:
+        restore(model)
+        got = logits_of(model, ids[:, :300], theirs), logits_of(model, ids[:, 300:], theirs, 1)
+    finally:
+        integration.install(model)
+    for a, b in zip(got, expected):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+def test_decoded_chunks_stay_by_layer():
+    model, _ = model_and_profile("llama")
+    caches = [live("llama", working_set=n) for n in (0, 10**6, 100_000)]
+    for cache in caches:
+        logits_of(model, tokens(300), cache)
+    got = [logits_of(model, tokens(10, seed=7), cache, 1) for cache in caches]
+    for other in got[1:]:
+        torch.testing.assert_close(other, got[0], atol=0.02, rtol=0.02)  # they stay in float16
+    chunk = 240 * 2 * 2 * 2 * 16  # tokens, sides, bytes, heads, channels
+    assert [cache_nbytes(cache) - cache_nbytes(caches[0]) for cache in caches] == [0, 3 * chunk, chunk]
+    assert set(caches[1].layers[0].store.lanes[0].decoded) == {
+        (caches[1].layers[0].store.lanes[0].chunks[0], n) for n in (0, 1)
+    }
+
+
+def test_layers_out_of_order_are_refused():
+    cache = live("llama")
+    vectors = torch.zeros(1, 2, 3, 16)
+    cache.update(vectors, vectors, 1)
+    with pytest.raises(ValueError, match="Expected layer number 0 of those that are coded together, received number 1"):
+        cache.finalize()
 
 
 def test_command_line(capsys, tmp_path):
@@ -347,3 +505,5 @@ def test_command_line(capsys, tmp_path):
     assert all(kl[METHOD, 1.0, task] > kl[METHOD, 4.0, task] > 0 for task in ("text", "copy"))
     assert "--pairs" in run(*prompt, "--profile", tmp_path / "usual", code=2)
     assert "for files" in run("generate", *common, "--prompt", "Hi", "--method", METHOD, *given, code=2)
+    spoken = run("generate", *common, "--prompt-file", text, "--method", LIVE, "--max-tokens", "4", *given)
+    assert spoken["method"] == LIVE and spoken["compression"] > 2

@@ -89,7 +89,7 @@ def test_missing_or_wrong_profile_is_refused(toy_profile):
 def test_unknown_method_lists_the_names():
     with pytest.raises(
         ValueError,
-        match="spectral, spectral-trellis, spectral-dense, spectral-stored, .*affine, .*received 'spectrl'",
+        match="spectral, spectral-trellis, spectral-dense, spectral-dense-pairs, .*affine, .*received 'spectrl'",
     ):
         get_method("spectrl")
     assert all(get_method(name).name == name for name in METHODS)

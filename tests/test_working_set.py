@@ -78,13 +78,13 @@ def test_what_came_first_stays_within_the_limit(xp, monkeypatch):
     reader = Reader(xp, int(1.9 * CHUNK))
     assert [reader.step(monkeypatch) for _ in range(3)] == [3, 1, 1]  # the last chunk is short and fits too
     first, *_, last = reader.cache.lanes[0].chunks
-    assert list(reader.cache.lanes[0].decoded) == [first, last] and CHUNK < reader.bytes() <= 1.9 * CHUNK
+    assert list(reader.cache.lanes[0].decoded) == [(first, 0), (last, 0)] and CHUNK < reader.bytes() <= 1.9 * CHUNK
 
 
 def test_a_chunk_that_has_grown_is_decoded_again(xp, monkeypatch):
     reader = Reader(xp, 10 * CHUNK)
     assert [reader.step(monkeypatch) for _ in range(40)].count(1) == 2  # of 16 tokens each
-    assert list(reader.cache.lanes[0].decoded)[:2] == reader.cache.lanes[0].chunks[:2]
+    assert [chunk for chunk, _ in reader.cache.lanes[0].decoded][:2] == reader.cache.lanes[0].chunks[:2]
     assert len(reader.cache.lanes[0].decoded) == 3
 
 

@@ -1,4 +1,5 @@
-"""The live cache of one attention layer: exact sinks, sealed chunks of packed codes, an exact recent window.
+"""The live cache of one attention layer, or of layers coded together: exact sinks, sealed chunks of packed codes, an
+exact recent window.
 
 Rows of a batch that start at the same slot form a *lane* and are stored and attended together; left padding is never
 stored, so every row has its own sinks and block alignment and comes out as if it were alone. A cache with an `Eviction`
@@ -13,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from . import attention, working_set
-from .codec import CHUNK_TOKENS, Chunk, decoded, select_rows
+from .codec import CHUNK_TOKENS, Chunk, decoded, join_layers, select_rows, split_layers
 from .eviction import Eviction
 from .lane import Lane
 from .plan import SEAL
@@ -48,7 +49,9 @@ class CacheSize(int):
 
 
 class LayerCache:
-    """Keys and values of one layer; `codec` None keeps everything exact.
+    """Keys and values of one layer, or of all layers of a row of the plan that codes several together: heads are then
+    those of the first layer, then of the next. Such layers attend one after the other, each to its own heads, and their
+    tokens enter together, with those of the last. `codec` None keeps everything exact.
 
     sinks, window: first and last tokens kept exactly. Further ones, up to 15 or one less than the codec's block, wait
     until their block is full.
@@ -72,6 +75,8 @@ class LayerCache:
         self.xp, self.codec, self.sinks, self.window, self._make_staging = xp, codec, sinks, window, staging
         self.eviction, self.row, self.working_set = eviction, row, working_set
         self._staging = None
+        self.layers = getattr(codec, "layers", 1)
+        self._arrived: list[tuple] = []  # keys and values of the row's first layers, until those of its last are there
         self.seal = SEAL if codec is None else max(SEAL, codec.block)  # tokens are sealed in multiples of this
         self.lanes: list[Lane] = []
         self.seen = 0  # slots seen, padding included
@@ -79,6 +84,7 @@ class LayerCache:
     def __deepcopy__(self, memo) -> LayerCache:
         """An independent cache of the same codec; arrays are never changed in place, so both share them."""
         new = copy(self)
+        new._arrived = list(self._arrived)
         new.lanes = [
             replace(lane, rows=list(lane.rows), chunks=list(lane.chunks), staged=list(lane.staged))
             for lane in self.lanes
@@ -104,15 +110,17 @@ class LayerCache:
         """Left padding of every row of the batch, in slots."""
         return [pad for _, pad in sorted((row, lane.pad) for lane in self.lanes for row in lane.rows)]
 
-    def attend(self, queries, keys, values, scale: float, fused):
+    def attend(self, queries, keys, values, scale: float, fused, layer: int = 0):
         """Append L tokens and attend to everything up to each of them.
 
-        `queries` [B, Hq, L, D], `keys`, `values` [B, H, L, D]; `fused(q, k, v, scale)` is the host's dense attention
-        for L queries at the end of k, causal, in any dtype. Returns [B, Hq, L, D] in the dtype of `queries`.
+        `queries` [B, Hq, L, D], `keys`, `values` [B, H, L, D] of layer number `layer` of the row; `fused(q, k, v, scale)`
+        is the host's dense attention for L queries at the end of k, causal, in any dtype. Returns [B, Hq, L, D] in the
+        dtype of `queries`. Raises ValueError for layers out of order.
         """
         if not self.lanes:
             self.start(keys.shape[0])
         prompt = self.begin(keys.shape[2])
+        entering, alone = self._arrive(keys, values, layer), self.layers == 1
         outputs = []
         for lane in self.lanes:
             q, k, v = (self._lane_slice(lane, x) for x in (queries, keys, values))
@@ -120,25 +128,47 @@ class LayerCache:
             if not q.shape[2]:
                 outputs.append(self.xp.zeros(self._take(lane, queries).shape, dtype=queries.dtype, like=queries))
                 continue
-            out, joined = self._attend_lane(lane, q, k, v, scale, fused)
-            self._append_lane(lane, k, v, prompt, q[:, :, -RECENT:] * scale if self.eviction else None, joined)
+            out, joined = self._attend_lane(lane, q, k, v, scale, fused, layer)
+            if entering:
+                new = (k, v) if alone else (self._lane_slice(lane, x) for x in entering)
+                recent = q[:, :, -RECENT:] * scale if self.eviction else None
+                self._append_lane(lane, *new, prompt, recent, joined if alone else None)
             if missing:
                 blank = self.xp.zeros((*out.shape[:2], missing, out.shape[3]), dtype=out.dtype, like=out)
                 out = self.xp.concat([blank, out], axis=2)
             outputs.append(out)
-        self.seen += keys.shape[2]
+        if entering:
+            self.seen += keys.shape[2]
         return self._join(outputs)
 
-    def append(self, keys, values) -> None:
-        """Append L tokens without attending."""
+    def append(self, keys, values, layer: int | None = None) -> None:
+        """Append L tokens without attending: [B, layers * H, L, D] of all layers, or [B, H, L, D] of one as in `attend`."""
         if not self.lanes:
             self.start(keys.shape[0])
         prompt = self.begin(keys.shape[2])
+        entering = (keys, values) if layer is None else self._arrive(keys, values, layer)
+        if not entering:
+            return
         for lane in self.lanes:
-            k, v = self._lane_slice(lane, keys), self._lane_slice(lane, values)
+            k, v = (self._lane_slice(lane, x) for x in entering)
             if k.shape[2]:
                 self._append_lane(lane, k, v, prompt)
         self.seen += keys.shape[2]
+
+    def _arrive(self, keys, values, layer: int) -> tuple | None:
+        """Keys and values of all layers of the row once those of its last are here, else None."""
+        if layer == 0:
+            self._arrived = []  # of a call that was broken off
+        if layer != len(self._arrived):
+            raise ValueError(
+                f"Expected layer number {len(self._arrived)} of those that are coded together, received number {layer}: the "
+                "model must call its layers in their order. Choose a method that codes every layer alone."
+            )
+        self._arrived.append((keys, values))
+        if len(self._arrived) < self.layers:
+            return None
+        arrived, self._arrived = self._arrived, []
+        return join_layers(self.xp, arrived)
 
     @property
     def staging(self):
@@ -182,13 +212,13 @@ class LayerCache:
                 self._seal(lane, staged=False)
                 continue
             position = self.sinks + sum(chunk.tokens for chunk in lane.chunks)
-            for tile in decoded(self.xp, self._staging, lane.staged, self.xp.float32):
+            for tile in decoded(self.xp, self.staging, lane.staged, self.xp.float32) if lane.staged else ():
                 lane.chunks = self._sealed(self.codec, lane.chunks, *tile, position)
                 position += tile[0].shape[2]
             lane.staged = []
 
     def dense(self, dtype=None):
-        """Keys and values [B, H, slots, D] of everything held, decoded; padded slots are zero. None when empty.
+        """Keys and values [B, layers * H, slots, D] of everything held, decoded; padded slots are zero. None when empty.
 
         Raises ValueError where dropped tokens have left rows of a batch with more tokens than others.
         """
@@ -304,42 +334,59 @@ class LayerCache:
         joined = self.xp.concat(parts, axis=0)
         return self.xp.take(joined, self.xp.asarray(order, like=joined), axis=0)
 
-    def _attend_lane(self, lane: Lane, q, k, v, scale, fused) -> tuple:
+    def _attend_lane(self, lane: Lane, q, k, v, scale, fused, layer: int) -> tuple:
         """The output, and keys and values of the exact tokens with `k` and `v` behind them, or None where it took none."""
         xp = self.xp
         if not lane.sealed:
-            joined = self._joined(lane, k, v)
+            joined = self._joined(lane, k, v, layer)
             return fused(q, *joined, scale), joined
+        codec = self._of_layer(self.codec, layer)
         if q.shape[2] > LATENT_QUERIES:
-            at_once = getattr(self.codec, "decoder", None) and lane.sealed <= DENSE_TOKENS
+            at_once = getattr(codec, "decoder", None) and lane.sealed <= DENSE_TOKENS
             if not at_once and xp.kernels and xp.kernels.supports_partial_attention(q):
-                return self._attend_blocks(lane, q, k, v, scale), None
-            return fused(q, *self.lane_dense(lane, k.dtype, (k, v)), scale), None
-        joined = self._joined(lane, k, v)
+                return self._attend_blocks(lane, q, k, v, scale, layer), None
+            return fused(q, *self.lane_dense(lane, k.dtype, (k, v), layer), scale), None
+        joined = self._joined(lane, k, v, layer)
         if self.working_set:
-            others = sum(x.nbytes for other in self.lanes if other is not lane for x in working_set.held(other))
-            out = working_set.decode_step(xp, self.codec, lane, self.working_set - others, q, *joined, scale)
+            others = sum(x.nbytes for other in self.lanes if other is not lane for x in working_set.held(other, layer))
+            limit = self.working_set // self.layers - others
+            out = working_set.decode_step(xp, codec, lane, layer, limit, q, *joined, scale)
         else:
-            out = self.codec.decode_step(lane.chunks, q, *joined, scale)
+            out = codec.decode_step(lane.chunks, q, *joined, scale)
         return out, joined
 
-    def _joined(self, lane: Lane, k, v) -> tuple:
+    def _of_layer(self, codec, layer: int | None):
+        """What decodes for `layer` alone, or for all layers (None)."""
+        return codec if layer is None or self.layers == 1 else codec.of_layers[layer]
+
+    def _tiles(self, lane: Lane, dtype, layer: int | None):
+        """Keys and values [b, H, T, D] of what is sealed, in its order, of one layer or of all, decoded part by part."""
+        if lane.chunks:
+            yield from decoded(self.xp, self._of_layer(self.codec, layer), lane.chunks, dtype)
+        if lane.staged:
+            yield from decoded(self.xp, self._of_layer(self.staging, layer), lane.staged, dtype)
+
+    def _exact(self, lane: Lane, layer: int | None = None) -> tuple:
+        """Exact keys and values [b, H, exact, D] of one layer, or of all (None)."""
+        sides = lane.exact_keys, lane.exact_values
+        return sides if layer is None or self.layers == 1 else split_layers(*sides, self.layers)[layer]
+
+    def _joined(self, lane: Lane, k, v, layer: int | None = None) -> tuple:
         """Keys and values of the exact tokens of `lane`, with `k` and `v` behind them."""
         if not lane.exact:
             return k, v
-        return tuple(self.xp.concat(pair, axis=2) for pair in ([lane.exact_keys, k], [lane.exact_values, v]))
+        return tuple(self.xp.concat(list(pair), axis=2) for pair in zip(self._exact(lane, layer), (k, v)))
 
-    def _attend_blocks(self, lane: Lane, q, k, v, scale):
+    def _attend_blocks(self, lane: Lane, q, k, v, scale, layer: int):
         """Attention of many new tokens, with never more of the history decoded than `decoded` gives at a time."""
         xp, attend = self.xp, self.xp.kernels.partial_attention
 
         def partials():
             yield attend(q, k, v, scale, causal=True)
             if lane.exact:  # no fused kernel takes 0 keys
-                yield attend(q, lane.exact_keys, lane.exact_values, scale)
-            for codec, chunks in ((self.codec, lane.chunks), (self._staging, lane.staged)):
-                for tile in decoded(xp, codec, chunks, q.dtype):
-                    yield attend(q, *tile, scale)
+                yield attend(q, *self._exact(lane, layer), scale)
+            for tile in self._tiles(lane, q.dtype, layer):
+                yield attend(q, *tile, scale)
 
         total = None
         for part in partials():
@@ -420,16 +467,18 @@ class LayerCache:
                     chunks.append(codec.encode(*part, places(start, end)))
         return chunks
 
-    def lane_dense(self, lane: Lane, dtype, new=()) -> tuple:
-        """Keys and values [b, H, stored, D] of a lane, decoded: sinks, what is sealed, the rest, and those of `new` tokens."""
-        xp, sinks = self.xp, min(self.sinks, lane.exact)
-        parts = [[lane.exact_keys[:, :, :sinks]], [lane.exact_values[:, :, :sinks]]]
-        for codec, chunks in ((self.codec, lane.chunks), (self._staging, lane.staged)):
-            for tile in decoded(xp, codec, chunks, dtype):
-                for side, x in zip(parts, tile):
-                    side.append(x)
-        parts[0].append(lane.exact_keys[:, :, sinks:])
-        parts[1].append(lane.exact_values[:, :, sinks:])
+    def lane_dense(self, lane: Lane, dtype, new=(), layer: int | None = None) -> tuple:
+        """Keys and values [b, H, stored, D] of a lane, decoded: sinks, what is sealed, the rest, and those of `new` tokens.
+
+        Of `layer` of the row, or of all its layers (None).
+        """
+        xp, sinks, exact = self.xp, min(self.sinks, lane.exact), self._exact(lane, layer)
+        parts = [[x[:, :, :sinks]] for x in exact]
+        for tile in self._tiles(lane, dtype, layer):
+            for side, x in zip(parts, tile):
+                side.append(x)
+        for side, x in zip(parts, exact):
+            side.append(x[:, :, sinks:])
         for side, x in zip(parts, new):
             side.append(x)
         return tuple(xp.concat([xp.astype(x, dtype) for x in side], axis=2) for side in parts)

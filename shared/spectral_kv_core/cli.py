@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--pairs",
         action="store_true",
-        help="a basis for every two layers too, for spectral-stored-pairs: a larger file",
+        help="a basis for every two layers too, for spectral-dense-pairs and spectral-stored-pairs: a larger file",
     )
     sub.add_argument(
         "--joint", action="store_true", help="a basis for all layers together too, for kvtc: a larger file"

@@ -6,6 +6,8 @@ re-quantized. `xp` is `spectral_kv_core.ops` or a backend's module of the same n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -66,7 +68,8 @@ class TransformCodec:
         basis_set, method = plan.basis_set, plan.method
         self.xp, self.method, self.block = xp, method, basis_set.block
         self.rope = plan.shape.rope
-        self.kv_heads, self.head_dim = plan.shape.kv_heads * len(plan.layer_groups[row]), plan.shape.head_dim
+        self.layers = len(plan.layer_groups[row])
+        self.kv_heads, self.head_dim = plan.shape.kv_heads * self.layers, plan.shape.head_dim
         self.groups = basis_set.mean.shape[1]
         members = 2 * self.kv_heads // self.groups  # the first ones of a row that has fewer layers than others
         self.channels = members * self.head_dim
@@ -177,6 +180,25 @@ class SpectralCodec(TransformCodec):
     def kernel(self):
         """The faster decode step that the array library has for this codec, or None."""
         return self.xp.kernels and self.xp.kernels.decode_step(self)
+
+    @cached_property
+    def of_layers(self) -> list:
+        """For every layer of the row a codec that decodes and attends to that layer's heads alone, and encodes nothing."""
+        if self.layers == 1:
+            return [self]
+        return [self._of_layer(number) for number in range(self.layers)]
+
+    def _of_layer(self, number: int) -> SpectralCodec:
+        xp, heads, dim = self.xp, self.kv_heads // self.layers, self.head_dim
+        keys = np.arange(heads * dim) + number * heads * dim
+        channels = xp.asarray(np.concatenate([keys, keys + self.kv_heads * dim]).astype(np.int32), like=self.mean)
+        view = copy(self)
+        for made in ("decoder", "packer", "kernel", "of_layers"):
+            view.__dict__.pop(made, None)
+        view.layers, view.kv_heads, view.channels = 1, heads, 2 * heads * dim
+        view.basis, view.mean = xp.take(self.basis, channels, axis=1), xp.take(self.mean, channels, axis=2)
+        view.weight = None if self.weight is None else xp.take(self.weight, channels, axis=2)
+        return view
 
     def choose(self, keys, values, start):
         """Codes uint8 [B, G, T / block, block, R] of T tokens at `start`, T a multiple of `block`.
@@ -343,7 +365,8 @@ class SpectralCodec(TransformCodec):
         """Every array that all sequences share."""
         rows = [self.order, *self.rows, *self.scale, *self.levels]
         faster = [x for way in (self.decoder, self.packer, self.kernel) if way for x in way.tables()]
-        return super().tables() + rows + self.quantizers.arrays() + faster
+        views = [x for view in self.of_layers if view is not self for x in view.tables()]
+        return super().tables() + rows + self.quantizers.arrays() + faster + views
 
 
 class TrellisCodec(SpectralCodec):
@@ -486,6 +509,19 @@ def deviations(basis_set: BasisSet, row: int, kept: np.ndarray) -> np.ndarray:
     """Standard deviations [G, block, R] of the components `kept` [G, R]; 1 for a coefficient that never moved."""
     sigma = np.sqrt(by_frequency(basis_set.variance[row], kept, basis_set.block))
     return np.where(sigma > 0, sigma, np.float32(1))
+
+
+def join_layers(xp, layers: Sequence[tuple]) -> tuple:
+    """Keys and values [B, H, T, D] of the layers of a row -> [B, layers * H, T, D], as its codec takes them."""
+    if len(layers) == 1:
+        return layers[0]
+    return tuple(xp.concat(list(side), axis=1) for side in zip(*layers))
+
+
+def split_layers(keys, values, layers: int) -> list[tuple]:
+    """Inverse of `join_layers`."""
+    heads = keys.shape[1] // layers
+    return [tuple(x[:, i * heads : (i + 1) * heads] for x in (keys, values)) for i in range(layers)]
 
 
 def select_rows(xp, chunk: Chunk, rows) -> Chunk:

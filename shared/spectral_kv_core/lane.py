@@ -24,7 +24,7 @@ class Lane:
         None  # int32 [b, H or 1, n] of the first n exact tokens once some were dropped; the last ones follow
     )
     dropped: int = 0  # tokens that are no longer there, in every head as many
-    decoded: dict = field(default_factory=dict)  # keys and values of chunks that stay decoded; replaced, never changed
+    decoded: dict = field(default_factory=dict)  # keys and values of (chunk, layer) that stay; replaced, never changed
 
     @property
     def exact(self) -> int:

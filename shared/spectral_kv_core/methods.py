@@ -64,8 +64,19 @@ class Method:
             raise ValueError(f"Expected a rounding in {ROUNDINGS}, received {self.rounding!r}.")
         if self.scorer is not None:
             get_scorer(self.scorer)
-        if self.group not in GROUPS[:3] and self.live:  # a live cache gets its layers one after the other
-            raise ValueError(f"Expected the codec stored for the group {self.group}, received {self.codec!r}.")
+        one_layer = self.group in GROUPS[:3]
+        fitting = ("spectral", "stored") if self.group == "layer2" else ("stored",)
+        if (
+            self.live and not one_layer and self.codec not in fitting
+        ):  # a live cache gets its layers one after the other
+            raise ValueError(
+                f"Expected the codec {' or '.join(fitting)} for the group {self.group}, received {self.codec!r}."
+            )
+        if self.scorer is not None and not one_layer:
+            raise ValueError(
+                f"Expected a method that codes every layer alone for the scorer {self.scorer}, {self.name} codes layers "
+                "together. Choose spectral-dense."
+            )
 
     @property
     def basis_set(self) -> str | None:
@@ -118,6 +129,18 @@ METHODS = {
             "as spectral; one basis for keys and values, both linear in the same hidden state; Marcellin and Fischer 1990",
             rope="pre",
             group="layer",
+            time="dct",
+            block=16,
+            quantizer="trellis",
+            rounding="expected-attention",
+        ),
+        Method(
+            "spectral-dense-pairs",
+            "spectral",
+            "spectral-dense with one basis for every two layers that follow each other; profile made with --pairs",
+            "as spectral-dense; neighbouring layers read nearly the same hidden state",
+            rope="pre",
+            group="layer2",
             time="dct",
             block=16,
             quantizer="trellis",

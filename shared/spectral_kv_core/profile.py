@@ -56,7 +56,7 @@ class ModelShape:
         if group == "layer2" and all(len(layers) == 1 for layers in groups):
             raise ValueError(
                 f"Expected layers that follow each other to pair, received the compressible layers "
-                f"{', '.join(map(str, self.layers))}. Use spectral-stored, which codes every layer alone."
+                f"{', '.join(map(str, self.layers))}. Use spectral-dense or spectral-stored, which code every layer alone."
             )
         return tuple(groups)
 

@@ -33,7 +33,7 @@ class ProfilerBase(ABC):
     gradients: False takes the gradients of every layer's own attention output in place of those of the scored tokens'
     probability: no backward pass and a fraction of the memory, at a price in quality (results/experiments.md);
     basis_sets: which ways of grouping vectors the profile covers (`group.rope`; default: those of all methods but
-    spectral-stored-pairs and kvtc); pairs, joint: that of spectral-stored-pairs, of kvtc, too.
+    the -pairs methods and kvtc); pairs, joint: that of the -pairs methods, of kvtc, too.
     """
 
     def __init__(

@@ -5,7 +5,7 @@ RATE_DISTORTION_2.md, section 3. A chunk is one stream of bytes: it cannot be ap
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
@@ -99,19 +99,6 @@ class StoredCodec(TransformCodec):
         codes = codes.reshape(chunk.batch, self.groups, self.block, self.rank, n).transpose(0, 1, 4, 2, 3)
         z = self.quantizers.dequantize(xp.asarray(np.ascontiguousarray(codes), like=self.scale))
         return self.vectors(xp.permute_dims(z, (0, 1, 3, 4, 2)) * self.scale, chunk.start)
-
-
-def join_layers(xp, layers: Sequence[tuple]) -> tuple:
-    """Keys and values [B, H, T, D] of the layers of a row -> [B, layers * H, T, D], as its codec takes them."""
-    if len(layers) == 1:
-        return layers[0]
-    return tuple(xp.concat(list(side), axis=1) for side in zip(*layers))
-
-
-def split_layers(keys, values, layers: int) -> list[tuple]:
-    """Inverse of `join_layers`."""
-    heads = keys.shape[1] // layers
-    return [tuple(x[:, i * heads : (i + 1) * heads] for x in (keys, values)) for i in range(layers)]
 
 
 def codec_of(xp, plan: Plan, row: int, like=None):

@@ -22,19 +22,22 @@ def bytes_per_layer(plan: Plan, limit: int) -> int:
     return limit // len(plan.layer_groups)
 
 
-def held(lane) -> list:
-    """The decoded arrays that stay in `lane`."""
-    return [x for pair in lane.decoded.values() for x in pair]
+def held(lane, layer: int | None = None) -> list:
+    """The decoded arrays that stay in `lane`, of `layer` of its row or of all."""
+    return [x for (_, of), pair in lane.decoded.items() if layer in (None, of) for x in pair]
 
 
-def decode_step(xp, codec, lane, limit: int, queries, keys, values, scale: float):
+def decode_step(xp, codec, lane, layer: int, limit: int, queries, keys, values, scale: float):
     """`attention.decode_step` over the chunks of `lane`, of which those that fit in `limit` bytes stay decoded in it.
+
+    `codec`: that of layer number `layer` of the row.
 
     They stay in 16 bits: in the dtype of `queries` where that has as many, else in float16.
     """
     kind = queries.dtype if queries.nbytes == 2 * prod(queries.shape) else xp.float16
-    lane.decoded = {chunk: lane.decoded[chunk] for chunk in lane.chunks if chunk in lane.decoded}
-    decoded, left = dict(lane.decoded), limit - sum(x.nbytes for x in held(lane))
+    there = set(lane.chunks)
+    lane.decoded = {key: pair for key, pair in lane.decoded.items() if key[0] in there}
+    decoded, left = dict(lane.decoded), limit - sum(x.nbytes for x in held(lane, layer))
     heads, (batch, q_heads, length, dim) = keys.shape[1], queries.shape
     size = 2 * 2 * batch * heads * dim  # bytes of a token
     rows = xp.astype(attention.group_queries(queries, heads), xp.float32)
@@ -42,13 +45,14 @@ def decode_step(xp, codec, lane, limit: int, queries, keys, values, scale: float
     def partials():
         nonlocal left
         for chunk in lane.chunks:
-            if chunk not in decoded and chunk.tokens * size > left:
+            key = chunk, layer
+            if key not in decoded and chunk.tokens * size > left:
                 yield codec.attend(chunk, rows, scale)
                 continue
-            if chunk not in decoded:
-                decoded[chunk] = tuple(xp.astype(x, kind) for x in codec.decode(chunk))
+            if key not in decoded:
+                decoded[key] = tuple(xp.astype(x, kind) for x in codec.decode(chunk))
                 left -= chunk.tokens * size
-            yield attend_decoded(xp, queries, rows, *decoded[chunk], scale)
+            yield attend_decoded(xp, queries, rows, *decoded[key], scale)
         mask = attention.causal_rows(xp, q_heads // heads, length, keys.shape[2], like=queries)
         exact = (xp.astype(x, xp.float32) for x in (keys, values))
         yield attention.dense_partial(xp, rows, *exact, scale, mask)

@@ -1,0 +1,135 @@
+"""Two layers coded together in a live cache of MLX: against what it decodes to, and against the torch backend."""
+
+# ruff: noqa: E402 (without MLX the whole file is skipped before its imports)
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+mx = pytest.importorskip("mlx.core")
+pytest.importorskip("mlx_lm")
+torch = pytest.importorskip("torch")
+
+from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
+from mlx_models import make_tokens
+from tiny_checkpoint import save_tiny_checkpoint
+from tolerances import assert_close
+
+import spectral_kv_mlx
+import spectral_kv_torch
+from spectral_kv_mlx import generation as mlx_backend
+from spectral_kv_mlx import integration
+from spectral_kv_mlx.cache import FollowingKVCache, rows_of
+from spectral_kv_torch import generation as torch_backend
+from spectral_kv_torch.cache import rows_of as torch_rows_of
+
+METHOD = "spectral-dense-pairs"
+SMALL = {"window": 16, "sinks": 4}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """One tiny checkpoint of three layers in both hosts, with a profile: a pair and a lone layer."""
+    folder = tmp_path_factory.mktemp("llama")
+    save_tiny_checkpoint(folder, "llama")
+    theirs, tokenizer = spectral_kv_torch.load_model(folder, "float32")
+    ours, _ = spectral_kv_mlx.load_model(folder)
+    texts = ["".join(map(chr, (t % 95 + 32 for t in make_tokens(700, seed=100 + n)))) for n in range(2)]
+    profiler = spectral_kv_torch.SpectralProfiler(tokens=1024, document=512, progress=False, pairs=True)
+    return SimpleNamespace(torch=theirs, mlx=ours, profile=profiler.profile_from_model(theirs, tokenizer, texts))
+
+
+def live(tiny, bits: float = 3.0, **options) -> list:
+    return spectral_kv_mlx.make_prompt_cache(tiny.mlx, tiny.profile, bits, method=METHOD, **SMALL, **options)
+
+
+def follow(backend, model, cache, tokens, step: int = 1) -> np.ndarray:
+    return np.concatenate([backend.feed(model, tokens[i : i + step], cache, step) for i in range(0, len(tokens), step)])
+
+
+def codes(layers) -> list[np.ndarray]:
+    held = [layer.store for layer in layers]
+    return [s.xp.to_numpy(x) for s in held for lane in s.lanes for c in lane.chunks for x in c.arrays]
+
+
+@pytest.mark.parametrize("step", [1, 40], ids=["one by one", "a prompt that goes on"])
+def test_attention_is_that_over_what_is_decoded(tiny, step):
+    cache = live(tiny)
+    assert [type(layer) is FollowingKVCache for layer in cache] == [False, True, False]
+    mlx_backend.feed(tiny.mlx, make_tokens(300), cache)
+    plain, more = mlx_backend.decode_cache(cache, tiny.mlx), make_tokens(40 if step == 40 else 7, seed=4)
+    assert rows_of(cache)[0].store.lanes[0].sealed == 272
+    expected = follow(mlx_backend, tiny.mlx, plain, more, step)
+    assert_close("logits", follow(mlx_backend, tiny.mlx, cache, more, step), expected, limit=1e-4)
+
+
+@pytest.mark.parametrize("step", [200, 1], ids=["at once", "one by one"])
+def test_the_hosts_agree_and_go_on_with_each_other(tiny, step, tmp_path):
+    tokens, more = make_tokens(200), make_tokens(20, seed=6)
+    ours = live(tiny)
+    theirs = spectral_kv_torch.make_prompt_cache(tiny.torch, tiny.profile, 3.0, method=METHOD, **SMALL)
+    assert_close(
+        "logits", follow(mlx_backend, tiny.mlx, ours, tokens, step), follow(torch_backend, tiny.torch, theirs, tokens, step),
+        limit=1e-3,
+    )  # fmt: skip
+    path = spectral_kv_mlx.save_prompt_cache(tmp_path / "c", ours, tokens, model=tiny.mlx)
+    loaded, told = spectral_kv_torch.load_prompt_cache(path, tiny.torch, tiny.profile)
+    assert told == tokens
+    if step == 200:
+        for got, other, expected in zip(
+            codes(torch_rows_of(loaded)), codes(torch_rows_of(theirs)), codes(rows_of(ours))
+        ):
+            np.testing.assert_array_equal(got, expected)
+            np.testing.assert_array_equal(other, expected)
+    assert spectral_kv_torch.cache_nbytes(loaded) == spectral_kv_mlx.cache_nbytes(ours)
+    expected = follow(torch_backend, tiny.torch, loaded, more)
+    assert_close("next", follow(mlx_backend, tiny.mlx, ours, more), expected, limit=1e-3)
+
+
+def test_padded_rows_come_out_as_if_they_were_alone(tiny):
+    rows = [make_tokens(n, seed=n) for n in (120, 71)]
+    cache, alone = live(tiny, left_padding=[0, 49]), live(tiny)
+    got = tiny.mlx(mx.array([rows[0], [0] * 49 + rows[1]]), cache=cache)
+    assert_close("prompt", np.array(got[1:, 49:]), np.array(tiny.mlx(mx.array(rows[1:]), cache=alone)), limit=1e-4)
+    for token in make_tokens(20, seed=5):
+        got = tiny.mlx(mx.array([[token], [token]]), cache=cache)
+        assert_close("next", np.array(got[1:]), np.array(tiny.mlx(mx.array([[token]]), cache=alone)), limit=1e-4)
+    assert [lane.sealed for lane in cache[0].store.lanes] == [112, 64]
+
+
+def test_trim_copy_and_state(tiny):
+    cache, tail = live(tiny, 8.0), make_tokens(6, seed=3)
+    mlx_backend.feed(tiny.mlx, make_tokens(150), cache)
+    other, restored, whole = copy.deepcopy(cache), live(tiny, 8.0), mlx_backend.decode_cache(cache, tiny.mlx)
+    assert other[1].first is other[0] and spectral_kv_mlx.cache_nbytes(other) == spectral_kv_mlx.cache_nbytes(cache)
+    for new, old in zip(restored, cache):
+        new.state = old.state
+    mlx_backend.feed(tiny.mlx, make_tokens(30, seed=9), cache)
+    assert can_trim_prompt_cache(cache) and trim_prompt_cache(cache, 30) == 30
+    assert [layer.offset for layer in cache] == [150, 150, 150]
+    expected = follow(mlx_backend, tiny.mlx, other, tail)
+    np.testing.assert_array_equal(follow(mlx_backend, tiny.mlx, restored, tail), expected)
+    assert_close("trimmed", follow(mlx_backend, tiny.mlx, cache, tail), expected, limit=0.03)
+    assert_close("decoded", follow(mlx_backend, tiny.mlx, whole, tail), expected, limit=0.03)
+
+
+def test_other_attention_gets_keys_of_its_own_layer(tiny):
+    tokens, more, ours, theirs = make_tokens(150), make_tokens(12, seed=2), live(tiny), live(tiny)
+    expected = [mlx_backend.feed(tiny.mlx, tokens, ours), follow(mlx_backend, tiny.mlx, ours, more)]
+    integration.restore(tiny.mlx)
+    try:
+        got = [np.array(tiny.mlx(mx.array([tokens]), cache=theirs)[0, -1:])]
+        got += [np.concatenate([np.array(tiny.mlx(mx.array([[t]]), cache=theirs)[0]) for t in more])]
+    finally:
+        integration.install(tiny.mlx)
+    for a, b in zip(got, expected, strict=True):
+        assert_close("logits", a[-1], b[-1], limit=1e-3)
+
+
+def test_generation(tiny):
+    cache = live(tiny)
+    made = mlx_backend.generate(tiny.mlx, None, make_tokens(100), cache, 10, True, lambda token: None)
+    assert len(made.tokens) == 10 and spectral_kv_mlx.cache_nbytes(cache).compression > 1.4
