@@ -175,8 +175,11 @@ class SpectralKVCache(RoutedCache):
 
     @property
     def state(self) -> tuple:
-        """What tells this cache from an empty one of the same plan: the layout as JSON, then every array."""
-        self.finalize()
+        """What tells this cache from an empty one of the same plan: the layout as JSON, then every array.
+
+        A prompt that may go on stays staged: mlx-lm evaluates the state after every piece of a prompt.
+        """
+        self.commit()
         arrays = self.store.state_arrays()
         lanes = [
             {
@@ -185,6 +188,7 @@ class SpectralKVCache(RoutedCache):
                 "exact": lane.exact_keys is not None,
                 "dropped": lane.dropped,
                 "chunks": [_fields(chunk) for chunk in lane.chunks],
+                "staged": [_fields(chunk) for chunk in lane.staged],
             }
             for lane in self.store.lanes
         ]
@@ -207,9 +211,10 @@ class SpectralKVCache(RoutedCache):
                 lane.exact_keys, lane.exact_values = next(arrays), next(arrays)
             if lane.dropped:
                 lane.positions = next(arrays)
-            for batch, start, tokens, count in fields["chunks"]:
-                codes = tuple(next(arrays) for _ in range(count))
-                lane.chunks.append(Chunk(batch, next(arrays) if start is None else start, tokens, codes))
+            for chunks, held in ((lane.chunks, fields["chunks"]), (lane.staged, fields["staged"])):
+                for batch, start, tokens, count in held:
+                    codes = tuple(next(arrays) for _ in range(count))
+                    chunks.append(Chunk(batch, next(arrays) if start is None else start, tokens, codes))
             self.store.lanes.append(lane)
 
     @classmethod

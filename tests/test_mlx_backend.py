@@ -16,6 +16,7 @@ pytest.importorskip("mlx_lm")
 
 import mlx.nn as nn
 import mlx_lm
+from mlx_lm.generate import generate_step
 from mlx_lm.models import base, llama
 from mlx_lm.models import cache as host_cache
 from mlx_lm.models.rope_utils import initialize_rope
@@ -292,6 +293,34 @@ def test_state_round_trip_and_deep_copy(tiny):
         other[0].state = cache[0].state
     with pytest.raises(ValueError, match="make_prompt_cache"):
         SpectralKVCache.from_state(cache[0].state)
+
+
+def test_reading_the_state_leaves_a_prompt_open(tiny):
+    """mlx-lm evaluates it after every piece of a prompt."""
+    prompt, tail = make_tokens(150), make_tokens(4, seed=8)
+    expected, cache, restored = (make_prompt_cache(tiny.model, tiny.profile, 2.0, **SMALL) for _ in range(3))
+    feed(tiny.model, expected, prompt, 50)
+    for start in range(0, 150, 50):
+        feed(tiny.model, cache, prompt[start : start + 50])
+        mx.eval([c.state for c in cache])
+    assert all(c.store.is_staged for c in cache)
+    for new, old in zip(restored, cache):
+        new.state = old.state
+    expected = feed(tiny.model, expected, tail, 1)
+    for other in (cache, restored):
+        assert np.array_equal(feed(tiny.model, other, tail, 1), expected) and not other[0].store.is_staged
+
+
+def test_mlx_lm_reads_a_prompt_in_pieces_as_one_prompt(tiny):
+    prompt, options = mx.array(make_tokens(150)), {"max_tokens": 3, "prefill_step_size": 50}
+    caches = [make_prompt_cache(tiny.model, tiny.profile, 2.0, **SMALL) for _ in range(2)]
+    list(generate_step(prompt, tiny.model, prompt_cache=caches[0], **options))
+    feed(tiny.model, caches[1], prompt.tolist()[:149], 50)
+    feed(tiny.model, caches[1], make_tokens(1), 1)
+    for ours, theirs in zip(*caches):
+        assert theirs.store.lanes[0].sealed == 128
+        for a, b in zip(ours.store.dense(), theirs.store.dense()):
+            assert mx.array_equal(a[:, :, 4:132], b[:, :, 4:132])
 
 
 def test_bytes_of_every_array(family):

@@ -66,7 +66,7 @@ def test_attention_is_that_over_what_is_decoded(tiny, step):
     assert_close("logits", follow(mlx_backend, tiny.mlx, cache, more, step), expected, limit=1e-4)
 
 
-@pytest.mark.parametrize("step", [200, 1], ids=["at once", "one by one"])
+@pytest.mark.parametrize("step", [200, 1, 50], ids=["at once", "one by one", "staged"])
 def test_the_hosts_agree_and_go_on_with_each_other(tiny, step, tmp_path):
     tokens, more = make_tokens(200), make_tokens(20, seed=6)
     ours = live(tiny)
