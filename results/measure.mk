@@ -4,10 +4,12 @@
 # was cut off goes on from its rows in build/results. Two runs at a time: make -j2 results OMP_NUM_THREADS=1 ...
 RUNS    := build/results
 DEMO    := --model demo --dtype float32
+PAIRS   := $(DEMO) --profile $(RUNS)/pairs.safetensors
 SMALL   := --model "$(GEMMA)" --dtype float32 --profile $(RUNS)/gemma.safetensors --documents 2
 WIKI    := --text wiki="$(WIKITEXT)"
 BOTH    := $(WIKI) code=$(RUNS)/code.txt
 OURS    := spectral,spectral-trellis,spectral-dense,spectral-stored
+PAIRED  := spectral-dense,spectral-dense-pairs,spectral-stored,spectral-stored-pairs
 PEERS   := affine,kivi,turboquant,turboquant-qjl,jarviskv,eigen-attention
 SCORERS := streaming,random,knorm,keydiff,snapkv,expected-attention,waveletattention,fourierkv,waveletkv,waveletfourierkv,triattention,wavelettriattention
 COMMA   := ,
@@ -22,6 +24,9 @@ DEEP    := --prefix 3500 --tasks needle --documents 1 --scored 64
 
 # every run, and its options; those that end in _more, _all, _half, _tiers and _joint are rows of the table before the underscore
 ARGS_codec_smollm2_1024    := $(DEMO) --methods $(OURS) --bits 4,3,2,1.5,1,0.5 --prefix 1024 --tasks text,copy $(WIKI)
+ARGS_codec_smollm2_pairs   := $(PAIRS) --methods $(PAIRED) --bits 2,1.5,1,0.5 --prefix 1024 --tasks text,copy $(WIKI)
+ARGS_codec_smollm2_wide    := $(PAIRS) --documents 16 --methods spectral,spectral-trellis,spectral-dense,spectral-dense-pairs \
+  --bits 2,1.5,1,0.5 --prefix 1024 --tasks text,copy $(WIKI)
 ARGS_codec_smollm2_2048    := $(DEMO) --methods $(OURS) --bits 2,1 --prefix 2048 --tasks text,copy $(WIKI)
 ARGS_codec_smollm2_chunks  := $(DEMO) --methods $(OURS) --bits 2 --prefix 2048 --prefill-chunk 512 --tasks text $(WIKI)
 ARGS_codec_smollm2_code    := $(DEMO) --documents 2 --methods $(OURS) --bits 2,1 --prefix 2048 --tasks text --text code=$(RUNS)/code.txt
@@ -71,6 +76,7 @@ $(addprefix run-,$(MEASURE)): run-%: $(RUNS)/code.txt
 	$(VENV)/bin/spectralkv eval --backend torch --documents 4 --scored 128 --step 16 --greedy 0 --metrics kl $(ARGS_$*) --output $(RUNS)/$*
 
 run-methods_smollm2_joint: $(RUNS)/joint.safetensors
+run-codec_smollm2_pairs run-codec_smollm2_wide: $(RUNS)/pairs.safetensors
 $(addprefix run-,$(filter %_gemma3_270m %_gemma3_270m_more %_gemma3_270m_all %_gemma3_270m_2048,$(MEASURE))): $(RUNS)/gemma.safetensors
 
 $(RUNS)/code.txt: $(VENV)/.installed-all
@@ -80,6 +86,9 @@ $(RUNS)/code.txt: $(VENV)/.installed-all
 
 $(RUNS)/joint.safetensors: $(RUNS)/code.txt
 	$(VENV)/bin/spectralkv profile --backend torch $(DEMO) --joint --output $@
+
+$(RUNS)/pairs.safetensors: $(RUNS)/code.txt
+	$(VENV)/bin/spectralkv profile --backend torch $(DEMO) --pairs --output $@
 
 $(RUNS)/gemma.safetensors: $(RUNS)/code.txt
 	$(VENV)/bin/spectralkv profile --backend torch --model "$(GEMMA)" --dtype float32 --output $@
