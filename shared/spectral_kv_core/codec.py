@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -57,11 +58,47 @@ class Chunk:
         return self.arrays if isinstance(self.start, int) else (*self.arrays, self.start)
 
 
+@dataclass
+class Axes:
+    """Keys and values of one layer's `heads` <-> latents, in `groups` that share a basis.
+
+    mean, weight: [G, 1, Dg], the latter None for 1 everywhere; basis: [G, Dg, R].
+    """
+
+    xp: Any
+    heads: int
+    mean: Any
+    basis: Any
+    weight: Any
+
+    def latents(self, keys, values):
+        """Latents [B, G, T, R] of keys and values [B, H, T, D]."""
+        xp, (groups, channels, _) = self.xp, self.basis.shape
+        x = xp.concat([keys, values], axis=1)
+        batch, _, tokens, dim = x.shape
+        x = x.reshape(batch, groups, -1, tokens, dim)
+        x = xp.permute_dims(x, (0, 1, 3, 2, 4)).reshape(batch, groups, tokens, channels)
+        x = x - self.mean if self.weight is None else (x - self.mean) * self.weight
+        return xp.matmul(x, self.basis)
+
+    def vectors(self, z):
+        """Keys and values [B, H, T, D] of latents [B, G, T, R]."""
+        xp, (batch, groups, tokens, _) = self.xp, z.shape
+        x = xp.matmul(z, xp.permute_dims(self.basis, (0, 2, 1)))
+        x = x + self.mean if self.weight is None else x / self.weight + self.mean
+        x = x.reshape(batch, groups, tokens, 2 * self.heads // groups, -1)
+        x = xp.permute_dims(x, (0, 1, 3, 2, 4)).reshape(batch, 2 * self.heads, tokens, -1)
+        return x[:, : self.heads], x[:, self.heads :]
+
+    def arrays(self) -> list:
+        return [x for x in (self.mean, self.basis, self.weight) if x is not None]
+
+
 class TransformCodec:
     """Keys and values of a row's layers <-> coefficients: basis across channels, transform over blocks of time.
 
-    H counts the heads of all layers that the row stands for, its first layer's first. Components of which the plan stores
-    no coefficient are never computed.
+    H counts the heads of all layers that the row stands for, its first layer's first; `axes` has those of each layer.
+    Components of which the plan stores no coefficient are never computed.
     """
 
     def __init__(self, xp, plan: Plan, row: int, like=None):
@@ -72,23 +109,49 @@ class TransformCodec:
         self.kv_heads, self.head_dim = plan.shape.kv_heads * self.layers, plan.shape.head_dim
         self.groups = basis_set.mean.shape[1]
         members = 2 * self.kv_heads // self.groups  # the first ones of a row that has fewer layers than others
-        self.channels = members * self.head_dim
 
         def table(x, dtype=np.float32):
             return xp.asarray(np.ascontiguousarray(x, dtype), like=like)
 
         kept = kept_components(plan.coded[row])  # [G, R]
         self.rank = kept.shape[1]
-        basis = np.take_along_axis(orthonormalize(basis_set.basis[row]), kept[:, None], -1)[:, : self.channels]
-        weight = np.repeat(basis_set.weight[row, :, :members], self.head_dim, axis=-1)[:, None]
-        self.mean = table(basis_set.mean[row, :, None, : self.channels])  # [G, 1, Dg]
-        self.basis = table(basis)  # [G, Dg, R]
-        self.weight = None if np.all(weight == 1) else table(weight)  # [G, 1, Dg]
+        basis = np.take_along_axis(orthonormalize(basis_set.basis[row]), kept[:, None], -1)  # [G, Dg, R]
+        weight = np.repeat(basis_set.weight[row, :, :members], self.head_dim, axis=-1)[:, None]  # [G, 1, Dg]
+        mean = basis_set.mean[row][:, None]
+        channels = np.arange(members * self.head_dim)  # keys of all layers, then values
+        if self.layers > 1:
+            channels = channels.reshape(2, self.layers, -1).swapaxes(0, 1)
+        self.axes = [
+            Axes(
+                xp,
+                plan.shape.kv_heads,
+                table(mean[..., own]),
+                table(basis[:, own]),
+                None if np.all(weight[..., own] == 1) else table(weight[..., own]),
+            )
+            for own in channels.reshape(self.layers, -1)
+        ]
         self.time = table(time_matrix(basis_set.time, basis_set.block))
 
         self.normalize = table(1 / deviations(basis_set, row, kept)[:, None])  # [G, 1, F, R]
         self.weigh = TokenWeights(xp, plan, row, table) if plan.rounds else None
         self.gain = self.weigh and table(by_frequency(plan.gain(row), kept, self.block)[:, None])
+
+    @property
+    def mean(self):
+        """[G, 1, Dg] of a row of one layer; basis [G, Dg, R] and weight, None or [G, 1, Dg], likewise."""
+        (axes,) = self.axes
+        return axes.mean
+
+    @property
+    def basis(self):
+        (axes,) = self.axes
+        return axes.basis
+
+    @property
+    def weight(self):
+        (axes,) = self.axes
+        return axes.weight
 
     def coefficients(self, keys, values, start):
         """Transform [B, H, T, D] keys and values (T a multiple of `block`) of tokens at `start` (see `Chunk`).
@@ -99,16 +162,13 @@ class TransformCodec:
         xp, pre = self.xp, self.method.rope == "pre"
         keys, values = xp.astype(keys, xp.float32), xp.astype(values, xp.float32)
         turned = unrotate(xp, keys, self.rope, start) if self.rope and (pre or self.weigh) else keys
-        x = xp.concat([turned if pre else keys, values], axis=1)
-        batch, _, tokens, dim = x.shape
-        x = x.reshape(batch, self.groups, -1, tokens, dim)
-        x = xp.permute_dims(x, (0, 1, 3, 2, 4)).reshape(batch, self.groups, tokens, self.channels)
-        x = x - self.mean if self.weight is None else (x - self.mean) * self.weight
-        z = to_frequency(xp, xp.matmul(x, self.basis), self.time) * self.normalize
+        layers = split_layers(turned if pre else keys, values, self.layers)
+        z = reduce(add, (axes.latents(*layer) for axes, layer in zip(self.axes, layers)))
+        z = to_frequency(xp, z, self.time) * self.normalize
         if self.weigh is None:
             return z, None
         weights = self.weigh(turned, values)
-        weights = xp.concat([weights, weights], axis=1).reshape(batch, self.groups, -1, tokens)
+        weights = xp.concat([weights, weights], axis=1).reshape(keys.shape[0], self.groups, -1, keys.shape[2])
         return z, xp.mean(weights, axis=2).reshape(*z.shape[:4])
 
     def vectors(self, spectrum, start):
@@ -118,19 +178,12 @@ class TransformCodec:
         """
         xp = self.xp
         z = to_time(xp, spectrum, self.time)  # [B, G, T, R]
-        x = xp.matmul(z, xp.permute_dims(self.basis, (0, 2, 1)))
-        x = x + self.mean if self.weight is None else x / self.weight + self.mean
-        batch, _, tokens, _ = x.shape
-        x = x.reshape(batch, self.groups, tokens, -1, self.head_dim)
-        x = xp.permute_dims(x, (0, 1, 3, 2, 4)).reshape(batch, 2 * self.kv_heads, tokens, self.head_dim)
-        keys, values = x[:, : self.kv_heads], x[:, self.kv_heads :]
+        keys, values = join_layers(xp, [axes.vectors(z) for axes in self.axes])
         return (rotate(xp, keys, self.rope, start) if self.rope and self.method.rope == "pre" else keys), values
 
     def tables(self) -> list:
         """Every array that all sequences share."""
-        arrays = [self.mean, self.basis, self.time, self.normalize]
-        if self.weight is not None:
-            arrays.append(self.weight)
+        arrays = [self.time, self.normalize, *(x for axes in self.axes for x in axes.arrays())]
         if self.weigh is not None:
             arrays += [*self.weigh.tables, self.gain]
         return arrays
@@ -168,8 +221,8 @@ class SpectralCodec(TransformCodec):
 
     @cached_property
     def decoder(self):
-        """What the array library has to decode several chunks at a time, or None."""
-        return self.xp.kernels and self.xp.kernels.decoder(self)
+        """What the array library has to decode several chunks at a time, of one layer, or None."""
+        return self.layers == 1 and self.xp.kernels and self.xp.kernels.decoder(self)
 
     @cached_property
     def packer(self):
@@ -178,26 +231,20 @@ class SpectralCodec(TransformCodec):
 
     @cached_property
     def kernel(self):
-        """The faster decode step that the array library has for this codec, or None."""
-        return self.xp.kernels and self.xp.kernels.decode_step(self)
+        """The faster decode step that the array library has for this codec of one layer, or None."""
+        return self.layers == 1 and self.xp.kernels and self.xp.kernels.decode_step(self)
 
     @cached_property
     def of_layers(self) -> list:
         """For every layer of the row a codec that decodes and attends to that layer's heads alone, and encodes nothing."""
-        if self.layers == 1:
-            return [self]
-        return [self._of_layer(number) for number in range(self.layers)]
+        return [self] if self.layers == 1 else [self._of_layer(number) for number in range(self.layers)]
 
     def _of_layer(self, number: int) -> SpectralCodec:
-        xp, heads, dim = self.xp, self.kv_heads // self.layers, self.head_dim
-        keys = np.arange(heads * dim) + number * heads * dim
-        channels = xp.asarray(np.concatenate([keys, keys + self.kv_heads * dim]).astype(np.int32), like=self.mean)
         view = copy(self)
-        for made in ("decoder", "packer", "kernel", "of_layers"):
+        for made in ("decoder", "kernel", "of_layers"):
             view.__dict__.pop(made, None)
-        view.layers, view.kv_heads, view.channels = 1, heads, 2 * heads * dim
-        view.basis, view.mean = xp.take(self.basis, channels, axis=1), xp.take(self.mean, channels, axis=2)
-        view.weight = None if self.weight is None else xp.take(self.weight, channels, axis=2)
+        view.layers, view.kv_heads, view.axes = 1, self.kv_heads // self.layers, self.axes[number : number + 1]
+        view.packer = None  # nothing is packed by it
         return view
 
     def choose(self, keys, values, start):
@@ -287,7 +334,7 @@ class SpectralCodec(TransformCodec):
         xp, n = self.xp, chunk.tokens // self.block
         codes = [unpack_rows(xp, packed, b, n) for packed, b in zip(_pairs(chunk.arrays), self.bits)]
         parts = self._dequantized(codes)
-        parts.append(xp.zeros((chunk.batch, 1, n), dtype=xp.float32, like=self.mean))
+        parts.append(xp.zeros((chunk.batch, 1, n), dtype=xp.float32, like=self.time))
         y = xp.take(xp.concat(parts, axis=1), self.order, axis=1)
         return y.reshape(chunk.batch, self.groups, self.block, self.rank, n)
 
@@ -391,7 +438,7 @@ class TrellisCodec(SpectralCodec):
         """As `SpectralCodec.quantize`; the host searches, wherever `z` is."""
         xp = self.xp
         held = [x if x is None else xp.to_numpy(x) for x in (z, weights)]
-        return xp.asarray(self.search.search(*held), like=self.mean)
+        return xp.asarray(self.search.search(*held), like=self.time)
 
     def _dequantized(self, codes: list) -> list:
         """Coefficients [B, rows, n] of codes width by width."""

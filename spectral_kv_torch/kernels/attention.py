@@ -118,13 +118,13 @@ def decode_step(codec):
 def _kernel(codec):
     if codec.block != FREQUENCIES:
         return None
-    if codec.basis.device.type == "cuda":
+    if codec.time.device.type == "cuda":
         return _triton_step(codec)
-    return LatentStep(codec) if codec.basis.device.type == "cpu" and library() else None
+    return LatentStep(codec) if codec.time.device.type == "cpu" and library() else None
 
 
 def _triton_step(codec):
-    if not runs_kernels(codec.basis.device):
+    if not runs_kernels(codec.time.device):
         return None
     from .triton_attention import MAX_DIM, TritonStep
 

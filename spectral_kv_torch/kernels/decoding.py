@@ -68,7 +68,7 @@ class Decoder:
 
 def decoder(codec) -> Decoder | None:
     """What decodes several chunks of `codec` at once; None where each is decoded on its own."""
-    if not isinstance(codec, SpectralCodec) or codec.block != FREQUENCIES or not runs_kernels(codec.basis.device):
+    if not isinstance(codec, SpectralCodec) or codec.block != FREQUENCIES or not runs_kernels(codec.time.device):
         return None
     from .triton_latents import Latents
 

@@ -24,7 +24,7 @@ class EagerStep:
     def __init__(self, codec: SpectralCodec):
         self._codec, self._tiles = codec, Tiles(codec, TILE_CHUNKS)
         self._keys = self._values = ()
-        if multiplies(codec.basis.device) and not codec.coupled:
+        if multiplies(codec.time.device) and not codec.coupled:
             self._keys, self._values = (make_rows(codec, i * codec.kv_heads * codec.block * codec.rank) for i in (0, 1))
             self._weight_time = codec.time * WEIGHT_RANGE
 

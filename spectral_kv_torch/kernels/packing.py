@@ -10,7 +10,7 @@ from .device import runs_kernels
 
 def packer(codec) -> CheckedPacker | None:
     """What packs the codes of all widths of `codec` at once; None where each width is packed on its own."""
-    if not isinstance(codec, SpectralCodec) or not runs_kernels(codec.basis.device):
+    if not isinstance(codec, SpectralCodec) or not runs_kernels(codec.time.device):
         return None
     from .triton_packing import Packer
 

@@ -176,7 +176,7 @@ class CodeTables:
         flags = np.array(BIT_WIDTHS)[slots] | (SCALAR.value * (slots > TRELLIS.value) if codec.coupled else 0)
         places, planes = tiled(places), np.bitwise_or.reduce(tiled(flags), axis=-1)
         self.places, self.planes = (
-            torch.from_numpy(x.astype(np.int32)).to(codec.basis.device) for x in (places, planes)
+            torch.from_numpy(x.astype(np.int32)).to(codec.time.device) for x in (places, planes)
         )
         self.coupled = codec.coupled > 0
         if self.coupled:
@@ -184,7 +184,7 @@ class CodeTables:
             for bits, levels in zip(codec.bits[: codec.coupled], codec.levels):
                 curves[:, bits] = curve(levels.cpu().numpy())
             tables = np.minimum(first, counts[1 : TRELLIS.value + 1].sum()).astype(np.int32), curves
-            self._starts, self._curves = (torch.from_numpy(x).to(codec.basis.device) for x in tables)
+            self._starts, self._curves = (torch.from_numpy(x).to(codec.time.device) for x in tables)
             self._path_rows, self._before = len(codec.paths.before[0]) + 1, codec.paths.before
 
     def paths(self, spans: torch.Tensor, batch: int, blocks: int) -> tuple:

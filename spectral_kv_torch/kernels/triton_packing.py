@@ -129,7 +129,7 @@ class Packer:
             for bits, rows, start in zip(self._codec.bits, self._rows, starts)
             for first in range(0, rows, ROWS.value)
         ]
-        return torch.tensor(tiles, dtype=torch.int32, device=self._codec.basis.device), torch.cat(self._codec.rows)
+        return torch.tensor(tiles, dtype=torch.int32, device=self._codec.time.device), torch.cat(self._codec.rows)
 
     def _layout(self, batch: int) -> tuple:
         """Where units and rests of every width begin in a buffer [blocks, widths, 2], on the card; their sizes, the whole
@@ -145,7 +145,7 @@ class Packer:
                 ends = np.cumsum([0, *sizes], dtype=np.int64)
                 starts[n, [BIT_WIDTHS.index(bits) for bits in self._codec.bits]] = ends[:-1].reshape(-1, 2)
                 by_blocks.append((sizes, int(ends[-1]), shapes))
-            layout = torch.from_numpy(starts).to(self._codec.basis.device)
+            layout = torch.from_numpy(starts).to(self._codec.time.device)
             self._layouts[batch] = layout, by_blocks
         return self._layouts[batch]
 
