@@ -42,6 +42,11 @@ def test_a_flat_plan_has_every_coefficient_at_its_width(name, bits):
     assert len(codec.rows[0]) == plan.basis_set.block * 2 * 2 * 32  # frequencies, sides, heads, channels
 
 
+def test_a_single_layer_has_no_neighbour():
+    with pytest.raises(ValueError, match=r"compressible layers 0\. Use spectral-dense"):
+        plan_of("spectral-dense-pairs", 2, "flat")
+
+
 @pytest.mark.parametrize("name", ["spectral", "spectral-dense"])
 def test_a_typical_plan_has_the_histogram_of_a_real_one(name):
     profile = Profile.load(packaged_profiles()[0])

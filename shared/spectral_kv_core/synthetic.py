@@ -116,6 +116,7 @@ def _resample(widths: np.ndarray, entries: int) -> np.ndarray:
 def _white_set(shape: ModelShape, method: Method, rng: np.random.Generator) -> BasisSet:
     group, rope = method.basis_set.split(".")
     time, block = ("dct", 16) if method.reads else (method.time, method.block)
+    shape.layer_groups(group)  # raises where layers are coded together
     groups = {"head": 2 * shape.kv_heads, "side": 2, "layer": 1}[group]
     members = 2 * shape.kv_heads // groups
     rank = members * shape.head_dim
