@@ -137,12 +137,15 @@ def test_the_kernel_finds_the_codes_of_numpy_for_a_codec(group, rope):
     assert np.count_nonzero(codec.search.search(z, weights) != expected) <= max(1, expected.size // 10_000)
 
 
-def test_a_block_is_coded_alike_wherever_it_comes():
-    rows = mixed_rows(2, 9)
+@needs_compiler
+@pytest.mark.parametrize("groups, rank, weighted", [(2, 9, True), (1, 70, True), (5, 33, False)])
+def test_a_block_is_coded_alike_wherever_it_comes(kernel, groups, rank, weighted):
+    """Few blocks are searched one by one, many side by side."""
+    rows = mixed_rows(groups, rank)
     z, weights = coefficients(rows, 1, 40)
-    codes = rows.search(z, weights)
-    for some in (np.s_[:, :, 7:8], np.s_[:, :, 20:]):
-        np.testing.assert_array_equal(rows.search(z[some], weights[some]), codes[some])
+    codes = rows.search(z, weights if weighted else None)
+    for some in (np.s_[:, :, 7:8], np.s_[:, :, 20:], np.s_[:, :, 3:6]):
+        np.testing.assert_array_equal(rows.search(z[some], weights[some] if weighted else None), codes[some])
 
 
 def test_weights_move_the_error_to_the_tokens_that_matter_least():

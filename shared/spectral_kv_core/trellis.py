@@ -108,7 +108,9 @@ class Rows:
         self.cells, self.decoded, self.levels = tables
         self.has_path = np.isin(widths, WIDTHS)
         by_frequency = cost.transpose(1, 0, 2).reshape(frequencies, -1)
-        self.order = np.argsort(by_frequency, axis=1, kind="stable").astype(np.int32)  # of group * R + component
+        # those without a path bit last, by width: nothing depends on when they are visited, and branches come in runs
+        later = np.where(self.has_path, 0, self.slots + 1).transpose(1, 0, 2).reshape(frequencies, -1)
+        self.order = np.lexsort((by_frequency, later)).astype(np.int32)  # of group * R + component
         self.cost = _relative(cost, self.has_path)
 
     def sequences(self) -> list[np.ndarray]:

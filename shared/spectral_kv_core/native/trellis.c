@@ -58,6 +58,16 @@ INLINE void distances(vec x, vec weight, const float *levels, int count, vec *er
   for (int u = 0; u < 4; u++) error[u] *= weight;
 }
 
+// What an error costs by the weights of its block's tokens: F diag(w) F'.
+INLINE void weigh(const float *time, const vec *w, vec *metric) {
+  for (int f = 0; f < FREQUENCIES; f++)
+    for (int h = 0; h < FREQUENCIES; h++) {
+      vec sum = {0};
+      for (int t = 0; t < FREQUENCIES; t++) sum += time[f * FREQUENCIES + t] * time[h * FREQUENCIES + t] * w[t];
+      metric[f * FREQUENCIES + h] = sum;
+    }
+}
+
 // One tile: lanes beyond `count` repeat the last.
 static void search(const Search *c, long first, int count, float *memory) {
   const int all = c->groups * c->rank, stride = all * LANES;
@@ -82,13 +92,7 @@ static void search(const Search *c, long first, int count, float *memory) {
     for (int t = 0; t < FREQUENCIES; t++)
       for (int l = 0; l < LANES; l++)
         ((float *)w)[t * LANES + l] = c->weights ? c->weights[weights_at[l] + g * (long)c->blocks * FREQUENCIES + t] : 1;
-    for (int f = 0; f < FREQUENCIES; f++)
-      for (int h = 0; h < FREQUENCIES; h++) {
-        vec sum = {0};
-        for (int t = 0; t < FREQUENCIES; t++)
-          sum += c->time[f * FREQUENCIES + t] * c->time[h * FREQUENCIES + t] * w[t];
-        metric[(g * FREQUENCIES + f) * FREQUENCIES + h] = sum;
-      }
+    weigh(c->time, w, metric + g * FREQUENCIES * FREQUENCIES);
   }
   vec costs[2][STATES];
   for (int pass = 0; pass < (c->weights ? 2 : 1); pass++)
@@ -169,14 +173,170 @@ static void search(const Search *c, long first, int count, float *memory) {
           c->output[at[l] + g * group + f * c->rank + r] = codes[((long)f * all + g * c->rank + r) * LANES + l];
 }
 
+#if defined(USE_AVX512) || defined(USE_AVX2)
+#define PARTS (STATES / LANES)
+#define QUARTER (1 << WIDEST >> 1)  // levels of a quarter of the largest codebook
+
+#ifdef USE_AVX512
+INLINE vec permute(vec x, ivec from) { return (vec)_mm512_permutexvar_ps((__m512i)from, (__m512)x); }
+INLINE vec widened(__m128 x) { return (vec)_mm512_castps128_ps512(x); }
+INLINE uint32_t less_bits(vec a, vec b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ); }
+INLINE __m256 halved(vec x) {
+  return _mm256_min_ps(_mm512_castps512_ps256((__m512)x), _mm512_extractf32x8_ps((__m512)x, 1));
+}
+#else
+INLINE vec permute(vec x, ivec from) { return (vec)_mm256_permutevar8x32_ps((__m256)x, (__m256i)from); }
+INLINE vec widened(__m128 x) { return (vec)_mm256_castps128_ps256(x); }
+INLINE uint32_t less_bits(vec a, vec b) { return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_LT_OQ)); }
+INLINE __m256 halved(vec x) { return (__m256)x; }
+#endif
+
+// The codebooks of all widths: level by level, and quarter by quarter; short ones are repeated.
+typedef struct {
+  float levels[8][4 * QUARTER], quarters[8][4][QUARTER];
+} Books;
+
+static void fill_books(const Search *c, Books *books) {
+  for (int slot = 0; slot < 8; slot++)
+    for (int v = 0; v < 4 * QUARTER; v++) {
+      const int count = BITS[slot] && BITS[slot] <= WIDEST ? 2 << BITS[slot] : 4;
+      books->levels[slot][v] = books->quarters[slot][v & 3][v >> 2] = c->levels[slot * LEVELS + v % count];
+    }
+}
+
+// Least squared error of x in every quarter.
+INLINE __m128 nearest(float x, const float *levels) {
+  vec d = x - load(levels), least = d * d;
+  for (int v = LANES; v < 4 * QUARTER; v += LANES) {
+    d = x - load(levels + v);
+    least = smaller(least, d * d);
+  }
+  const __m256 half = halved(least);
+  return _mm_min_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+// Which level of a quarter is the nearest to x.
+INLINE int nearest_of(float x, const float *quarter) {
+  const __m256 d = _mm256_sub_ps(_mm256_set1_ps(x), _mm256_loadu_ps(quarter)), error = _mm256_mul_ps(d, d);
+  __m256 least = _mm256_min_ps(error, _mm256_permute2f128_ps(error, error, 1));
+  least = _mm256_min_ps(least, _mm256_permute_ps(least, 0x4e));
+  least = _mm256_min_ps(least, _mm256_permute_ps(least, 0xb1));
+  return __builtin_ctz(_mm256_movemask_ps(_mm256_cmp_ps(error, least, _CMP_EQ_OQ)));
+}
+
+// `search` for one block, the states of the trellis side by side: the same operations on every number, so the same codes.
+static void search_alone(const Search *c, long n, float *memory) {
+  const int all = c->groups * c->rank;
+  float *z = memory, *error = z + FREQUENCIES * all, *target = error + FREQUENCIES * all, *metric = target + all;
+  uint32_t *took = (uint32_t *)(metric + c->groups * FREQUENCIES * FREQUENCIES);
+  uint8_t *codes = (uint8_t *)(took + all);  // [FREQUENCIES][all]
+  const long group = (long)c->blocks * FREQUENCIES * c->rank, sequence = group * c->groups;
+  const long at = n / c->blocks * sequence + n % c->blocks * FREQUENCIES * c->rank;
+  for (int g = 0; g < c->groups; g++)
+    for (int f = 0; f < FREQUENCIES; f++)
+      memcpy(z + f * all + g * c->rank, c->z + at + g * group + f * c->rank, c->rank * sizeof(float));
+  for (int g = 0; g < c->groups; g++) {
+    vec w[FREQUENCIES], whole[FREQUENCIES * FREQUENCIES];
+    for (int t = 0; t < FREQUENCIES; t++)
+      w[t] = splat(c->weights ? c->weights[at / c->rank + g * (long)c->blocks * FREQUENCIES + t] : 1);
+    weigh(c->time, w, whole);
+    for (int i = 0; i < FREQUENCIES * FREQUENCIES; i++) metric[g * FREQUENCIES * FREQUENCIES + i] = whole[i][0];
+  }
+  Books books;
+  fill_books(c, &books);
+  ivec twice[2], label[2][PARTS];  // lanes that a state comes from, and the quarter that it chooses on the way
+  for (int i = 0; i < LANES; i++)
+    for (int k = 0; k < PARTS; k++) {
+      twice[k & 1][i] = (k & 1) * (LANES / 2) + i / 2;
+      label[0][k][i] = LABEL(k * LANES + i);
+      label[1][k][i] = LABEL(k * LANES + i + STATES);
+    }
+  for (int pass = 0; pass < (c->weights ? 2 : 1); pass++)
+    for (int f = 0; f < FREQUENCIES; f++) {
+      for (int g = 0; g < c->groups; g++) {
+        const float *line = metric + (g * FREQUENCIES + f) * FREQUENCIES, *gain = c->gain + (g * FREQUENCIES + f) * (long)c->rank;
+        const float *own = error + f * all + g * c->rank, *x = z + f * all + g * c->rank;
+        float *aim = target + g * c->rank;
+        if (!pass) {
+          memcpy(aim, x, c->rank * sizeof(float));
+          continue;
+        }
+        for (int r = 0; r < c->rank; r++) aim[r] = 0;
+        for (int h = 0; h < FREQUENCIES; h++)
+          for (int r = 0; r < c->rank; r++) aim[r] += line[h] * error[h * all + g * c->rank + r];
+        for (int r = 0; r < c->rank; r++) aim[r] = x[r] + (aim[r] / line[f] - own[r]) / gain[r];
+      }
+      const int32_t *order = c->order + (long)f * all;
+      vec cost[PARTS];
+      for (int k = 0; k < PARTS; k++) cost[k] = splat(1e30f);
+      cost[0][0] = 0;
+      for (int i = 0; i < all; i++) {
+        const int row = order[i], g = row / c->rank;
+        const long place = ((long)g * FREQUENCIES + f) * c->rank + row % c->rank;
+        const int slot = c->slots[place], bits = BITS[slot];
+        if (!bits) {
+          error[f * all + row] = z[f * all + row] * c->gain[place];
+          codes[f * all + row] = 0;
+          continue;
+        }
+        const float aim = fminf(fmaxf(target[row], -REACH), REACH);
+        target[row] = aim;
+        if (bits > WIDEST) {
+          int32_t cell = aim * CELLS + REACH * CELLS;
+          cell -= cell == SPAN;
+          const uint8_t code = codes[f * all + row] = c->cells[slot * SPAN + cell];
+          error[f * all + row] = (z[f * all + row] - c->decoded[slot * LEVELS + code]) * c->gain[place];
+          continue;
+        }
+        const float weight = c->cost[place] * metric[(g * FREQUENCIES + f) * FREQUENCIES + f];
+        const vec e = widened(_mm_mul_ps(nearest(aim, books.levels[slot]), _mm_set1_ps(weight)));
+        vec next[PARTS];
+        took[row] = 0;
+        for (int k = 0; k < PARTS; k++) {
+          const vec p = permute(cost[k / 2], twice[k & 1]) + permute(e, label[0][k]);
+          const vec q = permute(cost[PARTS / 2 + k / 2], twice[k & 1]) + permute(e, label[1][k]);
+          took[row] |= less_bits(q, p) << k * LANES;
+          next[k] = smaller(p, q);
+        }
+        for (int k = 0; k < PARTS; k++) cost[k] = next[k];
+      }
+      int state = 0;
+      for (int s = 1; s < STATES; s++)
+        if (((float *)cost)[s] < ((float *)cost)[state]) state = s;
+      for (int i = all - 1; i >= 0; i--) {
+        const int row = order[i], g = row / c->rank;
+        const long place = ((long)g * FREQUENCIES + f) * c->rank + row % c->rank;
+        const int slot = c->slots[place], bits = BITS[slot];
+        if (!bits || bits > WIDEST) continue;
+        const int before = state >> 1 | (took[row] >> state & 1) << 4, quarter = LABEL(before << 1 | (state & 1));
+        const int best = nearest_of(target[row], books.quarters[slot][quarter]);
+        codes[f * all + row] = best << 1 | (state & 1);
+        error[f * all + row] = (z[f * all + row] - c->decoded[slot * LEVELS + best * 4 + quarter]) * c->gain[place];
+        state = before;
+      }
+    }
+  for (int g = 0; g < c->groups; g++)
+    for (int f = 0; f < FREQUENCIES; f++)
+      memcpy(c->output + at + g * group + f * c->rank, codes + f * all + g * c->rank, c->rank);
+}
+#define ALONE (LANES / 4)  // so few blocks take less time one by one
+#else
+#define ALONE 0
+static void search_alone(const Search *c, long n, float *memory) {}
+#endif
+
 // Returns 0, or 1 without memory.
 int spectralkv_trellis(const Search *c) {
   const long all = (long)c->groups * c->rank;
   const long vectors = (2 * FREQUENCIES + 2) * all + c->groups * FREQUENCIES * FREQUENCIES;
   float *memory = aligned_alloc(64, (vectors * sizeof(vec) + FREQUENCIES * all * LANES + 63) / 64 * 64);
   if (!memory) return 1;
-  for (int done = 0; done < c->count; done += LANES)
-    search(c, c->first + done, c->count - done < LANES ? c->count - done : LANES, memory);
+  for (int done = 0; done < c->count; done += LANES) {
+    const int count = c->count - done < LANES ? c->count - done : LANES;
+    if (count > ALONE) search(c, c->first + done, count, memory);
+    else
+      for (int i = 0; i < count; i++) search_alone(c, c->first + done + i, memory);
+  }
   free(memory);
   return 0;
 }
