@@ -239,6 +239,7 @@ class FollowingLayer(CacheLayerMixin):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """As `SpectralKVLayer.update`."""
+        self.is_initialized = True
         return self.first.take(key_states, value_states, self.number)
 
     def get_seq_length(self) -> int:

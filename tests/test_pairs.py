@@ -439,6 +439,19 @@ def test_decoded_chunks_stay_by_layer():
     }
 
 
+def test_generate_of_transformers():
+    """Beam search reorders rows, speculation crops; an exact window of all tokens ends where the plain cache does."""
+    model, _ = model_and_profile("llama")
+    ids, options = tokens(120), {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    for more in ({}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}):
+        kwargs = {"attention_mask": torch.ones_like(ids), **options, **more}
+        expected = model.generate(ids, past_key_values=backend.plain_cache(model), **kwargs)
+        exact, coded = live("llama", 8.0, window=128), live("llama", 8.0, window=32)
+        assert torch.equal(model.generate(ids, past_key_values=exact, **kwargs), expected)
+        assert model.generate(ids, past_key_values=coded, **kwargs).shape == expected.shape
+        assert coded.layers[0].store.lanes[0].sealed >= 80 and coded.is_initialized
+
+
 def test_layers_out_of_order_are_refused():
     cache = live("llama")
     vectors = torch.zeros(1, 2, 3, 16)
