@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -146,6 +150,26 @@ def test_a_block_is_coded_alike_wherever_it_comes(kernel, groups, rank, weighted
     codes = rows.search(z, weights if weighted else None)
     for some in (np.s_[:, :, 7:8], np.s_[:, :, 20:], np.s_[:, :, 3:6]):
         np.testing.assert_array_equal(rows.search(z[some], weights[some] if weighted else None), codes[some])
+
+
+@needs_compiler
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_process_that_forks_can_go_on_coding():
+    code = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from test_trellis import coefficients, mixed_rows
+rows = mixed_rows(2, 9)
+z, weights = coefficients(rows, 1, 100)
+before = rows.search(z, weights)
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    os._exit(0 if (rows.search(z, weights) == before).all() else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(Path(__file__).parent)], timeout=60)
+    assert done.returncode == 0
 
 
 def test_weights_move_the_error_to_the_tokens_that_matter_least():

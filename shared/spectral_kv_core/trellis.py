@@ -175,6 +175,10 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(int(wanted) if wanted.isdecimal() and int(wanted) else available)
 
 
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_threads.cache_clear)  # a pool's threads stay in the parent
+
+
 def _in_numpy(rows: Rows, z: np.ndarray, weights: np.ndarray | None, codes: np.ndarray) -> None:
     """As the kernel, `NUMPY_BLOCKS` blocks at a time."""
     batch, groups, blocks, frequencies, rank = z.shape
