@@ -217,7 +217,7 @@ def _grouped(query, keys, values, scale: float):
 
 
 def _held(cache) -> tuple:
-    return (*cache.arrays(),) if isinstance(cache, RoutedCache) else (cache.keys, cache.values)
+    return (*cache.store.arrays(),) if isinstance(cache, RoutedCache) else (cache.keys, cache.values)
 
 
 def _finished(attend: Callable, cache):
