@@ -73,7 +73,7 @@ def test_the_hosts_agree_and_go_on_with_each_other(tiny, step, tmp_path):
     theirs = spectral_kv_torch.make_prompt_cache(tiny.torch, tiny.profile, 3.0, method=METHOD, **SMALL)
     assert_close(
         "logits", follow(mlx_backend, tiny.mlx, ours, tokens, step), follow(torch_backend, tiny.torch, theirs, tokens, step),
-        limit=0.02 if step == 50 else 1e-3,  # one code of an early piece on the edge of its cell
+        limit=1e-3 if step == 200 else 0.02,  # one code of an early piece on the edge of its cell
     )  # fmt: skip
     path = spectral_kv_mlx.save_prompt_cache(tmp_path / "c", ours, tokens, model=tiny.mlx)
     loaded, told = spectral_kv_torch.load_prompt_cache(path, tiny.torch, tiny.profile)
