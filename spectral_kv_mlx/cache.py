@@ -309,7 +309,9 @@ class FollowingKVCache(RoutedCache):
         pass
 
     def __deepcopy__(self, memo) -> FollowingKVCache:
-        return FollowingKVCache(copy.deepcopy(self.first, memo), self.number)
+        new = copy.copy(self)
+        new.first = copy.deepcopy(self.first, memo)
+        return new
 
 
 COMPRESSED = SpectralKVCache, FollowingKVCache

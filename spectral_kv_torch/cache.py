@@ -226,7 +226,9 @@ class FollowingLayer(CacheLayerMixin):
         self.first, self.number = first, number
 
     def __deepcopy__(self, memo) -> FollowingLayer:
-        return FollowingLayer(copy.deepcopy(self.first, memo), self.number)
+        new = copy.copy(self)
+        new.first = copy.deepcopy(self.first, memo)
+        return new
 
     @property
     def store(self) -> LayerCache | None:

@@ -391,6 +391,7 @@ def test_crop_copy_and_selection():
     assert other.layers[1].first is other.layers[0] is not cache.layers[0] and cache_nbytes(other) == cache_nbytes(
         cache
     )
+    assert other.is_initialized
     other.batch_select_indices(torch.tensor([1, 1, 0]))
     whole.reorder_cache(torch.tensor([1, 0]))
     got = logits_of(model, tail.repeat(3, 1), other, 1)

@@ -65,10 +65,9 @@ class Method:
         if self.scorer is not None:
             get_scorer(self.scorer)
         one_layer = self.group in GROUPS[:3]
+        # a live cache gets its layers one after the other, and attends to each alone
         fitting = ("spectral", "stored") if self.group == "layer2" else ("stored",)
-        if (
-            self.live and not one_layer and self.codec not in fitting
-        ):  # a live cache gets its layers one after the other
+        if self.live and not one_layer and self.codec not in fitting:
             raise ValueError(
                 f"Expected the codec {' or '.join(fitting)} for the group {self.group}, received {self.codec!r}."
             )

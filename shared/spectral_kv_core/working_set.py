@@ -30,9 +30,8 @@ def held(lane, layer: int | None = None) -> list:
 def decode_step(xp, codec, lane, layer: int, limit: int, queries, keys, values, scale: float):
     """`attention.decode_step` over the chunks of `lane`, of which those that fit in `limit` bytes stay decoded in it.
 
-    `codec`: that of layer number `layer` of the row.
-
-    They stay in 16 bits: in the dtype of `queries` where that has as many, else in float16.
+    `codec`: that of layer number `layer` of the row. Chunks stay in 16 bits: in the dtype of `queries` where that has as
+    many, else in float16.
     """
     kind = queries.dtype if queries.nbytes == 2 * prod(queries.shape) else xp.float16
     there = set(lane.chunks)
