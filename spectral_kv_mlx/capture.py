@@ -129,7 +129,7 @@ def score_gradients(model, cache: list, tokens: list[int], samples: int, key: mx
     `tokens` follow the captured ones; one dict per sample of layer index -> (key, value) gradients [H, T, D]. Their
     second moment is the Fisher information of the cached vectors.
     """
-    log_p = _log_p(model, cache, tokens)
+    log_p = log_probabilities(model, cache, tokens)
     if not all_finite(log_p):
         raise ValueError("Expected finite logits, received NaN or infinity: check the weights and the dtype.")
     draws = [mx.random.categorical(log_p, key=k) for k in mx.random.split(key, samples)]
@@ -146,18 +146,23 @@ def label_gradients(model, cache: list, tokens: list[int], labels: mx.array) -> 
         for i, (keys, values) in zip(layers, leaves):
             held[i] = CaptureCache()
             held[i].keys, held[i].values = keys, values
-        return mx.take_along_axis(_log_p(model, held, tokens), labels[:, None].astype(mx.int32), axis=-1).sum()
+        return mx.take_along_axis(log_probabilities(model, held, tokens), labels[:, None].astype(mx.int32), axis=-1).sum()
 
     gradients = mx.grad(total)(leaves)
     mx.eval(gradients)
     return {i: (keys[0], values[0]) for i, (keys, values) in zip(layers, gradients)}
 
 
-def _log_p(model, cache: list, tokens: list[int]) -> mx.array:
-    """Log probabilities [len(tokens), vocabulary] float32 after what `cache` holds, which stays as it is."""
+def log_probabilities(model, cache: list, tokens: list[int], changed: dict[int, tuple] | None = None) -> mx.array:
+    """Log probabilities [len(tokens), vocabulary] float32 after what a captured `cache` holds, which stays as it is.
+
+    changed: by layer index the keys and values [1, H, T, D], NumPy, that take the place of the captured ones.
+    """
     layers = [copy.copy(c) if isinstance(c, CaptureCache) else copy.deepcopy(c) for c in cache]
-    for c in layers:
+    for i, c in enumerate(layers):
         if isinstance(c, CaptureCache):
             c.leaves = True
+        if changed and i in changed:
+            c.keys, c.values = (mx.array(x, c.keys.dtype) for x in changed[i])
     logits = model(mx.array([tokens]), cache=layers)[0].astype(mx.float32)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -160,6 +161,25 @@ def score_gradients(model, cache: Cache, tokens: list[int], samples: int, genera
             gradients = torch.autograd.grad(log_p.gather(1, labels).sum(), inputs, retain_graph=sample + 1 < samples)
             result.append({i: (gradients[2 * n][0], gradients[2 * n + 1][0]) for n, i in enumerate(leaves)})
     return result
+
+
+@torch.no_grad()
+def log_probabilities(model, cache: Cache, tokens: list[int], changed: dict[int, tuple]) -> torch.Tensor:
+    """Log probabilities [len(tokens), vocabulary] float32 after what a captured `cache` holds, which stays as it is.
+
+    changed: by layer index the keys and values [1, H, T, D], NumPy, that take the place of the captured ones.
+    """
+    layers = []
+    for i, layer in enumerate(cache.layers):
+        layer = copy.copy(layer) if isinstance(layer, CaptureLayer) else copy.deepcopy(layer)
+        if isinstance(layer, CaptureLayer):
+            layer.leaves = True
+        if i in changed:
+            layer.keys, layer.values = (torch.from_numpy(x).to(layer.keys) for x in changed[i])
+        layers.append(layer)
+    with frozen(model):
+        logits = model(_batch(model, tokens), past_key_values=Cache(layers=layers), use_cache=True).logits[0]
+    return torch.log_softmax(logits.float(), dim=-1)
 
 
 def _batch(model, tokens: list[int]) -> torch.Tensor:

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from spectral_kv_core.probing import LogProbabilities
 from spectral_kv_core.profile import ModelShape
 from spectral_kv_core.profiler import ProfilerBase
 
-from .capture import capture, score_gradients
+from .capture import capture, log_probabilities, score_gradients
 from .integration import load_model, max_context, model_name, model_shape, weights_digest
 from .ops import to_numpy
 
@@ -28,6 +29,16 @@ class SpectralProfiler(ProfilerBase):
         cache = capture(model, tokens)
         for i in shape.layers:
             yield _arrays(cache.layers[i])
+
+    def probe(self, model, shape: ModelShape, tokens: list[int], scored: int) -> tuple[list, LogProbabilities]:
+        cache = capture(model, tokens[:-scored])
+        held = [tuple(to_numpy(x) for x in (cache.layers[i].keys, cache.layers[i].values)) for i in shape.layers]
+
+        def log_p(changed: dict[int, tuple]) -> np.ndarray:
+            layers = {shape.layers[n]: arrays for n, arrays in changed.items()}
+            return to_numpy(log_probabilities(model, cache, tokens[-scored:], layers))
+
+        return held, log_p
 
     def vectors(self, model, shape: ModelShape, tokens: list[int], scored: int, seed: int) -> Iterator[tuple]:
         cache = capture(model, tokens[:-scored])

@@ -559,6 +559,19 @@ def test_backends_agree_on_one_model(checkpoint):
     assert set(spectral_kv_torch.__all__) - set(__import__("spectral_kv_mlx").__all__) == {"SpectralCache"}
 
 
+def test_a_probe_changes_one_layer_and_keeps_nothing(family):
+    shape, ids = family.profile.shape, make_tokens(120)
+    held, log_p = SpectralProfiler().probe(family.model, shape, ids, 10)
+    logits = mx.array(feed(family.model, plain_cache(family.model), ids)[-10:])
+    expected = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    close(log_p({}), expected, 5e-4)
+    assert [x.shape for x in held[0]] == [(1, shape.kv_heads, 110, shape.head_dim)] * 2
+    keys, values = held[1]
+    assert np.abs(log_p({1: (keys, 0.5 * values)}) - np.array(expected)).max() > 1e-2
+    close(log_p({1: (keys, values)}), log_p({}), 0)
+    close(log_p({}), expected, 5e-4)
+
+
 def test_a_profile_serves_both_backends(checkpoint, tmp_path):
     pytest.importorskip("torch")
     import spectral_kv_torch

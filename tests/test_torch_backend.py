@@ -330,7 +330,8 @@ def test_decoded_chunks_stay_where_they_may():
     outputs = [(logits_of(model, tokens(700), c), logits_of(model, tokens(2, seed=1), c, 1)) for c in caches]
     for prompt, decoded in outputs[1:]:
         assert torch.equal(prompt, outputs[0][0])
-        torch.testing.assert_close(decoded, outputs[0][1], atol=1e-3, rtol=1e-3)
+        # held in 16 bits: over prompts of five seeds 2e-4 to 8e-4
+        assert float((decoded - outputs[0][1]).pow(2).mean().sqrt() / outputs[0][1].std()) < 1e-3
     none, all_of_it, some = (int(cache_nbytes(cache)) for cache in caches)
     sealed = caches[1].layers[0].store.lanes[0].sealed
     assert all_of_it - none == 3 * sealed * 2 * 2 * 2 * 16 and some == none  # a third of it is no chunk
@@ -468,6 +469,22 @@ def test_profile_without_a_backward_pass_serves_too():
     expected = logits_of(model, ids, plain_cache(model))[:, 250:]
     got = logits_of(model, ids, make_prompt_cache(model, local, bits=8.0), 250)[:, 250:]
     assert float((got - expected).pow(2).mean().sqrt() / expected.std()) < 0.1
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_probe_changes_one_layer_and_keeps_nothing(name):
+    model, profile = model_and_profile(name)
+    ids = tokens(120)[0].tolist()
+    held, log_p = SpectralProfiler().probe(model, profile.shape, ids, 10)
+    with torch.no_grad():
+        expected = torch.log_softmax(model(torch.tensor([ids])).logits[0, -10:], -1).numpy()
+    np.testing.assert_allclose(log_p({}), expected, atol=2e-4)
+    assert [x.shape for x in held[0]] == [(1, 2, 110, profile.shape.head_dim)] * 2
+    keys, values = held[1]
+    changed = log_p({1: (keys, 0.5 * values)})
+    assert np.abs(changed - expected).max() > 1e-2
+    np.testing.assert_array_equal(log_p({1: (keys, values)}), log_p({}))
+    np.testing.assert_allclose(log_p({}), expected, atol=2e-4)
 
 
 def test_generate_and_score_report_times_and_logits():

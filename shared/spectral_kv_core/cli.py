@@ -46,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--positions", type=int, help="context length to prepare for (default: the model's, at most 32768)"
     )
     sub.add_argument("--no-gradients", action="store_true", help="no backward pass: less memory, somewhat worse plans")
+    sub.add_argument("--no-probes", action="store_true", help="do not measure every layer: fewer minutes, worse plans")
     sub.add_argument(
         "--pairs",
         action="store_true",

@@ -45,6 +45,7 @@ def profile(args: argparse.Namespace) -> dict:
         document=args.document,
         positions=args.positions,
         gradients=not args.no_gradients,
+        probes=not args.no_probes,
         progress=not args.quiet,
         pairs=args.pairs,
         joint=args.joint,

@@ -11,6 +11,13 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
+def divergence(reference: np.ndarray, test: np.ndarray) -> float:
+    """KL(reference || test) in nats per token of log probabilities [T, V] float32, however small: no term is negative."""
+    difference = test - reference
+    terms = np.exp(reference) * (np.expm1(difference) - difference)
+    return float(terms.sum(-1, dtype=np.float64).mean())
+
+
 def compare_logits(reference: np.ndarray, test: np.ndarray, labels: list[int]) -> dict[str, float]:
     """KL(reference || test) in nats per token, agreement of the likeliest tokens and perplexities over `labels`.
 

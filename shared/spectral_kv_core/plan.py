@@ -397,6 +397,13 @@ def _stored_costs(basis_set: BasisSet, tables: tuple[StepTable, ...]) -> np.ndar
     return np.stack(columns, axis=-1)
 
 
+def planned_loss(plan: Plan) -> np.ndarray:
+    """What the codes of `plan` cost by its own reckoning, [L, G] float64 per block, up to one factor."""
+    costs = _costs(plan.basis_set, plan.trellis) * band_sizes(plan.basis_set.block)[:, None]
+    places = np.searchsorted(BIT_WIDTHS, plan.widths)[..., None]
+    return np.take_along_axis(costs, places, -1)[..., 0].sum((-1, -2))
+
+
 def _costs(basis_set: BasisSet, trellis: bool = False) -> np.ndarray:
     """Expected loss [L, G, R, F, W] of one coefficient of every band at every width, up to one common factor.
 

@@ -104,7 +104,8 @@ class BasisSet:
 
     mean [L, G, Dg]; weight [L, G, m] scales every member before the basis; basis [L, G, Dg, R] orthonormal columns;
     variance, sensitivity [L, G, R, F]: E[y^2] of the coefficients and E[g^2] of the score gradient along them;
-    cost [L, G, R, F, W]: E[g^2 (y - Q_b(y))^2] at every width b; levels: quantizer tables in units of sigma;
+    cost [L, G, R, F, W]: E[g^2 (y - Q_b(y))^2] at every width b; the last two of bases per head times one factor for the keys
+    and one for the values of a layer (`probing`); levels: quantizer tables in units of sigma;
     histogram [bins] int64: counts of |y| / sigma over [0, 12), of all coefficients; None in older files.
     """
 

@@ -16,6 +16,7 @@ from .demo import demo_model_path
 from .joint import fit_joint_set
 from .methods import BASIS_SETS, JOINT, PAIRS, Method
 from .profile import ModelShape, Profile, QueryStatistics
+from .probing import DOCUMENTS, PREDICTED, PROBED, LogProbabilities, probed
 from .profile_store import auto_profile, name_passed_layers, warn_if_other_weights
 from .sensitivity import local_gradients
 from .statistics import QueryMoments
@@ -25,13 +26,14 @@ SCORED_SHARE = 16  # the last sixteenth of a document is scored: its gradients r
 
 
 class ProfilerBase(ABC):
-    """Makes the profile of a model from one pass over calibration text; a backend adds the three abstract methods.
+    """Makes the profile of a model from one pass over calibration text; a backend adds the abstract methods.
 
     target_energy: what `Profile.summary` reports ranks at; tokens: calibration tokens in all; document: tokens of one
     document, which bounds the memory needed; samples: label samples per document; seed: of the labels;
     positions: context length that post-RoPE keys are prepared for (default: the model's own, at most 32,768);
     gradients: False takes the gradients of every layer's own attention output in place of those of the scored tokens'
     probability: no backward pass and a fraction of the memory, at a price in quality (results/experiments.md);
+    probes: False leaves the costs of layers as gradients have them, instead of measuring what coding each alone does;
     basis_sets: which ways of grouping vectors the profile covers (`group.rope`; default: those of all methods but
     the -pairs methods and kvtc); pairs, joint: that of the -pairs methods, of kvtc, too.
     """
@@ -45,6 +47,7 @@ class ProfilerBase(ABC):
         seed: int = 0,
         positions: int | None = None,
         gradients: bool = True,
+        probes: bool = True,
         basis_sets: tuple[str, ...] = BASIS_SETS,
         progress: bool = True,
         pairs: bool = False,
@@ -56,7 +59,7 @@ class ProfilerBase(ABC):
             raise ValueError(f"Expected at least 64 tokens, received {min(tokens, document)}.")
         self.target_energy, self.tokens, self.document = target_energy, tokens, document
         self.samples, self.seed, self.positions, self.progress = samples, seed, positions, progress
-        self.gradients = gradients
+        self.gradients, self.probes = gradients, probes
         self.basis_sets = tuple(dict.fromkeys((*basis_sets, *[PAIRS] * pairs, *[JOINT] * joint)))
         for name in self.basis_sets:
             if name not in (known := (*BASIS_SETS, PAIRS, JOINT)):
@@ -73,6 +76,10 @@ class ProfilerBase(ABC):
     @abstractmethod
     def activations(self, model, shape: ModelShape, tokens: list[int]) -> Iterator[tuple]:
         """Per compressible layer, float32 NumPy: queries [Hq, T, D] times the attention scale, keys, values [H, T, D]."""
+
+    @abstractmethod
+    def probe(self, model, shape: ModelShape, tokens: list[int], scored: int) -> tuple[list, LogProbabilities]:
+        """A document as `probing.probed` takes it, whose last `scored` tokens are predicted."""
 
     @abstractmethod
     def vectors(self, model, shape: ModelShape, tokens: list[int], scored: int, seed: int) -> Iterator[tuple]:
@@ -136,6 +143,7 @@ class ProfilerBase(ABC):
                     positions=spread,
                     progress=lambda steps, key=key: self._bar(steps, f"Fitting {key}"),
                 )
+        probes = documents[:: -(-len(documents) // DOCUMENTS)] if self.probes and PROBED in sets else []
         calibration = {
             "text": text_name,
             "text_sha256": text_digest(texts),
@@ -147,9 +155,15 @@ class ProfilerBase(ABC):
             "gradients": "score" if self.gradients else "local",
             "positions": positions,
             "target_energy": self.target_energy,
+            "probed": len(probes),
         }
         queries = QueryStatistics(*map(np.stack, zip(*(m.result() for m in moments))))
-        return Profile(shape, name or own_name, calibration, sets, queries, digest)
+        profile = Profile(shape, name or own_name, calibration, sets, queries, digest)
+        if probes:
+            bar = self._bar(probes, "Measuring layers")
+            held = (self.probe(model, shape, x, min(max(len(x) // SCORED_SHARE, 16), PREDICTED)) for x in bar)
+            probed(shape, profile, held)
+        return profile
 
     def profile_for(
         self, model, method: Method, profile: Profile | None = None, tokenizer=None
