@@ -146,7 +146,9 @@ def label_gradients(model, cache: list, tokens: list[int], labels: mx.array) -> 
         for i, (keys, values) in zip(layers, leaves):
             held[i] = CaptureCache()
             held[i].keys, held[i].values = keys, values
-        return mx.take_along_axis(log_probabilities(model, held, tokens), labels[:, None].astype(mx.int32), axis=-1).sum()
+        return mx.take_along_axis(
+            log_probabilities(model, held, tokens), labels[:, None].astype(mx.int32), axis=-1
+        ).sum()
 
     gradients = mx.grad(total)(leaves)
     mx.eval(gradients)

@@ -15,8 +15,8 @@ from .calibration_text import TEXT_NAME, load_default_texts, text_digest
 from .demo import demo_model_path
 from .joint import fit_joint_set
 from .methods import BASIS_SETS, JOINT, PAIRS, Method
-from .profile import ModelShape, Profile, QueryStatistics
 from .probing import DOCUMENTS, PREDICTED, PROBED, LogProbabilities, probed
+from .profile import ModelShape, Profile, QueryStatistics
 from .profile_store import auto_profile, name_passed_layers, warn_if_other_weights
 from .sensitivity import local_gradients
 from .statistics import QueryMoments
