@@ -24,7 +24,6 @@ from .profile import ModelShape, Profile
 
 PROBED = METHODS[DEFAULT_METHOD].basis_set
 DOCUMENTS = 6  # of a calibration, evenly spaced
-PREDICTED = 64  # tokens of each, its last ones, at most
 BITS = 1.0  # enough of an error to show in half precision, little enough to add up over layers
 SINKS, WINDOW = 4, 64  # tokens that a cache keeps exactly
 PLACES = 4  # layers at which the noise of the model's own precision is measured
@@ -38,8 +37,9 @@ def probed(shape: ModelShape, profile: Profile, documents: Iterable[tuple[list, 
     """Set the costs per head of `profile` to what coding every layer's keys, and its values, is measured to do.
 
     `documents`: of each the keys and values [1, H, T, D] float32 of every compressible layer, and a function that gives
-    log probabilities [scored, vocabulary] of the tokens behind them, with those of `{layer number: (keys, values)}` in the
-    place of the layer's own. Costs and sensitivities are multiplied by measured over expected, the mean factor being 1.
+    log probabilities [scored, vocabulary] of the tokens behind them, with those of `{layer number: (keys,
+    values)}` in the place of the layer's own. Costs and sensitivities are multiplied by measured over expected, the mean
+    factor being 1.
     """
     basis_set = profile.basis_set(PROBED)
     plan = make_plan(shape, profile, replace(METHODS[DEFAULT_METHOD], quantizer="scalar"), BITS)
@@ -47,13 +47,12 @@ def probed(shape: ModelShape, profile: Profile, documents: Iterable[tuple[list, 
     measured = np.zeros((len(codecs), 2))
     for held, log_p in documents:
         reference = log_p({})
-        noise, found = _noise(held, log_p, reference), np.zeros_like(measured)
+        noise = _noise(held, log_p, reference)
         for n, (codec, exact) in enumerate(zip(codecs, held)):
             coded = _coded(codec, *exact)
             for side in (0, 1):
                 changed = tuple(coded[i] if i == side else exact[i] for i in (0, 1))
-                found[n, side] = max(divergence(reference, log_p({n: changed})) - noise[n], 0.0)
-        measured += found / max(found.sum(), np.finfo(np.float64).tiny)  # every document counts alike
+                measured[n, side] += max(divergence(reference, log_p({n: changed})) - noise[n], 0.0)
     expected = planned_loss(plan).reshape(*measured.shape, -1).sum(-1)
     factors = measured / np.maximum(expected, np.finfo(np.float64).tiny)
     if not factors.any():

@@ -15,7 +15,7 @@ from .calibration_text import TEXT_NAME, load_default_texts, text_digest
 from .demo import demo_model_path
 from .joint import fit_joint_set
 from .methods import BASIS_SETS, JOINT, PAIRS, Method
-from .probing import DOCUMENTS, PREDICTED, PROBED, LogProbabilities, probed
+from .probing import DOCUMENTS, PROBED, LogProbabilities, probed
 from .profile import ModelShape, Profile, QueryStatistics
 from .profile_store import auto_profile, name_passed_layers, warn_if_other_weights
 from .sensitivity import local_gradients
@@ -161,8 +161,7 @@ class ProfilerBase(ABC):
         profile = Profile(shape, name or own_name, calibration, sets, queries, digest)
         if probes:
             bar = self._bar(probes, "Measuring layers")
-            held = (self.probe(model, shape, x, min(max(len(x) // SCORED_SHARE, 16), PREDICTED)) for x in bar)
-            probed(shape, profile, held)
+            probed(shape, profile, (self.probe(model, shape, x, max(len(x) // SCORED_SHARE, 16)) for x in bar))
         return profile
 
     def profile_for(
