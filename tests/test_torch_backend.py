@@ -330,8 +330,7 @@ def test_decoded_chunks_stay_where_they_may():
     outputs = [(logits_of(model, tokens(700), c), logits_of(model, tokens(2, seed=1), c, 1)) for c in caches]
     for prompt, decoded in outputs[1:]:
         assert torch.equal(prompt, outputs[0][0])
-        # held in 16 bits: over prompts of five seeds 2e-4 to 8e-4
-        assert float((decoded - outputs[0][1]).pow(2).mean().sqrt() / outputs[0][1].std()) < 1e-3
+        torch.testing.assert_close(decoded, outputs[0][1], atol=1e-3, rtol=1e-3)
     none, all_of_it, some = (int(cache_nbytes(cache)) for cache in caches)
     sealed = caches[1].layers[0].store.lanes[0].sealed
     assert all_of_it - none == 3 * sealed * 2 * 2 * 2 * 16 and some == none  # a third of it is no chunk
