@@ -155,16 +155,73 @@ def label_gradients(model, cache: list, tokens: list[int], labels: mx.array) -> 
     return {i: (keys[0], values[0]) for i, (keys, values) in zip(layers, gradients)}
 
 
-def log_probabilities(model, cache: list, tokens: list[int], changed: dict[int, tuple] | None = None) -> mx.array:
-    """Log probabilities [len(tokens), vocabulary] float32 after what a captured `cache` holds, which stays as it is.
+def probed_log_probabilities(
+    model, cache: list, tokens: list[int], changed: dict[int, tuple], outputs: dict[int, object]
+) -> mx.array:
+    """As `log_probabilities`, with other keys and values in some layers.
 
-    changed: by layer index the keys and values [1, H, T, D], NumPy, that take the place of the captured ones.
+    changed: by layer index the keys and values [1, H, T, D], NumPy, that take the place of the captured ones; outputs: of
+    decoder layers without a change, left here by a call without, so that others need not run what lies below one.
     """
+    held = list(cache)
+    for i, sides in changed.items():
+        held[i] = copy.copy(cache[i])
+        held[i].keys, held[i].values = (mx.array(x, cache[i].keys.dtype) for x in sides)
+    with _replayed(model, changed, outputs):
+        log_p = log_probabilities(model, held, tokens)
+        mx.eval(log_p, list(outputs.values()))
+    return log_p
+
+
+def log_probabilities(model, cache: list, tokens: list[int]) -> mx.array:
+    """Log probabilities [len(tokens), vocabulary] float32 after what a captured `cache` holds, which stays as it is."""
     layers = [copy.copy(c) if isinstance(c, CaptureCache) else copy.deepcopy(c) for c in cache]
-    for i, c in enumerate(layers):
+    for c in layers:
         if isinstance(c, CaptureCache):
             c.leaves = True
-        if changed and i in changed:
-            c.keys, c.values = (mx.array(x, c.keys.dtype) for x in changed[i])
     logits = model(mx.array([tokens]), cache=layers)[0].astype(mx.float32)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+@contextmanager
+def _replayed(model, changed: dict[int, tuple], outputs: dict[int, object]) -> Iterator[None]:
+    """Decoder layers below the first of `changed` give what `outputs` has of them; without any, all leave theirs there."""
+    layers = _decoder_layers(model)
+    kept = list(layers)
+
+    def noted(i):
+        def run(*args, **options):
+            outputs[i] = kept[i](*args, **options)
+            return outputs[i]
+
+        return run
+
+    for i, layer in enumerate(kept):
+        if not changed:
+            layers[i] = _Layer(layer, noted(i))
+        elif i < min(changed) and i in outputs:
+            layers[i] = _Layer(layer, lambda *args, i=i, **options: outputs[i])
+    try:
+        yield
+    finally:
+        layers[:] = kept
+
+
+class _Layer:
+    """`layer` in all but what a call of it does."""
+
+    def __init__(self, layer, run):
+        self._layer, self._run = layer, run
+
+    def __call__(self, *args, **options):
+        return self._run(*args, **options)
+
+    def __getattr__(self, name: str):
+        return getattr(self._layer, name)
+
+
+def _decoder_layers(model) -> list:
+    """The list of decoder layers that `model` runs through: `model.layers`, of which some models give a copy."""
+    named = model.layers
+    lists = (held for module in model.modules() for held in module.values() if isinstance(held, list))
+    return next((held for held in lists if len(held) == len(named) and held[0] is named[0]), [])

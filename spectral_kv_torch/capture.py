@@ -164,10 +164,13 @@ def score_gradients(model, cache: Cache, tokens: list[int], samples: int, genera
 
 
 @torch.no_grad()
-def log_probabilities(model, cache: Cache, tokens: list[int], changed: dict[int, tuple]) -> torch.Tensor:
+def log_probabilities(
+    model, cache: Cache, tokens: list[int], changed: dict[int, tuple], outputs: dict[int, object]
+) -> torch.Tensor:
     """Log probabilities [len(tokens), vocabulary] float32 after what a captured `cache` holds, which stays as it is.
 
-    changed: by layer index the keys and values [1, H, T, D], NumPy, that take the place of the captured ones.
+    changed: by layer index the keys and values [1, H, T, D], NumPy, that take the place of the captured ones; outputs: of
+    decoder layers without a change, left here by a call without, so that others need not run what lies below one.
     """
     layers = []
     for i, layer in enumerate(cache.layers):
@@ -177,9 +180,37 @@ def log_probabilities(model, cache: Cache, tokens: list[int], changed: dict[int,
         if i in changed:
             layer.keys, layer.values = (torch.from_numpy(x).to(layer.keys) for x in changed[i])
         layers.append(layer)
-    with frozen(model):
+    with frozen(model), _replayed(model, changed, outputs):
         logits = model(_batch(model, tokens), past_key_values=Cache(layers=layers), use_cache=True).logits[0]
     return torch.log_softmax(logits.float(), dim=-1)
+
+
+@contextmanager
+def _replayed(model, changed: dict[int, tuple], outputs: dict[int, object]) -> Iterator[None]:
+    """Decoder layers below the first of `changed` give what `outputs` has of them; without any, all leave theirs there."""
+    modules = _decoder_layers(model)
+    below = range(min(changed, default=0))
+    kept = {i: module.__dict__.get("forward") for i, module in modules.items() if i in below and i in outputs}
+    for i in kept:
+        modules[i].forward = lambda *args, i=i, **options: outputs[i]
+    hooks = []
+    if not changed:
+        for i, module in modules.items():
+            hooks.append(module.register_forward_hook(lambda module, args, out, i=i: outputs.update({i: out})))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for i, forward in kept.items():
+            del modules[i].forward
+            if forward is not None:  # accelerate sets it where layers lie on several devices
+                modules[i].forward = forward
+
+
+def _decoder_layers(model) -> dict[int, torch.nn.Module]:
+    """By number the modules whose attention, a part of theirs, says that it is of layer `layer_idx`."""
+    return {part.layer_idx: m for m in model.modules() for part in m.children() if hasattr(part, "layer_idx")}
 
 
 def _batch(model, tokens: list[int]) -> torch.Tensor:

@@ -33,10 +33,11 @@ class SpectralProfiler(ProfilerBase):
     def probe(self, model, shape: ModelShape, tokens: list[int], scored: int) -> tuple[list, LogProbabilities]:
         cache = capture(model, tokens[:-scored])
         held = [tuple(to_numpy(x) for x in (cache.layers[i].keys, cache.layers[i].values)) for i in shape.layers]
+        outputs = {}
 
         def log_p(changed: dict[int, tuple]) -> np.ndarray:
             layers = {shape.layers[n]: arrays for n, arrays in changed.items()}
-            return to_numpy(log_probabilities(model, cache, tokens[-scored:], layers))
+            return to_numpy(log_probabilities(model, cache, tokens[-scored:], layers, outputs))
 
         return held, log_p
 

@@ -580,6 +580,22 @@ def test_a_probe_changes_one_layer_and_keeps_nothing(family):
     close(log_p({}), expected, 5e-4)
 
 
+def test_a_probe_runs_no_layer_below_the_one_that_it_changes(family, monkeypatch):
+    shape, ids, layer = family.profile.shape, make_tokens(120), type(family.model.layers[0])
+    (held, log_p), (_, without) = (SpectralProfiler().probe(family.model, shape, ids, 10) for _ in range(2))
+    log_p({})
+    runs, run = [], layer.__call__
+    monkeypatch.setattr(
+        layer, "__call__", lambda self, *args, **options: runs.append(self) or run(self, *args, **options)
+    )
+    for n, i in enumerate(shape.layers):
+        changed = {n: (held[n][0], 0.5 * held[n][1])}
+        runs.clear()
+        close(log_p(changed), without(changed), 1e-5)
+        assert len(runs) == 2 * len(family.model.layers) - i
+    assert all(type(x) is layer for x in family.model.layers)
+
+
 def test_a_profile_serves_both_backends(checkpoint, tmp_path):
     pytest.importorskip("torch")
     import spectral_kv_torch

@@ -486,6 +486,34 @@ def test_a_probe_changes_one_layer_and_keeps_nothing(name):
     np.testing.assert_allclose(log_p({}), expected, atol=2e-4)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_probe_runs_no_layer_below_the_one_that_it_changes(name):
+    """Also where something else has put itself before a layer's forward, as accelerate does for several devices."""
+    model, profile = model_and_profile(name)
+    ids, runs = tokens(120)[0].tolist(), []
+    (held, log_p), (_, without) = (SpectralProfiler().probe(model, profile.shape, ids, 10) for _ in range(2))
+    log_p({})
+
+    def counted(forward):
+        return lambda *args, **options: runs.append(forward) or forward(*args, **options)
+
+    layers = model.model.layers
+    for layer in layers[1:]:
+        layer.forward = counted(layer.forward)
+    before = [layer.__dict__.get("forward") for layer in layers]
+    try:
+        for n, i in enumerate(profile.shape.layers):
+            changed = {n: (held[n][0], 0.5 * held[n][1])}
+            expected = without(changed)
+            runs.clear()
+            np.testing.assert_array_equal(log_p(changed), expected)
+            assert len(runs) == len(layers) - max(i, 1)
+        assert [layer.__dict__.get("forward") for layer in layers] == before and before[0] is None
+    finally:
+        for layer in layers[1:]:
+            del layer.forward
+
+
 def test_generate_and_score_report_times_and_logits():
     model, profile = model_and_profile("llama")
     prompt, seen = tokens(100)[0].tolist(), []
