@@ -23,7 +23,7 @@ from .plan import make_plan, planned_loss
 from .profile import ModelShape, Profile
 
 PROBED = METHODS[DEFAULT_METHOD].basis_set
-DOCUMENTS = 6  # of a calibration, evenly spaced
+DOCUMENTS = 9  # of a calibration, evenly spaced
 BITS = 1.0  # enough of an error to show in half precision, little enough to add up over layers
 SINKS, WINDOW = 4, 64  # tokens that a cache keeps exactly
 PLACES = 4  # layers at which the noise of the model's own precision is measured
