@@ -157,7 +157,8 @@ def test_left_padding_leaves_every_row_as_if_alone(family):
             coded = "profile" in options
             if not coded:
                 exact.append(expected)
-            if coded and alone[i].store.lanes[0].sealed:
+            pairs = [zip(cache[n].keys_and_values(), alone[n].keys_and_values()) for n in family.profile.shape.layers]
+            if coded and any(np.abs(np.array(a[r, :, padding[r] :] - b[0])).max() > 1e-3 for p in pairs for a, b in p):
                 assert relative_rms(got, expected) < relative_rms(expected, exact[r]) / 4
             else:
                 close(got, expected, 2e-4)

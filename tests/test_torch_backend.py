@@ -14,7 +14,6 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from tolerances import assert_close  # noqa: E402
 from torch_models import CONFIGS, ByteTokenizer, tiny_model, tokens  # noqa: E402
 
 from spectral_kv_core import profile_store  # noqa: E402
@@ -331,7 +330,7 @@ def test_decoded_chunks_stay_where_they_may():
     outputs = [(logits_of(model, tokens(700), c), logits_of(model, tokens(2, seed=1), c, 1)) for c in caches]
     for prompt, decoded in outputs[1:]:
         assert torch.equal(prompt, outputs[0][0])
-        assert_close("steps from chunks held in 16 bits", decoded, outputs[0][1], "float16")
+        torch.testing.assert_close(decoded, outputs[0][1], atol=1e-3, rtol=1e-3)
     none, all_of_it, some = (int(cache_nbytes(cache)) for cache in caches)
     sealed = caches[1].layers[0].store.lanes[0].sealed
     assert all_of_it - none == 3 * sealed * 2 * 2 * 2 * 16 and some == none  # a third of it is no chunk
