@@ -164,7 +164,7 @@ def score_gradients(model, cache: Cache, tokens: list[int], samples: int, genera
 
 
 @torch.no_grad()
-def log_probabilities(
+def probed_log_probabilities(
     model, cache: Cache, tokens: list[int], changed: dict[int, tuple], outputs: dict[int, object]
 ) -> torch.Tensor:
     """Log probabilities [len(tokens), vocabulary] float32 after what a captured `cache` holds, which stays as it is.

@@ -11,7 +11,7 @@ from spectral_kv_core.probing import LogProbabilities
 from spectral_kv_core.profile import ModelShape
 from spectral_kv_core.profiler import ProfilerBase
 
-from .capture import capture, log_probabilities, score_gradients
+from .capture import capture, probed_log_probabilities, score_gradients
 from .integration import load_model, max_context, model_name, model_shape, weights_digest
 from .ops import to_numpy
 
@@ -37,7 +37,7 @@ class SpectralProfiler(ProfilerBase):
 
         def log_p(changed: dict[int, tuple]) -> np.ndarray:
             layers = {shape.layers[n]: arrays for n, arrays in changed.items()}
-            return to_numpy(log_probabilities(model, cache, tokens[-scored:], layers, outputs))
+            return to_numpy(probed_log_probabilities(model, cache, tokens[-scored:], layers, outputs))
 
         return held, log_p
 
