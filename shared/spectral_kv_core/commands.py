@@ -111,6 +111,7 @@ def generate(args: argparse.Namespace) -> dict:
             protect=protect,
             selection=args.selection,
             evict_every=args.evict_every,
+            wavelet=args.wavelet,
             tiers=tiers,
             rounding_scores=args.rounding_scores,
             method=method,
@@ -209,6 +210,7 @@ def evaluate(args: argparse.Namespace) -> dict:
         turns=args.turns,
         turn_tokens=args.turn_tokens,
         keep=_values(args.keep, "--keep", float),
+        wavelets=_values(args.wavelet, "--wavelet", str),
         rounding_scores=_values(args.rounding_scores, "--rounding-scores", str),
         tiers=tuple(tuple(_tiers(text)) for text in args.tiers or ()),
     )
@@ -417,6 +419,7 @@ def _open_prompt_file(args: argparse.Namespace) -> PromptFile:
         "protect",
         "selection",
         "evict_every",
+        "wavelet",
         "tiers",
         "rounding_scores",
     ):
