@@ -18,6 +18,7 @@ from spectral_kv_core.working_set import bytes_per_layer
 
 from .cache import SpectralKVCache, cache_nbytes, fill, held_vectors, put_row
 from .capture import attend, recorded
+from .detokenizer import text_stream
 from .integration import (
     end_tokens,
     host_layers,
@@ -60,6 +61,7 @@ __all__ = [
     "save_prompt_cache",
     "score",
     "sealed_bits",
+    "text_stream",
     "weights_digest",
 ]
 PREFILL_CHUNK = 2048

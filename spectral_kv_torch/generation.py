@@ -18,6 +18,7 @@ from spectral_kv_core.profile import Profile
 
 from .cache import SpectralCache, cache_nbytes, fill, held_vectors
 from .capture import attend, recorded
+from .detokenizer import text_stream
 from .integration import (
     host_layers,
     install,
@@ -58,6 +59,7 @@ __all__ = [
     "save_prompt_cache",
     "score",
     "sealed_bits",
+    "text_stream",
     "weights_digest",
 ]
 PREFILL_CHUNK = 2048

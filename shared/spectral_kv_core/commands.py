@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -126,7 +127,7 @@ def generate(args: argparse.Namespace) -> dict:
 
     used = method or stored.method
     label = used.name if used != "plain" and used.live else "plain"  # what is for files only is decoded to use it
-    show = None if args.json else report.Stream(tokenizer)
+    show = None if args.json else report.Stream(partial(backend.text_stream, tokenizer))
     if show and compare:
         show.title(f"{label} cache from the file" if stored else f"{label} cache")
     result, _ = _run(backend, model, tokenizer, prompt, cache, args, show)
