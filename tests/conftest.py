@@ -13,14 +13,14 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 import pytest  # noqa: E402
 from cases import ToyModel, toy_profile_of  # noqa: E402
 
-from spectral_kv_core.profile import Profile  # noqa: E402
+from spectral_kv_core.profile.profile import Profile  # noqa: E402
 
 
 @pytest.fixture(scope="session", params=["numpy", "torch", "mlx"])
 def xp(request):
     """The core's array operations on one library."""
     if request.param == "numpy":
-        return importlib.import_module("spectral_kv_core.ops")
+        return importlib.import_module("spectral_kv_core.arrays.ops")
     if request.param == "torch":
         pytest.importorskip("torch").set_num_threads(1)
         return importlib.import_module("spectral_kv_torch.ops")

@@ -15,9 +15,9 @@ pytest.importorskip("transformers")
 
 from tiny_checkpoint import save_tiny_checkpoint  # noqa: E402
 
-from spectral_kv_core.engine import check_quantize  # noqa: E402
-from spectral_kv_core.profile import Profile  # noqa: E402
-from spectral_kv_core.profile_store import cached_profile_path  # noqa: E402
+from spectral_kv_core.compat.engine import check_quantize  # noqa: E402
+from spectral_kv_core.profile.profile import Profile  # noqa: E402
+from spectral_kv_core.profile.store import cached_profile_path  # noqa: E402
 from spectral_kv_torch import InferenceEngine, SpectralProfiler, cache_nbytes, make_prompt_cache  # noqa: E402
 from spectral_kv_torch.cache import SpectralKVLayer  # noqa: E402
 from spectral_kv_torch.generation import generate  # noqa: E402

@@ -15,11 +15,12 @@ from mlx_lm.models import llama
 from mlx_models import make_model, make_tokens, save_llama
 from test_mlx_backend import calibrate
 
-from spectral_kv_core import bench as core
-from spectral_kv_core import cli, synthetic
-from spectral_kv_core.cache import SEAL, LayerCache
-from spectral_kv_core.methods import METHODS
-from spectral_kv_core.profile_store import cached_profile_path
+from spectral_kv_core.benchmark import bench as core
+from spectral_kv_core.benchmark import synthetic
+from spectral_kv_core.cache.layer_cache import SEAL, LayerCache
+from spectral_kv_core.cli import main as cli
+from spectral_kv_core.planning.methods import METHODS
+from spectral_kv_core.profile.store import cached_profile_path
 from spectral_kv_mlx import bench
 from spectral_kv_mlx.generation import feed, fill, load_model, make_prompt_cache, plain_cache
 
