@@ -16,6 +16,27 @@ from cases import ToyModel, toy_profile_of  # noqa: E402
 from spectral_kv_core.profile import Profile  # noqa: E402
 
 
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="one case of every test that is not marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--quick"):
+        chosen = one_of_each(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = [item for item in items if item in chosen]
+
+
+def one_of_each(items: list) -> set:
+    """The first case of every test that is not slow, on each array library and host that it runs on."""
+    first = {}
+    for item in items:
+        if item.get_closest_marker("slow") is None:
+            params = item.callspec.params if hasattr(item, "callspec") else {}
+            first.setdefault((item.parent.nodeid, item.originalname, params.get("xp"), params.get("host")), item)
+    return set(first.values())
+
+
 @pytest.fixture(scope="session", params=["numpy", "torch", "mlx"])
 def xp(request):
     """The core's array operations on one library."""
