@@ -89,7 +89,7 @@ workflows: $(VENV)/.installed-checks ## check the workflows, the issue forms and
 .PHONY: release-check system-packages
 
 release-check: $(VENV)/.installed-release ## check versions, the source archive and the wheel; TAG=v1.2.3 for a release
-	$(PYTHON) tools/release_check.py $(TAG)
+	$(PYTHON) tools/release_check.py "$$TAG"
 	rm -rf build/release
 	$(PYTHON) -m build --no-isolation --outdir build/release .
 	$(PYTHON) -m twine check --strict build/release/*
