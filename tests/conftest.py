@@ -12,6 +12,7 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 
 import pytest  # noqa: E402
 from cases import ToyModel, toy_profile_of  # noqa: E402
+from quick import one_of_each  # noqa: E402
 
 from spectral_kv_core.profile import Profile  # noqa: E402
 
@@ -23,18 +24,9 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--quick"):
         chosen = one_of_each(items)
-        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-        items[:] = [item for item in items if item in chosen]
-
-
-def one_of_each(items: list) -> set:
-    """The first case of every test that is not slow, on each array library and host that it runs on."""
-    first = {}
-    for item in items:
-        if item.get_closest_marker("slow") is None:
-            params = item.callspec.params if hasattr(item, "callspec") else {}
-            first.setdefault((item.parent.nodeid, item.originalname, params.get("xp"), params.get("host")), item)
-    return set(first.values())
+        left_out = set(items).difference(chosen)
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = chosen
 
 
 @pytest.fixture(scope="session", params=["numpy", "torch", "mlx"])
