@@ -92,6 +92,7 @@ release-check: $(VENV)/.installed-release ## check versions, the source archive 
 	$(PYTHON) tools/release_check.py "$$TAG"
 	rm -rf build/release
 	$(PYTHON) -m build --no-isolation --outdir build/release .
+	$(PYTHON) tools/release_check.py --wheel build/release/*.whl
 	$(PYTHON) -m twine check --strict build/release/*
 
 system-packages: ## install what makes the tests faster on Debian and Ubuntu (asks for root)

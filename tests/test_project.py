@@ -6,6 +6,7 @@ import importlib.util
 import re
 import subprocess
 import tomllib
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -166,6 +167,16 @@ def test_a_release_that_agrees(release_check):
 def test_a_release_that_does_not(release_check, old, new, tag, expected):
     changelog, citation = (text.replace(old, new) if old else text for text in (RELEASED, CITED))
     assert any(expected in problem for problem in release_check.problems("1.2.0", changelog, citation, tag))
+
+
+def test_a_wheel_without_a_file_is_noticed(release_check, tmp_path):
+    """Such as the C sources, which the source archive may leave out."""
+    (tmp_path / "spectral_kv_torch" / "kernels").mkdir(parents=True)
+    for name in ("ops.py", "kernels/latent.c"):
+        (tmp_path / "spectral_kv_torch" / name).write_text("")
+    with zipfile.ZipFile(tmp_path / "x.whl", "w") as wheel:
+        wheel.writestr("spectral_kv_torch/ops.py", "")
+    assert release_check.missing(tmp_path / "x.whl", tmp_path) == ["spectral_kv_torch/kernels/latent.c"]
 
 
 # --- the quick run

@@ -1,4 +1,4 @@
-"""Whether version, changelog and citation agree: python tools/release_check.py [TAG].
+"""Whether version, changelog and citation agree: python tools/release_check.py [TAG]. With --wheel FILE: what it lacks.
 
 Without a tag the changelog may have entries under Unreleased. With one, such as v1.2.3, everything names that version.
 """
@@ -8,10 +8,17 @@ from __future__ import annotations
 import ast
 import re
 import sys
+import zipfile
 from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+PACKAGES = {  # folder of the repository -> folder of a wheel
+    "shared/spectral_kv_core": "spectral_kv_core",
+    "profiles": "spectral_kv_core/profiles",
+    "spectral_kv_mlx": "spectral_kv_mlx",
+    "spectral_kv_torch": "spectral_kv_torch",
+}
 HEADING = re.compile(r"^## \[([^]]+)\](?: - (\S+))?$", re.M)
 
 
@@ -72,7 +79,21 @@ def _is_date(day: str | None) -> bool:
         return False
 
 
-def main(tag: str = "") -> int:
+def missing(wheel: Path, root: Path = ROOT) -> list[str]:
+    """Files of the packages that `wheel`, built from the source archive, does not have."""
+    inside, found = set(zipfile.ZipFile(wheel).namelist()), []
+    for folder, package in PACKAGES.items():
+        files = (path for path in sorted((root / folder).rglob("*")) if path.suffix not in (".pyc", ".so"))
+        names = (path.relative_to(root / folder).as_posix() for path in files if path.is_file())
+        found += [f"{folder}/{name}" for name in names if f"{package}/{name}" not in inside]
+    return found
+
+
+def main(tag: str = "", wheel: str = "") -> int:
+    if tag == "--wheel":
+        lacks = missing(Path(wheel))
+        print("\n".join(f"{wheel} lacks {name}" for name in lacks) or f"{Path(wheel).name}: has every file")
+        return 1 if lacks else 0
     texts = ((ROOT / name).read_text() for name in ("CHANGELOG.md", "CITATION.cff"))
     found = problems(package_version(), *texts, tag)
     print("\n".join(found) or f"version {package_version()}: changelog and citation agree")
@@ -80,4 +101,4 @@ def main(tag: str = "") -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(*sys.argv[1:2]))
+    raise SystemExit(main(*sys.argv[1:3]))
