@@ -84,6 +84,17 @@ workflows: $(VENV)/.installed-checks ## check the workflows, the issue forms and
 	$(SCHEMA) vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/feature.yml
 	$(SCHEMA) vendor.citation-file-format CITATION.cff
 
+# --- the site ---------------------------------------------------------------------------------------------------------
+
+.PHONY: docs docs-test
+
+docs: $(VENV)/.installed-docs ## build the site of docs/ in build/docs
+	$(PYTHON) docs/stage.py
+	$(VENV)/bin/zensical build --clean --strict
+
+docs-test: $(VENV)/.installed-all ## check the pages: links, sentences, generated pages and examples
+	$(PYTEST) tests/test_docs.py tests/test_readme.py
+
 # --- releases: CONTRIBUTING.md says how one is made -------------------------------------------------------------------
 
 .PHONY: release-check system-packages
@@ -106,6 +117,7 @@ clean: ## delete the virtual environment and what was built
 
 $(VENV)/.installed-all: EXTRAS := mlx,torch,dev
 $(VENV)/.installed-bench: EXTRAS := $(BACKEND),bench
+$(VENV)/.installed-docs: EXTRAS := torch,docs
 $(VENV)/.installed-%: EXTRAS = $*
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)
 	@echo "Installing spectralkv[$(EXTRAS)] into $(VENV)"

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from quick import one_of_each
 
-ROOT = Path(__file__).parents[1]
+ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 MAKEFILES = (ROOT / "Makefile", ROOT / "results" / "measure.mk")
 every_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
