@@ -326,6 +326,7 @@ def test_torch_attention_clock_counts_and_restores(torch_bench, checkpoint, monk
     assert kernels == ["_gqa", "_gqa", "_grouped", "_grouped"]
 
 
+@pytest.mark.slow
 def test_torch_model_command_with_peaks_of_fresh_processes(capsys, monkeypatch, checkpoint, torch_bench):
     monkeypatch.setattr(core, "REPEATS", 1)
     configurations, measure = [], core.fresh_peak

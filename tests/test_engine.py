@@ -60,6 +60,7 @@ def run_quick_start(backend: str, model: str, folder: Path, quantize: str) -> di
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_the_first_librarys_quick_start(folder, model):
     """With a profile in the cache folder, as after its first run: calibrating is tested apart."""
     profiler = SpectralProfiler(tokens=512, document=256, progress=False)

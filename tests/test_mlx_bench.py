@@ -122,6 +122,7 @@ def test_compressed_caches_are_attended_as_codes_under_the_clock(monkeypatch):
     assert clock.calls == 2 and cache[0].size() == 204 and llama.scaled_dot_product_attention is before
 
 
+@pytest.mark.slow
 def test_the_model_command_with_peaks_of_fresh_processes(capsys, monkeypatch, tmp_path):
     pytest.importorskip("torch")
     monkeypatch.setenv("SPECTRALKV_CACHE", str(tmp_path / "cache"))

@@ -39,6 +39,7 @@ def profile(folder, model):
     return made.save(cached_profile_path(made.shape))
 
 
+@pytest.mark.slow
 def test_the_first_librarys_quick_start(folder, model, profile):
     found = run_quick_start("mlx", model, folder, "4bit")
     assert found["scores"] == found["exact"] == [1, 32] and found["ratio"] > 3 and found["compression"] > 1

@@ -162,6 +162,7 @@ def test_a_layer_without_any_bits_attends_to_its_means(kernels, quantizer):
     assert_close("output", *both(codec, case, [64]))
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_the_kernel_is_built_once_and_its_tables_are_counted(monkeypatch, tmp_path):
     monkeypatch.setenv("SPECTRALKV_CACHE", str(tmp_path))
