@@ -3,7 +3,7 @@
 // Codes are read once, as they are stored, and never rebuilt as keys or values: a query is projected on the basis and
 // scaled row by row (a row is one component at one frequency), a row of codes is looked up in its quantizer's levels in
 // registers and multiplied with all query rows of its KV head; the time transform is applied to scores and to
-// probabilities. All arithmetic is float32. Layout of codes: quantizer.pack_rows; formulas: codec.SpectralCodec.attend.
+// probabilities. All arithmetic is float32. Layout of codes: packing.pack_rows; formulas: codec.SpectralCodec.attend.
 //
 // Work is split over (sequence, KV head) and groups of chunks, whose softmaxes are partial and merged at the end.
 //
@@ -110,7 +110,7 @@ INLINE vec reduce(vec a, vec b, vec c, vec d) {
 INLINE uint64_t unpack_unit(const int bits, const uint8_t *p) {
   if (bits == 8) return *(const long_word *)p;
   uint64_t codes = 0;
-  for (int width = 4, shift = 0; width; width >>= 1) {  // planes: quantizer.planes
+  for (int width = 4, shift = 0; width; width >>= 1) {  // planes: packing.planes
     if (!(bits & width)) continue;
     uint64_t plane = 0;
     memcpy(&plane, p, width);

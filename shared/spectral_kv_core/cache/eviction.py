@@ -18,7 +18,8 @@ from ..codecs.spectral import CHUNK_TOKENS, Chunk
 from ..codecs.tiers import check_tiers, make_tiered_plan
 from ..planning.methods import DROPPING, Method
 from ..planning.plan import Plan, elements_per_token, plan_for, whole_number
-from ..profile.profile import ModelShape, Profile
+from ..profile.model_shape import ModelShape
+from ..profile.profile import Profile
 from ..scorers import Scorer, Tokens, check_wavelet, get_scorer
 from ..scorers.selection import MODES, select
 from .padding_group import Lane

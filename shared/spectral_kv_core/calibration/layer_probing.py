@@ -20,7 +20,8 @@ from ..arrays.divergence import divergence
 from ..codecs.spectral import make_codec
 from ..planning.methods import DEFAULT_METHOD, METHODS
 from ..planning.plan import make_plan, planned_loss
-from ..profile.profile import ModelShape, Profile
+from ..profile.model_shape import ModelShape
+from ..profile.profile import Profile
 
 PROBED = METHODS[DEFAULT_METHOD].basis_set
 DOCUMENTS = 9  # of a calibration, evenly spaced

@@ -18,7 +18,8 @@ from ..arrays.rope import rotate, unrotate
 from ..planning.methods import Method
 from ..planning.plan import check_bits
 from ..profile.derived import head_moments, query_moment
-from ..profile.profile import ModelShape, Profile
+from ..profile.model_shape import ModelShape
+from ..profile.profile import Profile
 from .base import ArrayCodec, ArrayPlan, ranks_within
 
 

@@ -17,7 +17,8 @@ from ..arrays.basis import orthonormalize
 from ..arrays.hadamard import random_rotation
 from ..planning.methods import Method
 from ..planning.plan import check_bits
-from ..profile.profile import ModelShape, Profile
+from ..profile.model_shape import ModelShape
+from ..profile.profile import Profile
 from .base import ArrayPlan, LatentCodec, pack_tokens, ranks_within, unpack_tokens
 
 CODE_BITS = (2, 3, 4, 5, 6, 7)  # without the sign bit

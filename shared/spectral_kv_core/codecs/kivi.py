@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 from ..planning.methods import Method
 from ..planning.plan import AFFINE_WIDTHS
-from ..profile.profile import ModelShape, Profile
-from ..quantization.quantizer import UNIT, dequantize_affine, pack, quantize_affine, unpack
+from ..profile.model_shape import ModelShape
+from ..profile.profile import Profile
+from ..quantization.packing import UNIT, pack, unpack
+from ..quantization.quantizer import dequantize_affine, quantize_affine
 from .base import ArrayCodec, ArrayPlan, highest_within
 
 

@@ -20,8 +20,11 @@ from ..arrays.basis import orthonormalize
 from ..arrays.rope import rotate, unrotate
 from ..planning.methods import Method
 from ..planning.plan import check_bits
-from ..profile.profile import BasisSet, ModelShape, Profile
-from ..quantization.quantizer import UNIT, dequantize_affine, pack, quantize_affine, unpack
+from ..profile.basis_set import BasisSet
+from ..profile.model_shape import ModelShape
+from ..profile.profile import Profile
+from ..quantization.packing import UNIT, pack, unpack
+from ..quantization.quantizer import dequantize_affine, quantize_affine
 from .base import ArrayPlan, FileCodec
 from .spectral import Chunk, check_finite
 

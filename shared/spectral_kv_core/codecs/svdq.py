@@ -20,7 +20,8 @@ from ..planning.allocation import allocate_bits
 from ..planning.methods import Method
 from ..planning.plan import check_bits
 from ..profile.derived import covariance, means
-from ..profile.profile import ModelShape, Profile
+from ..profile.model_shape import ModelShape
+from ..profile.profile import Profile
 from ..quantization.quantizer import BIT_WIDTHS
 from .base import ArrayCodec, ArrayPlan, pack_tokens, unpack_tokens
 

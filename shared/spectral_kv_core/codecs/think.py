@@ -17,8 +17,9 @@ from ..cache.layer_cache import CHUNK_TOKENS
 from ..planning.methods import Method
 from ..planning.plan import check_bits
 from ..profile.derived import query_moment, rotated_energy
-from ..profile.profile import ModelShape, Profile
-from ..quantization.quantizer import UNIT, pack, unpack
+from ..profile.model_shape import ModelShape
+from ..profile.profile import Profile
+from ..quantization.packing import UNIT, pack, unpack
 from .base import ArrayCodec, ArrayPlan
 
 

@@ -17,8 +17,9 @@ from ..arrays import attention
 from ..arrays.rope import unrotate
 from ..planning.methods import Method
 from ..planning.plan import STAGING_BITS, Plan, make_plan
-from ..profile.profile import ModelShape, Profile
-from ..quantization.quantizer import pack, unpack
+from ..profile.model_shape import ModelShape
+from ..profile.profile import Profile
+from ..quantization.packing import pack, unpack
 from ..quantization.time_rounding import BlockScores
 from ..scorers import get_scorer
 from .spectral import Chunk, make_codec

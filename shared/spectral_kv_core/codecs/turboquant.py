@@ -15,7 +15,8 @@ import numpy as np
 
 from ..arrays.hadamard import random_rotation
 from ..planning.methods import Method
-from ..profile.profile import ModelShape, Profile
+from ..profile.model_shape import ModelShape
+from ..profile.profile import Profile
 from ..quantization.quantizer import BIT_WIDTHS, RowTables, flat_tables, gaussian_tables
 from .base import ArrayPlan, LatentCodec, highest_within, pack_tokens, unpack_tokens
 

@@ -12,9 +12,10 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from ..arrays.transform import band_sizes
-from ..calibration.basis_fit import HISTOGRAM_LIMIT
 from ..codecs.registry import plan_class
-from ..profile.profile import BasisSet, ModelShape, Profile
+from ..profile.basis_set import HISTOGRAM_LIMIT, BasisSet
+from ..profile.model_shape import ModelShape
+from ..profile.profile import Profile
 from ..quantization.entropy import StepTable, step_tables
 from ..quantization.quantizer import BIT_WIDTHS, flat_levels, flat_tables
 from ..quantization.trellis import ERROR_RATIOS, codebooks
