@@ -3,6 +3,7 @@
 # make figures   the pictures of README and results/, from the JSON there
 # make results WIKITEXT=FILE [GEMMA=DIR]   the tables and pictures from nothing: hours; goes on where it stopped
 # make lint   formatting and static checks      make bench   speed beside the plain cache
+# make docs   the site of docs/ in build/docs     make docs-test   its links, sentences, generated pages and examples
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
 export HF_HUB_OFFLINE ?= 1
@@ -14,7 +15,7 @@ BACKEND := $(if $(filter Darwin-arm64,$(shell uname -sm | tr ' ' -)),mlx,torch)
 # MLX's Linux wheel brings a slow BLAS; Debian's OpenBLAS makes its tests several times faster where it is installed
 OPENBLAS := $(firstword $(wildcard /usr/lib/*/openblas-pthread/libopenblas.so.0))
 
-.PHONY: demo test figures lint bench clean
+.PHONY: demo test figures lint bench docs docs-test clean
 
 demo: $(VENV)/.installed-$(BACKEND)
 	$(VENV)/bin/spectralkv generate --model demo --prompt-file shared/spectral_kv_core/data/demo_prompt.txt --bits 3 --max-tokens 64 --compare
@@ -42,12 +43,20 @@ bench: $(VENV)/.installed-bench
 	$(VENV)/bin/spectralkv bench --synthetic llama-3.1-8b --bits 2
 	$(VENV)/bin/spectralkv bench --model demo --context 1024,4096 --bits 2
 
+docs: $(VENV)/.installed-docs
+	$(PYTHON) docs/stage.py
+	$(VENV)/bin/zensical build --clean --strict
+
+docs-test: $(VENV)/.installed-all
+	$(PYTHON) -m pytest -q tests/test_docs.py tests/test_readme.py
+
 clean:
 	rm -rf $(VENV) build *.egg-info
 
 $(VENV)/.installed-all: EXTRAS := mlx,torch,dev
 $(VENV)/.installed-bench: EXTRAS := $(BACKEND),bench
 $(VENV)/.installed-plots: EXTRAS := plots
+$(VENV)/.installed-docs: EXTRAS := torch,docs
 $(VENV)/.installed-mlx: EXTRAS := mlx
 $(VENV)/.installed-torch: EXTRAS := torch
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(VENV)
