@@ -21,6 +21,7 @@ FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
 def main() -> int:
     shutil.rmtree(STAGED, ignore_errors=True)
     waiting = [path for folder in ("docs", "results") for path in (ROOT / folder).rglob("*.md")]
+    waiting += (ROOT / "docs").rglob("*.css")
     done: set[Path] = set()
     missing = []
     while waiting:
