@@ -73,7 +73,7 @@ def test_splitter_of_sentences():
     )
     expected = ["One two.", "Three code four, v3.11 of five.", "six goes on!", "item one", "item two.", "And more"]
     assert sentences(text) == expected
-    assert words("Three – four, (five)") == 3
+    assert words("Three - four, (five)") == 3
 
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", *(set(PAGES) - NOTES - GENERATED)], ids=name_of)
