@@ -120,6 +120,13 @@ def test_from_torch_to_mlx_and_back(pair, method, count, tmp_path):
     assert_close("mlx to torch", follow(torch_backend, pair.torch, on_torch), expected, limit=1e-3)
 
 
+def test_both_make_one_plan(pair):
+    for method in ("spectral", "spectral-dense", "turboquant"):
+        theirs = torch_backend.make_prompt_cache(pair.torch, pair.profile, method=method)
+        ours = mlx_backend.make_prompt_cache(pair.mlx, pair.profile, method=method)
+        assert {layer.plan.hash for layer in ours if isinstance(layer, SpectralKVCache)} == {theirs.plan.hash}
+
+
 def test_a_file_for_both_is_decoded_alike(pair, tmp_path):
     tokens = make_tokens(130)
     plain = torch_backend.plain_cache(pair.torch)

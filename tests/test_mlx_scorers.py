@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from test_scorers import NAMES, ROPES, text, tokens_of
-from tolerances import assert_close
+from tolerances import assert_scores_close
 
 mx = pytest.importorskip("mlx.core")
 
@@ -43,4 +43,4 @@ def test_long_text_with_gaps_scores_as_in_numpy(name):
     keys = text(700)
     got = SCORERS[name](tokens_of(ops, keys, ROPES["interleaved"], positions))
     expected = SCORERS[name](tokens_of(reference, keys, ROPES["interleaved"], positions))
-    assert_close(name, np.array(got), expected)
+    assert_scores_close(name, np.array(got), expected)

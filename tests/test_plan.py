@@ -77,6 +77,18 @@ def test_plan_is_the_same_in_another_process(toy_profile, tmp_path):
     assert len(set(ours)) == 3
 
 
+def test_hosts_that_differ_in_the_last_bits_of_rope_make_one_plan(toy_profile):
+    rope = replace(SHAPE.rope, inv_freq=tuple(float(np.float32(w)) for w in SHAPE.rope.inv_freq))
+    assert rope != SHAPE.rope
+    for method in ("spectral", "turboquant", "xkv"):
+        ours, theirs = (
+            make_plan(shape, toy_profile, METHODS[method], 4.5) for shape in (SHAPE, replace(SHAPE, rope=rope))
+        )
+        assert ours.hash == theirs.hash
+    other = replace(SHAPE, rope=replace(rope, interleaved=True))
+    assert make_plan(other, None, METHODS["xkv"], 4.5).hash != ours.hash
+
+
 def test_missing_or_wrong_profile_is_refused(toy_profile):
     with pytest.raises(ValueError, match="spectralkv profile"):
         make_plan(SHAPE, None, "spectral", 2)

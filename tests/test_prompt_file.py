@@ -266,9 +266,11 @@ def test_pinned_header(path):
         "bits", "format", "layers", "library_version", "metadata", "method", "model", "plan_hash", "profile", "seen",
         "sha256", "shape", "sinks", "version", "weights_digest", "window",
     ]  # fmt: skip
-    assert (metadata["format"], metadata["version"], metadata["seen"]) == ("spectralkv-cache", 1, 300)
+    assert (metadata["format"], metadata["version"], metadata["seen"]) == ("spectralkv-cache", 2, 300)
     assert metadata["layers"] == 3 * [{"dtype": "float32", "lanes": [{"rows": [0], "pad": 0, "chunks": [[4, 224]]}]}]
-    assert sorted(metadata["method"]) == ["block", "codec", "group", "group_size", "name", "rope", "rounding", "time"]
+    assert sorted(metadata["method"]) == [
+        "block", "codec", "group", "group_size", "name", "quantizer", "reads", "rope", "rounding", "time",
+    ]  # fmt: skip
     assert header["tokens"]["dtype"] == "I32" and header["tokens"]["shape"] == [300]
     assert header["layers/2/lanes/0/values"]["shape"] == [1, 2, 76, 16]
     assert all(name.startswith(("tokens", "layers/")) for name in header)
@@ -304,8 +306,10 @@ def test_altered_header_is_refused(path, field):
 
 def test_other_versions_and_kinds(path, tmp_path):
     _, profile = model_and_profile()
-    rewrite(path, version=2)
-    assert "version 1" in refused(path) and "pip install -U" in refused(path)
+    rewrite(path, version=3)
+    assert "version 2" in refused(path) and "pip install -U" in refused(path)
+    rewrite(path, version=1)  # whose plans have hashes of another kind
+    assert "received 1" in refused(path) and "Make it again: spectralkv cache-prompt" in refused(path)
     assert "cache-prompt" in refused(tmp_path / "none", kind=FileNotFoundError)
     assert "spectralkv-profile" in refused(profile.save(tmp_path / "profile"))
     save_file({"x": np.zeros(3, np.float32)}, tmp_path / "other")

@@ -22,7 +22,7 @@ TOKENS = 1024
 
 @cache
 def stored_plan(bits: float, group: str = "layer", rope: str = "pre", rounding: str = "expected-attention") -> Plan:
-    method = Method("test", "stored", "", "", rope=rope, group=group, time="dct", block=16, rounding=rounding)
+    method = Method("test", "entropy-coded", "", "", rope=rope, group=group, time="dct", block=16, rounding=rounding)
     return make_plan(MODEL.shape, toy_profile_of(MODEL, group, rope), method, bits)
 
 

@@ -13,6 +13,7 @@ from .evaluation import SUITES
 from .eviction import EVERY
 from .methods import DEFAULT_METHOD, ROUNDINGS
 from .prompt_file import DEFAULT_FILE_METHOD
+from .scorers.waveletkv import WAVELET
 from .selection import MODES
 from .synthetic import PLANS, SHAPES
 
@@ -103,6 +104,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--evict-every", type=int, help=f"generated tokens between two rounds of dropping (default {EVERY})"
     )
     sub.add_argument(
+        "--wavelet", metavar="NAME", help=f"filters of a wavelet scorer: haar, sym4, bior2.2, ... (default {WAVELET})"
+    )
+    sub.add_argument(
         "--compare", action="store_true", help="run the plain cache too and compare bytes, quality and speed"
     )
 
@@ -146,6 +150,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--turn-tokens", type=int, default=256, help="prompt tokens of every turn (default %(default)s)")
     sub.add_argument(
         "--keep", metavar="A,B", help="shares of the prefix to keep, for methods that drop tokens (default 0.5,0.25)"
+    )
+    sub.add_argument(
+        "--wavelet", metavar="A,B", help=f"filters of wavelet scorers, one cache each (default {WAVELET}, untold)"
     )
     sub.add_argument(
         "--rounding-scores", metavar="A,B", help="what weighs tokens when codes are rounded, one cache each; or nearest"

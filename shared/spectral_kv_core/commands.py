@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,7 @@ def generate(args: argparse.Namespace) -> dict:
             protect=protect,
             selection=args.selection,
             evict_every=args.evict_every,
+            wavelet=args.wavelet,
             tiers=tiers,
             rounding_scores=args.rounding_scores,
             method=method,
@@ -125,7 +127,7 @@ def generate(args: argparse.Namespace) -> dict:
 
     used = method or stored.method
     label = used.name if used != "plain" and used.live else "plain"  # what is for files only is decoded to use it
-    show = None if args.json else report.Stream(tokenizer)
+    show = None if args.json else report.Stream(partial(backend.text_stream, tokenizer))
     if show and compare:
         show.title(f"{label} cache from the file" if stored else f"{label} cache")
     result, _ = _run(backend, model, tokenizer, prompt, cache, args, show)
@@ -209,6 +211,7 @@ def evaluate(args: argparse.Namespace) -> dict:
         turns=args.turns,
         turn_tokens=args.turn_tokens,
         keep=_values(args.keep, "--keep", float),
+        wavelets=_values(args.wavelet, "--wavelet", str),
         rounding_scores=_values(args.rounding_scores, "--rounding-scores", str),
         tiers=tuple(tuple(_tiers(text)) for text in args.tiers or ()),
     )
@@ -417,6 +420,7 @@ def _open_prompt_file(args: argparse.Namespace) -> PromptFile:
         "protect",
         "selection",
         "evict_every",
+        "wavelet",
         "tiers",
         "rounding_scores",
     ):

@@ -27,6 +27,7 @@ from .methods import JOINT, PAIRS, ROUNDINGS, Method, get_method, rounded_by
 from .plan import bits_range, make_plan
 from .profile import Profile
 from .profile_store import auto_profile
+from .scorers import check_wavelet, get_scorer
 
 log = logging.getLogger("spectralkv")
 # score what really follows; a span of the prefix, repeated; turns on one cache; a number hidden in the prefix
@@ -47,9 +48,9 @@ class Settings:
     prefill_chunk: tokens per call of the prefix, through the compressed cache itself; None reads it in one call. metrics:
     `kl` is always measured. greedy: tokens generated after the prefix, in the task `text`. turns, turn_tokens: how often the
     task `drift` goes on with a piece of prompt, and how long that is. keep: shares of the prefix's tokens that methods
-    which drop tokens keep, `DEFAULT_KEEP` unless told. rounding_scores: whose scores weight the codec's rounding, one cache
-    each; the method's own unless told. tiers: (share, bits) pairs, as in `make_prompt_cache`, for methods SCORER+METHOD,
-    which then drop nothing.
+    which drop tokens keep, `DEFAULT_KEEP` unless told. wavelets: filters of wavelet scorers, one cache each; the scorer's
+    own unless told. rounding_scores: whose scores weight the codec's rounding, one cache each; the method's own unless told.
+    tiers: (share, bits) pairs, as in `make_prompt_cache`, for methods SCORER+METHOD, which then drop nothing.
     """
 
     methods: tuple[str, ...]
@@ -67,6 +68,7 @@ class Settings:
     turns: int = 5
     turn_tokens: int = 256
     keep: tuple[float, ...] = ()
+    wavelets: tuple[str, ...] = ()
     rounding_scores: tuple[str, ...] = ()
     tiers: tuple[tuple[tuple[float, float], ...], ...] = ()
 
@@ -115,6 +117,14 @@ class Settings:
             raise ValueError(
                 f"Expected a method that rounds by scores for --rounding-scores, {', '.join(self.methods)} do not."
             )
+        wavy = [method for method in methods if _has_wavelet(method)]
+        if self.wavelets and not (wavy and self.shares):
+            raise ValueError(
+                f"Expected a method that drops tokens by a wavelet scorer for --wavelet, {', '.join(self.methods)} "
+                f"{'drop none with --tiers alone' if wavy else 'do not'}."
+            )
+        for wavelet in self.wavelets:
+            check_wavelet(get_scorer(wavy[0].scorer), wavelet)
         self._check_keep([method for method in methods if _drops_tokens(method)])
 
     @property
@@ -238,14 +248,20 @@ def plan_jobs(
         low, high = bits_range(method)
         grid = dict.fromkeys(settings.bits) if low < high else [low]
         scorers = settings.rounding_scores or (None,) if _rounds(method) else (None,)
+        wavelets = settings.wavelets or (None,) if _has_wavelet(method) else (None,)
         wanted = [(bits, scorer, None) for bits in (grid if keeps else ()) for scorer in scorers]
         wanted += [(mean_bits(t), s, t) for t in (settings.tiers if _drops_tokens(method) else ()) for s in scorers]
         for bits, scorer, tiers in wanted:
             try:
                 made = rounded_by(method, scorer)
                 plan = make_tiered_plan(shape, found, made, tiers) if tiers else make_plan(shape, found, made, bits)
+                if tiers:
+                    jobs.append(Job(made, bits, plan, plan.hash, None, scorer, tiers))
+                    continue
                 jobs += [
-                    Job(made, bits, plan, plan.hash, keep, scorer, tiers) for keep in ((None,) if tiers else keeps)
+                    Job(made, bits, plan, plan.hash, keep, scorer, None, wavelet)
+                    for keep in keeps
+                    for wavelet in wavelets
                 ]
             except ValueError as error:
                 log.warning("Skipped %s at %g bits: %s", method.name, bits, error)
@@ -266,6 +282,10 @@ def _calibrated(backend, model, tokenizer, basis_set: str) -> Profile:
 
 def _drops_tokens(method: Method) -> bool:
     return method.scorer is not None
+
+
+def _has_wavelet(method: Method) -> bool:
+    return _drops_tokens(method) and "wavelet" in get_scorer(method.scorer).options
 
 
 def _rounds(method: Method) -> bool:
@@ -302,6 +322,8 @@ def _keys(document: Document, task: str, job: Job, settings: Settings, common: d
         "plan": job.plan_hash,
         **common,
     }
+    if job.wavelet:  # other rows stay as they are without it
+        key["wavelet"] = job.wavelet
     if task == "text":
         return [key | {"greedy": settings.greedy}]
     if task == "needle":

@@ -20,6 +20,7 @@ _JOB_COLUMNS = (  # label, key of a summary row, format
     ("keep", "keep", "{:.0%}"),
     ("rounded by", "rounding_scores", "{}"),
     ("tiers", "tiers", "{}"),
+    ("wavelet", "wavelet", "{}"),
 )
 _SIZE_COLUMNS = (
     ("cache bytes", "cache_bytes", "{:,.0f}"),
@@ -107,7 +108,7 @@ def _by_job(rows: list[dict], join) -> list[dict]:
     """`join` of the rows of every cache."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[name] for name in VARIANT), []).append(row)
+        groups.setdefault(tuple(row.get(name) for name in VARIANT), []).append(row)
     return [join(group) for group in groups.values()]
 
 

@@ -10,11 +10,11 @@ import numpy as np
 
 #: What tells one measurement from another: a row that agrees in all of these is not run again.
 KEY = (
-    "method", "bits", "keep", "rounding_scores", "tiers", "task", "text", "text_digest", "document", "document_digest",
-    "prefix", "scored", "step", "prefill_chunk", "window", "sinks", "metrics", "greedy", "turn", "depth", "model", "weights",
-    "dtype", "backend", "plan", "library_version",
+    "method", "bits", "keep", "rounding_scores", "tiers", "wavelet", "task", "text", "text_digest", "document",
+    "document_digest", "prefix", "scored", "step", "prefill_chunk", "window", "sinks", "metrics", "greedy",
+    "turn", "depth", "model", "weights", "dtype", "backend", "plan", "library_version",
 )  # fmt: skip
-VARIANT = ("method", "bits", "keep", "rounding_scores", "tiers")  # what tells caches apart
+VARIANT = ("method", "bits", "keep", "rounding_scores", "tiers", "wavelet")  # what tells caches apart
 GROUP = (*VARIANT, "task", "text", "prefix")
 PLACES = ("turn", "depth")  # what tells rows of a group apart in the tasks that have it
 MEANS = (

@@ -32,7 +32,8 @@ LOW_PPL = 2.0  # a text this predictable was learnt by heart or repeats itself: 
 class Job:
     """One compressed cache to measure; `keep`: share of the prefix's tokens for a method that drops some, else None.
 
-    rounding_scores, tiers: as in `make_prompt_cache`, None where the method's own rounding and plain bits are used.
+    rounding_scores, tiers, wavelet: as in `make_prompt_cache`, None where the method's own rounding, plain bits and the
+    scorer's own wavelet are used.
     """
 
     method: Method
@@ -42,6 +43,7 @@ class Job:
     keep: float | None = None
     rounding_scores: str | None = None
     tiers: tuple[tuple[float, float], ...] | None = None
+    wavelet: str | None = None
 
     @property
     def block(self) -> int:
@@ -224,6 +226,8 @@ class Runner:
         options = {} if budget is None else {"budget_tokens": budget}
         if job.tiers:
             options["tiers"] = job.tiers
+        if job.wavelet:
+            options["wavelet"] = job.wavelet
         return self.backend.make_prompt_cache(
             self.model,
             job.plan.profile,

@@ -20,7 +20,7 @@ from .lane import Lane
 from .methods import DROPPING, Method
 from .plan import Plan, elements_per_token, plan_for, whole_number
 from .profile import ModelShape, Profile
-from .scorers import Scorer, Tokens, get_scorer
+from .scorers import Scorer, Tokens, check_wavelet, get_scorer
 from .selection import MODES, select
 
 EVERY = 64
@@ -33,7 +33,8 @@ class Eviction:
     protect: spans (start, end) of positions, padding not counted, that stay. mode: `per_layer_per_head`, every KV head of
     every layer keeps its own tokens; `per_head`, a head keeps the same ones in all layers, by the mean of their scores,
     which holds the whole prompt until the last layer has read it. every: generated tokens between two evictions, where the
-    budget leaves that much room; fewer of them are kept in between.
+    budget leaves that much room; fewer of them are kept in between. wavelet: the filters of a wavelet scorer, None for
+    its own.
     """
 
     plan: Plan
@@ -43,6 +44,7 @@ class Eviction:
     protect: tuple[tuple[int, int], ...] = ()
     mode: str = MODES[0]
     every: int = EVERY
+    wavelet: str | None = None
     agreed: dict = field(default_factory=dict, repr=False)  # blocks that stay in every layer, by rows: masks are shared
     waiting: list = field(default_factory=list, repr=False)  # per_head: layers that the others of a call will follow
 
@@ -57,9 +59,10 @@ class Eviction:
 
     def __deepcopy__(self, memo) -> Eviction:
         """One for all layers of a copied cache, as the original has."""
-        return memo.setdefault(
-            id(self), Eviction(self.plan, self.budget, self.sinks, self.window, self.protect, self.mode, self.every)
+        made = Eviction(
+            self.plan, self.budget, self.sinks, self.window, self.protect, self.mode, self.every, self.wavelet
         )
+        return memo.setdefault(id(self), made)
 
     @cached_property
     def fixed(self) -> int:
@@ -104,6 +107,8 @@ class Eviction:
         statistics = self.plan.query_statistics(row)
         tokens = Tokens(xp, keys, values, positions, now, self.plan.shape.rope, recent=recent, **statistics)
         options = {"seed": row} if self.scorer.name == "random" else {}
+        if self.wavelet is not None:
+            options["wavelet"] = self.wavelet
         scores = self.scorer(tokens, **options)
         return xp.mean(scores, axis=1, keepdims=True) if self.joint else scores
 
@@ -193,6 +198,7 @@ def check_request(
     protect: Sequence[tuple[int, int]] | None = (),
     selection: str | None = None,
     evict_every: int | None = None,
+    wavelet: str | None = None,
     tiers: Sequence[tuple[float, float]] | None = None,
 ) -> None:
     """Raise ValueError for arguments of `plan_and_eviction` that do not go together, before a profile is looked for."""
@@ -201,6 +207,7 @@ def check_request(
         "protect": protect or None,
         "selection": selection,
         "evict_every": evict_every,
+        "wavelet": wavelet,
     }
     if tiers is not None:
         alone = given | {"bits": bits, "budget_bytes": budget_bytes, "max_context": max_context}
@@ -225,6 +232,8 @@ def check_request(
     for name, value in (("budget_tokens", budget_tokens), ("evict_every", evict_every)):
         if value is not None:
             whole_number(name, value, 1)
+    if wavelet is not None:
+        check_wavelet(get_scorer(method.scorer), wavelet)
     for span in protect or ():
         try:
             start, end = map(operator.index, span)
@@ -248,6 +257,7 @@ def plan_and_eviction(
     protect: Sequence[tuple[int, int]] = (),
     selection: str | None = None,
     evict_every: int | None = None,
+    wavelet: str | None = None,
     tiers: Sequence[tuple[float, float]] | None = None,
     window: int = 64,
     sinks: int = 4,
@@ -269,6 +279,7 @@ def plan_and_eviction(
         protect=protect,
         selection=selection,
         evict_every=evict_every,
+        wavelet=wavelet,
         tiers=tiers,
     )
     if tiers is not None:
@@ -283,7 +294,8 @@ def plan_and_eviction(
         budget_tokens = _tokens_for_bytes(plan, budget_bytes, window, sinks, element_bytes, other_bytes)
     spans = tuple((int(start), int(end)) for start, end in protect or ())
     every = EVERY if evict_every is None else int(evict_every)
-    return plan, Eviction(plan, int(budget_tokens), int(sinks), int(window), spans, selection or MODES[0], every)
+    mode = selection or MODES[0]
+    return plan, Eviction(plan, int(budget_tokens), int(sinks), int(window), spans, mode, every, wavelet)
 
 
 def _tokens_for_bytes(

@@ -17,8 +17,8 @@ GROUPS = ("head", "side", "layer", "layer2", "layer4", "model")
 QUANTIZERS = ("scalar", "trellis")
 ROUNDINGS = ("nearest", *(scorer.name for scorer in SCORERS.values() if not scorer.needs_recent))
 # chunks that cannot grow: a file fills a plain cache, or a live one of another method
-FILE_CODECS = ("stored", "svdq-prompt", "xkv", "kvtc")
-CODECS = ("none", "affine", "spectral", "stored", *FAMILIES)
+FILE_CODECS = ("entropy-coded", "svdq-prompt", "xkv", "kvtc")
+CODECS = ("none", "affine", "spectral", "entropy-coded", *FAMILIES)
 LATENT_CODECS = ("turboquant", "turboquant-qjl", "jarviskv")  # attention runs on what they code, per head after RoPE
 DROPPING = ("affine", "spectral")  # codecs whose sealed tokens can be dropped
 
@@ -28,7 +28,8 @@ class Method:
     """A recipe over shared parts.
 
     codec: `none` keeps the host's precision, `affine` quantizes channels as they are, `spectral` quantizes latents,
-    `stored` does so with an entropy coder, for files; those of the published methods are in `codecs`, named as they are.
+    `entropy-coded` does so with an entropy coder, for files; those of the published methods are in `codecs`, named as they
+    are.
     rope: keys are coded before (`pre`) or after (`post`) the rotary embedding.
     group: what shares one basis (`GROUPS`). block: tokens per time block. time: transform inside a block.
     group_size: numbers that share a scale. reads: the profile's basis set, where it is not that of group and rope.
@@ -66,7 +67,7 @@ class Method:
             get_scorer(self.scorer)
         one_layer = self.group in GROUPS[:3]
         # a live cache gets its layers one after the other, and attends to each alone
-        fitting = ("spectral", "stored") if self.group == "layer2" else ("stored",)
+        fitting = ("spectral", "entropy-coded") if self.group == "layer2" else ("entropy-coded",)
         if self.live and not one_layer and self.codec not in fitting:
             raise ValueError(
                 f"Expected the codec {' or '.join(fitting)} for the group {self.group}, received {self.codec!r}."
@@ -80,7 +81,7 @@ class Method:
     @property
     def basis_set(self) -> str | None:
         """Name of the profile's basis set that this method reads, None for a method that needs no profile."""
-        return f"{self.group}.{self.rope}" if self.codec in ("spectral", "stored") else self.reads
+        return f"{self.group}.{self.rope}" if self.codec in ("spectral", "entropy-coded") else self.reads
 
     @property
     def profile_set(self) -> str | None:
@@ -147,7 +148,7 @@ METHODS = {
         ),
         Method(
             "spectral-stored",
-            "stored",
+            "entropy-coded",
             "spectral-dense with uniform quantizers and an entropy coder with static tables; for files and transfer",
             "as spectral-dense; entropy-coded scalar quantization with a dead zone, asymmetric numeral systems (Duda 2013)",
             rope="pre",
@@ -158,7 +159,7 @@ METHODS = {
         ),
         Method(
             "spectral-stored-pairs",
-            "stored",
+            "entropy-coded",
             "spectral-stored with one basis for every two layers that follow each other; profile made with --pairs",
             "as spectral-stored; neighbouring layers read nearly the same hidden state",
             rope="pre",

@@ -22,6 +22,8 @@ from .scorers import get_scorer
 from .transform import band_sizes
 from .trellis import ERROR_RATIOS, codebooks
 
+HASH_VERSION = 2  # of what a plan's hash is made of; 1 was the representation of Python objects
+DECIDING = ("codec", "rope", "group", "time", "block", "group_size", "quantizer", "rounding")  # fields of a method
 SEAL = 16  # tokens are sealed in multiples of this, and of the block of their codec
 MIN_BITS, MAX_BITS = 0.25, 8.0
 STORED_BITS = (0.1, 7.0)  # the range of entropy-coded plans
@@ -164,26 +166,46 @@ class Plan:
         """Arrays beside the fields of this class that say what codes mean: the order of a trellis follows from losses."""
         return [self.loss(row) for row in range(len(self.widths))] if self.trellis else []
 
-    @property
+    @cached_property
     def hash(self) -> str:
-        """Identifies what codes mean: method, widths and every table."""
-        apart = ("summary", "source", "reads", "scorer")
-        recipe = {key: value for key, value in vars(self.method).items() if key not in apart}
-        if not self.trellis:
-            del recipe["quantizer"]  # files are older than this field
-        digest = hashlib.sha256(f"{recipe}{self.affine_bits}{json.dumps(self.shape.to_json())}".encode())
-        for array in self.decides():
-            digest.update(np.ascontiguousarray(array).tobytes())
-        if self.basis_set is not None:
-            tables = (self.basis_set.mean, self.basis_set.weight, self.basis_set.basis, self.basis_set.variance)
+        """Identifies what codes mean: the first digits of SHA-256 of versioned JSON of all that decides them.
+
+        RoPE frequencies are not part of it: hosts differ in their last bits, and files compare them by a tolerance
+        (`ModelShape.mismatch`).
+        """
+        shape = self.shape
+        arrays = {f"decides/{i}": x for i, x in enumerate(self.decides())}
+        if (basis_set := self.basis_set) is not None:
+            arrays |= {name: getattr(basis_set, name) for name in ("mean", "weight", "basis", "variance")}
             if self.choices is None:
-                quantizers = (self.widths, *self.basis_set.levels.values(), *self.levels.values())
+                arrays["widths"] = self.widths
+                arrays |= {f"nearest_levels/{b}": x for b, x in basis_set.levels.items()}
+                arrays |= {f"levels/{b}": x for b, x in self.levels.items()}
             else:
-                quantizers = (self.choices, *(x for t in self.tables for x in (t.levels, t.frequencies)))
-                digest.update(repr([(t.step, t.offset) for t in self.tables]).encode())
-            for array in (*tables, *quantizers):
-                digest.update(np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()[:16]
+                arrays["choices"] = self.choices
+                for i, table in enumerate(self.tables):
+                    steps = np.array([table.step, table.offset])
+                    arrays |= {f"tables/{i}/{n}": x for n, x in (("levels", table.levels), ("steps", steps))}
+                    arrays[f"tables/{i}/frequencies"] = table.frequencies
+        fields = {
+            "version": HASH_VERSION,
+            "method": {name: getattr(self.method, name) for name in DECIDING},
+            "affine_bits": self.affine_bits,
+            "layers": list(shape.layers),
+            "kv_heads": shape.kv_heads,
+            "head_dim": shape.head_dim,
+            "rotary_dim": shape.rope.rotary_dim if shape.rope else 0,
+            "interleaved": bool(shape.rope and shape.rope.interleaved),
+            "arrays": {name: _array_digest(x) for name, x in arrays.items()},
+        }
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _array_digest(x) -> str:
+    """SHA-256 of the dtype, the shape and the bytes of an array, little-endian."""
+    x = np.ascontiguousarray(x)
+    x = x.astype(x.dtype.newbyteorder("<"), copy=False)
+    return hashlib.sha256(f"{x.dtype.str}{x.shape}".encode() + x.tobytes()).hexdigest()
 
 
 def elements_per_token(shape: ModelShape) -> int:
@@ -202,7 +224,7 @@ def make_plan(
     method = get_method(method)
     family = plan_class(method.codec)
     if bits is None:
-        defaults = {"none": 16.0, "affine": 4 + 32 / method.group_size, "spectral": 3.0, "stored": 1.0}
+        defaults = {"none": 16.0, "affine": 4 + 32 / method.group_size, "spectral": 3.0, "entropy-coded": 1.0}
         bits = family.default_bits(shape, method) if family else defaults[method.codec]
     if method.profile_set and profile is not None:
         profile.check(shape)
@@ -224,7 +246,7 @@ def make_plan(
             f"Expected the time transform {method.time} over {method.block} tokens for {method.name}, the profile has "
             f"{basis_set.time} over {basis_set.block}. Calibrate again: spectralkv profile --model {profile.model}"
         )
-    if method.codec == "stored":
+    if method.codec == "entropy-coded":
         return _stored_plan(shape, profile, method, bits)
     sizes = band_sizes(basis_set.block)
     padding = PADDING * max(1.0, FULL_PADDING / bits)
@@ -291,7 +313,7 @@ def bits_range(method: Method, shape: ModelShape | None = None) -> tuple[float, 
     if method.codec == "affine":
         overhead = 32 / method.group_size
         return AFFINE_WIDTHS[0] + overhead, AFFINE_WIDTHS[-1] + overhead
-    if method.codec == "stored":
+    if method.codec == "entropy-coded":
         return STORED_BITS
     return MIN_BITS, MAX_BITS
 

@@ -30,7 +30,7 @@ from .stored import fit_bits
 from .transform import band_sizes
 
 log = logging.getLogger("spectralkv")
-FORMAT = FileFormat("spectralkv-cache", 1, "prompt cache", "spectralkv cache-prompt --model MODEL --prompt-file FILE")
+FORMAT = FileFormat("spectralkv-cache", 2, "prompt cache", "spectralkv cache-prompt --model MODEL --prompt-file FILE")
 DEFAULT_FILE_METHOD = "spectral-stored"
 FILE_DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}  # of exact keys and values
 
@@ -138,7 +138,7 @@ class PromptFile:
         table = METHODS.get(recipe["name"]) or Method(**recipe, summary="a recipe of its own", source="")
         fields = {name: header[name] for name in cls.PLAIN_FIELDS}
         return cls(
-            method=replace(table, **{"quantizer": "scalar"} | recipe),
+            method=replace(table, **recipe),
             shape=ModelShape.from_json(header["shape"]),
             arrays=arrays,
             path=str(path),
@@ -282,7 +282,7 @@ def chunk_arrays(plan: Plan, row: int, batch: int, tokens: int) -> list[tuple]:
     method, shape = plan.method, plan.shape
     if plan_class(method.codec):
         return plan.chunk_arrays(row, batch, tokens)
-    if method.codec == "stored":
+    if method.codec == "entropy-coded":
         return [(None, "uint8")]
     if method.codec == "affine":
         lead = batch, shape.kv_heads, tokens
@@ -343,10 +343,8 @@ def _pack_exact(xp, name: str, layer: ExactLayer, arrays: dict) -> dict:
 
 
 def _recipe(method: Method) -> dict:
-    """Fields of a method that a file has; those that older readers do not know only where they say something."""
-    left_out = {"summary", "source", "scorer"}
-    left_out |= {name for name, usual in (("reads", None), ("quantizer", "scalar")) if getattr(method, name) == usual}
-    return {key: value for key, value in vars(method).items() if key not in left_out}
+    """Fields of a method that a file has."""
+    return {key: value for key, value in vars(method).items() if key not in ("summary", "source", "scorer")}
 
 
 def _describe(profile: Profile | None) -> str:

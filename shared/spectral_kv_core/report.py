@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from itertools import groupby
 
 import numpy as np
@@ -17,24 +18,22 @@ from .transform import band_sizes
 
 
 class Stream:
-    """Prints tokens as text as they come; a character that is still incomplete waits."""
+    """Prints tokens as text as they come, by a backend's `text_stream`."""
 
-    def __init__(self, tokenizer):
-        self.tokenizer, self.tokens, self.shown = tokenizer, [], ""
+    def __init__(self, new_text: Callable):
+        """`new_text` begins a text, an object with `token(id) -> str` and `end() -> str`."""
+        self.new_text, self.text = new_text, new_text()
 
     def title(self, text: str) -> None:
         Console(highlight=False).print(f"[bold]--- {text}[/bold]")
 
     def token(self, token: int) -> None:
-        self.tokens.append(token)
-        text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
-        if not text.endswith("�"):
-            print(text[len(self.shown) :], end="", flush=True)
-            self.shown = text
+        if text := self.text.token(token):
+            print(text, end="", flush=True)
 
     def end(self) -> None:
-        print(flush=True)
-        self.tokens, self.shown = [], ""
+        print(self.text.end(), flush=True)
+        self.text = self.new_text()
 
 
 def print_generation(result: dict) -> None:

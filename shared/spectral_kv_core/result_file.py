@@ -101,7 +101,7 @@ def by_place(rows: list[dict]) -> dict[str, list[dict]]:
 
 
 def variant(row: dict) -> tuple:
-    """What a row measures: method, bits, the share of tokens kept (None where all are), whose scores round, and tiers."""
+    """What a row measures: method, bits, the share of tokens kept (None where all are), whose scores round, tiers, wavelet."""
     return tuple(row.get(name) for name in VARIANT)
 
 
@@ -110,7 +110,7 @@ def variants(rows: list[dict]) -> list[tuple]:
     order = list(METHODS)
 
     def place(one: tuple) -> tuple:
-        method, bits, keep, scorer, tiers = one
+        method, bits, keep, scorer, tiers, wavelet = one
         return (
             order.index(method) if method in order else len(order),
             method,
@@ -118,6 +118,7 @@ def variants(rows: list[dict]) -> list[tuple]:
             -(keep or 1),
             scorer or "",
             tiers or "",
+            wavelet or "",
         )
 
     return sorted(dict.fromkeys(map(variant, rows)), key=place)
@@ -125,7 +126,7 @@ def variants(rows: list[dict]) -> list[tuple]:
 
 def budget_name(one: tuple, bits: bool = True) -> str:
     """The bits, tiers and share of the tokens kept of a `variant`, as far as its method has them."""
-    method, stored, keep, _, tiers = one
+    method, stored, keep, _, tiers, _ = one
     exact = keep is not None and "+" not in method  # what is kept is kept as it is
     parts = [f"{stored:g} bit{'s' if stored != 1 else ''}"] if bits and not (exact or tiers) else []
     parts += [f"keeps {100 * keep:.3g}%"] if keep is not None else []
@@ -135,7 +136,8 @@ def budget_name(one: tuple, bits: bool = True) -> str:
 def variant_name(one: tuple, budget: str | None = None) -> str:
     """What a line of a picture is called; `budget` instead of `budget_name`, empty for none."""
     budget = budget_name(one) if budget is None else budget
-    return ", ".join(part for part in (one[0], budget, f"rounded by {one[3]}" if one[3] else "") if part)
+    parts = (one[0], budget, f"rounded by {one[3]}" if one[3] else "", one[5] or "")
+    return ", ".join(part for part in parts if part)
 
 
 def curve_names(rows: list[dict]) -> dict[tuple, str]:
