@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 ROOT = Path(__file__).parent.parent
 DOCS, RESULTS = ROOT / "docs", ROOT / "results"
@@ -132,6 +133,15 @@ def test_every_document_that_is_cited_exists():
 
 
 # --- generated pages, commands, words
+
+
+def test_specification_of_a_profile_has_the_version_of_the_shipped_one():
+    with safe_open(ROOT / "profiles" / "smollm2-135m-instruct.safetensors", "numpy") as file:
+        header = json.loads(file.metadata()["spectralkv"])
+    page = text_of(DOCS / "reference" / "profile-file.md")
+    assert f"| `version` | {header['version']} |" in page
+    missing = [name for name in header if f"`{name}`" not in page]
+    assert not missing
 
 
 def test_page_of_the_command_line_is_made_from_the_parser():
