@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from spectral_kv_core.cli import build_parser  # the only place of docs/ that knows where the parser is
+from spectral_kv_core.cli.main import build_parser  # the only place of docs/ that knows where the parser is
 
 PAGE = Path(__file__).parent / "reference" / "cli.md"
 HEAD = """<!-- Made by docs/make_cli_page.py from the parser. Change the parser, not this page. -->

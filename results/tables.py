@@ -12,8 +12,8 @@ import re
 import sys
 from pathlib import Path
 
-from spectral_kv_core.evaluation_text import default_texts
-from spectral_kv_core.result_file import budget_name, variant, variants
+from spectral_kv_core.evaluation.text import default_texts
+from spectral_kv_core.plotting.results import budget_name, variant, variants
 
 HERE = Path(__file__).parent
 FILES = (HERE.parent / "README.md", HERE / "methods.md", HERE / "scorers.md")

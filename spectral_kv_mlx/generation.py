@@ -9,12 +9,12 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import generate_step
 
-from spectral_kv_core.eviction import check_request, plan_and_eviction
-from spectral_kv_core.generation import Generated
-from spectral_kv_core.machine import process_peak_bytes
-from spectral_kv_core.methods import get_live_method, rounded_by
-from spectral_kv_core.profile import Profile
-from spectral_kv_core.working_set import bytes_per_layer
+from spectral_kv_core.benchmark.machine import process_peak_bytes
+from spectral_kv_core.cache.decoded_chunks import bytes_per_layer
+from spectral_kv_core.cache.eviction import check_request, plan_and_eviction
+from spectral_kv_core.hosts.protocol import Generated
+from spectral_kv_core.planning.methods import get_live_method, rounded_by
+from spectral_kv_core.profile.profile import Profile
 
 from .cache import SpectralKVCache, cache_nbytes, fill, held_vectors, put_row
 from .capture import attend, recorded

@@ -10,11 +10,11 @@ import torch
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
-from spectral_kv_core.eviction import check_request, plan_and_eviction
-from spectral_kv_core.generation import Generated
-from spectral_kv_core.machine import process_peak_bytes
-from spectral_kv_core.methods import get_live_method, rounded_by
-from spectral_kv_core.profile import Profile
+from spectral_kv_core.benchmark.machine import process_peak_bytes
+from spectral_kv_core.cache.eviction import check_request, plan_and_eviction
+from spectral_kv_core.hosts.protocol import Generated
+from spectral_kv_core.planning.methods import get_live_method, rounded_by
+from spectral_kv_core.profile.profile import Profile
 
 from .cache import SpectralCache, cache_nbytes, fill, held_vectors
 from .capture import attend, recorded

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import numpy as np
 
-from spectral_kv_core import ops
-from spectral_kv_core.cache import LayerCache
-from spectral_kv_core.lane import Lane
-from spectral_kv_core.methods import METHODS
-from spectral_kv_core.plan import make_plan
-from spectral_kv_core.profile import Profile
-from spectral_kv_core.profile_store import packaged_profiles
-from spectral_kv_core.prompt_file import ExactLayer, PromptFile
-from spectral_kv_core.stored import codec_of
+from spectral_kv_core.arrays import ops
+from spectral_kv_core.cache.layer_cache import LayerCache
+from spectral_kv_core.cache.padding_group import Lane
+from spectral_kv_core.cache.prompt_cache_file import ExactLayer, PromptFile
+from spectral_kv_core.codecs.entropy_coded import codec_of
+from spectral_kv_core.planning.methods import METHODS
+from spectral_kv_core.planning.plan import make_plan
+from spectral_kv_core.profile.profile import Profile
+from spectral_kv_core.profile.store import packaged_profiles
 
 FILE = Path(__file__).with_name("golden.json")
 BITS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)

@@ -14,9 +14,10 @@ pytest.importorskip("torch")
 from safetensors.numpy import load_file, save_file
 from tiny_checkpoint import save_tiny_checkpoint
 
-from spectral_kv_core import backends, cli
-from spectral_kv_core.profile import Profile
-from spectral_kv_core.signed_file import METADATA_KEY
+from spectral_kv_core.cli import main as cli
+from spectral_kv_core.files.container import METADATA_KEY
+from spectral_kv_core.hosts import backends
+from spectral_kv_core.profile.profile import Profile
 
 TEXT = "In the beginning there was a table, and on the table stood 23 cups; nobody knew whose they were. " * 30
 GENERATE_KEYS = {

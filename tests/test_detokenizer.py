@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from spectral_kv_core import report
+from spectral_kv_core.cli import tables as report
 
 pytest.importorskip("transformers")
 
@@ -183,7 +183,7 @@ def test_the_terminal_shows_the_text(tokenizer, text_stream, capsys):
 @pytest.mark.slow
 @every_text
 def test_the_demo_model_streams_its_text(backend, text_stream, text):
-    from spectral_kv_core.demo import demo_model_path
+    from spectral_kv_core.hosts.demo_model import demo_model_path
 
     tokenizer = load(backend, demo_model_path())
     ids = tokenizer.encode(text)

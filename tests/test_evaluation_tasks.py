@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from test_evaluation import NAMES, SMALL, VOCABULARY, FakeBackend, LetterTokenizer, run_fake
 
-from spectral_kv_core import evaluation, methods
-from spectral_kv_core.evaluation import Settings, evaluate, make_documents
-from spectral_kv_core.evaluation_documents import DEPTHS, NEEDLE, QUESTION, hide_needle
-from spectral_kv_core.evaluation_report import print_evaluation, save_evaluation
-from spectral_kv_core.evaluation_text import Text
-from spectral_kv_core.fidelity import sealed_span
+from spectral_kv_core.evaluation import run as evaluation
+from spectral_kv_core.evaluation.documents import DEPTHS, NEEDLE, QUESTION, hide_needle
+from spectral_kv_core.evaluation.fidelity import sealed_span
+from spectral_kv_core.evaluation.report import print_evaluation, save_evaluation
+from spectral_kv_core.evaluation.run import Settings, evaluate, make_documents
+from spectral_kv_core.evaluation.text import Text
+from spectral_kv_core.planning import methods
 
 DRIFT = {"tasks": ("drift",), "turns": 3, "turn_tokens": 20, "documents": 1}
 LETTERS = "".join(map(chr, np.random.default_rng(0).integers(ord("a"), ord("z"), 3000)))

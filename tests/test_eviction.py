@@ -12,12 +12,12 @@ from cases import ToyModel, attention, toy_profile_of
 from test_cache import SCALE, append, attend
 from tolerances import ATTENTION_RMS, assert_close, relative_rms
 
-from spectral_kv_core import ops
-from spectral_kv_core.cache import LayerCache
-from spectral_kv_core.codec import make_codec
-from spectral_kv_core.eviction import EVERY, Eviction, plan_and_eviction
-from spectral_kv_core.methods import METHODS, get_method
-from spectral_kv_core.rope import unrotate
+from spectral_kv_core.arrays import ops
+from spectral_kv_core.arrays.rope import unrotate
+from spectral_kv_core.cache.eviction import EVERY, Eviction, plan_and_eviction
+from spectral_kv_core.cache.layer_cache import LayerCache
+from spectral_kv_core.codecs.spectral import make_codec
+from spectral_kv_core.planning.methods import METHODS, get_method
 from spectral_kv_core.scorers import SCORERS
 
 MODEL = ToyModel()

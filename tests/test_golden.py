@@ -7,7 +7,7 @@ import json
 import pytest
 from golden_values import FILE, chunks, plans, public_names, shipped_profile, stored_prompt
 
-from spectral_kv_core import trellis
+from spectral_kv_core.quantization import trellis
 
 GOLDEN = json.loads(FILE.read_text(encoding="utf-8"))
 

@@ -9,9 +9,9 @@ from tolerances import assert_scores_close
 
 mx = pytest.importorskip("mlx.core")
 
-from spectral_kv_core import ops as reference  # noqa: E402
+from spectral_kv_core.arrays import ops as reference  # noqa: E402
 from spectral_kv_core.scorers import SCORERS, Tokens  # noqa: E402
-from spectral_kv_core.selection import select  # noqa: E402
+from spectral_kv_core.scorers.selection import select  # noqa: E402
 from spectral_kv_mlx import ops  # noqa: E402
 
 

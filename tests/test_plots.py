@@ -14,10 +14,12 @@ matplotlib = pytest.importorskip("matplotlib")
 from cases import ToyModel, toy_profile_of  # noqa: E402
 from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 
-from spectral_kv_core import cli, pictures, plots  # noqa: E402
-from spectral_kv_core.methods import METHODS  # noqa: E402
-from spectral_kv_core.plots import PICTURES, draw  # noqa: E402
-from spectral_kv_core.result_file import Result, Skip, read_results  # noqa: E402
+from spectral_kv_core.cli import main as cli  # noqa: E402
+from spectral_kv_core.planning.methods import METHODS  # noqa: E402
+from spectral_kv_core.plotting import draw as plots  # noqa: E402
+from spectral_kv_core.plotting import pictures  # noqa: E402
+from spectral_kv_core.plotting.draw import PICTURES, draw  # noqa: E402
+from spectral_kv_core.plotting.results import Result, Skip, read_results  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = {

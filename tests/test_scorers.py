@@ -13,15 +13,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tolerances import assert_close
 
-from spectral_kv_core import ops
-from spectral_kv_core.profile import QueryStatistics
-from spectral_kv_core.rope import Rope, rotate
+from spectral_kv_core.arrays import ops
+from spectral_kv_core.arrays.rope import Rope, rotate
+from spectral_kv_core.calibration.moments import QueryMoments
+from spectral_kv_core.profile.profile import QueryStatistics
 from spectral_kv_core.scorers import SCORERS, Tokens, get_scorer
 from spectral_kv_core.scorers.fourierkv import low_pass, tukey
 from spectral_kv_core.scorers.terms import ranks, with_terms, zscore
 from spectral_kv_core.scorers.waveletfourierkv import FRAME, nonstationarity, octaves, windowed_filter
 from spectral_kv_core.scorers.waveletkv import band_energies, band_gains, bands, filter_bank, num_levels, reach
-from spectral_kv_core.statistics import QueryMoments
 
 NAMES = list(SCORERS)
 QUERY_BLIND = ["fourierkv", "waveletkv", "waveletfourierkv"]

@@ -7,13 +7,13 @@ import pytest
 from cases import ToyModel, attention, codes_of, toy_profile_of
 from tolerances import ATTENTION_RMS, assert_close, relative_rms
 
-from spectral_kv_core import ops
-from spectral_kv_core.cache import LayerCache
-from spectral_kv_core.codec import make_codec, select_rows
+from spectral_kv_core.arrays import ops
+from spectral_kv_core.arrays.rope import unrotate
+from spectral_kv_core.cache.eviction import plan_and_eviction
+from spectral_kv_core.cache.layer_cache import LayerCache
+from spectral_kv_core.codecs.spectral import make_codec, select_rows
 from spectral_kv_core.codecs.tiers import GROUP, make_tiered_plan
-from spectral_kv_core.eviction import plan_and_eviction
-from spectral_kv_core.methods import get_method
-from spectral_kv_core.rope import unrotate
+from spectral_kv_core.planning.methods import get_method
 
 MODEL = ToyModel(rotated=True)
 TIERS = ((0.25, 6.0), (0.75, 2.0))

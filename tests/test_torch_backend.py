@@ -17,8 +17,8 @@ transformers = pytest.importorskip("transformers")
 from tolerances import assert_close  # noqa: E402
 from torch_models import CONFIGS, ByteTokenizer, tiny_model, tokens  # noqa: E402
 
-from spectral_kv_core import profile_store  # noqa: E402
-from spectral_kv_core.codec import SpectralCodec  # noqa: E402
+from spectral_kv_core.codecs.spectral import SpectralCodec  # noqa: E402
+from spectral_kv_core.profile import store as profile_store  # noqa: E402
 from spectral_kv_torch import (  # noqa: E402
     SpectralCache,
     SpectralProfiler,
@@ -200,7 +200,7 @@ def test_left_padded_batch_equals_the_rows_alone(method, bits, chunk, affine16):
 def affine16():
     from dataclasses import replace
 
-    from spectral_kv_core.methods import METHODS
+    from spectral_kv_core.planning.methods import METHODS
 
     return replace(METHODS["affine"], group_size=16)
 

@@ -13,7 +13,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from ..paths import user_cache_dir
+from ..files.paths import user_cache_dir
 
 HERE = Path(__file__).parent
 FLAGS = ("-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi", f"-I{HERE}")
