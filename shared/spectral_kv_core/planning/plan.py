@@ -94,7 +94,7 @@ class Plan:
         """What holds a prompt until it ends: the same recipe at `STAGING_BITS`; None for a plan of as many bits.
 
         Later calls of a prompt attend to what earlier ones left; at few bits the error of every call would build up
-        through the layers (RATE_DISTORTION_2.md, section 4).
+        through the layers (docs/decisions/rate-distortion-2.md, section 4).
         """
         if self.widths is None or self.profile is None or self.bits >= STAGING_BITS:
             return None
@@ -430,8 +430,8 @@ def _costs(basis_set: BasisSet, trellis: bool = False) -> np.ndarray:
     """Expected loss [L, G, R, F, W] of one coefficient of every band at every width, up to one common factor.
 
     J(b) = (beta * E[g^2 (y - Q_b(y))^2] + (1 - beta) * E[g^2] E[y^2] D(b)): the second-order loss of a Fisher
-    metric (RATE_DISTORTION.md, section 5), mostly measured, times `_coherent_cost`. What was measured of scalar
-    quantizers is worth as much less with a trellis as its squared error is.
+    metric (docs/decisions/rate-distortion.md, section 5), mostly measured, times `_coherent_cost`. What was measured
+    of scalar quantizers is worth as much less with a trellis as its squared error is.
     """
     product = basis_set.sensitivity.astype(np.float64) * basis_set.variance
     distortion = np.array(_distortions(basis_set, trellis))
