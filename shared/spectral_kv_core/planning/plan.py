@@ -162,9 +162,27 @@ class Plan:
         product = basis_set.sensitivity[row].astype(np.float64) * basis_set.variance[row]
         return MEASURED_SHARE * basis_set.cost[row, ..., 0] + (1 - MEASURED_SHARE) * product
 
-    def decides(self) -> list[np.ndarray]:
-        """Arrays beside the fields of this class that say what codes mean: the order of a trellis follows from losses."""
-        return [self.loss(row) for row in range(len(self.widths))] if self.trellis else []
+    def decides(self) -> dict:
+        """By name, the arrays and numbers that say what codes mean; the order of a trellis follows from losses."""
+        basis_set, arrays = self.basis_set, {}
+        if self.method.codec == "affine":
+            return {"code_bits": self.affine_bits}
+        if basis_set is None:
+            return {}
+        arrays = {name: getattr(basis_set, name) for name in ("mean", "weight", "basis", "variance")}
+        if self.choices is not None:
+            arrays["choices"] = self.choices
+            for i, table in enumerate(self.tables):
+                steps = np.array([table.step, table.offset])
+                arrays |= {f"tables/{i}/{n}": x for n, x in (("levels", table.levels), ("steps", steps))}
+                arrays[f"tables/{i}/frequencies"] = table.frequencies
+            return arrays
+        arrays["widths"] = self.widths
+        arrays |= {f"nearest_levels/{b}": x for b, x in basis_set.levels.items()}
+        arrays |= {f"levels/{b}": x for b, x in self.levels.items()}
+        if self.trellis:
+            arrays["loss"] = np.stack([self.loss(row) for row in range(len(self.widths))])
+        return arrays
 
     @cached_property
     def hash(self) -> str:
@@ -174,29 +192,15 @@ class Plan:
         (`ModelShape.mismatch`).
         """
         shape = self.shape
-        arrays = {f"decides/{i}": x for i, x in enumerate(self.decides())}
-        if (basis_set := self.basis_set) is not None:
-            arrays |= {name: getattr(basis_set, name) for name in ("mean", "weight", "basis", "variance")}
-            if self.choices is None:
-                arrays["widths"] = self.widths
-                arrays |= {f"nearest_levels/{b}": x for b, x in basis_set.levels.items()}
-                arrays |= {f"levels/{b}": x for b, x in self.levels.items()}
-            else:
-                arrays["choices"] = self.choices
-                for i, table in enumerate(self.tables):
-                    steps = np.array([table.step, table.offset])
-                    arrays |= {f"tables/{i}/{n}": x for n, x in (("levels", table.levels), ("steps", steps))}
-                    arrays[f"tables/{i}/frequencies"] = table.frequencies
         fields = {
             "version": HASH_VERSION,
             "method": {name: getattr(self.method, name) for name in DECIDING},
-            "affine_bits": self.affine_bits,
             "layers": list(shape.layers),
             "kv_heads": shape.kv_heads,
             "head_dim": shape.head_dim,
             "rotary_dim": shape.rope.rotary_dim if shape.rope else 0,
             "interleaved": bool(shape.rope and shape.rope.interleaved),
-            "arrays": {name: _array_digest(x) for name, x in arrays.items()},
+            "arrays": {name: _array_digest(x) for name, x in self.decides().items()},
         }
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
