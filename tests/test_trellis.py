@@ -17,6 +17,8 @@ from cases import ToyModel, decoded_paths, plan_of
 from spectral_kv_core import methods, native, ops, trellis
 from spectral_kv_core.codec import TrellisCodec, make_codec
 from spectral_kv_core.methods import METHODS, QUANTIZERS, get_method
+from spectral_kv_core.native import toolchain
+from spectral_kv_core.native.variants import processor_features
 from spectral_kv_core.quantizer import BIT_WIDTHS, flat_levels, flat_tables, gaussian_tables
 from spectral_kv_core.transform import time_matrix
 from spectral_kv_core.trellis import ERROR_RATIOS, STATES, WIDTHS, Paths, Rows, codebooks, label
@@ -24,16 +26,16 @@ from spectral_kv_core.trellis import ERROR_RATIOS, STATES, WIDTHS, Paths, Rows, 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 NORMAL = gaussian_tables()
 BOOKS = {**NORMAL, **codebooks(NORMAL)}
-VARIANTS = {"native": native.VARIANTS, "avx2": (("-march=x86-64-v3",),), "portable": ((),)}
+VARIANTS = {"native": toolchain.NATIVE, "avx2": (("-march=x86-64-v3",),), "portable": ((),)}
 
 
 @pytest.fixture(params=VARIANTS)
 def kernel(request, monkeypatch, tmp_path_factory):
     """The kernel for this processor, for older ones of its kind, and without vector instructions of any one kind."""
-    if request.param == "avx2" and "avx2" not in native._cpu():
+    if request.param == "avx2" and "avx2" not in processor_features():
         pytest.skip("not an x86 processor with AVX2")
     if request.param != "native":
-        monkeypatch.setattr(native, "VARIANTS", VARIANTS[request.param])
+        monkeypatch.setattr(toolchain, "NATIVE", VARIANTS[request.param])
         monkeypatch.setenv("SPECTRALKV_CACHE", str(tmp_path_factory.getbasetemp() / "trellis"))
     native.library.cache_clear()
     assert native.library() is not None
