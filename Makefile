@@ -2,6 +2,7 @@
 # make test   everything that this machine can run, both backends
 # make figures   the pictures of README and results/, from the JSON there
 # make results WIKITEXT=FILE [GEMMA=DIR]   the tables and pictures from nothing: hours; goes on where it stopped
+# make wheels   the wheel of Linux on x86-64 with the C kernels inside, tried without a compiler (TORCH=1: with torch)
 # make lint   formatting and static checks      make bench   speed beside the plain cache
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
@@ -14,7 +15,7 @@ BACKEND := $(if $(filter Darwin-arm64,$(shell uname -sm | tr ' ' -)),mlx,torch)
 # MLX's Linux wheel brings a slow BLAS; Debian's OpenBLAS makes its tests several times faster where it is installed
 OPENBLAS := $(firstword $(wildcard /usr/lib/*/openblas-pthread/libopenblas.so.0))
 
-.PHONY: demo test figures lint bench clean
+.PHONY: demo test figures lint bench wheels clean
 
 demo: $(VENV)/.installed-$(BACKEND)
 	$(VENV)/bin/spectralkv generate --model demo --prompt-file shared/spectral_kv_core/data/demo_prompt.txt --bits 3 --max-tokens 64 --compare
@@ -42,8 +43,11 @@ bench: $(VENV)/.installed-bench
 	$(VENV)/bin/spectralkv bench --synthetic llama-3.1-8b --bits 2
 	$(VENV)/bin/spectralkv bench --model demo --context 1024,4096 --bits 2
 
+wheels:
+	python3 .ci/wheels.py $(if $(TORCH),--torch)
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build dist *.egg-info
 
 $(VENV)/.installed-all: EXTRAS := mlx,torch,dev
 $(VENV)/.installed-bench: EXTRAS := $(BACKEND),bench
