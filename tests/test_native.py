@@ -153,7 +153,7 @@ def libraries(tmp_path_factory) -> dict[str, Path]:
 @pytest.mark.parametrize("blocks", [256, 3])
 @pytest.mark.parametrize("weighted", [True, False])
 def test_every_library_chooses_the_same_trellis_codes(libraries, monkeypatch, blocks, weighted):
-    """To the bit: with multiply-add, two of a million differ."""
+    """To the bit: with multiply-add, a few differ."""
     rows = mixed_rows(4, 64)
     z, weights = coefficients(rows, 1, blocks)
     found = {}
