@@ -14,11 +14,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows, where nothing is built
-    fcntl = None
-
 
 class NotPrivate(OSError):
     """Somebody else could write a folder, or owns it."""
@@ -76,6 +71,8 @@ def _digest(path: Path) -> str:
 @contextlib.contextmanager
 def _one_process(folder: Path) -> Iterator[None]:
     """Wait until no other process is in here; where the file system has no locks, do not: then both make the same file."""
+    import fcntl  # not there on Windows, where nothing is built
+
     with open(folder / ".lock", "w") as lock:
         with contextlib.suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
