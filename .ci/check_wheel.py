@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from spectral_kv_core import native, trellis
+from spectral_kv_core import native
+from spectral_kv_core.arrays.transform import time_matrix
 from spectral_kv_core.native import toolchain, variants
-from spectral_kv_core.quantizer import BIT_WIDTHS, flat_levels, flat_tables, gaussian_tables
-from spectral_kv_core.transform import time_matrix
+from spectral_kv_core.quantization import trellis
+from spectral_kv_core.quantization.quantizer import BIT_WIDTHS, flat_levels, flat_tables, gaussian_tables
 
 
 def main(arguments: list[str]) -> None:

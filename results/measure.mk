@@ -64,7 +64,7 @@ TABLES  := $(filter-out %_more %_all %_half %_tiers %_joint,$(MEASURE))
 
 .PHONY: results $(addprefix run-,$(MEASURE))
 
-results: $(addprefix run-,$(MEASURE)) $(VENV)/.installed-plots
+results: $(addprefix run-,$(MEASURE)) $(VENV)/.installed-plots ## make every table and picture from nothing: WIKITEXT=FILE [GEMMA=DIR], hours
 	for name in $(TABLES); do \
 	  also=; for part in more all half tiers joint; do [ ! -d $(RUNS)/$${name}_$$part ] || also="$$also $(RUNS)/$${name}_$$part"; done; \
 	  $(PYTHON) results/tables.py --publish $(RUNS)/$$name $$also || exit 1; \

@@ -1,6 +1,6 @@
 """spectralkv on MLX: compressed KV caches for mlx-lm's `generate`."""
 
-from spectral_kv_core.profile import Profile as SpectralProfile
+from spectral_kv_core.profile.profile import Profile as SpectralProfile
 
 from .cache import cache_nbytes
 from .capture import capture

@@ -17,12 +17,12 @@ from mlx_lm.models.cache import (
     create_causal_mask,
 )
 
-from spectral_kv_core.cache import LATENT_QUERIES, CacheSize, LayerCache
-from spectral_kv_core.codec import Chunk, join_layers, split_layers
-from spectral_kv_core.eviction import Eviction
-from spectral_kv_core.lane import Lane
-from spectral_kv_core.plan import Plan
-from spectral_kv_core.stored import codecs_of
+from spectral_kv_core.cache.eviction import Eviction
+from spectral_kv_core.cache.layer_cache import LATENT_QUERIES, CacheSize, LayerCache
+from spectral_kv_core.cache.padding_group import Lane
+from spectral_kv_core.codecs.entropy_coded import codecs_of
+from spectral_kv_core.codecs.spectral import Chunk, join_layers, split_layers
+from spectral_kv_core.planning.plan import Plan
 
 from . import ops
 from .handles import RoutedCache, caller_is_routed

@@ -11,9 +11,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import _download, load_config
 from mlx_lm.utils import load_model as load_mlx_model
 
-from spectral_kv_core.fit import Footprint
-from spectral_kv_core.plan import Plan
-from spectral_kv_core.stored import codec_of
+from spectral_kv_core.benchmark.footprint import Footprint
+from spectral_kv_core.codecs.entropy_coded import codec_of
+from spectral_kv_core.planning.plan import Plan
 
 from . import ops
 from .generation import PREFILL_CHUNK

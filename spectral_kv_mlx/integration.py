@@ -27,11 +27,11 @@ from mlx_lm.models.cache import (
 )
 from mlx_lm.utils import _download, load_config
 
-from spectral_kv_core import paths
-from spectral_kv_core.engine import check_quantize
-from spectral_kv_core.profile import ModelShape
-from spectral_kv_core.prompt_file import ExactLayer
-from spectral_kv_core.rope import Rope
+from spectral_kv_core.arrays.rope import Rope
+from spectral_kv_core.cache.prompt_cache_file import ExactLayer
+from spectral_kv_core.compat.engine import check_quantize
+from spectral_kv_core.files import paths
+from spectral_kv_core.profile.profile import ModelShape
 
 from .handles import ATTENTION, is_dispatcher, make_dispatcher
 from .ops import to_numpy

@@ -1,6 +1,6 @@
 """spectralkv on PyTorch: compressed KV caches for Hugging Face `generate`."""
 
-from spectral_kv_core.profile import Profile as SpectralProfile
+from spectral_kv_core.profile.profile import Profile as SpectralProfile
 
 from .cache import SpectralCache, cache_nbytes
 from .capture import capture

@@ -14,10 +14,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import Cache, DynamicLayer, HQQQuantizedLayer, QuantizedCache
 from transformers.modeling_utils import AttentionInterface
 
-from spectral_kv_core.bench import Clock
-from spectral_kv_core.cache import SEAL
-from spectral_kv_core.plan import Plan
-from spectral_kv_core.profile import ModelShape
+from spectral_kv_core.benchmark.bench import Clock
+from spectral_kv_core.cache.layer_cache import SEAL
+from spectral_kv_core.planning.plan import Plan
+from spectral_kv_core.profile.profile import ModelShape
 
 from . import ops
 from .cache import SpectralKVLayer, storages

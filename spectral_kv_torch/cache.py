@@ -9,15 +9,15 @@ from itertools import islice
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from spectral_kv_core.cache import CacheSize, LayerCache
-from spectral_kv_core.codec import join_layers, split_layers
-from spectral_kv_core.eviction import Eviction
-from spectral_kv_core.lane import Lane
-from spectral_kv_core.methods import get_live_method
-from spectral_kv_core.plan import Plan, make_plan
-from spectral_kv_core.profile import Profile
-from spectral_kv_core.stored import codecs_of
-from spectral_kv_core.working_set import bytes_per_layer
+from spectral_kv_core.cache.decoded_chunks import bytes_per_layer
+from spectral_kv_core.cache.eviction import Eviction
+from spectral_kv_core.cache.layer_cache import CacheSize, LayerCache
+from spectral_kv_core.cache.padding_group import Lane
+from spectral_kv_core.codecs.entropy_coded import codecs_of
+from spectral_kv_core.codecs.spectral import join_layers, split_layers
+from spectral_kv_core.planning.methods import get_live_method
+from spectral_kv_core.planning.plan import Plan, make_plan
+from spectral_kv_core.profile.profile import Profile
 
 from . import ops
 from .handles import Pending

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spectral_kv_core.compressor import Compressor
+from spectral_kv_core.compat.compressor import Compressor
 
 from . import ops
 

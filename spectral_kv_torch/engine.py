@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spectral_kv_core.engine import Engine
+from spectral_kv_core.compat.engine import Engine
 
 from . import generation
 

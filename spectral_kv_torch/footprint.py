@@ -8,9 +8,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.hub import cached_file
 
-from spectral_kv_core.fit import Footprint, safetensors_nbytes
-from spectral_kv_core.plan import Plan
-from spectral_kv_core.stored import codec_of
+from spectral_kv_core.benchmark.footprint import Footprint, safetensors_nbytes
+from spectral_kv_core.codecs.entropy_coded import codec_of
+from spectral_kv_core.planning.plan import Plan
 
 from . import ops
 from .generation import PREFILL_CHUNK

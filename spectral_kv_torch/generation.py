@@ -10,14 +10,15 @@ import torch
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
-from spectral_kv_core.eviction import check_request, plan_and_eviction
-from spectral_kv_core.generation import Generated
-from spectral_kv_core.machine import process_peak_bytes
-from spectral_kv_core.methods import get_live_method, rounded_by
-from spectral_kv_core.profile import Profile
+from spectral_kv_core.benchmark.machine import process_peak_bytes
+from spectral_kv_core.cache.eviction import check_request, plan_and_eviction
+from spectral_kv_core.hosts.protocol import Generated
+from spectral_kv_core.planning.methods import get_live_method, rounded_by
+from spectral_kv_core.profile.profile import Profile
 
 from .cache import SpectralCache, cache_nbytes, fill, held_vectors
 from .capture import attend, recorded
+from .detokenizer import text_stream
 from .integration import (
     host_layers,
     install,
@@ -59,6 +60,7 @@ __all__ = [
     "save_prompt_cache",
     "score",
     "sealed_bits",
+    "text_stream",
     "weights_digest",
 ]
 PREFILL_CHUNK = 2048
@@ -79,6 +81,7 @@ def make_prompt_cache(
     protect: Sequence[tuple[int, int]] = (),
     selection: str | None = None,
     evict_every: int | None = None,
+    wavelet: str | None = None,
     tiers: Sequence[tuple[float, float]] | None = None,
     rounding_scores: str | None = None,
     working_set: int = 0,
@@ -89,10 +92,10 @@ def make_prompt_cache(
     bits: average stored bits per sealed element, a ceiling (default 3); or budget_bytes for max_context tokens.
     window, sinks: last and first tokens kept exactly. profile None looks for one, and calibrates (with `tokenizer`) if
     there is none. A method that drops tokens takes budget_tokens, all that stay stored, or budget_bytes; protect: spans
-    (start, end) of positions that stay; selection, evict_every: see `Eviction`; tiers: pairs (share, bits) by rank, in place
-    of dropping. rounding_scores: the scorer that weighs tokens when codes are rounded, or `nearest`. working_set: bytes that
-    decoded chunks may take in all, in 16 bits, for a method that else decodes its history in every step; they are bytes of
-    the cache. Raises ValueError for a budget out of range, a profile of another model, or nothing to compress.
+    (start, end) of positions that stay; selection, evict_every, wavelet: see `Eviction`; tiers: pairs (share, bits) by rank,
+    in place of dropping. rounding_scores: the scorer that weighs tokens when codes are rounded, or `nearest`. working_set:
+    bytes that decoded chunks may take in all, in 16 bits, for a method that else decodes its history in every step; they are
+    bytes of the cache. Raises ValueError for a budget out of range, a profile of another model, or nothing to compress.
     """
     method = rounded_by(get_live_method(method), rounding_scores)
     request = {
@@ -103,6 +106,7 @@ def make_prompt_cache(
         "protect": protect,
         "selection": selection,
         "evict_every": evict_every,
+        "wavelet": wavelet,
         "tiers": tiers,
     }
     check_request(method, **request)  # before anything long runs

@@ -17,11 +17,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from spectral_kv_core import paths
-from spectral_kv_core.engine import check_quantize
-from spectral_kv_core.profile import ModelShape
-from spectral_kv_core.prompt_file import ExactLayer
-from spectral_kv_core.rope import Rope
+from spectral_kv_core.arrays.rope import Rope
+from spectral_kv_core.cache.prompt_cache_file import ExactLayer
+from spectral_kv_core.compat.engine import check_quantize
+from spectral_kv_core.files import paths
+from spectral_kv_core.profile.profile import ModelShape
 
 from . import ops
 from .handles import Handle

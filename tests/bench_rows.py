@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from cases import attention
 
-from spectral_kv_core.synthetic import synthetic_vectors
+from spectral_kv_core.benchmark.synthetic import synthetic_vectors
 
 TINY = (4, 2, 32, 1e4)  # q_heads, kv_heads, head_dim, RoPE base
 ROW_KEYS = {

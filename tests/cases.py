@@ -10,15 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spectral_kv_core import ops, trellis
-from spectral_kv_core.calibration import Spool, fit_basis_set
-from spectral_kv_core.joint import fit_joint_set
-from spectral_kv_core.methods import Method
-from spectral_kv_core.plan import Plan, make_plan
-from spectral_kv_core.profile import ModelShape, Profile, QueryStatistics
-from spectral_kv_core.quantizer import BIT_WIDTHS, unpack_rows
-from spectral_kv_core.rope import Rope, rotate
-from spectral_kv_core.statistics import QueryMoments
+from spectral_kv_core.arrays import ops
+from spectral_kv_core.arrays.rope import Rope, rotate
+from spectral_kv_core.calibration.basis_fit import Spool, fit_basis_set
+from spectral_kv_core.calibration.model_basis import fit_joint_set
+from spectral_kv_core.calibration.moments import QueryMoments
+from spectral_kv_core.planning.methods import Method
+from spectral_kv_core.planning.plan import Plan, make_plan
+from spectral_kv_core.profile.profile import ModelShape, Profile, QueryStatistics
+from spectral_kv_core.quantization import trellis
+from spectral_kv_core.quantization.quantizer import BIT_WIDTHS, unpack_rows
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,28 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 
 import pytest  # noqa: E402
 from cases import ToyModel, toy_profile_of  # noqa: E402
+from quick import one_of_each  # noqa: E402
 
-from spectral_kv_core.profile import Profile  # noqa: E402
+from spectral_kv_core.profile.profile import Profile  # noqa: E402
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="one case of every test that is not marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--quick"):
+        chosen = one_of_each(items)
+        left_out = set(items).difference(chosen)
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = chosen
 
 
 @pytest.fixture(scope="session", params=["numpy", "torch", "mlx"])
 def xp(request):
     """The core's array operations on one library."""
     if request.param == "numpy":
-        return importlib.import_module("spectral_kv_core.ops")
+        return importlib.import_module("spectral_kv_core.arrays.ops")
     if request.param == "torch":
         pytest.importorskip("torch").set_num_threads(1)
         return importlib.import_module("spectral_kv_torch.ops")

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spectral_kv_core.allocation import _hull_segments, allocate_bits
-from spectral_kv_core.quantizer import BIT_WIDTHS
+from spectral_kv_core.planning.allocation import _hull_segments, allocate_bits
+from spectral_kv_core.quantization.quantizer import BIT_WIDTHS
 
 WIDTHS = np.array(BIT_WIDTHS)
 quick = settings(max_examples=200, deadline=None, derandomize=True)

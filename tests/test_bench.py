@@ -10,17 +10,20 @@ import numpy as np
 import pytest
 from bench_rows import MODEL_KEYS, TINY, check_reader, check_result
 
-from spectral_kv_core import bench as core
-from spectral_kv_core import cli, ops, report, synthetic
-from spectral_kv_core.cache import SEAL
-from spectral_kv_core.calibration import HISTOGRAM_LIMIT
-from spectral_kv_core.codec import SpectralCodec
-from spectral_kv_core.machine import process_peak_bytes
-from spectral_kv_core.methods import METHODS
-from spectral_kv_core.plan import make_plan
-from spectral_kv_core.profile import Profile
-from spectral_kv_core.profile_store import packaged_profiles
-from spectral_kv_core.transform import band_sizes
+from spectral_kv_core.arrays import ops
+from spectral_kv_core.arrays.transform import band_sizes
+from spectral_kv_core.benchmark import bench as core
+from spectral_kv_core.benchmark import synthetic
+from spectral_kv_core.benchmark.machine import process_peak_bytes
+from spectral_kv_core.cache.layer_cache import SEAL
+from spectral_kv_core.calibration.basis_fit import HISTOGRAM_LIMIT
+from spectral_kv_core.cli import main as cli
+from spectral_kv_core.cli import tables as report
+from spectral_kv_core.codecs.spectral import SpectralCodec
+from spectral_kv_core.planning.methods import METHODS
+from spectral_kv_core.planning.plan import make_plan
+from spectral_kv_core.profile.profile import Profile
+from spectral_kv_core.profile.store import packaged_profiles
 
 
 @pytest.fixture(autouse=True)
@@ -323,6 +326,7 @@ def test_torch_attention_clock_counts_and_restores(torch_bench, checkpoint, monk
     assert kernels == ["_gqa", "_gqa", "_grouped", "_grouped"]
 
 
+@pytest.mark.slow
 def test_torch_model_command_with_peaks_of_fresh_processes(capsys, monkeypatch, checkpoint, torch_bench):
     monkeypatch.setattr(core, "REPEATS", 1)
     configurations, measure = [], core.fresh_peak

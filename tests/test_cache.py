@@ -7,9 +7,9 @@ import pytest
 from cases import ToyModel, attention, codes_of, every_case, plan_of
 from tolerances import ATTENTION_RMS, assert_close, assert_codes_close, relative_rms
 
-from spectral_kv_core import ops
-from spectral_kv_core.cache import CHUNK_TOKENS, CacheSize, LayerCache
-from spectral_kv_core.codec import make_codec
+from spectral_kv_core.arrays import ops
+from spectral_kv_core.cache.layer_cache import CHUNK_TOKENS, CacheSize, LayerCache
+from spectral_kv_core.codecs.spectral import make_codec
 
 MODEL = ToyModel()
 SCALE = 0.125

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from cases import ToyModel
 
-from spectral_kv_core import ops
-from spectral_kv_core.calibration import Spool, fit_basis_set, split_documents
-from spectral_kv_core.codec import make_codec
-from spectral_kv_core.plan import make_plan
-from spectral_kv_core.profile import Profile
-from spectral_kv_core.rope import shift
+from spectral_kv_core.arrays import ops
+from spectral_kv_core.arrays.rope import shift
+from spectral_kv_core.calibration.basis_fit import Spool, fit_basis_set, split_documents
+from spectral_kv_core.codecs.spectral import make_codec
+from spectral_kv_core.planning.plan import make_plan
+from spectral_kv_core.profile.profile import Profile
 
 MODEL = ToyModel(rotated=True)
 

@@ -7,7 +7,7 @@ from importlib.resources import files
 
 import pytest
 
-from spectral_kv_core.calibration_text import (
+from spectral_kv_core.calibration.text import (
     DEAL,
     KINDS,
     TEXT_NAME,

@@ -14,9 +14,10 @@ pytest.importorskip("torch")
 from safetensors.numpy import load_file, save_file
 from tiny_checkpoint import save_tiny_checkpoint
 
-from spectral_kv_core import backends, cli
-from spectral_kv_core.profile import Profile
-from spectral_kv_core.signed_file import METADATA_KEY
+from spectral_kv_core.cli import main as cli
+from spectral_kv_core.files.container import METADATA_KEY
+from spectral_kv_core.hosts import backends
+from spectral_kv_core.profile.profile import Profile
 
 TEXT = "In the beginning there was a table, and on the table stood 23 cups; nobody knew whose they were. " * 30
 GENERATE_KEYS = {
@@ -224,6 +225,7 @@ def test_wrong_use_of_stored_prompts(capsys, folder, model, profile, tmp_path, o
     fails(capsys, 2, "the model has head_dim", *go_on(other_model, profile, file))
     fails(capsys, 2, "no --window", *go_on(model, profile, file, "--window", "8"))
     fails(capsys, 2, "no --budget-bytes", *go_on(model, profile, file, "--budget-bytes", "9"))
+    fails(capsys, 2, "no --wavelet", *go_on(model, profile, file, "--wavelet", "haar"))
     fails(capsys, 2, "no --raw", *go_on(model, profile, file, "--raw"))
     fails(capsys, 2, "method among", *go_on(model, profile, file, "--method", "spectrel"))
     fails(capsys, 2, "for files", *go_on(model, profile, file, "--method", "spectral-stored"))
@@ -266,6 +268,9 @@ def test_generate_drops_tokens(capsys, model, profile, text_file):
     coded = json_of(capsys, *arguments, "--method", "knorm+spectral", "--bits", "2", "--budget-tokens", str(budget))
     tiered = json_of(capsys, *arguments, "--method", "knorm+spectral", "--tiers", "0.25:4,0.75:1")
     assert coded["cache_bytes"] < dropped["cache_bytes"] and tiered["cache_bytes"] < whole["cache_bytes"]
+    wavy = [*arguments, "--method", "waveletkv", "--budget-tokens", str(budget), "--compare"]
+    kl = {name: json_of(capsys, *wavy, "--wavelet", name)["kl"] for name in ("db2", "bior2.2")}
+    assert json_of(capsys, *wavy)["kl"] == kl["db2"] != kl["bior2.2"]
 
 
 def test_wrong_use(capsys, folder, model, profile, text_file, other_model):
@@ -287,6 +292,9 @@ def test_wrong_use(capsys, folder, model, profile, text_file, other_model):
     fails(capsys, 2, "A:B", *generate(*dropping, "--protect", "7"))
     fails(capsys, 2, "A < B", *generate(*dropping, "--protect", "7:7"))
     fails(capsys, 2, "no system prompt", *generate(*dropping, "--protect", "system", "--raw"))
+    fails(capsys, 2, "triattention has none", *generate(*dropping, "--wavelet", "haar"))
+    wavy = (*given, "--method", "waveletkv", "--budget-tokens", "100")
+    fails(capsys, 2, "haar, db, sym, coif, bior, rbio, dmey", *generate(*wavy, "--wavelet", "db99"))
     fails(capsys, 2, "SCORER+METHOD", *generate(*given, "--method", "triattention+spectrel"))
     tiered = (*given, "--method", "triattention+spectral", "--tiers")
     fails(capsys, 2, "SHARE:BITS", *generate(*tiered, "0.25-4"))

@@ -9,13 +9,13 @@ import pytest
 from cases import Case, ToyModel, attention, codes_of, every_case, plan_of, toy_profile_of
 from tolerances import ATTENTION_RMS, assert_close, assert_codes_close, relative_rms
 
-from spectral_kv_core import ops
-from spectral_kv_core.attention import group_queries, merge_partials
-from spectral_kv_core.codec import make_codec, select_rows
-from spectral_kv_core.methods import METHODS, ROUNDINGS
-from spectral_kv_core.plan import make_plan
-from spectral_kv_core.rope import rotate, unrotate
-from spectral_kv_core.rounding import round_in_time
+from spectral_kv_core.arrays import ops
+from spectral_kv_core.arrays.attention import group_queries, merge_partials
+from spectral_kv_core.arrays.rope import rotate, unrotate
+from spectral_kv_core.codecs.spectral import make_codec, select_rows
+from spectral_kv_core.planning.methods import METHODS, ROUNDINGS
+from spectral_kv_core.planning.plan import make_plan
+from spectral_kv_core.quantization.time_rounding import round_in_time
 
 MODEL = ToyModel()
 RECIPES = [("head", "post"), ("head", "pre"), ("side", "pre"), ("layer", "pre"), ("layer", "post")]

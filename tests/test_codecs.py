@@ -7,16 +7,16 @@ import pytest
 from cases import ToyModel, attention, toy_profile_of
 from tolerances import ATTENTION_RMS, CODES_DIFFERING, assert_close, relative_rms
 
-from spectral_kv_core import ops
-from spectral_kv_core.attention import dense_partial, group_queries, merge_partials
-from spectral_kv_core.cache import CHUNK_TOKENS, LayerCache
-from spectral_kv_core.codec import Chunk, make_codec, select_rows
-from spectral_kv_core.methods import METHODS, get_method
-from spectral_kv_core.moments import covariance, head_moments, means, query_moment, rotated_energy
-from spectral_kv_core.plan import bits_range, elements_per_token, make_plan, plan_for
-from spectral_kv_core.prompt_file import chunk_arrays
-from spectral_kv_core.rope import rotate, unrotate
-from spectral_kv_core.rotation import hadamard, random_rotation, random_signs
+from spectral_kv_core.arrays import ops
+from spectral_kv_core.arrays.attention import dense_partial, group_queries, merge_partials
+from spectral_kv_core.arrays.hadamard import hadamard, random_rotation, random_signs
+from spectral_kv_core.arrays.rope import rotate, unrotate
+from spectral_kv_core.cache.layer_cache import CHUNK_TOKENS, LayerCache
+from spectral_kv_core.cache.prompt_cache_file import chunk_arrays
+from spectral_kv_core.codecs.spectral import Chunk, make_codec, select_rows
+from spectral_kv_core.planning.methods import METHODS, get_method
+from spectral_kv_core.planning.plan import bits_range, elements_per_token, make_plan, plan_for
+from spectral_kv_core.profile.derived import covariance, head_moments, means, query_moment, rotated_energy
 
 MODEL = ToyModel(rotated=True)
 BITS = {  # three budgets, with errors worth telling apart

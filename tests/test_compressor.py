@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from cases import ToyModel, toy_profile_of
 
-from spectral_kv_core.compressor import CompressedKV, Compressor
-from spectral_kv_core.profile import Profile
-from spectral_kv_core.projection import Projection
-from spectral_kv_core.quantizer import gaussian_tables
+from spectral_kv_core.compat.compressor import CompressedKV, Compressor
+from spectral_kv_core.profile.profile import Profile
+from spectral_kv_core.profile.projection import Projection
+from spectral_kv_core.quantization.quantizer import gaussian_tables
 
 
 @pytest.fixture(scope="module")

@@ -71,6 +71,6 @@ def test_backends_have_the_same_names():
 
 
 def test_every_ops_module_has_the_same_names(xp):
-    core = importlib.import_module("spectral_kv_core.ops")
+    core = importlib.import_module("spectral_kv_core.arrays.ops")
     assert xp.__all__ == core.__all__
     assert all(hasattr(xp, name) for name in xp.__all__)

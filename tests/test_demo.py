@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spectral_kv_core import demo
-from spectral_kv_core.paths import user_cache_dir
+from spectral_kv_core.files.paths import user_cache_dir
+from spectral_kv_core.hosts import demo_model as demo
 
 gguf = pytest.importorskip("gguf")
 tokenizers = pytest.importorskip("tokenizers")
@@ -244,7 +244,7 @@ def test_tokenizer_config(tiny: Path) -> None:
 
 def test_converts_without_any_framework(tiny_gguf: Path, tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from spectral_kv_core.demo import convert_gguf\n"
+        "import sys; from pathlib import Path; from spectral_kv_core.hosts.demo_model import convert_gguf\n"
         "convert_gguf(Path(sys.argv[1]), Path(sys.argv[2]))\n"
         "print(sorted({'torch', 'mlx', 'transformers'} & set(sys.modules)))"
     )

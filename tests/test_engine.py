@@ -15,9 +15,9 @@ pytest.importorskip("transformers")
 
 from tiny_checkpoint import save_tiny_checkpoint  # noqa: E402
 
-from spectral_kv_core.engine import check_quantize  # noqa: E402
-from spectral_kv_core.profile import Profile  # noqa: E402
-from spectral_kv_core.profile_store import cached_profile_path  # noqa: E402
+from spectral_kv_core.compat.engine import check_quantize  # noqa: E402
+from spectral_kv_core.profile.profile import Profile  # noqa: E402
+from spectral_kv_core.profile.store import cached_profile_path  # noqa: E402
 from spectral_kv_torch import InferenceEngine, SpectralProfiler, cache_nbytes, make_prompt_cache  # noqa: E402
 from spectral_kv_torch.cache import SpectralKVLayer  # noqa: E402
 from spectral_kv_torch.generation import generate  # noqa: E402
@@ -60,6 +60,7 @@ def run_quick_start(backend: str, model: str, folder: Path, quantize: str) -> di
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_the_first_librarys_quick_start(folder, model):
     """With a profile in the cache folder, as after its first run: calibrating is tested apart."""
     profiler = SpectralProfiler(tokens=512, document=256, progress=False)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import assert_close, assert_codes_close
 
-from spectral_kv_core import ops
-from spectral_kv_core.entropy import (
+from spectral_kv_core.arrays import ops
+from spectral_kv_core.quantization.entropy import (
     DROP,
     RATES,
     TOTAL,

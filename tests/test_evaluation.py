@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from cases import ToyModel, toy_profile_of
 
-from spectral_kv_core import cli, evaluation_text
-from spectral_kv_core.cache import CacheSize
-from spectral_kv_core.divergence import compare_logits
-from spectral_kv_core.evaluation import Settings, evaluate, make_documents, plan_jobs
-from spectral_kv_core.evaluation_rows import RowFile, summarise
-from spectral_kv_core.evaluation_text import (
+from spectral_kv_core.arrays.divergence import compare_logits
+from spectral_kv_core.cache.layer_cache import CacheSize
+from spectral_kv_core.cli import main as cli
+from spectral_kv_core.evaluation import text as evaluation_text
+from spectral_kv_core.evaluation.rows import RowFile, summarise
+from spectral_kv_core.evaluation.run import Settings, evaluate, make_documents, plan_jobs
+from spectral_kv_core.evaluation.text import (
     Text,
     copy_span,
     default_texts,
@@ -333,7 +334,7 @@ def test_documents_are_starts_of_articles_or_windows():
 
 
 def test_default_texts_are_long_enough_and_held_out(monkeypatch):
-    from spectral_kv_core.calibration_text import load_default_texts
+    from spectral_kv_core.calibration.text import load_default_texts
 
     prose, code = default_texts()
     assert (prose.name, code.name) == ("prose", "code")

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from test_evaluation import NAMES, SMALL, VOCABULARY, FakeBackend, LetterTokenizer, run_fake
 
-from spectral_kv_core import evaluation, methods
-from spectral_kv_core.evaluation import Settings, evaluate, make_documents
-from spectral_kv_core.evaluation_documents import DEPTHS, NEEDLE, QUESTION, hide_needle
-from spectral_kv_core.evaluation_report import print_evaluation, save_evaluation
-from spectral_kv_core.evaluation_text import Text
-from spectral_kv_core.fidelity import sealed_span
+from spectral_kv_core.evaluation import run as evaluation
+from spectral_kv_core.evaluation.documents import DEPTHS, NEEDLE, QUESTION, hide_needle
+from spectral_kv_core.evaluation.fidelity import sealed_span
+from spectral_kv_core.evaluation.report import print_evaluation, save_evaluation
+from spectral_kv_core.evaluation.run import Settings, evaluate, make_documents
+from spectral_kv_core.evaluation.text import Text
+from spectral_kv_core.planning import methods
 
 DRIFT = {"tasks": ("drift",), "turns": 3, "turn_tokens": 20, "documents": 1}
 LETTERS = "".join(map(chr, np.random.default_rng(0).integers(ord("a"), ord("z"), 3000)))
@@ -459,6 +460,35 @@ def test_scores_that_steer_the_codec(torch_backend, tmp_path):
     assert [(row["keep"], row["tiers"]) for row in both["rows"] if "+" in row["method"]] == [
         (0.5, None), (0.5, None), (None, "0.25:5,0.75:1"), (None, "0.25:5,0.75:1"),
     ]  # fmt: skip
+
+
+def test_each_wavelet_is_a_cache_of_its_own(torch_backend, tmp_path):
+    """Rows of a run without one are not mixed with it, and stay as they were."""
+    options = {"methods": ("waveletkv", "knorm"), "keep": (0.5,), "metrics": ("kl",)}
+    plain, _ = run_torch(torch_backend, "llama", tmp_path, **options)
+    assert all("wavelet" not in row for row in plain["documents"])
+    result, _ = run_torch(torch_backend, "llama", tmp_path, **options, wavelets=("db2", "haar", "bior2.2"))
+    rows = {(row["method"], row["wavelet"]): row for row in result["rows"]}
+    assert list(rows) == [("waveletkv", "db2"), ("waveletkv", "haar"), ("waveletkv", "bior2.2"), ("knorm", None)]
+    kl = [row["kl"] for row in rows.values()]
+    assert kl[0] == plain["rows"][0]["kl"] and len(set(kl)) == 4
+    assert len({row["plan"] for row in result["documents"] if row["method"] == "waveletkv"}) == 1
+    assert result["documents"][3] == plain["documents"][1]  # read, not run again
+    again, _ = run_torch(torch_backend, "llama", tmp_path, **options)
+    assert again["documents"] == plain["documents"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"methods": ("spectral", "knorm")}, "wavelet scorer for --wavelet, spectral, knorm do not"),
+        ({"wavelets": ("haar", "gaus1")}, "discrete wavelet .*'gaus1'"),
+        ({"methods": ("waveletkv+spectral",), "tiers": (((0.5, 3.0), (0.5, 1.0)),)}, "drop none with --tiers alone"),
+    ],
+)
+def test_wavelets_that_cannot_be_used(change, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**({"methods": ("waveletkv",), "wavelets": ("haar",)} | change))
 
 
 def test_recording_leaves_the_model_as_it_was(torch_backend):

@@ -12,12 +12,12 @@ from cases import ToyModel, attention, toy_profile_of
 from test_cache import SCALE, append, attend
 from tolerances import ATTENTION_RMS, assert_close, relative_rms
 
-from spectral_kv_core import ops
-from spectral_kv_core.cache import LayerCache
-from spectral_kv_core.codec import make_codec
-from spectral_kv_core.eviction import EVERY, Eviction, plan_and_eviction
-from spectral_kv_core.methods import METHODS, get_method
-from spectral_kv_core.rope import unrotate
+from spectral_kv_core.arrays import ops
+from spectral_kv_core.arrays.rope import unrotate
+from spectral_kv_core.cache.eviction import EVERY, Eviction, plan_and_eviction
+from spectral_kv_core.cache.layer_cache import LayerCache
+from spectral_kv_core.codecs.spectral import make_codec
+from spectral_kv_core.planning.methods import METHODS, get_method
 from spectral_kv_core.scorers import SCORERS
 
 MODEL = ToyModel()
@@ -277,6 +277,23 @@ def test_a_scorer_sees_what_it_is_defined_on(monkeypatch):
         assert_close("pre_rope", pre_rope, taken(whole, positions), limit=1e-4)
 
 
+@pytest.mark.parametrize("name", [name for name, scorer in SCORERS.items() if "wavelet" in scorer.options])
+def test_the_wavelet_reaches_the_scorer(xp, name):
+    """Also in a copy of the cache. The plan, and so its hash, has no part in it."""
+    keys, values = MODEL.sample(1, 300)
+    recent = xp.asarray(MODEL.queries(1, 5))
+    found, hashes = {}, set()
+    for wavelet in (None, "db2", "haar", "bior2.2"):
+        (cache,) = make_caches(xp, name, 150, wavelet=wavelet)
+        eviction = copy.deepcopy(cache.eviction)
+        hashes.add(eviction.plan.hash)
+        places, arrays = np.arange(300), (xp.asarray(keys), xp.asarray(values))
+        found[wavelet] = xp.to_numpy(eviction.scores(xp, 0, *arrays, places, 299, recent))
+    np.testing.assert_array_equal(found[None], found["db2"])
+    assert len(hashes) == 1
+    assert not np.array_equal(found["haar"], found["db2"]) and not np.array_equal(found["haar"], found["bior2.2"])
+
+
 @pytest.mark.parametrize(
     "name, options, message",
     [
@@ -295,6 +312,10 @@ def test_a_scorer_sees_what_it_is_defined_on(monkeypatch):
         ("triattention", {"budget_tokens": 200, "protect": [(0.5, 20)]}, "start < end"),
         ("triattention", {"budget_tokens": 200, "protect": [(0, 10**12)]}, "budget_tokens above"),
         ("spectral", {"budget_tokens": 200}, "keeps every token"),
+        ("spectral", {"wavelet": "haar"}, "drops tokens for wavelet, spectral keeps"),
+        ("triattention", {"budget_tokens": 200, "wavelet": "haar"}, "waveletkv, .* for wavelet, triattention has none"),
+        ("waveletkv", {"budget_tokens": 200, "wavelet": "morl"}, "discrete wavelet .*, received 'morl'"),
+        ("waveletkv+spectral", {"tiers": [(0.5, 3), (0.5, 1)], "wavelet": "haar"}, "tiers alone, .* wavelet too"),
         ("spectral", {"protect": [(0, 9)]}, "wavelettriattention\\+spectral"),
     ],
 )

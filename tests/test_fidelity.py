@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spectral_kv_core.divergence import compare_tokens
-from spectral_kv_core.fidelity import (
+from spectral_kv_core.arrays.divergence import compare_tokens
+from spectral_kv_core.evaluation.fidelity import (
     at_positions,
     output_errors,
     output_perturbation,
@@ -49,11 +49,11 @@ def test_sealed_tokens_lie_between_sinks_and_window(tokens, sealed):
 def test_the_span_is_what_a_cache_seals():
     from cases import ToyModel, toy_profile_of
 
-    from spectral_kv_core import ops
-    from spectral_kv_core.cache import LayerCache
-    from spectral_kv_core.codec import make_codec
-    from spectral_kv_core.methods import get_method
-    from spectral_kv_core.plan import make_plan
+    from spectral_kv_core.arrays import ops
+    from spectral_kv_core.cache.layer_cache import LayerCache
+    from spectral_kv_core.codecs.spectral import make_codec
+    from spectral_kv_core.planning.methods import get_method
+    from spectral_kv_core.planning.plan import make_plan
 
     model = ToyModel()
     shape = model.shape

@@ -11,18 +11,19 @@ import pytest
 from cases import ToyModel, toy_profile_of
 from tolerances import assert_close, relative_rms
 
-from spectral_kv_core import joint, ops
-from spectral_kv_core.cache import LayerCache
-from spectral_kv_core.calibration import SKIP, Spool
-from spectral_kv_core.codec import Chunk, join_layers, make_codec
+from spectral_kv_core.arrays import ops
+from spectral_kv_core.arrays.rope import rotate, unrotate
+from spectral_kv_core.cache.layer_cache import LayerCache
+from spectral_kv_core.cache.prompt_cache_file import chunk_arrays
+from spectral_kv_core.calibration import model_basis as joint
+from spectral_kv_core.calibration.basis_fit import SKIP, Spool
+from spectral_kv_core.calibration.model_basis import fit_joint_set, randomized_axes
 from spectral_kv_core.codecs import kvtc, svdq_prompt
+from spectral_kv_core.codecs.entropy_coded import codec_of, fit_bits
+from spectral_kv_core.codecs.spectral import Chunk, join_layers, make_codec
 from spectral_kv_core.codecs.xkv import leading_axes, ranks
-from spectral_kv_core.joint import fit_joint_set, randomized_axes
-from spectral_kv_core.methods import BASIS_SETS, JOINT, METHODS, get_live_method
-from spectral_kv_core.plan import bits_range, elements_per_token, make_plan
-from spectral_kv_core.prompt_file import chunk_arrays
-from spectral_kv_core.rope import rotate, unrotate
-from spectral_kv_core.stored import codec_of, fit_bits
+from spectral_kv_core.planning.methods import BASIS_SETS, JOINT, METHODS, get_live_method
+from spectral_kv_core.planning.plan import bits_range, elements_per_token, make_plan
 
 MODEL = ToyModel(layers=3, rotated=True)
 TOKENS = 384

@@ -15,10 +15,10 @@ from cases import ToyModel, toy_profile_of  # noqa: E402
 from tiny_checkpoint import save_tiny_checkpoint  # noqa: E402
 from torch_models import ByteTokenizer, tiny_model, tokens  # noqa: E402
 
-from spectral_kv_core import cli  # noqa: E402
-from spectral_kv_core.fit import Budget, Footprint, Stored, fit, parse_bytes, safetensors_nbytes  # noqa: E402
-from spectral_kv_core.methods import get_method  # noqa: E402
-from spectral_kv_core.plan import make_plan  # noqa: E402
+from spectral_kv_core.benchmark.footprint import Budget, Footprint, Stored, fit, parse_bytes, safetensors_nbytes  # noqa: E402
+from spectral_kv_core.cli import main as cli  # noqa: E402
+from spectral_kv_core.planning.methods import get_method  # noqa: E402
+from spectral_kv_core.planning.plan import make_plan  # noqa: E402
 from spectral_kv_torch import SpectralProfiler, cache_nbytes, make_prompt_cache  # noqa: E402
 from spectral_kv_torch import footprint as torch_footprint  # noqa: E402
 from spectral_kv_torch.generation import PREFILL_CHUNK, feed, prefill  # noqa: E402
@@ -66,9 +66,9 @@ def test_affine_and_plain_counts(folders):
     shape = replace(found.shape, head_dim=64, kv_heads=1)
     profile_free = make_plan(shape, None, "affine", 4.5)
     budget = Budget(replace(found, shape=shape), Stored(profile_free, lambda plan: (0, 0)), 4, 64, 4)
-    from spectral_kv_core import ops
-    from spectral_kv_core.cache import LayerCache
-    from spectral_kv_core.codec import make_codec
+    from spectral_kv_core.arrays import ops
+    from spectral_kv_core.cache.layer_cache import LayerCache
+    from spectral_kv_core.codecs.spectral import make_codec
 
     keys, values = ToyModel(64, 1, 2, layers=1).sample(0, 1500)
     layer = LayerCache(ops, make_codec(ops, profile_free, 0), 4, 64)
@@ -257,9 +257,9 @@ def test_a_profile_takes_memory_where_there_is_one_memory():
 )
 def test_counts_of_the_published_methods(method, bits):
     """Bytes of a layer with the blocks of its codec, filled token by token and at once."""
-    from spectral_kv_core import ops
-    from spectral_kv_core.cache import LayerCache
-    from spectral_kv_core.stored import codec_of
+    from spectral_kv_core.arrays import ops
+    from spectral_kv_core.cache.layer_cache import LayerCache
+    from spectral_kv_core.codecs.entropy_coded import codec_of
 
     toy = ToyModel()
     recipe = get_method(method)

@@ -23,9 +23,9 @@ from mlx_lm.models.rope_utils import initialize_rope
 from mlx_models import MODELS, make_model, make_tokens, save_llama
 from tolerances import assert_close, relative_rms
 
-from spectral_kv_core.cache import LayerCache
-from spectral_kv_core.codec import TransformCodec
-from spectral_kv_core.rope import rotate
+from spectral_kv_core.arrays.rope import rotate
+from spectral_kv_core.cache.layer_cache import LayerCache
+from spectral_kv_core.codecs.spectral import TransformCodec
 from spectral_kv_mlx import SpectralProfiler, cache_nbytes, capture, load_model, make_prompt_cache, ops, restore
 from spectral_kv_mlx.cache import SpectralKVCache
 from spectral_kv_mlx.capture import label_gradients, score_gradients
@@ -662,7 +662,7 @@ def test_generate_counts_tokens_and_stops(tiny):
 
 
 def test_store_without_codec_matches_numpy_reference():
-    from spectral_kv_core import ops as reference
+    from spectral_kv_core.arrays import ops as reference
 
     x = np.random.default_rng(0).normal(size=(1, 2, 40, 8)).astype(np.float32)
     caches = LayerCache(ops, None, 4, 16), LayerCache(reference, None, 4, 16)
@@ -674,7 +674,7 @@ def test_store_without_codec_matches_numpy_reference():
 @pytest.mark.slow
 def test_backends_agree_on_the_demo_model():
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    from spectral_kv_core.demo import demo_model_path
+    from spectral_kv_core.hosts.demo_model import demo_model_path
 
     path = demo_model_path()
     ours, tokenizer = load_model(path)

@@ -15,11 +15,12 @@ from mlx_lm.models import llama
 from mlx_models import make_model, make_tokens, save_llama
 from test_mlx_backend import calibrate
 
-from spectral_kv_core import bench as core
-from spectral_kv_core import cli, synthetic
-from spectral_kv_core.cache import SEAL, LayerCache
-from spectral_kv_core.methods import METHODS
-from spectral_kv_core.profile_store import cached_profile_path
+from spectral_kv_core.benchmark import bench as core
+from spectral_kv_core.benchmark import synthetic
+from spectral_kv_core.cache.layer_cache import SEAL, LayerCache
+from spectral_kv_core.cli import main as cli
+from spectral_kv_core.planning.methods import METHODS
+from spectral_kv_core.profile.store import cached_profile_path
 from spectral_kv_mlx import bench
 from spectral_kv_mlx.generation import feed, fill, load_model, make_prompt_cache, plain_cache
 
@@ -121,6 +122,7 @@ def test_compressed_caches_are_attended_as_codes_under_the_clock(monkeypatch):
     assert clock.calls == 2 and cache[0].size() == 204 and llama.scaled_dot_product_attention is before
 
 
+@pytest.mark.slow
 def test_the_model_command_with_peaks_of_fresh_processes(capsys, monkeypatch, tmp_path):
     pytest.importorskip("torch")
     monkeypatch.setenv("SPECTRALKV_CACHE", str(tmp_path / "cache"))

@@ -11,8 +11,8 @@ from mlx.utils import tree_flatten  # noqa: E402
 from mlx_models import save_llama  # noqa: E402
 from test_engine import PROMPT, run_quick_start  # noqa: E402
 
-from spectral_kv_core.profile import Profile  # noqa: E402
-from spectral_kv_core.profile_store import cached_profile_path  # noqa: E402
+from spectral_kv_core.profile.profile import Profile  # noqa: E402
+from spectral_kv_core.profile.store import cached_profile_path  # noqa: E402
 from spectral_kv_mlx import InferenceEngine, SpectralProfiler, cache_nbytes, load_model, make_prompt_cache  # noqa: E402
 from spectral_kv_mlx.cache import SpectralKVCache  # noqa: E402
 from spectral_kv_mlx.generation import generate  # noqa: E402
@@ -39,6 +39,7 @@ def profile(folder, model):
     return made.save(cached_profile_path(made.shape))
 
 
+@pytest.mark.slow
 def test_the_first_librarys_quick_start(folder, model, profile):
     found = run_quick_start("mlx", model, folder, "4bit")
     assert found["scores"] == found["exact"] == [1, 32] and found["ratio"] > 3 and found["compression"] > 1

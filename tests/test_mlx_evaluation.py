@@ -15,9 +15,9 @@ from mlx_models import make_model, make_tokens, save_llama
 from test_evaluation_tasks import check_perturbation, perturbation_by_hand
 from test_mlx_backend import SMALL, calibrate
 
-from spectral_kv_core import cli
-from spectral_kv_core.evaluation import Settings, evaluate, make_documents
-from spectral_kv_core.evaluation_text import Text
+from spectral_kv_core.cli import main as cli
+from spectral_kv_core.evaluation.run import Settings, evaluate, make_documents
+from spectral_kv_core.evaluation.text import Text
 from spectral_kv_mlx import SpectralProfiler, cache_nbytes, generation, make_prompt_cache, restore
 from spectral_kv_mlx.generation import feed, fill, held_vectors, model_shape, plain_cache, recorded
 

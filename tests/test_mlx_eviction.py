@@ -42,6 +42,21 @@ def test_scorers_that_need_no_profile_take_none():
     assert all(store.lanes[0].stored == BUDGET for store in stores(cache))
 
 
+def test_the_wavelet_decides_who_stays():
+    """Through the host's own generation; budget and bytes are the same with every wavelet."""
+    model, held, sizes = make_model("llama"), {}, set()
+    for wavelet in (None, "db2", "haar", "bior2.2"):
+        cache = make_prompt_cache(model, method="waveletkv", wavelet=wavelet, **SMALL)
+        assert len(greedy(model, make_tokens(150), cache, 20)) == 20
+        assert all(store.lanes[0].stored <= BUDGET for store in stores(cache))
+        held[wavelet] = places(cache).tolist()
+        sizes.add(int(cache_nbytes(cache)))
+    assert held[None] == held["db2"] and len(sizes) == 1
+    assert held["haar"] != held["db2"] != held["bior2.2"] != held["haar"]
+    with pytest.raises(ValueError, match="random has none"):
+        make_prompt_cache(model, method="random", wavelet="haar", **SMALL)
+
+
 @pytest.mark.parametrize("name", SCORERS)
 def test_generation_stays_within_the_budget(tiny, name):  # noqa: F811
     prompt = make_tokens(150)

@@ -13,9 +13,9 @@ pytest.importorskip("mlx_lm")
 from mlx_models import make_model, make_tokens, save_llama  # noqa: E402
 from torch_models import ByteTokenizer  # noqa: E402
 
-from spectral_kv_core import cli  # noqa: E402
-from spectral_kv_core.fit import Budget, Stored  # noqa: E402
-from spectral_kv_core.plan import make_plan  # noqa: E402
+from spectral_kv_core.benchmark.footprint import Budget, Stored  # noqa: E402
+from spectral_kv_core.cli import main as cli  # noqa: E402
+from spectral_kv_core.planning.plan import make_plan  # noqa: E402
 from spectral_kv_mlx import SpectralProfiler, cache_nbytes, load_model, make_prompt_cache  # noqa: E402
 from spectral_kv_mlx import footprint as mlx_footprint  # noqa: E402
 from spectral_kv_mlx.generation import feed, prefill  # noqa: E402

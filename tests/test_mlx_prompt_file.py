@@ -22,9 +22,9 @@ from transformers import Gemma3TextConfig
 
 import spectral_kv_mlx
 import spectral_kv_torch
-from spectral_kv_core import cli
-from spectral_kv_core.plan import elements_per_token, make_plan
-from spectral_kv_core.prompt_file import PromptFile
+from spectral_kv_core.cache.prompt_cache_file import PromptFile
+from spectral_kv_core.cli import main as cli
+from spectral_kv_core.planning.plan import elements_per_token, make_plan
 from spectral_kv_mlx import generation as mlx_backend
 from spectral_kv_mlx.cache import SpectralKVCache
 from spectral_kv_mlx.integration import exact_layer
@@ -118,6 +118,13 @@ def test_from_torch_to_mlx_and_back(pair, method, count, tmp_path):
     assert_close("torch to mlx", follow(mlx_backend, pair.mlx, on_mlx), expected, limit=1e-3)
     expected = follow(mlx_backend, pair.mlx, by_mlx)
     assert_close("mlx to torch", follow(torch_backend, pair.torch, on_torch), expected, limit=1e-3)
+
+
+def test_both_make_one_plan(pair):
+    for method in ("spectral", "spectral-dense", "turboquant"):
+        theirs = torch_backend.make_prompt_cache(pair.torch, pair.profile, method=method)
+        ours = mlx_backend.make_prompt_cache(pair.mlx, pair.profile, method=method)
+        assert {layer.plan.hash for layer in ours if isinstance(layer, SpectralKVCache)} == {theirs.plan.hash}
 
 
 def test_a_file_for_both_is_decoded_alike(pair, tmp_path):

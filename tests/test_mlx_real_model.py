@@ -11,8 +11,8 @@ pytest.importorskip("mlx_lm")
 
 from test_readme import example, run
 
-from spectral_kv_core.demo import demo_model_path
-from spectral_kv_core.divergence import compare_logits
+from spectral_kv_core.arrays.divergence import compare_logits
+from spectral_kv_core.hosts.demo_model import demo_model_path
 from spectral_kv_mlx import load_model, make_prompt_cache
 from spectral_kv_mlx.generation import plain_cache, score
 

@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 from test_trellis import coefficients, mixed_rows
 
-from spectral_kv_core import native, trellis
+from spectral_kv_core import native
 from spectral_kv_core.native import loader, toolchain, variants
 from spectral_kv_core.native.private_folder import digest_path
 from spectral_kv_core.native.variants import VARIANTS, processor_features, usable, variants_of
+from spectral_kv_core.quantization import trellis
 
 ROOT = Path(__file__).parents[1]
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
@@ -170,7 +171,7 @@ def test_every_library_rounds_in_time_to_the_same_codes(libraries, monkeypatch):
     torch = pytest.importorskip("torch")
     from cases import ToyModel, plan_of
 
-    from spectral_kv_core.codec import make_codec
+    from spectral_kv_core.codecs.spectral import make_codec
     from spectral_kv_torch import ops
     from spectral_kv_torch.kernels import rounding
 

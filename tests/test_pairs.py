@@ -12,15 +12,16 @@ import pytest
 from cases import ToyModel, toy_profile_of
 from tolerances import assert_close, relative_rms
 
-from spectral_kv_core import cli, ops
-from spectral_kv_core.codec import join_layers, split_layers
-from spectral_kv_core.evaluation import Settings, plan_jobs
-from spectral_kv_core.methods import BASIS_SETS, PAIRS, Method, get_method
-from spectral_kv_core.plan import elements_per_token, make_plan
-from spectral_kv_core.profile import Profile
-from spectral_kv_core.profile_store import cached_profile_path
-from spectral_kv_core.prompt_file import PromptFile
-from spectral_kv_core.stored import StoredCodec
+from spectral_kv_core.arrays import ops
+from spectral_kv_core.cache.prompt_cache_file import PromptFile
+from spectral_kv_core.cli import main as cli
+from spectral_kv_core.codecs.entropy_coded import StoredCodec
+from spectral_kv_core.codecs.spectral import join_layers, split_layers
+from spectral_kv_core.evaluation.run import Settings, plan_jobs
+from spectral_kv_core.planning.methods import BASIS_SETS, PAIRS, Method, get_method
+from spectral_kv_core.planning.plan import elements_per_token, make_plan
+from spectral_kv_core.profile.profile import Profile
+from spectral_kv_core.profile.store import cached_profile_path
 
 pytest.importorskip("constriction")
 torch = pytest.importorskip("torch")
@@ -77,7 +78,7 @@ def test_nothing_to_pair_is_said(layers):
 
 def test_what_cannot_take_two_layers_says_so():
     with pytest.raises(
-        ValueError, match="Expected the codec spectral or stored for the group layer2, received 'affine'"
+        ValueError, match="Expected the codec spectral or entropy-coded for the group layer2, received 'affine'"
     ):
         Method("m", "affine", "", "", group="layer2")
     with pytest.raises(ValueError, match=r"knorm\+spectral-dense-pairs codes layers together. Choose spectral-dense"):

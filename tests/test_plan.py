@@ -12,14 +12,22 @@ import numpy as np
 import pytest
 from cases import ToyModel
 
-from spectral_kv_core import ops
-from spectral_kv_core.cache import LayerCache
-from spectral_kv_core.codec import make_codec
-from spectral_kv_core.methods import METHODS, Method, get_method
-from spectral_kv_core.plan import COHERENCE, MAX_EXPANSION, _coherent_cost, _costs, _expansion, make_plan, plan_for
-from spectral_kv_core.profile import BasisSet
-from spectral_kv_core.quantizer import BIT_WIDTHS
-from spectral_kv_core.transform import band_sizes
+from spectral_kv_core.arrays import ops
+from spectral_kv_core.arrays.transform import band_sizes
+from spectral_kv_core.cache.layer_cache import LayerCache
+from spectral_kv_core.codecs.spectral import make_codec
+from spectral_kv_core.planning.methods import METHODS, Method, get_method
+from spectral_kv_core.planning.plan import (
+    COHERENCE,
+    MAX_EXPANSION,
+    _coherent_cost,
+    _costs,
+    _expansion,
+    make_plan,
+    plan_for,
+)
+from spectral_kv_core.profile.profile import BasisSet
+from spectral_kv_core.quantization.quantizer import BIT_WIDTHS
 
 MODEL = ToyModel()
 SHAPE = MODEL.shape
@@ -66,7 +74,9 @@ def test_strong_components_get_more_bits(toy_profile):
 def test_plan_is_the_same_in_another_process(toy_profile, tmp_path):
     path = toy_profile.save(tmp_path / "toy.safetensors")
     code = (
-        "import sys; from spectral_kv_core.plan import make_plan; from spectral_kv_core.profile import Profile\n"
+        "import sys\n"
+        "from spectral_kv_core.planning.plan import make_plan\n"
+        "from spectral_kv_core.profile.profile import Profile\n"
         "p = Profile.load(sys.argv[1])\n"
         "for bits in (0.5, 2, 3.7): print(make_plan(p.shape, p, 'spectral', bits).hash)"
     )
@@ -75,6 +85,18 @@ def test_plan_is_the_same_in_another_process(toy_profile, tmp_path):
     ours = [make_plan(SHAPE, toy_profile, "spectral", bits).hash for bits in (0.5, 2, 3.7)]
     assert result.stdout.split() == ours
     assert len(set(ours)) == 3
+
+
+def test_hosts_that_differ_in_the_last_bits_of_rope_make_one_plan(toy_profile):
+    rope = replace(SHAPE.rope, inv_freq=tuple(float(np.float32(w)) for w in SHAPE.rope.inv_freq))
+    assert rope != SHAPE.rope
+    for method in ("spectral", "turboquant", "xkv"):
+        ours, theirs = (
+            make_plan(shape, toy_profile, METHODS[method], 4.5) for shape in (SHAPE, replace(SHAPE, rope=rope))
+        )
+        assert ours.hash == theirs.hash
+    other = replace(SHAPE, rope=replace(rope, interleaved=True))
+    assert make_plan(other, None, METHODS["xkv"], 4.5).hash != ours.hash
 
 
 def test_missing_or_wrong_profile_is_refused(toy_profile):

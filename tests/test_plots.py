@@ -14,10 +14,12 @@ matplotlib = pytest.importorskip("matplotlib")
 from cases import ToyModel, toy_profile_of  # noqa: E402
 from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 
-from spectral_kv_core import cli, pictures, plots  # noqa: E402
-from spectral_kv_core.methods import METHODS  # noqa: E402
-from spectral_kv_core.plots import PICTURES, draw  # noqa: E402
-from spectral_kv_core.result_file import Result, Skip, read_results  # noqa: E402
+from spectral_kv_core.cli import main as cli  # noqa: E402
+from spectral_kv_core.planning.methods import METHODS  # noqa: E402
+from spectral_kv_core.plotting import draw as plots  # noqa: E402
+from spectral_kv_core.plotting import pictures  # noqa: E402
+from spectral_kv_core.plotting.draw import PICTURES, draw  # noqa: E402
+from spectral_kv_core.plotting.results import Result, Skip, read_results  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = {
@@ -165,15 +167,17 @@ def test_dropping_methods_are_curves_over_the_tokens_kept(evaluation):
         pictures.drift_by_turn(evaluation)
 
 
-def test_what_rounds_and_tiers_have_names_of_their_own(evaluation):
+def test_what_rounds_tiers_and_wavelets_have_names_of_their_own(evaluation):
     place = {"task": "text", "text": "novel", "prefix": 1024, "bits_per_element": 2.0, "sealed_bits": 2.0}
     evaluation.content["rows"] += [
         place | {"method": "spectral", "bits": 2.0, "rounding_scores": "nearest", "kl": 0.5},
         place | {"method": "knorm+spectral", "bits": 2.0, "tiers": "0.25:5,0.75:1", "kl": 0.25},
+        place | {"method": "waveletkv+spectral", "bits": 2.0, "keep": 0.5, "wavelet": "bior2.2", "kl": 0.75},
     ]
     lines = lines_of(pictures.rate_distortion(evaluation).axes[0])
     np.testing.assert_allclose(lines["spectral, rounded by nearest"], [(2, 0.5)])
     np.testing.assert_allclose(lines["knorm+spectral, tiers 0.25:5,0.75:1"], [(2, 0.25)])
+    assert [name for name in lines if name.startswith("waveletkv") and name.endswith(", bior2.2")]
     assert len(lines["spectral"]) == 2
 
 

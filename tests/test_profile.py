@@ -12,9 +12,9 @@ import pytest
 from cases import ToyModel
 from safetensors.numpy import load_file, save_file
 
-from spectral_kv_core import signed_file
-from spectral_kv_core.profile import ModelShape, Profile, QueryStatistics
-from spectral_kv_core.rope import Rope
+from spectral_kv_core.arrays.rope import Rope
+from spectral_kv_core.files import container as signed_file
+from spectral_kv_core.profile.profile import ModelShape, Profile, QueryStatistics
 
 FIELDS = ("model", "shape", "basis_sets", "version", "sha256")
 

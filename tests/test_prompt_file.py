@@ -17,10 +17,11 @@ transformers = pytest.importorskip("transformers")
 
 from torch_models import ByteTokenizer, tiny_model, tokens  # noqa: E402
 
-from spectral_kv_core import prompt_file, signed_file  # noqa: E402
-from spectral_kv_core.methods import METHODS  # noqa: E402
-from spectral_kv_core.plan import make_plan  # noqa: E402
-from spectral_kv_core.prompt_file import PromptFile  # noqa: E402
+from spectral_kv_core.cache import prompt_cache_file as prompt_file  # noqa: E402
+from spectral_kv_core.cache.prompt_cache_file import PromptFile  # noqa: E402
+from spectral_kv_core.files import container as signed_file  # noqa: E402
+from spectral_kv_core.planning.methods import METHODS  # noqa: E402
+from spectral_kv_core.planning.plan import make_plan  # noqa: E402
 from spectral_kv_torch import (  # noqa: E402
     SpectralCache,
     SpectralProfiler,
@@ -190,7 +191,7 @@ def test_a_staged_prompt_is_ended_first(tmp_path):
 
 def test_several_chunks_and_none(tmp_path, monkeypatch):
     model, profile = model_and_profile()
-    monkeypatch.setattr("spectral_kv_core.cache.CHUNK_TOKENS", 64)
+    monkeypatch.setattr("spectral_kv_core.cache.layer_cache.CHUNK_TOKENS", 64)
     cache, _ = read(new())
     loaded, _ = load_prompt_cache(save_prompt_cache(tmp_path / "c", cache), model, profile)
     assert [(c.start, c.tokens) for c in loaded.layers[0].store.lanes[0].chunks] == [
@@ -266,9 +267,11 @@ def test_pinned_header(path):
         "bits", "format", "layers", "library_version", "metadata", "method", "model", "plan_hash", "profile", "seen",
         "sha256", "shape", "sinks", "version", "weights_digest", "window",
     ]  # fmt: skip
-    assert (metadata["format"], metadata["version"], metadata["seen"]) == ("spectralkv-cache", 1, 300)
+    assert (metadata["format"], metadata["version"], metadata["seen"]) == ("spectralkv-cache", 2, 300)
     assert metadata["layers"] == 3 * [{"dtype": "float32", "lanes": [{"rows": [0], "pad": 0, "chunks": [[4, 224]]}]}]
-    assert sorted(metadata["method"]) == ["block", "codec", "group", "group_size", "name", "rope", "rounding", "time"]
+    assert sorted(metadata["method"]) == [
+        "block", "codec", "group", "group_size", "name", "quantizer", "reads", "rope", "rounding", "time",
+    ]  # fmt: skip
     assert header["tokens"]["dtype"] == "I32" and header["tokens"]["shape"] == [300]
     assert header["layers/2/lanes/0/values"]["shape"] == [1, 2, 76, 16]
     assert all(name.startswith(("tokens", "layers/")) for name in header)
@@ -304,8 +307,10 @@ def test_altered_header_is_refused(path, field):
 
 def test_other_versions_and_kinds(path, tmp_path):
     _, profile = model_and_profile()
-    rewrite(path, version=2)
-    assert "version 1" in refused(path) and "pip install -U" in refused(path)
+    rewrite(path, version=3)
+    assert "version 2" in refused(path) and "pip install -U" in refused(path)
+    rewrite(path, version=1)  # whose plans have hashes of another kind
+    assert "received 1" in refused(path) and "Make it again: spectralkv cache-prompt" in refused(path)
     assert "cache-prompt" in refused(tmp_path / "none", kind=FileNotFoundError)
     assert "spectralkv-profile" in refused(profile.save(tmp_path / "profile"))
     save_file({"x": np.zeros(3, np.float32)}, tmp_path / "other")

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import assert_close, relative_rms
 
-from spectral_kv_core import ops
-from spectral_kv_core.quantizer import (
+from spectral_kv_core.arrays import ops
+from spectral_kv_core.quantization.quantizer import (
     BIT_WIDTHS,
     CELLS,
     RowTables,

@@ -14,12 +14,13 @@ from cases import decoded_paths
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from spectral_kv_core import cli, trellis  # noqa: E402
-from spectral_kv_core.basis import orthonormalize  # noqa: E402
-from spectral_kv_core.demo import demo_model_path  # noqa: E402
-from spectral_kv_core.divergence import compare_logits  # noqa: E402
-from spectral_kv_core.methods import get_method  # noqa: E402
-from spectral_kv_core.quantizer import thresholds  # noqa: E402
+from spectral_kv_core.arrays.basis import orthonormalize  # noqa: E402
+from spectral_kv_core.arrays.divergence import compare_logits  # noqa: E402
+from spectral_kv_core.cli import main as cli  # noqa: E402
+from spectral_kv_core.hosts.demo_model import demo_model_path  # noqa: E402
+from spectral_kv_core.planning.methods import get_method  # noqa: E402
+from spectral_kv_core.quantization import trellis  # noqa: E402
+from spectral_kv_core.quantization.quantizer import thresholds  # noqa: E402
 from spectral_kv_torch import load_model, make_prompt_cache  # noqa: E402
 from spectral_kv_torch.generation import feed, fill, generate, plain_cache  # noqa: E402
 

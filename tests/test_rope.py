@@ -6,8 +6,17 @@ import numpy as np
 import pytest
 from tolerances import HOST_ROPE, assert_close
 
-from spectral_kv_core import ops
-from spectral_kv_core.rope import Rope, mean_rotation, pair_lengths, rotate, rotate_at, shift, unrotate, unrotate_at
+from spectral_kv_core.arrays import ops
+from spectral_kv_core.arrays.rope import (
+    Rope,
+    mean_rotation,
+    pair_lengths,
+    rotate,
+    rotate_at,
+    shift,
+    unrotate,
+    unrotate_at,
+)
 
 
 def frequencies(dim: int, base: float = 10000.0) -> tuple[float, ...]:
@@ -82,7 +91,7 @@ def test_llama_rotates_alike():
 @pytest.mark.parametrize("dims", [32, 64])
 def test_mlx_rotates_alike(traditional, dims):
     mx = pytest.importorskip("mlx.core")
-    from spectral_kv_core import ops
+    from spectral_kv_core.arrays import ops
 
     x, start = vectors(), 1000
     expected = mx.fast.rope(mx.array(x), dims, traditional=traditional, base=10000.0, scale=1.0, offset=start)

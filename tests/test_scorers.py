@@ -13,19 +13,20 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tolerances import assert_close
 
-from spectral_kv_core import ops
-from spectral_kv_core.profile import QueryStatistics
-from spectral_kv_core.rope import Rope, rotate
+from spectral_kv_core.arrays import ops
+from spectral_kv_core.arrays.rope import Rope, rotate
+from spectral_kv_core.calibration.moments import QueryMoments
+from spectral_kv_core.profile.profile import QueryStatistics
 from spectral_kv_core.scorers import SCORERS, Tokens, get_scorer
 from spectral_kv_core.scorers.fourierkv import low_pass, tukey
 from spectral_kv_core.scorers.terms import ranks, with_terms, zscore
 from spectral_kv_core.scorers.waveletfourierkv import FRAME, nonstationarity, octaves, windowed_filter
-from spectral_kv_core.scorers.waveletkv import band_energies, band_gains, bands, num_levels, reach
-from spectral_kv_core.statistics import QueryMoments
+from spectral_kv_core.scorers.waveletkv import band_energies, band_gains, bands, filter_bank, num_levels, reach
 
 NAMES = list(SCORERS)
 QUERY_BLIND = ["fourierkv", "waveletkv", "waveletfourierkv"]
 LENGTHS = [1, 2, 7, 16, 63, 257]
+WAVELETS = ["haar", "db2", "db4", "sym4", "bior2.2", "bior1.3", "coif1", "rbio3.1"]
 ROPES = {
     "half": Rope(tuple(10000.0 ** (-np.arange(0, 16, 2) / 16))),
     "interleaved": Rope(tuple(10000.0 ** (-np.arange(0, 16, 2) / 16)), interleaved=True),
@@ -183,8 +184,9 @@ def test_missing_fields_and_names():
     [
         ("fourierkv", {"band": "middle"}, "low.*high.*'middle'"),
         ("fourierkv", {"recency": 0.6, "norm": -0.6}, "recency=0.6, norm=-0.6"),
-        ("waveletkv", {"wavelet": "sym4"}, "haar, db2.*'sym4'"),
-        ("waveletfourierkv", {"wavelet": "sym4"}, "haar, db2.*'sym4'"),
+        ("waveletkv", {"wavelet": "db99"}, "haar, db, sym, coif, bior, rbio, dmey, such as db2 .*'db99'"),
+        ("waveletfourierkv", {"wavelet": "mexh"}, "a discrete wavelet .*'mexh'"),
+        ("wavelettriattention", {"wavelet": None}, "received None"),
         ("wavelettriattention", {"weight": 1.5}, "1.5"),
         ("triattention", {"pool": "median"}, "mean.*max.*'median'"),
         ("snapkv", {"kernel": 4}, "odd kernel, received 4"),
@@ -311,24 +313,48 @@ def test_tukey_mask_rings_less_than_a_sharp_edge():
 
 def stationary_transform(x: np.ndarray, wavelet: str) -> list[np.ndarray]:
     """Bands of [T, D] by PyWavelets: its circular transform, far from the seam, moved to where ours are centred."""
-    tokens, levels, length = len(x), num_levels(len(x)), pywt.Wavelet(wavelet).dec_len
+    tokens, levels, bank = len(x), num_levels(len(x)), pywt.Wavelet(wavelet)
     if not levels:
         return [x]
     before = 256
     total = -(-(tokens + 2 * before) // 2**levels) * 2**levels
     padded = np.concatenate([np.repeat(x[:1], before, 0), x, np.repeat(x[-1:], total - tokens - before, 0)])
-    found = pywt.swt(padded, wavelet, level=levels, axis=0, trim_approx=False, norm=True)[::-1]  # fine to coarse
-    out = []
-    for level in range(1, levels + 1):
-        support = (length - 1) * (2**level - 1) + 1
-        first = -(length // 2 - 1) * (2**level - 1)  # PyWavelets: where the first tap of a coefficient lies
-        shift = -(support // 2) - first
-        out.append((found[level - 1][1], shift))
-    out.append((found[-1][0], shift))
-    return [np.roll(band, -shift, 0)[before : before + tokens] for band, shift in out]
+    found = pywt.swt(padded, wavelet, level=levels, axis=0)[::-1]  # fine to coarse, each level sqrt(2) times larger
+    low, high = (np.flatnonzero(taps[::-1]) for taps in (bank.dec_lo, bank.dec_hi))  # the rest is filling
+
+    def moved(band, level, steps):
+        """`band`, of one `steps` of taps per filter of the cascade, by where PyWavelets has its first and last one."""
+        first = sum(2**j * (taps[0] - (bank.dec_len // 2 - 1)) for j, taps in enumerate(steps))
+        support = 1 + sum(2**j * (taps[-1] - taps[0]) for j, taps in enumerate(steps))
+        return np.roll(band, support // 2 + first, 0)[before : before + tokens] / 2 ** (level / 2)
+
+    details = [moved(found[j - 1][1], j, [low] * (j - 1) + [high]) for j in range(1, levels + 1)]
+    return [*details, moved(found[-1][0], levels, [low] * levels)]
 
 
-@pytest.mark.parametrize("wavelet", ["haar", "db2"])
+def test_haar_and_db2_are_the_closed_forms():
+    """Daubechies 1992, Ten Lectures on Wavelets, table 6.1, and the quadrature mirror of the low-pass filter."""
+    root = 3**0.5
+    for names, low in (
+        (("haar", "db1", "bior1.1"), (0.5, 0.5)),
+        (("db2",), [c / 8 for c in (1 + root, 3 + root, 3 - root, 1 - root)]),
+    ):
+        for name in names:
+            found = filter_bank(name)
+            np.testing.assert_allclose(found[0], low, rtol=1e-12)
+            np.testing.assert_allclose(found[1], [(-1) ** k * c for k, c in enumerate(reversed(low))], rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", pywt.wavelist(kind="discrete"))
+def test_every_discrete_wavelet_is_a_filter_bank(name):
+    """A mean and what departs from it, without the zeros that fill a filter up, centred alike."""
+    low, high = filter_bank(name)
+    assert sum(low) == pytest.approx(1, abs=1e-9)
+    assert abs(sum(high)) < (1e-3 if name == "dmey" else 1e-9)  # which PyWavelets cuts off
+    assert all((low[0], low[-1], high[0], high[-1])) and (len(low) - len(high)) % 2 == 0
+
+
+@pytest.mark.parametrize("wavelet", WAVELETS)
 @pytest.mark.parametrize("count", [1, 7, 8, 63, 128, 300])
 def test_bands_equal_pywavelets(xp, wavelet, count):
     x = text(count)
@@ -340,11 +366,30 @@ def test_bands_equal_pywavelets(xp, wavelet, count):
                 assert_close(f"{wavelet} band {level + 1}", got[level][b, h], expected)
 
 
+@pytest.mark.parametrize("name", QUERY_BLIND[1:])
+@pytest.mark.parametrize("wavelet", WAVELETS)
+def test_libraries_agree_on_every_wavelet(xp, name, wavelet):
+    expected = SCORERS[name](tokens_of(ops, text(130)), wavelet=wavelet)
+    assert_close(wavelet, scored(xp, name, tokens_of(xp, text(130)), wavelet=wavelet), expected)
+
+
+@pytest.mark.parametrize("wavelet, lag", [("bior2.2", 0), ("bior4.4", 0), ("rbio2.2", 0), ("bior1.3", 1), ("haar", 1)])
+def test_symmetric_filters_see_both_sides_alike(wavelet, lag):
+    """A single other token shows as far before it as after it; filters of even length are centred half a token early."""
+    x = np.zeros((1, 1, 401, 2), np.float32)
+    x[:, :, 200] = 1
+    for band in bands(ops, x, wavelet):
+        energy = np.square(band[0, 0]).sum(-1)[lag:]
+        assert energy.max() > 0
+        np.testing.assert_allclose(energy, energy[::-1], atol=1e-7)
+
+
 def test_levels_follow_the_length():
     assert [num_levels(t) for t in (1, 7, 8, 15, 16, 31, 32, 64, 127, 128, 10**6)] == [0, 0, 1, 1, 2, 2, 3, 4, 4, 5, 5]
     for t in range(1, 300):
         assert num_levels(t) == min(5, max(int(np.log2(t)) - 2, 0))
     assert (reach("haar", 5), reach("db2", 5), reach("haar", 0)) == (15, 46, 0)
+    assert (reach("bior2.2", 1), reach("bior2.2", 5), reach("rbio2.2", 5)) == (2, 62, 47)
 
 
 @pytest.mark.parametrize("count", [9, 130])
@@ -359,22 +404,24 @@ def test_wavelet_score_is_energy_over_median_energy(xp, count):
     assert_close("score", scored(xp, "waveletkv", tokens_of(xp, x, rope=None), wavelet="db2"), expected)
 
 
-@pytest.mark.parametrize("wavelet", ["haar", "db2"])
+@pytest.mark.parametrize("wavelet", WAVELETS)
 def test_only_the_last_tokens_change_when_one_is_appended(wavelet):
     """Exactly the last `reach` tokens can change, and with given gains their scores are all that changes."""
-    x, gains = text(201), np.ones((2, 6))
+    x, gains = text(201).copy(), np.ones((2, 6))
+    x[:, :, 200] *= 1e8  # the outermost taps of long filters are small
     short, long = (scored(ops, "waveletkv", tokens_of(ops, x[:, :, :t], rope=None), wavelet=wavelet, gains=gains)
                    for t in (200, 201))  # fmt: skip
     changed = np.flatnonzero((short != long[:, :, :200]).any((0, 1)))
     assert changed.min() == 200 - reach(wavelet, 5) and changed.max() == 199
     energies = [band_energies(ops, bands(ops, x[:, :, :t], wavelet)) for t in (200, 201)]
+    low, high = (len(taps) - 1 for taps in filter_bank(wavelet))
     for level in range(5):
         differ = np.flatnonzero((energies[0][:, :, level] != energies[1][:, :, level, :200]).any((0, 1)))
-        assert differ.size == reach(wavelet, level + 1)
+        assert differ.size == (low * (2**level - 1) + high * 2**level) // 2 <= reach(wavelet, level + 1)
 
 
 @settings(max_examples=25)
-@given(st.integers(128, 400), st.integers(1, 60), st.sampled_from(["haar", "db2"]))
+@given(st.integers(128, 400), st.integers(1, 60), st.sampled_from(["haar", "db2", "bior2.2", "rbio3.1"]))
 def test_order_of_old_tokens_stays_as_the_text_grows(count, more, wavelet):
     x, gains = text(460, batch=1), np.float32([1, 2, 3, 4, 5, 6]) * np.ones((2, 1))
     short = scored(ops, "waveletkv", tokens_of(ops, x[:, :, :count], rope=None), wavelet=wavelet, gains=gains)
@@ -393,7 +440,8 @@ def test_given_gains_equal_measured_ones(xp):
 def test_a_jump_stands_out():
     x = np.ones((1, 1, 200, 4), np.float32) + 0.01 * text(200, 1, 1, 4)
     x[:, :, 90] += 3
-    for wavelet in ("haar", "db2"):
+    near_symmetric = [name for family in ("sym", "bior", "rbio", "dmey") for name in pywt.wavelist(family)]
+    for wavelet in ("haar", "db2", "coif1", *near_symmetric):
         assert abs(scored(ops, "waveletkv", tokens_of(ops, x, rope=None), wavelet=wavelet).argmax() - 90) <= 1
 
 

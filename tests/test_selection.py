@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spectral_kv_core import ops
-from spectral_kv_core.selection import select
+from spectral_kv_core.arrays import ops
+from spectral_kv_core.scorers.selection import select
 
 
 def slow_select(row, budget: int, always: set[int]) -> list[int]:

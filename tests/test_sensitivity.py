@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tolerances import assert_close
 
-from spectral_kv_core.sensitivity import local_gradients
+from spectral_kv_core.calibration.local_gradients import local_gradients
 
 
 class FixedProbe:

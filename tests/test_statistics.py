@@ -7,8 +7,8 @@ import pytest
 from cases import ToyModel, _planted, toy_profile_of
 from tolerances import assert_close
 
-from spectral_kv_core.basis import effective_rank, fit_basis, orthonormalize, rank_for_energy
-from spectral_kv_core.statistics import Moments
+from spectral_kv_core.arrays.basis import effective_rank, fit_basis, orthonormalize, rank_for_energy
+from spectral_kv_core.calibration.moments import Moments
 
 
 @pytest.mark.parametrize("pieces", [(1,), (1, 1, 1), (63, 257, 1), (500,)])

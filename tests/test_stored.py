@@ -9,11 +9,11 @@ import pytest
 from cases import ToyModel, plan_of, toy_profile_of
 from tolerances import assert_close, relative_rms
 
-from spectral_kv_core import ops
-from spectral_kv_core.codec import make_codec
-from spectral_kv_core.methods import Method, get_live_method, get_method
-from spectral_kv_core.plan import STORED_BITS, Plan, elements_per_token, make_plan
-from spectral_kv_core.stored import FIT_SLACK, StoredCodec, fit_bits
+from spectral_kv_core.arrays import ops
+from spectral_kv_core.codecs.entropy_coded import FIT_SLACK, StoredCodec, fit_bits
+from spectral_kv_core.codecs.spectral import make_codec
+from spectral_kv_core.planning.methods import Method, get_live_method, get_method
+from spectral_kv_core.planning.plan import STORED_BITS, Plan, elements_per_token, make_plan
 
 pytest.importorskip("constriction")
 MODEL = ToyModel(layers=1, rotated=True)
@@ -22,7 +22,7 @@ TOKENS = 1024
 
 @cache
 def stored_plan(bits: float, group: str = "layer", rope: str = "pre", rounding: str = "expected-attention") -> Plan:
-    method = Method("test", "stored", "", "", rope=rope, group=group, time="dct", block=16, rounding=rounding)
+    method = Method("test", "entropy-coded", "", "", rope=rope, group=group, time="dct", block=16, rounding=rounding)
     return make_plan(MODEL.shape, toy_profile_of(MODEL, group, rope), method, bits)
 
 

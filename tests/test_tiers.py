@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cases import ToyModel, attention, toy_profile_of
+from cases import ToyModel, attention, codes_of, toy_profile_of
 from tolerances import ATTENTION_RMS, assert_close, relative_rms
 
-from spectral_kv_core import ops
-from spectral_kv_core.cache import LayerCache
-from spectral_kv_core.codec import make_codec, select_rows
+from spectral_kv_core.arrays import ops
+from spectral_kv_core.arrays.rope import unrotate
+from spectral_kv_core.cache.eviction import plan_and_eviction
+from spectral_kv_core.cache.layer_cache import LayerCache
+from spectral_kv_core.codecs.spectral import make_codec, select_rows
 from spectral_kv_core.codecs.tiers import GROUP, make_tiered_plan
-from spectral_kv_core.eviction import plan_and_eviction
-from spectral_kv_core.methods import get_method
-from spectral_kv_core.rope import unrotate
+from spectral_kv_core.planning.methods import get_method
 
 MODEL = ToyModel(rotated=True)
 TIERS = ((0.25, 6.0), (0.75, 2.0))
@@ -71,8 +71,12 @@ def test_pieces_cuts_and_rows(xp, name):
     whole = encoded(codec, keys, values)
     chunk = encoded(codec, keys[:, :, :128], values[:, :, :128])
     chunk = codec.append(chunk, xp.asarray(keys[:, :, 128:]), xp.asarray(values[:, :, 128:]))
-    for a, b in zip(decoded(codec, chunk), decoded(codec, whole)):
-        assert_close("pieces", a, b)
+    np.testing.assert_array_equal(xp.to_numpy(chunk.arrays[0]), xp.to_numpy(whole.arrays[0]))  # who is in which tier
+    for tier, a, b in zip(codec.codecs, codec._parts(chunk), codec._parts(whole)):
+        # a product of fewer rows may round otherwise: a coefficient on a threshold then takes the code beside it, and
+        # rounding in time hands its error to others of the same block
+        differing = (codes_of(tier, a) != codes_of(tier, b)).any(1)
+        assert np.count_nonzero(differing) <= 1, differing
     for a, b in zip(decoded(codec, codec.cut(whole, 192)), decoded(codec, whole)):
         assert_close("cut", a, b[:, :, :192])
     rows = select_rows(xp, whole, xp.asarray(np.array([1], np.int32)))

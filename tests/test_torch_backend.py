@@ -14,10 +14,11 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from tolerances import assert_close  # noqa: E402
 from torch_models import CONFIGS, ByteTokenizer, tiny_model, tokens  # noqa: E402
 
-from spectral_kv_core import profile_store  # noqa: E402
-from spectral_kv_core.codec import SpectralCodec  # noqa: E402
+from spectral_kv_core.codecs.spectral import SpectralCodec  # noqa: E402
+from spectral_kv_core.profile import store as profile_store  # noqa: E402
 from spectral_kv_torch import (  # noqa: E402
     SpectralCache,
     SpectralProfiler,
@@ -199,7 +200,7 @@ def test_left_padded_batch_equals_the_rows_alone(method, bits, chunk, affine16):
 def affine16():
     from dataclasses import replace
 
-    from spectral_kv_core.methods import METHODS
+    from spectral_kv_core.planning.methods import METHODS
 
     return replace(METHODS["affine"], group_size=16)
 
@@ -328,9 +329,17 @@ def test_decoded_chunks_stay_where_they_may():
         make_prompt_cache(model, profile, 3.0, method="spectral-dense", working_set=n) for n in (0, 10**6, 150_000)
     ]
     outputs = [(logits_of(model, tokens(700), c), logits_of(model, tokens(2, seed=1), c, 1)) for c in caches]
-    for prompt, decoded in outputs[1:]:
+    for (prompt, decoded), cache in zip(outputs[1:], caches[1:]):
         assert torch.equal(prompt, outputs[0][0])
-        torch.testing.assert_close(decoded, outputs[0][1], atol=1e-3, rtol=1e-3)
+        assert_close("logits from chunks in 16 bits", decoded, outputs[0][1], "float16")
+        for layer, plain in zip(cache.layers, caches[0].layers):
+            (lane,), (other,) = layer.store.lanes, plain.store.lanes
+            for chunk, expected in zip(lane.chunks, other.chunks, strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(chunk.arrays, expected.arrays, strict=True))
+            for (chunk, _), held in lane.decoded.items():
+                for x, exact in zip(held, layer.store.codec.decode(chunk)):
+                    assert torch.equal(x, exact.half())
+    assert len(caches[1].layers[0].store.lanes[0].decoded) == len(caches[1].layers[0].store.lanes[0].chunks)
     none, all_of_it, some = (int(cache_nbytes(cache)) for cache in caches)
     sealed = caches[1].layers[0].store.lanes[0].sealed
     assert all_of_it - none == 3 * sealed * 2 * 2 * 2 * 16 and some == none  # a third of it is no chunk
@@ -462,7 +471,12 @@ def test_profile_without_a_backward_pass_serves_too():
     local = profiler.profile_from_model(model, ByteTokenizer(), TEXT)
     assert local.calibration["gradients"] == "local" and profile.calibration["gradients"] == "score"
     ours, theirs = (p.basis_sets["head.post"] for p in (profile, local))
-    np.testing.assert_array_equal(ours.variance, theirs.variance)
+    # a pass that records gradients may differ in the last bits from one that does not; vectors wait in float16
+    assert_close("mean", theirs.mean, ours.mean)
+    assert_close("variance", theirs.variance, ours.variance)
+    assert_close(
+        "variance of every coefficient", theirs.variance / ours.variance, np.ones_like(ours.variance), "float16"
+    )
     assert np.isfinite(theirs.cost).all() and (theirs.sensitivity > 0).mean() > 0.99
     ids = tokens(300)
     expected = logits_of(model, ids, plain_cache(model))[:, 250:]

@@ -12,10 +12,10 @@ from tolerances import assert_close
 
 torch = pytest.importorskip("torch")
 
-from spectral_kv_core import attention  # noqa: E402
-from spectral_kv_core.cache import CHUNK_TOKENS, LayerCache  # noqa: E402
-from spectral_kv_core.codec import make_codec  # noqa: E402
-from spectral_kv_core.plan import make_plan  # noqa: E402
+from spectral_kv_core.arrays import attention  # noqa: E402
+from spectral_kv_core.cache.layer_cache import CHUNK_TOKENS, LayerCache  # noqa: E402
+from spectral_kv_core.codecs.spectral import make_codec  # noqa: E402
+from spectral_kv_core.planning.plan import make_plan  # noqa: E402
 from spectral_kv_torch import ops  # noqa: E402
 from spectral_kv_torch.cache import storages  # noqa: E402
 from spectral_kv_torch.kernels import eager, products  # noqa: E402

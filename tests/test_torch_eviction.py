@@ -150,6 +150,22 @@ def test_queries_of_the_prompt_reach_snapkv():
         cache.layers[0].commit()
 
 
+def test_the_wavelet_decides_who_stays():
+    """Through generation by the host; budget and bytes are the same with every wavelet."""
+    model, profile = model_and_profile("llama")
+    prompt, held, sizes = tokens(300)[0].tolist(), {}, set()
+    for wavelet in (None, "db2", "haar", "bior2.2"):
+        cache = make_prompt_cache(model, profile, method="waveletkv", budget_tokens=BUDGET, wavelet=wavelet)
+        out = generate(model, ByteTokenizer(), prompt, cache, 20, True, lambda token: None)
+        assert len(out.tokens) == 20 and all(store.lanes[0].stored <= BUDGET for store in stores(cache))
+        held[wavelet] = positions_of(stores(cache)[0]).tolist()
+        sizes.add(int(cache_nbytes(cache)))
+    assert held[None] == held["db2"] and len(sizes) == 1
+    assert held["haar"] != held["db2"] != held["bior2.2"] != held["haar"]
+    with pytest.raises(ValueError, match="random has none"):
+        make_prompt_cache(model, profile, method="random", budget_tokens=BUDGET, wavelet="haar")
+
+
 def test_any_scorer_may_weigh_the_rounding():
     model, profile = model_and_profile("qwen2")
     ids = tokens(300)

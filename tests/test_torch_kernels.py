@@ -13,15 +13,15 @@ from tolerances import assert_close
 
 torch = pytest.importorskip("torch")
 
-from spectral_kv_core import attention  # noqa: E402
-from spectral_kv_core.cache import CHUNK_TOKENS, LayerCache  # noqa: E402
-from spectral_kv_core.codec import make_codec  # noqa: E402
+from spectral_kv_core.arrays import attention  # noqa: E402
+from spectral_kv_core.cache.layer_cache import CHUNK_TOKENS, LayerCache  # noqa: E402
+from spectral_kv_core.codecs.entropy_coded import codecs_of  # noqa: E402
+from spectral_kv_core.codecs.spectral import make_codec  # noqa: E402
 from spectral_kv_core.native import loader, toolchain  # noqa: E402
-from spectral_kv_core.plan import make_plan  # noqa: E402
-from spectral_kv_core.quantizer import BIT_WIDTHS  # noqa: E402
-from spectral_kv_core.rounding import round_in_time  # noqa: E402
-from spectral_kv_core.stored import codecs_of  # noqa: E402
-from spectral_kv_core.trellis import WIDTHS  # noqa: E402
+from spectral_kv_core.planning.plan import make_plan  # noqa: E402
+from spectral_kv_core.quantization.quantizer import BIT_WIDTHS  # noqa: E402
+from spectral_kv_core.quantization.time_rounding import round_in_time  # noqa: E402
+from spectral_kv_core.quantization.trellis import WIDTHS  # noqa: E402
 from spectral_kv_torch import ops  # noqa: E402
 from spectral_kv_torch.kernels import build, checked, decode_step, flash, packing  # noqa: E402
 from spectral_kv_torch.kernels.attention import LatentStep  # noqa: E402
@@ -162,6 +162,7 @@ def test_a_layer_without_any_bits_attends_to_its_means(kernels, quantizer):
     assert_close("output", *both(codec, case, [64]))
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_the_kernel_is_built_once_and_its_tables_are_counted(monkeypatch, tmp_path):
     monkeypatch.setenv("SPECTRALKV_CACHE", str(tmp_path))

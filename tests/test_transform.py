@@ -7,7 +7,7 @@ import pytest
 import pywt
 from tolerances import assert_close
 
-from spectral_kv_core.transform import band_sizes, octave_bands, time_matrix, to_frequency, to_time
+from spectral_kv_core.arrays.transform import band_sizes, octave_bands, time_matrix, to_frequency, to_time
 
 BLOCKS = [1, 2, 8, 16, 32]
 

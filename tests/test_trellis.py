@@ -14,14 +14,17 @@ import numpy as np
 import pytest
 from cases import ToyModel, decoded_paths, plan_of
 
-from spectral_kv_core import methods, native, ops, trellis
-from spectral_kv_core.codec import TrellisCodec, make_codec
-from spectral_kv_core.methods import METHODS, QUANTIZERS, get_method
+from spectral_kv_core import native
+from spectral_kv_core.arrays import ops
+from spectral_kv_core.arrays.transform import time_matrix
+from spectral_kv_core.codecs.spectral import TrellisCodec, make_codec
 from spectral_kv_core.native import toolchain
 from spectral_kv_core.native.variants import processor_features
-from spectral_kv_core.quantizer import BIT_WIDTHS, flat_levels, flat_tables, gaussian_tables
-from spectral_kv_core.transform import time_matrix
-from spectral_kv_core.trellis import ERROR_RATIOS, STATES, WIDTHS, Paths, Rows, codebooks, label
+from spectral_kv_core.planning import methods
+from spectral_kv_core.planning.methods import METHODS, QUANTIZERS, get_method
+from spectral_kv_core.quantization import trellis
+from spectral_kv_core.quantization.quantizer import BIT_WIDTHS, flat_levels, flat_tables, gaussian_tables
+from spectral_kv_core.quantization.trellis import ERROR_RATIOS, STATES, WIDTHS, Paths, Rows, codebooks, label
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 NORMAL = gaussian_tables()

@@ -9,9 +9,9 @@ import pytest
 from cases import ToyModel, plan_of
 from tolerances import assert_close
 
-from spectral_kv_core.cache import CHUNK_TOKENS, LayerCache
-from spectral_kv_core.codec import make_codec
-from spectral_kv_core.working_set import bytes_per_layer
+from spectral_kv_core.cache.decoded_chunks import bytes_per_layer
+from spectral_kv_core.cache.layer_cache import CHUNK_TOKENS, LayerCache
+from spectral_kv_core.codecs.spectral import make_codec
 
 MODEL, SCALE = ToyModel(layers=1), 0.125
 CHUNK = CHUNK_TOKENS * 2 * 2 * 2 * MODEL.head_dim  # bytes of a decoded chunk in 16 bits
@@ -41,7 +41,7 @@ class Reader:
         if self.dtype == "float32":
             return x
         libraries = {
-            "spectral_kv_core.ops": "numpy",
+            "spectral_kv_core.arrays.ops": "numpy",
             "spectral_kv_torch.ops": "torch",
             "spectral_kv_mlx.ops": "mlx.core",
         }
@@ -115,7 +115,7 @@ def test_the_limit_is_that_of_all_lanes(xp, monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_stays_as_it_is(xp, monkeypatch, dtype):
-    if xp.__name__ == "spectral_kv_core.ops":
+    if xp.__name__ == "spectral_kv_core.arrays.ops":
         dtype = "float16"  # NumPy has no bfloat16
     reader = Reader(xp, 10 * CHUNK, dtype)
     assert [reader.step(monkeypatch) for _ in range(2)] == [3, 0]

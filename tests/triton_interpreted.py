@@ -15,14 +15,14 @@ from cases import Case, ToyModel, codes_of, plan_of
 from test_torch_kernels import chunks_of, codec_of
 from tolerances import assert_close, assert_codes_close
 
-from spectral_kv_core import attention
-from spectral_kv_core import codec as core_codec
-from spectral_kv_core.cache import LayerCache
-from spectral_kv_core.codec import Chunk, make_codec
-from spectral_kv_core.rope import Rope
-from spectral_kv_core.rope import rotate as core_rotate
-from spectral_kv_core.rounding import descend
-from spectral_kv_core.transform import to_time
+from spectral_kv_core.arrays import attention
+from spectral_kv_core.arrays.rope import Rope
+from spectral_kv_core.arrays.rope import rotate as core_rotate
+from spectral_kv_core.arrays.transform import to_time
+from spectral_kv_core.cache.layer_cache import LayerCache
+from spectral_kv_core.codecs import spectral as core_codec
+from spectral_kv_core.codecs.spectral import Chunk, make_codec
+from spectral_kv_core.quantization.time_rounding import descend
 from spectral_kv_torch import ops
 from spectral_kv_torch.kernels import decoding
 from spectral_kv_torch.kernels.decoding import Decoder, DenseStep

@@ -12,10 +12,10 @@ from weakref import WeakKeyDictionary
 import mlx.core as mx
 import numpy as np
 
-from spectral_kv_core.attention import causal_rows, group_queries
-from spectral_kv_core.cache import CHUNK_TOKENS
-from spectral_kv_core.codec import Chunk, SpectralCodec
-from spectral_kv_core.quantizer import UNIT
+from spectral_kv_core.arrays.attention import causal_rows, group_queries
+from spectral_kv_core.cache.layer_cache import CHUNK_TOKENS
+from spectral_kv_core.codecs.spectral import Chunk, SpectralCodec
+from spectral_kv_core.quantization.quantizer import UNIT
 
 from .rows import Rows, make_rows, on_gpu, path_bits, unpack_rest
 

@@ -9,8 +9,8 @@ from operator import or_
 import mlx.core as mx
 import numpy as np
 
-from spectral_kv_core.quantizer import UNIT, dequantize, lowest_bits, planes, unpack
-from spectral_kv_core.trellis import curve
+from spectral_kv_core.quantization.quantizer import UNIT, dequantize, lowest_bits, planes, unpack
+from spectral_kv_core.quantization.trellis import curve
 
 MULTIPLIED = (1, 2, 4, 8)  # widths that are packed as `mx.quantized_matmul` has them
 SELECTED = (3, 4)  # widths with few enough levels to choose among them by comparisons

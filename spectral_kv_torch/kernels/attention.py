@@ -9,9 +9,9 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
-from spectral_kv_core.cache import CHUNK_TOKENS
-from spectral_kv_core.codec import Chunk, SpectralCodec
-from spectral_kv_core.trellis import DISTANCES
+from spectral_kv_core.cache.layer_cache import CHUNK_TOKENS
+from spectral_kv_core.codecs.spectral import Chunk, SpectralCodec
+from spectral_kv_core.quantization.trellis import DISTANCES
 
 from .build import library
 from .checked import CheckedStep

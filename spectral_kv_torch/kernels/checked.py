@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from spectral_kv_core import attention
+from spectral_kv_core.arrays import attention
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}  # relative RMS; products may be in tf32
 CODES_DIFFERING = 1e-4  # share of codes: products of another order move some to the other side of a threshold

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from spectral_kv_core import attention
-from spectral_kv_core.codec import Chunk, SpectralCodec
-from spectral_kv_core.rope import rotate as core_rotate
+from spectral_kv_core.arrays import attention
+from spectral_kv_core.arrays.rope import rotate as core_rotate
+from spectral_kv_core.codecs.spectral import Chunk, SpectralCodec
 
 from .checked import Checked, CheckedStep
 from .device import runs_kernels

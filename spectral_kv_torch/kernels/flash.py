@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from spectral_kv_core import attention
+from spectral_kv_core.arrays import attention
 
 from .checked import Checked
 from .device import runs_kernels

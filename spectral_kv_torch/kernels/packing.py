@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spectral_kv_core.codec import Chunk, SpectralCodec
+from spectral_kv_core.codecs.spectral import Chunk, SpectralCodec
 
 from .checked import Checked
 from .device import runs_kernels

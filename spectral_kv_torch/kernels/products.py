@@ -13,8 +13,8 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from spectral_kv_core.codec import SpectralCodec
-from spectral_kv_core.quantizer import planes
+from spectral_kv_core.codecs.spectral import SpectralCodec
+from spectral_kv_core.quantization.quantizer import planes
 
 from .tiles import Tile
 

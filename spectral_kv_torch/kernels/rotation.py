@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from spectral_kv_core.rope import Rope, rotate_at
+from spectral_kv_core.arrays.rope import Rope, rotate_at
 
 from .checked import Checked
 from .device import runs_kernels

@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-from spectral_kv_core.rounding import descend
+from spectral_kv_core.quantization.time_rounding import descend
 
 from .build import library
 from .checked import Checked

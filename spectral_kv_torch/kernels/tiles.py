@@ -9,9 +9,9 @@ from weakref import WeakKeyDictionary, ref
 import numpy as np
 import torch
 
-from spectral_kv_core.cache import CHUNK_TOKENS
-from spectral_kv_core.codec import Chunk, SpectralCodec
-from spectral_kv_core.quantizer import UNIT, pack, unpack
+from spectral_kv_core.cache.layer_cache import CHUNK_TOKENS
+from spectral_kv_core.codecs.spectral import Chunk, SpectralCodec
+from spectral_kv_core.quantization.quantizer import UNIT, pack, unpack
 
 ALIGNED = 4  # units: rows of a tile are whole words, whatever the width
 

@@ -18,9 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
-from spectral_kv_core.codec import Chunk, SpectralCodec
-from spectral_kv_core.quantizer import BIT_WIDTHS, UNIT
-from spectral_kv_core.trellis import WIDTHS, curve
+from spectral_kv_core.codecs.spectral import Chunk, SpectralCodec
+from spectral_kv_core.quantization.quantizer import BIT_WIDTHS, UNIT
+from spectral_kv_core.quantization.trellis import WIDTHS, curve
 
 FREQUENCIES = tl.constexpr(16)
 WAITING = tl.constexpr(16)  # columns for up to 7 codes that wait for their unit; a product wants no fewer

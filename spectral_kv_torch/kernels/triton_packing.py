@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from spectral_kv_core.codec import CHUNK_TOKENS, Chunk, SpectralCodec
-from spectral_kv_core.quantizer import BIT_WIDTHS, UNIT
+from spectral_kv_core.codecs.spectral import CHUNK_TOKENS, Chunk, SpectralCodec
+from spectral_kv_core.quantization.quantizer import BIT_WIDTHS, UNIT
 
 ROWS = tl.constexpr(32)  # of a program, all of one width
 

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from spectral_kv_core.rope import Rope
+from spectral_kv_core.arrays.rope import Rope
 
 FINE, COARSE = 1024, 4096  # position = FINE * i + j: two small tables give every angle up to 4 million tokens
 ENTRIES = 2048  # numbers of a program

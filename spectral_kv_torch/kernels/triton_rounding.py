@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from spectral_kv_core import quantizer
+from spectral_kv_core.quantization import quantizer
 
 from .triton_codes import FREQUENCIES
 

@@ -8,14 +8,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from .. import attention
-from ..basis import rank_for_energy
-from ..cache import CHUNK_TOKENS
-from ..codec import Chunk, check_finite
-from ..methods import Method
-from ..plan import Plan, check_bits, elements_per_token
-from ..profile import ModelShape, Profile
-from ..quantizer import UNIT, pack, unpack
+from ..arrays import attention
+from ..arrays.basis import rank_for_energy
+from ..cache.layer_cache import CHUNK_TOKENS
+from ..planning.methods import Method
+from ..planning.plan import Plan, check_bits, elements_per_token
+from ..profile.profile import ModelShape, Profile
+from ..quantization.quantizer import UNIT, pack, unpack
+from .spectral import Chunk, check_finite
 
 
 @dataclass(frozen=True)

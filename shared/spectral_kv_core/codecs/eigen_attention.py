@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..basis import fit_basis
-from ..methods import Method
-from ..moments import head_moments, query_moment
-from ..plan import check_bits
-from ..profile import ModelShape, Profile
-from ..rope import rotate, unrotate
+from ..arrays.basis import fit_basis
+from ..arrays.rope import rotate, unrotate
+from ..planning.methods import Method
+from ..planning.plan import check_bits
+from ..profile.derived import head_moments, query_moment
+from ..profile.profile import ModelShape, Profile
 from .base import ArrayCodec, ArrayPlan, ranks_within
 
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..basis import orthonormalize
-from ..methods import Method
-from ..plan import check_bits
-from ..profile import ModelShape, Profile
-from ..rotation import random_rotation
+from ..arrays.basis import orthonormalize
+from ..arrays.hadamard import random_rotation
+from ..planning.methods import Method
+from ..planning.plan import check_bits
+from ..profile.profile import ModelShape, Profile
 from .base import ArrayPlan, LatentCodec, pack_tokens, ranks_within, unpack_tokens
 
 CODE_BITS = (2, 3, 4, 5, 6, 7)  # without the sign bit

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..methods import Method
-from ..plan import AFFINE_WIDTHS
-from ..profile import ModelShape, Profile
-from ..quantizer import UNIT, dequantize_affine, pack, quantize_affine, unpack
+from ..planning.methods import Method
+from ..planning.plan import AFFINE_WIDTHS
+from ..profile.profile import ModelShape, Profile
+from ..quantization.quantizer import UNIT, dequantize_affine, pack, quantize_affine, unpack
 from .base import ArrayCodec, ArrayPlan, highest_within
 
 

@@ -16,14 +16,14 @@ from itertools import pairwise
 
 import numpy as np
 
-from ..basis import orthonormalize
-from ..codec import Chunk, check_finite
-from ..methods import Method
-from ..plan import check_bits
-from ..profile import BasisSet, ModelShape, Profile
-from ..quantizer import UNIT, dequantize_affine, pack, quantize_affine, unpack
-from ..rope import rotate, unrotate
+from ..arrays.basis import orthonormalize
+from ..arrays.rope import rotate, unrotate
+from ..planning.methods import Method
+from ..planning.plan import check_bits
+from ..profile.profile import BasisSet, ModelShape, Profile
+from ..quantization.quantizer import UNIT, dequantize_affine, pack, quantize_affine, unpack
 from .base import ArrayPlan, FileCodec
+from .spectral import Chunk, check_finite
 
 SIZES = {
     1: 0.0,

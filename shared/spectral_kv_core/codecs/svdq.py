@@ -14,14 +14,14 @@ from functools import lru_cache
 
 import numpy as np
 
-from ..allocation import allocate_bits
-from ..basis import fit_basis
-from ..methods import Method
-from ..moments import covariance, means
-from ..plan import check_bits
-from ..profile import ModelShape, Profile
-from ..quantizer import BIT_WIDTHS
-from ..rope import rotate, unrotate
+from ..arrays.basis import fit_basis
+from ..arrays.rope import rotate, unrotate
+from ..planning.allocation import allocate_bits
+from ..planning.methods import Method
+from ..planning.plan import check_bits
+from ..profile.derived import covariance, means
+from ..profile.profile import ModelShape, Profile
+from ..quantization.quantizer import BIT_WIDTHS
 from .base import ArrayCodec, ArrayPlan, pack_tokens, unpack_tokens
 
 GROUPS = 8

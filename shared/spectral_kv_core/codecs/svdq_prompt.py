@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..allocation import allocate_bits
-from ..basis import fit_basis
-from ..codec import Chunk, check_finite
-from ..methods import Method
-from ..profile import ModelShape, Profile
-from ..quantizer import BIT_WIDTHS
-from ..rope import rotate, unrotate
+from ..arrays.basis import fit_basis
+from ..arrays.rope import rotate, unrotate
+from ..planning.allocation import allocate_bits
+from ..planning.methods import Method
+from ..profile.profile import ModelShape, Profile
+from ..quantization.quantizer import BIT_WIDTHS
 from .base import FileCodec, PromptPlan
+from .spectral import Chunk, check_finite
 from .svdq import (
     GROUPS,
     SvdqPlan,

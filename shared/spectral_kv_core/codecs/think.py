@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .. import attention
-from ..cache import CHUNK_TOKENS
-from ..methods import Method
-from ..moments import query_moment, rotated_energy
-from ..plan import check_bits
-from ..profile import ModelShape, Profile
-from ..quantizer import UNIT, pack, unpack
+from ..arrays import attention
+from ..cache.layer_cache import CHUNK_TOKENS
+from ..planning.methods import Method
+from ..planning.plan import check_bits
+from ..profile.derived import query_moment, rotated_energy
+from ..profile.profile import ModelShape, Profile
+from ..quantization.quantizer import UNIT, pack, unpack
 from .base import ArrayCodec, ArrayPlan
 
 

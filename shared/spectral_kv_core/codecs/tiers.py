@@ -13,15 +13,15 @@ from functools import cached_property
 
 import numpy as np
 
-from .. import attention
-from ..codec import Chunk, make_codec
-from ..methods import Method
-from ..plan import STAGING_BITS, Plan, make_plan
-from ..profile import ModelShape, Profile
-from ..quantizer import pack, unpack
-from ..rope import unrotate
-from ..rounding import BlockScores
+from ..arrays import attention
+from ..arrays.rope import unrotate
+from ..planning.methods import Method
+from ..planning.plan import STAGING_BITS, Plan, make_plan
+from ..profile.profile import ModelShape, Profile
+from ..quantization.quantizer import pack, unpack
+from ..quantization.time_rounding import BlockScores
 from ..scorers import get_scorer
+from .spectral import Chunk, make_codec
 
 GROUP = 64  # tokens that are ranked together
 

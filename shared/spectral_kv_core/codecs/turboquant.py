@@ -13,10 +13,10 @@ from functools import lru_cache
 
 import numpy as np
 
-from ..methods import Method
-from ..profile import ModelShape, Profile
-from ..quantizer import BIT_WIDTHS, RowTables, flat_tables, gaussian_tables
-from ..rotation import random_rotation
+from ..arrays.hadamard import random_rotation
+from ..planning.methods import Method
+from ..profile.profile import ModelShape, Profile
+from ..quantization.quantizer import BIT_WIDTHS, RowTables, flat_tables, gaussian_tables
 from .base import ArrayPlan, LatentCodec, highest_within, pack_tokens, unpack_tokens
 
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..codec import Chunk
-from ..methods import Method
-from ..profile import ModelShape
-from ..rope import rotate, unrotate
+from ..arrays.rope import rotate, unrotate
+from ..planning.methods import Method
+from ..profile.profile import ModelShape
 from .base import FileCodec, PromptPlan
+from .spectral import Chunk
 
 KEY_SHARE = 0.4
 

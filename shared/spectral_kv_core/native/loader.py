@@ -12,7 +12,7 @@ import subprocess
 import warnings
 from pathlib import Path
 
-from ..paths import user_cache_dir
+from ..files.paths import user_cache_dir
 from . import toolchain
 from .private_folder import NotPrivate, ensure_file, is_whole, private_folder
 from .toolchain import HERE

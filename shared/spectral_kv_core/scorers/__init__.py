@@ -5,6 +5,7 @@ Every file has a pure function `scores(xp, ...) -> [B, Hkv, T]` float32; the tab
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ from . import (
 )
 from .tokens import Tokens
 
-__all__ = ["SCORERS", "Scorer", "Tokens", "get_scorer"]
+__all__ = ["SCORERS", "Scorer", "Tokens", "check_wavelet", "get_scorer"]
 
 OPTIONAL = ("rope",)  # None is an answer: a model without rotary embedding
 
@@ -43,6 +44,11 @@ class Scorer:
     def needs_queries(self) -> bool:
         """Whether it reads the query statistics of a profile."""
         return any(name.startswith("query_") for name in self.needs)
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The names of what may be told it beside the tokens."""
+        return tuple(inspect.signature(self.scores).parameters)[1 + len(self.needs) :]
 
     @property
     def needs_recent(self) -> bool:
@@ -136,6 +142,14 @@ SCORERS = {
         Scorer("random", random.scores, ("post_rope", "positions"), "seeded random numbers", "reference"),
     )
 }
+
+
+def check_wavelet(scorer: Scorer, wavelet: str) -> None:
+    """Raise ValueError for a scorer that has no wavelet, and for a `wavelet` that is none."""
+    if "wavelet" not in scorer.options:
+        able = ", ".join(name for name, other in SCORERS.items() if "wavelet" in other.options)
+        raise ValueError(f"Expected one of the scorers {able} for wavelet, {scorer.name} has none.")
+    waveletkv.filter_bank(wavelet)
 
 
 def get_scorer(name: str) -> Scorer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..rope import Rope, mean_rotation
+from ..arrays.rope import Rope, mean_rotation
 
 
 def scores(xp, post_rope, values, query_mean, query_root, rope: Rope | None, now: int, future=512):

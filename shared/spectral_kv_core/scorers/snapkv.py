@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..attention import causal_rows, group_queries, partial_from_scores
+from ..arrays.attention import causal_rows, group_queries, partial_from_scores
 
 
 def scores(xp, post_rope, recent, kernel=5):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..rope import Rope, unrotate_at
+from ..arrays.rope import Rope, unrotate_at
 
 
 @dataclass(frozen=True)

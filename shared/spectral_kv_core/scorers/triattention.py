@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .. import ops
-from ..rope import Rope, mean_rotation, pair_lengths
+from ..arrays import ops
+from ..arrays.rope import Rope, mean_rotation, pair_lengths
 from .terms import zscore
 
 OFFSETS = tuple(2**i for i in range(17))  # tokens from now to the queries asked about: 1, 2, 4, ..., 65536

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from . import expected_attention, snapkv, waveletkv
 from .terms import zscore
+from .waveletkv import WAVELET
 
 FLOOR = 0.1  # shares of attention below a tenth of the mean differ by less and less
 
 
 def scores(
-    xp, pre_rope, post_rope, values, query_mean, query_root, rope, now, recent, wavelet="db2", kernel=5, future=512
+    xp, pre_rope, post_rope, values, query_mean, query_root, rope, now, recent, wavelet=WAVELET, kernel=5, future=512
 ):
     """z(WaveletKV) + z(log SnapKV) + z(log expected attention) -> [B, H, T] float32; arguments as in these three.
 

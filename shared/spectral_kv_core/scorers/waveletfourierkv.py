@@ -6,13 +6,13 @@ import numpy as np
 
 from .fourierkv import tukey
 from .terms import with_terms
-from .waveletkv import band_energies, band_gains, bands, num_levels
+from .waveletkv import WAVELET, band_energies, band_gains, bands, num_levels
 
 FRAME = 64  # tokens of a windowed transform: the coarsest octave, 1/64 to 1/32 cycles per token, has two bins
 BLOCKS = 8  # equal pieces of the text whose energies are compared
 
 
-def scores(xp, pre_rope, wavelet="db2", roll=0.5, recency=0.0, norm=0.0):
+def scores(xp, pre_rope, wavelet=WAVELET, roll=0.5, recency=0.0, norm=0.0):
     """Wavelet and Fourier energies of `pre_rope` [B, H, T, D], blended by non-stationarity -> [B, H, T] float32.
 
     Every wavelet band goes through a windowed FFT and a Tukey mask on its own octave (`roll` as in FourierKV), which

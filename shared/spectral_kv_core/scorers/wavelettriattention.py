@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from . import triattention, waveletkv
 from .terms import with_terms, zscore
+from .waveletkv import WAVELET
 
 
 def scores(
-    xp, pre_rope, post_rope, query_mean, query_amplitude, rope, now, weight=0.5, wavelet="db2", recency=0.0, norm=0.2
+    xp, pre_rope, post_rope, query_mean, query_amplitude, rope, now, weight=0.5, wavelet=WAVELET, recency=0.0, norm=0.2
 ):
     """weight * z(WaveletKV) + (1 - weight) * z(TriAttention) -> [B, H, T] float32; arguments as in these two.
 

@@ -1,0 +1,1 @@
+"""Array mathematics: written once, for NumPy and for every backend."""

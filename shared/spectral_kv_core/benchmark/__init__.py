@@ -1,0 +1,1 @@
+"""What `spectralkv bench` and `spectralkv fit` measure and count."""

@@ -1,0 +1,399 @@
+"""What fits in memory: weights, cache and what reading a prompt needs on top, counted without loading a weight.
+
+Bytes of a cache are those of its arrays, exactly. What a prompt needs on top is an estimate of the large arrays that are
+alive at a time. What the process itself takes (interpreter and libraries) is not counted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from ..arrays.transform import band_sizes
+from ..codecs.registry import plan_class
+from ..codecs.spectral import CHUNK_TOKENS
+from ..planning.methods import METHODS, Method
+from ..planning.plan import (
+    AFFINE_WIDTHS,
+    SEAL,
+    STAGING_BITS,
+    Plan,
+    bits_range,
+    check_bits,
+    elements_per_token,
+    make_plan,
+)
+from ..profile.profile import ModelShape, Profile
+from ..quantization.quantizer import BIT_WIDTHS, UNIT
+from .synthetic import synthetic_plan, synthetic_profile
+
+UNITS = {"B": 1} | {f"{p}{i}B": (1024 if i else 1000) ** n for n, p in enumerate("KMGT", 1) for i in ("", "i")}
+DEFAULT_BITS = (4.0, 3.0, 2.0, 1.0)
+FIRST_CONTEXT, LAST_CONTEXT = 4096, 131072  # of the contexts shown when nobody asked for others: powers of two
+UNLIMITED = 1 << 26  # tokens; of a model that does not say what it was made for
+BITS_STEP = 0.05  # of the bits that a context allows
+ENCODE_COPIES = 6  # float32 copies of a chunk of keys and values alive while it is encoded or decoded
+HIDDEN_COPIES, MLP_COPIES, PARTIAL_COPIES = 4, 3, 4  # arrays of a call's tokens: residuals, MLP, attention outputs
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a backend says about a model without loading it.
+
+    passed: layers that are not compressed, with the reason; passed_tokens: how many tokens such a layer keeps at most,
+    for those that keep keys and values; element_bytes: size of an exact element; intermediate: channels of the MLP that
+    one token goes through; context: tokens that the model was made for; call: tokens of a prompt per forward pass;
+    decodes_history: whether a call of a prompt decodes the whole history of a layer, or chunk by chunk; pair_bytes: what
+    attention needs per query and key of a call that is no first one (a mask, or scores where no kernel is fused);
+    shares_memory: whether a loaded profile takes of the same memory, as it does on a CPU and on Apple silicon.
+    """
+
+    shape: ModelShape
+    passed: dict[int, str]
+    passed_tokens: dict[int, int]
+    weights_bytes: int
+    element_bytes: int
+    intermediate: int
+    context: int | None
+    call: int
+    decodes_history: bool
+    pair_bytes: int
+    shares_memory: bool
+
+    @property
+    def layer_elements(self) -> int:
+        """K and V elements of one token in one layer."""
+        return 2 * self.shape.kv_heads * self.shape.head_dim
+
+    @property
+    def elements(self) -> int:
+        """K and V elements of one token in all compressible layers."""
+        return elements_per_token(self.shape)
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes that `8GB` (decimal), `8GiB` (binary), `512MB` or a plain number of bytes stand for; raises ValueError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    unit = {name.lower(): size for name, size in UNITS.items()}.get((found[2] or "B").lower()) if found else None
+    whole = found and (found[2] or "." not in found[1])
+    size = int(float(found[1]) * unit) if unit and "." in found[1] else int(found[1]) * unit if unit else 0
+    if not (whole and size > 0):
+        raise ValueError(
+            f"Expected an amount of memory such as 8GB, 8GiB, 512MB or a number of bytes, received {text!r}."
+        )
+    return size
+
+
+def safetensors_nbytes(folder: Path) -> int:
+    """Bytes of all tensors in the safetensors files of `folder`, read from their headers; raises ValueError without any."""
+    files, total = sorted(folder.glob("*.safetensors")), 0
+    for path in files:
+        try:
+            with safe_open(path, framework="numpy"):
+                pass  # checks the header against the length of the file
+        except SafetensorError as error:
+            raise ValueError(f"Expected whole weights in {folder}, {path.name} is damaged ({error}).") from None
+        with open(path, "rb") as file:
+            total += path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+    if not files:
+        raise ValueError(f"Expected weights in safetensors files, {folder} has none: their size is not known.")
+    return total
+
+
+class Stored:
+    """What a plan stores of sealed tokens, in all layers; `tables` gives the bytes that all sequences share.
+
+    layers: as many layers as the plan has rows, or how many one typical row stands for.
+    """
+
+    def __init__(self, plan: Plan, tables: Callable[[Plan], tuple[int, int]], layers: int | None = None):
+        self.plan, self._tables = plan, tables
+        self.copies = 1 if layers is None else layers
+        self.bits_per_element = plan.bits_per_element
+        self.seal = max(SEAL, plan.method.block)
+
+    @cached_property
+    def table_bytes(self) -> int:
+        own, shared = self._tables(self.plan)
+        return own * self.copies + shared
+
+    @cached_property
+    def staging(self) -> Stored | None:
+        """What holds a prompt that comes in several calls until it ends."""
+        plan = self.plan.staging
+        return plan and Stored(plan, self._tables, None if self.copies == 1 else self.copies)
+
+    @cached_property
+    def _rows(self) -> np.ndarray:
+        """(width, coefficients of a block that have it) of every layer [layers, widths, 2]."""
+        sizes = band_sizes(self.plan.basis_set.block)
+        widths = [w for w in np.unique(self.plan.widths) if w]
+        counts = [[(w, ((layer == w) * sizes).sum()) for w in widths] for layer in self.plan.widths]
+        return np.array(counts, np.int64).reshape(len(self.plan.widths), -1, 2)
+
+    def nbytes(self, tokens: int) -> int:
+        """Bytes of the codes of `tokens` sealed tokens, to the byte: chunks are padded one by one."""
+        whole, rest = divmod(tokens, CHUNK_TOKENS)
+        if self.plan.method.codec == "affine":
+            shape, method = self.plan.shape, self.plan.method
+            codes = -(-shape.head_dim // UNIT) * self.plan.affine_bits
+            scales = 2 * 2 * shape.head_dim // method.group_size
+            return tokens * 2 * len(shape.layers) * shape.kv_heads * (codes + scales)
+        return self.copies * (whole * self._chunk(CHUNK_TOKENS) + self._chunk(rest))
+
+    def _chunk(self, tokens: int) -> int:
+        if hasattr(self.plan, "chunk_arrays"):  # a codec of the published methods
+            rows = range(len(self.plan.layer_groups)) if tokens else ()
+            arrays = [array for row in rows for array in self.plan.chunk_arrays(row, 1, tokens)]
+            return sum(int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in arrays)
+        units, left = divmod(tokens // self.plan.basis_set.block, UNIT)
+        width, rows = self._rows[..., 0], self._rows[..., 1]
+        return int((width * (rows * units + -(-rows * left // UNIT))).sum())
+
+
+class Ceiling:
+    """As `Stored` for any number of bits, from the ceiling that they are; tables are those of a plan that is known."""
+
+    def __init__(self, bits: float, elements: int, table_bytes: int, staged: bool, seal: int = SEAL):
+        self.bits_per_element, self.elements, self.table_bytes, self.seal = bits, elements, table_bytes, seal
+        self.staging = Ceiling(STAGING_BITS, elements, table_bytes, False) if staged and bits < STAGING_BITS else None
+
+    def nbytes(self, tokens: int) -> int:
+        return int(np.ceil(tokens * self.elements * self.bits_per_element / 8))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes of a model with a cache of one kind; `stored` None keeps every token as it is, at `exact_bytes` an element."""
+
+    model: Footprint
+    stored: Stored | Ceiling | None
+    sinks: int
+    window: int
+    exact_bytes: int
+    profile_bytes: int = 0
+
+    def _sealed(self, context: int) -> int:
+        if self.stored is None:
+            return 0
+        return max(context - self.sinks - self.window, 0) // self.stored.seal * self.stored.seal
+
+    def cache_bytes(self, context: int) -> int:
+        """Bytes of every array held for one sequence of `context` tokens."""
+        sealed, model = self._sealed(context), self.model
+        codes = self.stored.nbytes(sealed) if sealed else 0
+        passed = sum(min(context, tokens) for tokens in model.passed_tokens.values()) * model.layer_elements
+        return ((context - sealed) * model.elements + passed) * self.exact_bytes + codes
+
+    def dense_bytes(self, context: int) -> int:
+        """Bytes of the plain cache at 16 bits."""
+        return replace(self, stored=None, exact_bytes=2).cache_bytes(context)
+
+    def staged(self, context: int, turns: bool) -> int:
+        """Tokens that wait at more bits until the prompt ends: all but its first call, or of a turn no more than a call."""
+        if self.stored is None or self.stored.staging is None:
+            return 0
+        sealed = self._sealed(context)
+        later = sealed - self._sealed(min(context, self.model.call))
+        return min(later, self.model.call) // SEAL * SEAL if turns else later
+
+    def table_bytes(self, context: int) -> int:
+        """Bytes that all sequences share; a prompt of more than one call needs the tables of its staging too."""
+        if self.stored is None:
+            return 0
+        return self.stored.table_bytes + (self.stored.staging.table_bytes if self.staged(context, False) else 0)
+
+    def prefill_bytes(self, context: int, turns: bool = False) -> int:
+        """What reading needs on top of the final cache: a prompt of `context` tokens, or the last call of turns."""
+        model, call = self.model, min(context, self.model.call)
+        held = call * (HIDDEN_COPIES * model.shape.hidden_size + MLP_COPIES * model.intermediate) * model.element_bytes
+        held += call * context * model.pair_bytes
+        if self.stored is None:  # the host joins a layer's keys, then its values, while the old ones are still there
+            return held + context * model.layer_elements // 2 * self.exact_bytes
+        layer = min(context, CHUNK_TOKENS) * model.layer_elements * 4 * ENCODE_COPIES
+        if context > model.call:
+            if model.decodes_history:
+                layer = max(layer, 2 * context * model.layer_elements * self.exact_bytes)
+            else:
+                layer += call * model.shape.q_heads * model.shape.head_dim * 4 * PARTIAL_COPIES
+        staged = self.staged(context, turns)
+        extra = self.stored.staging.nbytes(staged) - self.stored.nbytes(staged) if staged else 0
+        return held + layer + max(extra, 0)
+
+    def peak_bytes(self, context: int, turns: bool = False) -> int:
+        """Everything at the worst moment; `turns`: the context comes in pieces of at most one call."""
+        held = self.model.weights_bytes + self.profile_bytes + self.cache_bytes(context) + self.table_bytes(context)
+        return held + self.prefill_bytes(context, turns)
+
+    def longest(self, memory: int, turns: bool = False) -> int:
+        """Most tokens that `memory` bytes hold, as far as the model goes; 0 when not one fits."""
+        low, high = 0, self.model.context or UNLIMITED
+        if self.peak_bytes(high, turns) <= memory:
+            return high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.peak_bytes(middle, turns) <= memory else (low, middle)
+        return low
+
+
+def fit(
+    model: Footprint,
+    memory: int,
+    method: Method,
+    profile: Profile | None,
+    tables: Callable[[Plan], tuple[int, int]],
+    bits: Iterable[float] = (),
+    contexts: Iterable[int] = (),
+    window: int = 64,
+    sinks: int = 4,
+) -> dict:
+    """`rows` for every pair of bits and context, `limits` by bits, `contexts` with the bits that they allow.
+
+    profile None: tables and widths of a typical plan for this shape. tables: (bytes of the rows, bytes that all rows
+    share) of a plan. Raises ValueError for bits that `method` cannot reach, contexts out of range, or memory that the
+    weights alone exceed.
+    """
+    if memory <= model.weights_bytes:
+        raise ValueError(
+            f"Expected memory for the weights, {model.weights_bytes:,} bytes, received {memory:,}. Give more --memory, or "
+            "take a model with fewer or smaller weights."
+        )
+    if not model.shape.layers:
+        raise ValueError(
+            f"Expected full-attention layers to compress, received only: {', '.join(sorted(set(model.passed.values())))}."
+        )
+    if method.scorer is not None:
+        raise ValueError(
+            f"Expected a method that keeps every token, received {method.name}: a cache that drops tokens has the size of its "
+            "--budget-tokens at any context."
+        )
+    contexts = tuple(dict.fromkeys(contexts)) or _default_contexts(model.context)
+    for context in contexts:
+        if context < 1 or (model.context and context > model.context):
+            most = f" and at most {model.context:,}, the model's context" if model.context else ""
+            raise ValueError(f"Expected --context of at least 1 token{most}, received {context:,}.")
+    if method.codec == "none" and bits:
+        raise ValueError(f"Expected no --bits for {method.name}, which stores what the plain cache does.")
+    made = {
+        b: _stored(model, method, profile, tables, b)
+        for b in tuple(dict.fromkeys(bits)) or _default_bits(model.shape, method)
+    }
+    own = 8 * model.element_bytes
+    budgets = {("plain", float(b)): Budget(model, None, 0, 0, b // 8) for b in sorted({16, own}, reverse=True)}
+    profile_bytes = _profile_nbytes(model.shape, profile) if method.basis_set and model.shares_memory else 0
+    sizes = sinks, window, model.element_bytes, profile_bytes
+    budgets |= {(method.name, b): Budget(model, s, *sizes) for b, s in made.items()}
+    rows = [_row(*key, budget, context, memory) for context in contexts for key, budget in budgets.items()]
+    limits = [
+        {
+            "method": name,
+            "bits": b,
+            "bits_per_element": budget.stored.bits_per_element if budget.stored else b,
+            "max_prompt": budget.longest(memory),
+            "max_context": budget.longest(memory, turns=True),
+        }
+        for (name, b), budget in budgets.items()
+    ]
+    for row in limits:
+        row["limited_by"] = "model" if row["max_context"] == model.context else "memory"
+    table_bytes = max((stored.table_bytes for stored in made.values()), default=0)
+    options = model, method, table_bytes, sizes, memory
+    return {
+        "rows": rows,
+        "limits": limits,
+        "contexts": [
+            {
+                "context": c,
+                "max_bits": _highest_bits(*options, c, turns=False),
+                "max_bits_in_turns": _highest_bits(*options, c, turns=True),
+            }
+            for c in contexts
+        ],
+    }
+
+
+def _default_contexts(limit: int | None) -> tuple[int, ...]:
+    most = min(limit or LAST_CONTEXT, LAST_CONTEXT)
+    powers = [FIRST_CONTEXT << i for i in range(32) if FIRST_CONTEXT << i <= most]
+    return tuple(powers) or (most,)
+
+
+def _default_bits(shape: ModelShape, method: Method) -> tuple[float, ...]:
+    if method.codec == "affine":
+        return tuple(w + 32 / method.group_size for w in reversed(AFFINE_WIDTHS))
+    if method.codec == "none":
+        return ()
+    (low, high), family = bits_range(method, shape), plan_class(method.codec)
+    own = [family.default_bits(shape, method)] if family else []
+    return tuple(sorted({*own, *(b for b in DEFAULT_BITS if low <= b <= high)}, reverse=True))
+
+
+def _stored(model: Footprint, method: Method, profile: Profile | None, tables, bits: float) -> Stored:
+    if method.codec == "affine":
+        return Stored(make_plan(model.shape, None, method, bits), lambda plan: (0, 0))
+    if method.codec != "spectral" or profile is not None:  # raises for a method that cannot do without its profile
+        return Stored(make_plan(model.shape, profile, method, bits), tables)
+    check_bits(method, model.shape, bits)
+    one = replace(model.shape, num_layers=1, layers=(0,))
+    plan = synthetic_plan(one, synthetic_profile(one, [method]), method, bits, "typical")
+    return Stored(plan, tables, len(model.shape.layers))
+
+
+def _profile_nbytes(shape: ModelShape, profile: Profile | None) -> int:
+    """What a loaded profile takes; without one, that of all methods: bases, and numbers of every coefficient."""
+    if profile is not None:
+        sets = [[getattr(b, name) for name in b.ARRAYS] for b in profile.basis_sets.values()]
+        queries = profile.queries and [getattr(profile.queries, name) for name in profile.queries.ARRAYS]
+        return sum(x.nbytes for arrays in [*sets, queries or []] for x in arrays)
+    total, heads = 0, 2 * shape.kv_heads
+    for method in (METHODS[name] for name in ("spectral", "spectral-dense")):
+        groups = heads if method.group == "head" else 1
+        rank = heads // groups * shape.head_dim
+        total += groups * rank * 4 * (rank + len(band_sizes(method.block)) * (len(BIT_WIDTHS) + 2))
+    return total * len(shape.layers)
+
+
+def _row(name: str, bits: float, budget: Budget, context: int, memory: int) -> dict:
+    cache, dense = budget.cache_bytes(context), budget.dense_bytes(context)
+    peak, turns = budget.peak_bytes(context), budget.peak_bytes(context, turns=True)
+    return {
+        "method": name,
+        "bits": bits,
+        "bits_per_element": budget.stored.bits_per_element if budget.stored else bits,
+        "context": context,
+        "weights_bytes": budget.model.weights_bytes,
+        "cache_bytes": cache,
+        "table_bytes": budget.table_bytes(context),
+        "profile_bytes": budget.profile_bytes,
+        "prefill_bytes": budget.prefill_bytes(context),
+        "peak_bytes": peak,
+        "peak_bytes_in_turns": turns,
+        "dense_bytes": dense,
+        "compression": dense / cache,
+        "fits": peak <= memory,
+        "fits_in_turns": turns <= memory,
+    }
+
+
+def _highest_bits(
+    model: Footprint, method: Method, table_bytes: int, sizes: tuple, memory: int, context: int, turns: bool
+) -> float | None:
+    """Highest bits with which `context` fits; those of the plain cache where it does, None where nothing does."""
+    if Budget(model, None, 0, 0, model.element_bytes).peak_bytes(context, turns) <= memory:
+        return 8.0 * model.element_bytes
+    options = _default_bits(model.shape, method)
+    if method.codec not in ("affine", "none"):
+        low, high = bits_range(method, model.shape)
+        options = np.arange(np.ceil(low / BITS_STEP - 1e-9), np.floor(high / BITS_STEP + 1e-9) + 1) * BITS_STEP
+    for bits in sorted(map(float, options), reverse=True):
+        staged = method.codec == "spectral"
+        stored = Ceiling(bits, model.elements, table_bytes, staged, max(SEAL, method.block))
+        if Budget(model, stored, *sizes).peak_bytes(context, turns) <= memory:
+            return round(bits, 2)
+    return None

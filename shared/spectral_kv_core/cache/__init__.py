@@ -1,0 +1,1 @@
+"""The live cache: exact sinks, sealed chunks, an exact window; and its file."""

@@ -1,0 +1,73 @@
+"""Decoded chunks that stay, for methods that would decode their whole history again in every step.
+
+A chunk that was decoded first stays first: once the limit is reached nothing is replaced, because a step goes through all
+chunks and would find none of those that it is going to need.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+from ..arrays import attention
+from ..planning.plan import Plan
+
+
+def bytes_per_layer(plan: Plan, limit: int) -> int:
+    """What every row of the plan's tables may keep of `limit` bytes; raises ValueError for a method that decodes nothing."""
+    if limit < 0 or (limit and (plan.method.codec == "none" or plan.method.latent)):
+        raise ValueError(
+            f"Expected working_set of 0 bytes or more, 0 for a method that never decodes its history, received {limit:,} for "
+            f"{plan.method.name}. Choose another method, such as spectral-dense."
+        )
+    return limit // len(plan.layer_groups)
+
+
+def held(lane, layer: int | None = None) -> list:
+    """The decoded arrays that stay in `lane`, of `layer` of its row or of all."""
+    return [x for (_, of), pair in lane.decoded.items() if layer in (None, of) for x in pair]
+
+
+def decode_step(xp, codec, lane, layer: int, limit: int, queries, keys, values, scale: float):
+    """`attention.decode_step` over the chunks of `lane`, of which those that fit in `limit` bytes stay decoded in it.
+
+    `codec`: that of layer number `layer` of the row. Chunks stay in 16 bits: in the dtype of `queries` where that has as
+    many, else in float16.
+    """
+    kind = queries.dtype if queries.nbytes == 2 * prod(queries.shape) else xp.float16
+    there = set(lane.chunks)
+    lane.decoded = {key: pair for key, pair in lane.decoded.items() if key[0] in there}
+    decoded, left = dict(lane.decoded), limit - sum(x.nbytes for x in held(lane, layer))
+    heads, (batch, q_heads, length, dim) = keys.shape[1], queries.shape
+    size = 2 * 2 * batch * heads * dim  # bytes of a token
+    rows = xp.astype(attention.group_queries(queries, heads), xp.float32)
+
+    def partials():
+        nonlocal left
+        for chunk in lane.chunks:
+            key = chunk, layer
+            if key not in decoded and chunk.tokens * size > left:
+                yield codec.attend(chunk, rows, scale)
+                continue
+            if key not in decoded:
+                decoded[key] = tuple(xp.astype(x, kind) for x in codec.decode(chunk))
+                left -= chunk.tokens * size
+            yield attend_decoded(xp, queries, rows, *decoded[key], scale)
+        mask = attention.causal_rows(xp, q_heads // heads, length, keys.shape[2], like=queries)
+        exact = (xp.astype(x, xp.float32) for x in (keys, values))
+        yield attention.dense_partial(xp, rows, *exact, scale, mask)
+
+    out = attention.merge_partials(xp, partials())
+    lane.decoded = decoded
+    return xp.astype(out.reshape(*queries.shape[:3], values.shape[3]), queries.dtype)
+
+
+def attend_decoded(xp, queries, rows, keys, values, scale: float):
+    """Partial softmax over a decoded chunk: by the host's fused kernel where dtypes agree and it gives partials.
+
+    `queries` [B, Hq, L, D] as they came, `rows` the same, grouped, in float32.
+    """
+    fused = xp.kernels if queries.dtype == keys.dtype else None
+    if fused and fused.supports_partial_attention(queries):
+        return fused.partial_attention(queries, keys, values, scale)
+    keys, values = (xp.astype(x, xp.float32) for x in (keys, values))
+    return attention.dense_partial(xp, rows, keys, values, scale)

@@ -1,0 +1,312 @@
+"""Dropping tokens: how many a cache may hold, whom it asks which ones matter, and when.
+
+A token budget counts every stored token, sinks and window included, and is never exceeded once a call has ended. A
+prompt is cut to the budget as it comes in. Afterwards tokens go in batches, so that they are scored once in `every`
+steps and not at each one.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from ..codecs.spectral import CHUNK_TOKENS, Chunk
+from ..codecs.tiers import check_tiers, make_tiered_plan
+from ..planning.methods import DROPPING, Method
+from ..planning.plan import Plan, elements_per_token, plan_for, whole_number
+from ..profile.profile import ModelShape, Profile
+from ..scorers import Scorer, Tokens, check_wavelet, get_scorer
+from ..scorers.selection import MODES, select
+from .padding_group import Lane
+
+EVERY = 64
+
+
+@dataclass
+class Eviction:
+    """What all layers of one cache share: the budget in tokens, and what is never dropped.
+
+    protect: spans (start, end) of positions, padding not counted, that stay. mode: `per_layer_per_head`, every KV head of
+    every layer keeps its own tokens; `per_head`, a head keeps the same ones in all layers, by the mean of their scores,
+    which holds the whole prompt until the last layer has read it. every: generated tokens between two evictions, where the
+    budget leaves that much room; fewer of them are kept in between. wavelet: the filters of a wavelet scorer, None for
+    its own.
+    """
+
+    plan: Plan
+    budget: int
+    sinks: int
+    window: int
+    protect: tuple[tuple[int, int], ...] = ()
+    mode: str = MODES[0]
+    every: int = EVERY
+    wavelet: str | None = None
+    agreed: dict = field(default_factory=dict, repr=False)  # blocks that stay in every layer, by rows: masks are shared
+    waiting: list = field(default_factory=list, repr=False)  # per_head: layers that the others of a call will follow
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise ValueError(f"Expected a selection among {', '.join(MODES)}, received {self.mode!r}.")
+        if self.budget <= self.fixed:
+            raise ValueError(
+                f"Expected budget_tokens above {self.fixed}, which {self.sinks} sinks, a window of {self.window} and what is "
+                f"protected take, received {self.budget}."
+            )
+
+    def __deepcopy__(self, memo) -> Eviction:
+        """One for all layers of a copied cache, as the original has."""
+        made = Eviction(
+            self.plan, self.budget, self.sinks, self.window, self.protect, self.mode, self.every, self.wavelet
+        )
+        return memo.setdefault(id(self), made)
+
+    @cached_property
+    def fixed(self) -> int:
+        """Tokens that cannot be dropped once all of them are there."""
+        last, covered = self.sinks, 0  # of protected tokens those that are no sinks, each once
+        for start, end in sorted(self.protect):
+            covered += max(end - max(start, last), 0)
+            last = max(last, end)
+        blocks = 2 * 15 * len(self.protect) if self.coded else 0  # a block is kept for the sake of one token
+        waits = 15 if self.coded else 0  # for their block to fill
+        return self.sinks + self.window + waits + blocks + covered
+
+    @property
+    def coded(self) -> bool:
+        return self.plan.method.codec != "none"
+
+    @property
+    def target(self) -> int:
+        """Tokens left when generated ones exceed the budget."""
+        return self.budget - min(self.every, (self.budget - self.fixed) // 2)
+
+    @property
+    def scorer(self) -> Scorer:
+        return get_scorer(self.plan.method.scorer)
+
+    @property
+    def joint(self) -> bool:
+        """Whether the heads of a layer keep the same tokens, because they are coded together."""
+        method = self.plan.method
+        return method.codec == "spectral" and (method.group != "head" or method.quantizer == "trellis")
+
+    def spans(self, seen: int) -> list[tuple[int, int]]:
+        """The protected spans in a text of `seen` tokens."""
+        return [(start, min(end, seen)) for start, end in self.protect if start < seen]
+
+    def scores(self, xp, row: int, keys, values, positions, now: int, recent=None):
+        """How much every stored token of layer number `row` matters: [B, H, T] float32, H 1 for joint heads.
+
+        `keys`, `values` [B, H, T, D] after RoPE; `positions` NumPy [B, H, T] or [T]; `now`: of the last token; `recent`
+        [B, Hq, L, D]: queries of the last L tokens times the attention scale, where there are any.
+        """
+        statistics = self.plan.query_statistics(row)
+        tokens = Tokens(xp, keys, values, positions, now, self.plan.shape.rope, recent=recent, **statistics)
+        options = {"seed": row} if self.scorer.name == "random" else {}
+        if self.wavelet is not None:
+            options["wavelet"] = self.wavelet
+        scores = self.scorer(tokens, **options)
+        return xp.mean(scores, axis=1, keepdims=True) if self.joint else scores
+
+    def cut(self, cache, lane: Lane, prompt: bool, recent) -> None:
+        """Bring `lane` of the layer `cache` within the budget; after generated tokens with room for those that come.
+
+        `recent`: see `scores`; None where nothing attended.
+        """
+        if lane.stored <= self.budget:
+            return
+        target = self.budget if prompt else self.target
+        scores, places = self._scored(cache, lane, recent)
+        if self.mode == "per_layer_per_head":
+            self._drop(cache, lane, scores, places, target)
+            return
+        self.waiting = [entry for entry in self.waiting if (entry[0].row, entry[1].rows) != (cache.row, lane.rows)]
+        self.waiting.append((cache, lane, scores, places))
+        layers = [entry for entry in self.waiting if entry[1].rows == lane.rows]
+        if len(layers) < len(self.plan.layer_groups):
+            return
+        mean = cache.xp.mean(cache.xp.stack([entry[2] for entry in layers]), axis=0)
+        self.waiting = [entry for entry in self.waiting if entry[1].rows != lane.rows]
+        for layer, its_lane, _, its_places in layers:
+            self._drop(layer, its_lane, mean, its_places, target)
+
+    def _scored(self, cache, lane: Lane, recent):
+        """Scores [b, H or 1, stored] of all tokens of `lane`, and their positions, NumPy: sinks, sealed ones, the rest."""
+        xp = cache.xp
+        keys, values = cache.lane_dense(lane, xp.float32)
+        places = lane.all_places(xp, self.sinks)
+        everywhere = np.broadcast_to(places, keys.shape[:3])
+        scores = self.scores(xp, cache.row, keys, values, everywhere, lane.seen - 1, recent)
+        return scores, np.broadcast_to(places, scores.shape)
+
+    def _drop(self, cache, lane: Lane, scores, places: np.ndarray, target: int) -> None:
+        """Keep the `target` best tokens of every head; of sealed ones whole blocks, as many in every head."""
+        xp, before = cache.xp, lane.stored
+        spans, fixed = self.spans(lane.seen), (self.sinks, self.window)
+        start, sealed = min(self.sinks, lane.exact), lane.sealed
+        now = lane.places(xp, self.sinks)
+        if sealed:
+            best = xp.to_numpy(select(xp, scores, target, *fixed, spans, places))
+            inside = float(((best >= start) & (best < start + sealed)).sum(-1).mean())
+            block = cache.codec.block
+            rows, blocks = tuple(lane.rows), max(int(inside // block), (target - lane.exact) // block)
+            if self.agreed.get(rows, (None,))[0] != (lane.seen, lane.stored) or cache.row == 0:
+                self.agreed[rows] = (lane.seen, lane.stored), blocks
+            blocks = self.agreed[rows][1]
+            lane.decoded = {}
+            lane.chunks = self._best_blocks(
+                cache, lane, scores[:, :, start : start + sealed], places[:, :, start : start + sealed], spans, blocks
+            )
+            target = min(target - lane.sealed, lane.exact)
+            scores = xp.concat([scores[:, :, :start], scores[:, :, start + sealed :]], axis=2)
+            places = np.concatenate([places[:, :, :start], places[:, :, start + sealed :]], axis=2)
+        lane.positions = now + xp.zeros((*scores.shape[:2], 1), dtype=xp.int32, like=scores)
+        if target < lane.exact:
+            index = select(xp, scores, target, *fixed, spans, places)
+            lane.positions = xp.take_along_axis(lane.positions, index, axis=2)
+            lane.exact_keys = xp.take_along_axis(lane.exact_keys, index[..., None], axis=2)
+            lane.exact_values = xp.take_along_axis(lane.exact_values, index[..., None], axis=2)
+        lane.dropped += before - lane.stored
+
+    def _best_blocks(self, cache, lane: Lane, scores, places: np.ndarray, spans, count: int) -> list[Chunk]:
+        """The chunks of `lane` with the `count` best blocks of every head, and at least those with protected tokens."""
+        xp, block = cache.xp, cache.codec.block
+        scores = xp.mean(scores.reshape(*scores.shape[:2], -1, block), axis=-1)
+        if spans:
+            inside = np.zeros(places.shape, bool)
+            for start, end in spans:
+                inside |= (places >= start) & (places < end)
+            inside = inside.reshape(*places.shape[:2], -1, block).any(-1)
+            count = max(count, int(inside.sum(-1).max()))
+            scores = xp.where(xp.asarray(inside, like=scores), 3e38, scores)
+        if not count:
+            return []
+        return cache.codec.keep(lane.chunks, select(xp, scores, count, 0, 0), CHUNK_TOKENS)
+
+
+def check_request(
+    method: Method,
+    *,
+    bits: float | None = None,
+    budget_bytes: int | None = None,
+    max_context: int | None = None,
+    budget_tokens: int | None = None,
+    protect: Sequence[tuple[int, int]] | None = (),
+    selection: str | None = None,
+    evict_every: int | None = None,
+    wavelet: str | None = None,
+    tiers: Sequence[tuple[float, float]] | None = None,
+) -> None:
+    """Raise ValueError for arguments of `plan_and_eviction` that do not go together, before a profile is looked for."""
+    given = {
+        "budget_tokens": budget_tokens,
+        "protect": protect or None,
+        "selection": selection,
+        "evict_every": evict_every,
+        "wavelet": wavelet,
+    }
+    if tiers is not None:
+        alone = given | {"bits": bits, "budget_bytes": budget_bytes, "max_context": max_context}
+        for name, value in alone.items():
+            if value is not None:
+                raise ValueError(f"Expected tiers alone, which say bits and drop no token, received {name} too.")
+        check_tiers(method, tiers)
+        return
+    if method.scorer is None:
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(
+                    f"Expected a method that drops tokens for {name}, {method.name} keeps every token. Take for example "
+                    f"wavelettriattention{'+' + method.name if method.codec in DROPPING else ''}."
+                )
+        return
+    if (budget_tokens is None) == (budget_bytes is None):
+        raise ValueError(
+            f"Expected either budget_tokens or budget_bytes for {method.name}, which drops tokens, received "
+            f"{'none' if budget_tokens is None else 'both'}."
+        )
+    for name, value in (("budget_tokens", budget_tokens), ("evict_every", evict_every)):
+        if value is not None:
+            whole_number(name, value, 1)
+    if wavelet is not None:
+        check_wavelet(get_scorer(method.scorer), wavelet)
+    for span in protect or ():
+        try:
+            start, end = map(operator.index, span)
+        except (TypeError, ValueError):
+            start, end = 0, 0
+        if not 0 <= start < end:
+            raise ValueError(
+                f"Expected protected spans (start, end) of positions with start < end, received {protect!r}."
+            )
+
+
+def plan_and_eviction(
+    shape: ModelShape,
+    profile: Profile | None,
+    method: Method,
+    *,
+    bits: float | None = None,
+    budget_bytes: int | None = None,
+    max_context: int | None = None,
+    budget_tokens: int | None = None,
+    protect: Sequence[tuple[int, int]] = (),
+    selection: str | None = None,
+    evict_every: int | None = None,
+    wavelet: str | None = None,
+    tiers: Sequence[tuple[float, float]] | None = None,
+    window: int = 64,
+    sinks: int = 4,
+    element_bytes: int = 2,
+    other_bytes: int = 0,
+) -> tuple[Plan, Eviction | None]:
+    """`plan_for`, and what a cache drops by `method`; None for a method that keeps every token.
+
+    A method that drops tokens takes `budget_tokens`, or `budget_bytes` that follow from `bits`; with `tiers` it drops none
+    and gives bits by rank (`codecs.tiers`). Raises ValueError for arguments that do not fit the method, and for a budget
+    that is too small for what must stay.
+    """
+    check_request(
+        method,
+        bits=bits,
+        budget_bytes=budget_bytes,
+        max_context=max_context,
+        budget_tokens=budget_tokens,
+        protect=protect,
+        selection=selection,
+        evict_every=evict_every,
+        wavelet=wavelet,
+        tiers=tiers,
+    )
+    if tiers is not None:
+        return make_tiered_plan(shape, profile, method, tiers), None
+    if method.scorer is None:
+        plan = plan_for(
+            shape, profile, method, bits, budget_bytes, max_context, window, sinks, element_bytes, other_bytes
+        )
+        return plan, None
+    plan = plan_for(shape, profile, method, bits, window=window, sinks=sinks)
+    if budget_tokens is None:
+        budget_tokens = _tokens_for_bytes(plan, budget_bytes, window, sinks, element_bytes, other_bytes)
+    spans = tuple((int(start), int(end)) for start, end in protect or ())
+    every = EVERY if evict_every is None else int(evict_every)
+    mode = selection or MODES[0]
+    return plan, Eviction(plan, int(budget_tokens), int(sinks), int(window), spans, mode, every, wavelet)
+
+
+def _tokens_for_bytes(
+    plan: Plan, budget_bytes: int, window: int, sinks: int, element_bytes: int, other_bytes: int
+) -> int:
+    """Tokens that a cache of `budget_bytes` may hold under `plan`, positions of kept tokens included."""
+    elements = elements_per_token(plan.shape)
+    places = 4 * len(plan.shape.layers) * plan.shape.kv_heads
+    exact = elements * element_bytes + places
+    if plan.method.codec == "none":
+        return max(int((budget_bytes - other_bytes) // exact), 1)
+    whole = sinks + window + 15  # of which up to 15 wait for their block to fill
+    left = budget_bytes - other_bytes - whole * exact
+    return whole + max(int(left // (elements * plan.bits_per_element / 8 + places)), 0)

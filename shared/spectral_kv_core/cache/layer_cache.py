@@ -1,0 +1,516 @@
+"""The live cache of one attention layer, or of layers coded together: exact sinks, sealed chunks of packed codes, an
+exact recent window.
+
+Rows of a batch that start at the same slot form a *lane* and are stored and attended together; left padding is never
+stored, so every row has its own sinks and block alignment and comes out as if it were alone. A cache with an `Eviction`
+holds no more tokens than its budget and knows the positions of those that are left.
+"""
+
+from __future__ import annotations
+
+from copy import copy, deepcopy
+from dataclasses import replace
+
+import numpy as np
+
+from ..arrays import attention
+from ..codecs.spectral import CHUNK_TOKENS, Chunk, decoded, join_layers, select_rows, split_layers
+from ..planning.plan import SEAL
+from . import decoded_chunks as working_set
+from .eviction import Eviction
+from .padding_group import Lane
+
+RECENT = 64  # queries of a call that scorers may look at
+LATENT_QUERIES = 16  # up to so many new tokens attend to the codes; more are a prefill and use the host's fused kernel
+DENSE_TOKENS = 32768  # sealed tokens that may be decoded at once for such a call, where that saves small operations
+
+
+class CacheSize(int):
+    """Bytes of every array held for the sequences of a cache, with what they stand for.
+
+    dense_nbytes: what the plain cache needs for the same tokens at 16 bits; table_nbytes: arrays that all sequences
+    share; compression: dense_nbytes / this; bits_per_element: 16 / compression.
+    """
+
+    dense_nbytes: int
+    table_nbytes: int
+
+    def __new__(cls, stored: int, dense_nbytes: int, table_nbytes: int):
+        size = super().__new__(cls, stored)
+        size.dense_nbytes, size.table_nbytes = dense_nbytes, table_nbytes
+        return size
+
+    @property
+    def compression(self) -> float:
+        return self.dense_nbytes / self if self else 1.0
+
+    @property
+    def bits_per_element(self) -> float:
+        return 16 / self.compression if self.dense_nbytes else 0.0
+
+
+class LayerCache:
+    """Keys and values of one layer, or of all layers of a row of the plan that codes several together: heads are then
+    those of the first layer, then of the next. Such layers attend one after the other, each to its own heads, and their
+    tokens enter together, with those of the last. `codec` None keeps everything exact.
+
+    sinks, window: first and last tokens kept exactly. Further ones, up to 15 or one less than the codec's block, wait
+    until their block is full.
+    staging: makes a codec of the same layer, at more bits, that holds what further calls of more than `LATENT_QUERIES`
+    tokens bring until the prompt ends: `finalize`, or the first call with fewer; None: the plan's own holds it.
+    eviction: which tokens of layer number `row` are dropped; a prompt then stays exact, cut to the budget, until it ends.
+    working_set: bytes of decoded chunks that may stay, so that a step does not decode them again.
+    """
+
+    def __init__(
+        self,
+        xp,
+        codec,
+        sinks: int,
+        window: int,
+        staging=None,
+        eviction: Eviction | None = None,
+        row: int = 0,
+        working_set: int = 0,
+    ):
+        self.xp, self.codec, self.sinks, self.window, self._make_staging = xp, codec, sinks, window, staging
+        self.eviction, self.row, self.working_set = eviction, row, working_set
+        self._staging = None
+        self.layers = getattr(codec, "layers", 1)
+        self._arrived: list[tuple] = []  # keys and values of the row's first layers, until those of its last are there
+        self.seal = SEAL if codec is None else max(SEAL, codec.block)  # tokens are sealed in multiples of this
+        self.lanes: list[Lane] = []
+        self.seen = 0  # slots seen, padding included
+
+    def __deepcopy__(self, memo) -> LayerCache:
+        """An independent cache of the same codec; arrays are never changed in place, so both share them."""
+        new = copy(self)
+        new._arrived = list(self._arrived)
+        new.lanes = [
+            replace(lane, rows=list(lane.rows), chunks=list(lane.chunks), staged=list(lane.staged))
+            for lane in self.lanes
+        ]
+        new.eviction = deepcopy(self.eviction, memo)
+        return new
+
+    def start(self, batch: int, padding=None) -> None:
+        """Open the lanes of an empty cache for `batch` rows; `padding` [batch] counts left padding in slots."""
+        pads = [0] * batch if padding is None else [int(p) for p in padding]
+        if len(pads) != batch:
+            raise ValueError(f"Expected left padding for {batch} rows, received {len(pads)} numbers.")
+        self.lanes = [Lane([i for i, p in enumerate(pads) if p == pad], pad) for pad in sorted(set(pads))]
+
+    def repad(self, padding: list[int]) -> None:
+        """Left padding [batch] in slots, of which a call that ended inside it has told only a part."""
+        rows = [row for lane in self.lanes if not lane.exact for row in lane.rows]
+        self.lanes = [lane for lane in self.lanes if lane.exact]
+        self.lanes += [Lane([r for r in rows if padding[r] == p], p) for p in sorted({padding[r] for r in rows})]
+
+    @property
+    def padding(self) -> list[int]:
+        """Left padding of every row of the batch, in slots."""
+        return [pad for _, pad in sorted((row, lane.pad) for lane in self.lanes for row in lane.rows)]
+
+    def attend(self, queries, keys, values, scale: float, fused, layer: int = 0):
+        """Append L tokens and attend to everything up to each of them.
+
+        `queries` [B, Hq, L, D], `keys`, `values` [B, H, L, D] of layer number `layer` of the row; `fused(q, k, v, scale)`
+        is the host's dense attention for L queries at the end of k, causal, in any dtype. Returns [B, Hq, L, D] in the
+        dtype of `queries`. Raises ValueError for layers out of order.
+        """
+        if not self.lanes:
+            self.start(keys.shape[0])
+        prompt = self.begin(keys.shape[2])
+        entering, alone = self._arrive(keys, values, layer), self.layers == 1
+        outputs = []
+        for lane in self.lanes:
+            q, k, v = (self._lane_slice(lane, x) for x in (queries, keys, values))
+            missing = queries.shape[2] - q.shape[2]
+            if not q.shape[2]:
+                outputs.append(self.xp.zeros(self._take(lane, queries).shape, dtype=queries.dtype, like=queries))
+                continue
+            out, joined = self._attend_lane(lane, q, k, v, scale, fused, layer)
+            if entering:
+                new = (k, v) if alone else (self._lane_slice(lane, x) for x in entering)
+                recent = q[:, :, -RECENT:] * scale if self.eviction else None
+                self._append_lane(lane, *new, prompt, recent, joined if alone else None)
+            if missing:
+                blank = self.xp.zeros((*out.shape[:2], missing, out.shape[3]), dtype=out.dtype, like=out)
+                out = self.xp.concat([blank, out], axis=2)
+            outputs.append(out)
+        if entering:
+            self.seen += keys.shape[2]
+        return self._join(outputs)
+
+    def append(self, keys, values, layer: int | None = None) -> None:
+        """Append L tokens without attending: [B, layers * H, L, D] of all layers, or [B, H, L, D] of one as in `attend`."""
+        if not self.lanes:
+            self.start(keys.shape[0])
+        prompt = self.begin(keys.shape[2])
+        entering = (keys, values) if layer is None else self._arrive(keys, values, layer)
+        if not entering:
+            return
+        for lane in self.lanes:
+            k, v = (self._lane_slice(lane, x) for x in entering)
+            if k.shape[2]:
+                self._append_lane(lane, k, v, prompt)
+        self.seen += keys.shape[2]
+
+    def _arrive(self, keys, values, layer: int) -> tuple | None:
+        """Keys and values of all layers of the row once those of its last are here, else None."""
+        if layer == 0:
+            self._arrived = []  # of a call that was broken off
+        if layer != len(self._arrived):
+            raise ValueError(
+                f"Expected layer number {len(self._arrived)} of those that are coded together, received number {layer}: the "
+                "model must call its layers in their order. Choose a method that codes every layer alone."
+            )
+        self._arrived.append((keys, values))
+        if len(self._arrived) < self.layers:
+            return None
+        arrived, self._arrived = self._arrived, []
+        return join_layers(self.xp, arrived)
+
+    @property
+    def staging(self):
+        """The codec that holds a prompt; made when the first prompt goes on after one call."""
+        if self._staging is None:
+            self._staging = self._make_staging()
+        return self._staging
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether a prompt is held at more bits than the plan has, until it ends."""
+        return any(lane.staged or (self.eviction and self._ready(lane)) for lane in self.lanes)
+
+    @property
+    def has_dropped(self) -> bool:
+        """Whether any token is no longer there."""
+        return any(lane.dropped for lane in self.lanes)
+
+    def check_complete(self) -> None:
+        """Raise ValueError when some tokens are no longer there: what is left is not a prompt."""
+        if self.has_dropped:
+            raise ValueError(
+                "Expected a cache that holds every token, received one that has dropped some. Read the prompt again."
+            )
+
+    @property
+    def slots(self) -> int:
+        """Slots that `dense` gives back: all that were seen, or as many as the fullest rows hold once some were dropped."""
+        return max(lane.stored for lane in self.lanes) if self.has_dropped else self.seen
+
+    def positions(self, row: int = 0) -> np.ndarray | None:
+        """Positions [H or 1, stored] of the tokens that row `row` of the batch holds, in the order of `dense`, padding not
+        counted; None where nothing was dropped."""
+        (lane,) = (lane for lane in self.lanes if row in lane.rows)
+        return lane.all_places(self.xp, self.sinks)[lane.rows.index(row)] if lane.dropped else None
+
+    def finalize(self) -> None:
+        """End the prompt: what was staged is encoded at the plan's bits, chunk by chunk."""
+        for lane in self.lanes:
+            if self.eviction:
+                self._seal(lane, staged=False)
+                continue
+            position = self.sinks + sum(chunk.tokens for chunk in lane.chunks)
+            for tile in decoded(self.xp, self.staging, lane.staged, self.xp.float32) if lane.staged else ():
+                lane.chunks = self._sealed(self.codec, lane.chunks, *tile, position)
+                position += tile[0].shape[2]
+            lane.staged = []
+
+    def dense(self, dtype=None):
+        """Keys and values [B, layers * H, slots, D] of everything held, decoded; padded slots are zero. None when empty.
+
+        Raises ValueError where dropped tokens have left rows of a batch with more tokens than others.
+        """
+        if self.has_dropped and len({lane.stored for lane in self.lanes}) > 1:
+            raise ValueError(
+                "Expected rows of a batch that hold equally many tokens, received others after tokens were dropped: only "
+                "spectralkv's own attention can attend to them. Give the model no other attention, or no left padding."
+            )
+        like = next((lane.exact_keys for lane in self.lanes if lane.exact_keys is not None), None)
+        if like is None:
+            return None
+        sides, dtype = ([], []), dtype or like.dtype
+        for lane in self.lanes:
+            if lane.exact_keys is not None:
+                held = self.lane_dense(lane, dtype)
+            else:  # only padding so far
+                held = [self.xp.zeros((len(lane.rows), like.shape[1], 0, like.shape[3]), dtype=dtype, like=like)] * 2
+            for side, x in zip(sides, held):
+                missing = self.slots - x.shape[2]
+                if missing:
+                    blank = self.xp.zeros((*x.shape[:2], missing, x.shape[3]), dtype=x.dtype, like=x)
+                    x = self.xp.concat([blank, x], axis=2)
+                side.append(x)
+        return self._join(sides[0]), self._join(sides[1])
+
+    def crop(self, tokens: int) -> None:
+        """Forget the last `tokens` tokens; a sealed block that the cut splits is decoded back into the window.
+
+        Raises ValueError for more than the recent window once tokens before it were dropped.
+        """
+        self.finalize()
+        tokens = min(int(tokens), self.seen)
+        recent = min((lane.recent(self.xp, self.window) for lane in self.lanes), default=0)
+        if self.has_dropped and recent < tokens < self.seen:
+            raise ValueError(
+                f"Expected at most {recent} tokens to forget, as tokens before the recent window were dropped, received "
+                f"{tokens}. Start again with an empty cache."
+            )
+        self.seen -= tokens
+        if not self.seen:
+            self.lanes = []
+            return
+        for lane in self.lanes:
+            lane.decoded = {}
+            self._crop_lane(lane, tokens)
+
+    def select(self, rows) -> None:
+        """Make the batch out of the old rows `rows` (ints, in the new order, repeats allowed)."""
+        rows, batch = [int(r) for r in rows], sum(len(lane.rows) for lane in self.lanes)
+        if not all(0 <= r < batch for r in rows):
+            raise ValueError(f"Expected rows between 0 and {batch - 1}, received {rows}.")
+        lanes = []
+        for lane in self.lanes:
+            new = [i for i, old in enumerate(rows) if old in lane.rows]
+            if not new:
+                continue
+            local = np.array([lane.rows.index(rows[i]) for i in new], np.int32)
+            kept = Lane(new, lane.pad, dropped=lane.dropped)
+            if lane.exact_keys is not None:
+                index = self.xp.asarray(local, like=lane.exact_keys)
+                kept.exact_keys = self.xp.take(lane.exact_keys, index, axis=0)
+                kept.exact_values = self.xp.take(lane.exact_values, index, axis=0)
+                kept.chunks = [select_rows(self.xp, chunk, index) for chunk in lane.chunks]
+                kept.staged = [select_rows(self.xp, chunk, index) for chunk in lane.staged]
+                if lane.positions is not None:
+                    kept.positions = self.xp.take(lane.positions, index, axis=0)
+            lanes.append(kept)
+        self.lanes = lanes
+
+    def arrays(self) -> list:
+        """Every array held for the sequences."""
+        return self.state_arrays() + [x for lane in self.lanes for x in working_set.held(lane)]
+
+    def state_arrays(self) -> list:
+        """`arrays` without what others of them decode to."""
+        held = []
+        for lane in self.lanes:
+            held += [x for x in (lane.exact_keys, lane.exact_values, lane.positions) if x is not None]
+            held += [a for chunk in (*lane.chunks, *lane.staged) for a in chunk.held]
+        return held
+
+    def tables(self) -> list:
+        """Every array that all sequences share."""
+        codecs = [codec for codec in (self.codec, self._staging) if codec is not None]
+        return list({id(x): x for codec in codecs for x in codec.tables()}.values())
+
+    def tokens(self) -> int:
+        """Tokens seen, dropped ones included, summed over the rows, padding not counted."""
+        return sum(lane.seen * len(lane.rows) for lane in self.lanes)
+
+    def begin(self, tokens: int) -> bool:
+        """Whether a call with so many `tokens` may go on with a prompt that is staged; ends the prompt if not."""
+        if (self._make_staging or self.eviction) and tokens > LATENT_QUERIES:
+            return True
+        self.finalize()
+        return False
+
+    def _take(self, lane: Lane, x):
+        if len(lane.rows) == x.shape[0]:
+            return x
+        return self.xp.take(x, self.xp.asarray(np.array(lane.rows, np.int32), like=x), axis=0)
+
+    def _lane_slice(self, lane: Lane, x):
+        """The rows of a lane, without the slots of `x` that are padding for it."""
+        skip = min(max(lane.pad - self.seen, 0), x.shape[2])
+        x = self._take(lane, x)
+        return x[:, :, skip:] if skip else x
+
+    def _join(self, parts: list):
+        if len(parts) == 1:
+            return parts[0]
+        order = np.argsort([row for lane in self.lanes for row in lane.rows]).astype(np.int32)
+        joined = self.xp.concat(parts, axis=0)
+        return self.xp.take(joined, self.xp.asarray(order, like=joined), axis=0)
+
+    def _attend_lane(self, lane: Lane, q, k, v, scale, fused, layer: int) -> tuple:
+        """The output, and keys and values of the exact tokens with `k` and `v` behind them, or None where it took none."""
+        xp = self.xp
+        if not lane.sealed:
+            joined = self._joined(lane, k, v, layer)
+            return fused(q, *joined, scale), joined
+        codec = self._of_layer(self.codec, layer)
+        if q.shape[2] > LATENT_QUERIES:
+            at_once = getattr(codec, "decoder", None) and lane.sealed <= DENSE_TOKENS
+            if not at_once and xp.kernels and xp.kernels.supports_partial_attention(q):
+                return self._attend_blocks(lane, q, k, v, scale, layer), None
+            return fused(q, *self.lane_dense(lane, k.dtype, (k, v), layer), scale), None
+        joined = self._joined(lane, k, v, layer)
+        if self.working_set:
+            others = sum(x.nbytes for other in self.lanes if other is not lane for x in working_set.held(other, layer))
+            limit = self.working_set // self.layers - others
+            out = working_set.decode_step(xp, codec, lane, layer, limit, q, *joined, scale)
+        else:
+            out = codec.decode_step(lane.chunks, q, *joined, scale)
+        return out, joined
+
+    def _of_layer(self, codec, layer: int | None):
+        """What decodes for `layer` alone, or for all layers (None)."""
+        return codec if layer is None or self.layers == 1 else codec.of_layers[layer]
+
+    def _tiles(self, lane: Lane, dtype, layer: int | None):
+        """Keys and values [b, H, T, D] of what is sealed, in its order, of one layer or of all, decoded part by part."""
+        if lane.chunks:
+            yield from decoded(self.xp, self._of_layer(self.codec, layer), lane.chunks, dtype)
+        if lane.staged:
+            yield from decoded(self.xp, self._of_layer(self.staging, layer), lane.staged, dtype)
+
+    def _exact(self, lane: Lane, layer: int | None = None) -> tuple:
+        """Exact keys and values [b, H, exact, D] of one layer, or of all (None)."""
+        sides = lane.exact_keys, lane.exact_values
+        return sides if layer is None or self.layers == 1 else split_layers(*sides, self.layers)[layer]
+
+    def _joined(self, lane: Lane, k, v, layer: int | None = None) -> tuple:
+        """Keys and values of the exact tokens of `lane`, with `k` and `v` behind them."""
+        if not lane.exact:
+            return k, v
+        return tuple(self.xp.concat(list(pair), axis=2) for pair in zip(self._exact(lane, layer), (k, v)))
+
+    def _attend_blocks(self, lane: Lane, q, k, v, scale, layer: int):
+        """Attention of many new tokens, with never more of the history decoded than `decoded` gives at a time."""
+        xp, attend = self.xp, self.xp.kernels.partial_attention
+
+        def partials():
+            yield attend(q, k, v, scale, causal=True)
+            if lane.exact:  # no fused kernel takes 0 keys
+                yield attend(q, *self._exact(lane, layer), scale)
+            for tile in self._tiles(lane, q.dtype, layer):
+                yield attend(q, *tile, scale)
+
+        total = None
+        for part in partials():
+            total = attention.add_partials(xp, total, part) if total else part
+            xp.evaluate(*total)  # else all parts are there until the last one
+        o, _, l = total
+        return xp.astype((o / l).reshape(q.shape), q.dtype)
+
+    def _append_lane(self, lane: Lane, k, v, prompt: bool, recent=None, joined: tuple | None = None) -> None:
+        """Put `k` and `v` behind the exact tokens of `lane`, which may be `_joined` already, and seal what is ready."""
+        xp = self.xp
+        # the first call is encoded for good: most prompts come in one, and nothing was attended to with an error yet
+        staged = prompt and lane.exact > 0
+        lane.exact_keys, lane.exact_values = joined or self._joined(lane, k, v)
+        if self.eviction is None:
+            self._seal(lane, staged)
+        else:
+            if not prompt:
+                self._seal(lane, staged=False)
+            self.eviction.cut(self, lane, prompt, recent)
+        if lane.exact_keys is k:  # what came in may be a view of the projection of all heads
+            lane.exact_keys, lane.exact_values = xp.copy(k), xp.copy(v)
+
+    def _ready(self, lane: Lane) -> int:
+        """Exact tokens of `lane` that lie before the window and fill blocks."""
+        return 0 if self.codec is None else max(lane.exact - self.sinks - self.window, 0) // self.seal * self.seal
+
+    def _seal(self, lane: Lane, staged: bool) -> None:
+        xp, ready = self.xp, self._ready(lane)
+        if not ready:
+            return
+        stop = self.sinks + ready
+        k, v = (x[:, :, self.sinks : stop] for x in (lane.exact_keys, lane.exact_values))
+        if lane.dropped:
+            places = lane.places(xp, self.sinks)
+            position = places[:, :, self.sinks : stop]
+            lane.positions = xp.concat([places[:, :, : self.sinks], places[:, :, stop:]], axis=2)
+        else:
+            position = self.sinks + lane.sealed
+        if staged:
+            lane.staged = self._sealed(self.staging, lane.staged, k, v, position)
+        else:
+            lane.chunks = self._sealed(self.codec, lane.chunks, k, v, position)
+        for name in ("exact_keys", "exact_values"):
+            x = getattr(lane, name)
+            setattr(lane, name, xp.concat([x[:, :, : self.sinks], x[:, :, stop:]], axis=2))
+
+    @staticmethod
+    def _sealed(codec, chunks: list[Chunk], k, v, position) -> list[Chunk]:
+        """`chunks` with the tokens of `k`, `v` [B, H, T, D] at `position` (see `Chunk`) behind them; the old list stays."""
+        chunks, full = list(chunks), getattr(codec, "chunk_tokens", CHUNK_TOKENS)
+        contiguous, tokens, at_once = isinstance(position, int), k.shape[2], getattr(codec, "at_once", 0)
+
+        def places(start: int, stop: int):
+            return position + start if contiguous else codec.xp.copy(position[:, :, start:stop])
+
+        def filled(start: int, stop: int):
+            """Tokens `start` to `stop` by the chunks they fill: the one that grows, if any, and where to stop."""
+            while start < stop:
+                last = chunks.pop() if chunks and chunks[-1].tokens < full else None
+                end = min(start + full - (last.tokens if last else 0), stop)
+                yield last, start, end
+                start = end
+
+        for run in range(0, tokens, at_once or tokens):
+            stop = min(run + at_once, tokens) if at_once else tokens
+            if at_once:
+                codes = codec.choose(k[:, :, run:stop], v[:, :, run:stop], places(run, stop))
+                for last, start, end in filled(run, stop):
+                    part = codes[:, :, (start - run) // codec.block : (end - run) // codec.block]
+                    chunks.append(codec.seal(last, part, places(start, end)))
+                continue
+            for last, start, end in filled(run, stop):
+                part = k[:, :, start:end], v[:, :, start:end]
+                if last:
+                    chunks.append(codec.append(last, *part, *(() if contiguous else (places(start, end),))))
+                else:
+                    chunks.append(codec.encode(*part, places(start, end)))
+        return chunks
+
+    def lane_dense(self, lane: Lane, dtype, new=(), layer: int | None = None) -> tuple:
+        """Keys and values [b, H, stored, D] of a lane, decoded: sinks, what is sealed, the rest, and those of `new` tokens.
+
+        Of `layer` of the row, or of all its layers (None).
+        """
+        xp, sinks, exact = self.xp, min(self.sinks, lane.exact), self._exact(lane, layer)
+        parts = [[x[:, :, :sinks]] for x in exact]
+        for tile in self._tiles(lane, dtype, layer):
+            for side, x in zip(parts, tile):
+                side.append(x)
+        for side, x in zip(parts, exact):
+            side.append(x[:, :, sinks:])
+        for side, x in zip(parts, new):
+            side.append(x)
+        return tuple(xp.concat([xp.astype(x, dtype) for x in side], axis=2) for side in parts)
+
+    def _crop_lane(self, lane: Lane, tokens: int) -> None:
+        xp = self.xp
+        keep = lane.exact + lane.sealed - tokens
+        if keep <= 0:
+            lane.exact_keys = lane.exact_values = lane.positions = None
+            lane.chunks, lane.dropped = [], 0
+            return
+        if lane.dropped:
+            lane.positions = xp.copy(lane.positions[:, :, : lane.exact - tokens])
+        recent = lane.exact - min(self.sinks, lane.exact)
+        if not lane.chunks or tokens <= recent:
+            left = lane.exact - tokens
+            lane.exact_keys, lane.exact_values = (xp.copy(x[:, :, :left]) for x in (lane.exact_keys, lane.exact_values))
+            return
+        sinks = [x[:, :, : min(self.sinks, keep)] for x in (lane.exact_keys, lane.exact_values)]
+        left = max(keep - self.sinks, 0)
+        chunks, tail = [], None
+        for chunk in lane.chunks:
+            whole = min(left, chunk.tokens) // self.seal * self.seal
+            if whole:
+                chunks.append(chunk if whole == chunk.tokens else self.codec.cut(chunk, whole))
+            if whole < min(left, chunk.tokens):
+                tail = [xp.astype(x[:, :, whole:left], lane.exact_keys.dtype) for x in self.codec.decode(chunk)]
+            left -= min(left, chunk.tokens)
+            if not left:
+                break
+        if tail:
+            sinks = [xp.concat([a, b], axis=2) for a, b in zip(sinks, tail)]
+        lane.exact_keys, lane.exact_values = xp.copy(sinks[0]), xp.copy(sinks[1])
+        lane.chunks = chunks

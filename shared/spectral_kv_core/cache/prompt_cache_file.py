@@ -1,0 +1,355 @@
+"""The stored prompt cache: one file from which either backend goes on; see docs/reference/prompt-cache-file.md.
+
+A backend puts its layers in with `PromptFile.of` and takes them out, layer by layer, with `restore` and `exact`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count, takewhile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import __version__
+from ..arrays.transform import band_sizes
+from ..codecs.entropy_coded import fit_bits
+from ..codecs.registry import plan_class
+from ..codecs.spectral import Chunk
+from ..files.container import FileFormat
+from ..planning.methods import METHODS, Method
+from ..planning.plan import Plan, bits_range, make_plan
+from ..profile.profile import ModelShape, Profile
+from ..profile.store import find_profile
+from ..quantization.quantizer import UNIT
+from .layer_cache import CacheSize, LayerCache
+from .padding_group import Lane
+
+log = logging.getLogger("spectralkv")
+FORMAT = FileFormat("spectralkv-cache", 2, "prompt cache", "spectralkv cache-prompt --model MODEL --prompt-file FILE")
+DEFAULT_FILE_METHOD = "spectral-stored"
+FILE_DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}  # of exact keys and values
+
+
+@dataclass(frozen=True)
+class ExactLayer:
+    """A layer that passes through: keys and values [B, H, n, D] of the last n of `seen` slots, oldest first."""
+
+    keys: Any
+    values: Any
+    seen: int
+
+
+@dataclass
+class PromptFile:
+    """What a stored prompt cache says about itself, and its arrays as the file has them.
+
+    method, bits, shape: what the plan called `plan_hash` follows from, with the profile that `profile` describes.
+    seen: slots, padding included. layers: per layer of the model its dtype and its lanes, or its `size` [H, n, D] where
+    it passes through, or nothing where the plan codes it together with an earlier one: lanes then hold the heads of all
+    of these layers. metadata: what the writer wanted to add.
+    """
+
+    method: Method
+    bits: float
+    shape: ModelShape
+    plan_hash: str
+    profile: str
+    model: str
+    weights_digest: str
+    sinks: int
+    window: int
+    seen: int
+    layers: list[dict]
+    arrays: dict[str, np.ndarray]
+    metadata: dict = field(default_factory=dict)
+    library_version: str = __version__
+    path: str | None = None
+
+    PLAIN_FIELDS = (
+        "bits", "plan_hash", "profile", "model", "weights_digest", "sinks", "window", "seen", "layers", "metadata",
+        "library_version",
+    )  # fmt: skip
+
+    @classmethod
+    def of(
+        cls,
+        xp,
+        plan: Plan,
+        layers: Sequence[LayerCache | ExactLayer],
+        *,
+        tokens: Sequence | None = None,
+        model: str = "",
+        weights_digest: str = "",
+        metadata: dict | None = None,
+    ) -> PromptFile:
+        """The file of a cache with these `layers`, whose prompt has ended (`LayerCache.finalize`).
+
+        Layers that the plan codes together have one `LayerCache`.
+        tokens: ids [seen] or [B, seen] of the prompt, padding included. Raises ValueError for other `tokens` and for an
+        empty cache.
+        """
+        first = layers[plan.shape.layers[0]]
+        if not first.seen:
+            raise ValueError("Expected a cache that has read a prompt, received an empty one.")
+        if plan.method.scorer is not None:
+            raise ValueError(
+                f"Expected a cache that keeps every token with as many bits, {plan.method.name} does not, which cannot be "
+                "stored yet. Keep the prompt itself."
+            )
+        arrays, states, followers = {}, [], {i for group in plan.layer_groups for i in group[1:]}
+        for layer_idx, layer in enumerate(layers):
+            assert layer.seen == first.seen, "all layers have seen the same tokens"
+            if layer_idx in followers:
+                states.append({})
+                continue
+            pack = _pack_lanes if isinstance(layer, LayerCache) else _pack_exact
+            states.append(pack(xp, f"layers/{layer_idx}", layer, arrays))
+        if tokens is not None:
+            ids = np.array(tokens.tolist() if hasattr(tokens, "tolist") else tokens, np.int32)
+            if ids.shape not in ((first.seen,), (sum(len(lane.rows) for lane in first.lanes), first.seen)):
+                raise ValueError(
+                    f"Expected the ids of the {first.seen:,} tokens that the cache has seen, received an array of shape "
+                    f"{ids.shape}. Give what was fed, padding included, or tokens=None."
+                )
+            arrays["tokens"] = ids
+        return cls(
+            plan.method, plan.bits, plan.shape, plan.hash, _describe(plan.profile), model, weights_digest, first.sinks,
+            first.window, first.seen, states, arrays, metadata or {},
+        )  # fmt: skip
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write the file to `path` (temporary name, then rename); returns the path."""
+        header = {name: getattr(self, name) for name in self.PLAIN_FIELDS}
+        return FORMAT.save(path, self.arrays, header | {"method": _recipe(self.method), "shape": self.shape.to_json()})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> PromptFile:
+        """Read a prompt cache file; `plan` checks its sizes.
+
+        Raises FileNotFoundError, or ValueError for a file that is truncated, altered, of another kind or too new.
+        """
+        arrays, header = FORMAT.load(path)
+        recipe = header["method"]
+        table = METHODS.get(recipe["name"]) or Method(**recipe, summary="a recipe of its own", source="")
+        fields = {name: header[name] for name in cls.PLAIN_FIELDS}
+        return cls(
+            method=replace(table, **recipe),
+            shape=ModelShape.from_json(header["shape"]),
+            arrays=arrays,
+            path=str(path),
+            **fields,
+        )
+
+    @property
+    def tokens(self) -> list | None:
+        """Token ids of the prompt: a list, of lists for a batch; None when the writer did not tell them."""
+        return self.arrays["tokens"].tolist() if "tokens" in self.arrays else None
+
+    @property
+    def padding(self) -> list[int]:
+        """Left padding of every row of the batch, in slots."""
+        lanes = self.layers[self.shape.layers[0]]["lanes"]
+        return [pad for _, pad in sorted((row, lane["pad"]) for lane in lanes for row in lane["rows"])]
+
+    def check(self, shape: ModelShape, weights_digest: str = "") -> None:
+        """Raise ValueError unless the cache is of a model of this `shape`; warn when it is of other weights."""
+        of = f" (of {self.model})" if self.model else ""
+        difference = self.shape.mismatch(shape, "the file")
+        if difference:
+            raise ValueError(
+                f"Expected a prompt cache of this model, {self._name}{of} is another's: the model has {difference}. Make one "
+                f"for this model: {FORMAT.command}"
+            )
+        if self.weights_digest and weights_digest and self.weights_digest != weights_digest:
+            log.warning(
+                "The prompt cache %s%s was made with other weights of this architecture: what follows may make no sense. "
+                "Make it with these: %s",
+                self._name,
+                of,
+                FORMAT.command,
+            )
+
+    def plan(self, profile: Profile | None = None) -> Plan:
+        """The plan that the codes were made by, from `profile`, or from one that is found by itself.
+
+        Raises ValueError for another profile than the cache was made with, and for arrays that do not fit the plan.
+        """
+        basis_set = self.method.basis_set
+        profile = (profile or find_profile(self.shape, basis_set)) if basis_set else None
+        if basis_set and profile is None:
+            raise ValueError(
+                f"Expected the profile that {self._name} was made with ({self.profile}), found none. Give that profile."
+            )
+        plan = make_plan(self.shape, profile, self.method, self.bits)
+        if plan.hash != self.plan_hash:
+            raise ValueError(
+                f"Expected the profile that {self._name} was made with ({self.profile}), received another "
+                f"({_describe(profile)}). Give that profile, or make the cache again: {FORMAT.command}"
+            )
+        self._check_arrays(plan)
+        return plan
+
+    def restore(self, layer_idx: int, store: LayerCache, dtype, like=None) -> None:
+        """Fill the empty `store` of a compressed layer, the first of its row; exact keys and values become `dtype`."""
+        xp, state = store.xp, self.layers[layer_idx]
+        for number, fields in enumerate(state["lanes"]):
+            name = f"layers/{layer_idx}/lanes/{number}"
+            lane = Lane(list(fields["rows"]), fields["pad"])
+            if f"{name}/keys" in self.arrays:
+                lane.exact_keys, lane.exact_values = self._exact(xp, name, state["dtype"], dtype, like)
+            for place, (start, tokens) in enumerate(fields["chunks"]):
+                names = takewhile(self.arrays.__contains__, (f"{name}/chunks/{place}/{i}" for i in count()))
+                arrays = (self.arrays[n] for n in names)
+                codes = tuple(xp.from_file(x, x.dtype.name, like) for x in arrays)
+                lane.chunks.append(Chunk(len(lane.rows), start, tokens, codes))
+            store.lanes.append(lane)
+        store.seen = self.seen
+
+    def exact(self, xp, layer_idx: int, dtype, like=None) -> ExactLayer:
+        """A layer that passes through, as `dtype`."""
+        stored = self.layers[layer_idx]["dtype"]
+        return ExactLayer(*self._exact(xp, f"layers/{layer_idx}", stored, dtype, like), self.seen)
+
+    def size(self) -> CacheSize:
+        """Bytes of the arrays of all layers, with what they stand for."""
+        tokens = sum(max(self.seen - pad, 0) for pad in self.padding)
+        dense = 4 * tokens * len(self.shape.layers) * self.shape.kv_heads * self.shape.head_dim
+        dense += sum(4 * len(self.padding) * int(np.prod(state["size"])) for state in self.layers if "size" in state)
+        return CacheSize(sum(self.bytes_by_part().values()), dense, 0)
+
+    def bytes_by_part(self) -> dict[str, int]:
+        """Bytes of the `codes`, of the `exact` sinks and windows, and of the layers that `passed` through."""
+        parts = {"codes": 0, "exact": 0, "passed": 0}
+        for name, array in self.arrays.items():
+            if name != "tokens":
+                parts["codes" if "/chunks/" in name else "exact" if "/lanes/" in name else "passed"] += array.nbytes
+        return parts
+
+    @property
+    def _name(self) -> str:
+        return self.path or "the one given"
+
+    def _exact(self, xp, name: str, stored: str, dtype, like) -> tuple:
+        sides = (xp.from_file(self.arrays[f"{name}/{side}"], stored, like) for side in ("keys", "values"))
+        return tuple(xp.astype(x, dtype) for x in sides)
+
+    def _check_arrays(self, plan: Plan) -> None:
+        """Raise ValueError unless there are the arrays that header and plan speak of, and no others."""
+        expected = dict(self._expected(plan))
+        for name in sorted({*expected, *self.arrays}):
+            array = self.arrays.get(name)
+            found = None if array is None else (array.shape, array.dtype.name)
+            if found != expected.get(name):
+                raise ValueError(
+                    f"Expected {expected.get(name) or 'nothing'} under {name}, {self._name} has {found or 'nothing'}. Make it "
+                    "again."
+                )
+
+    def _expected(self, plan: Plan) -> Iterator[tuple[str, tuple]]:
+        """Name, and (shape, dtype), of every array."""
+        shape, batch = self.shape, len(self.padding)
+        if "tokens" in self.arrays:
+            yield "tokens", ((self.seen,) if self.arrays["tokens"].ndim == 1 else (batch, self.seen), "int32")
+        for layer_idx in sorted({*range(shape.num_layers)} - {*shape.layers}):
+            state, name = self.layers[layer_idx], f"layers/{layer_idx}"
+            size = (batch, *state["size"]), FILE_DTYPES[state["dtype"]]
+            yield from ((f"{name}/{side}", size) for side in ("keys", "values"))
+        for row, layers in enumerate(plan.layer_groups):
+            state, name = self.layers[layers[0]], f"layers/{layers[0]}"
+            heads, dtype = len(layers) * shape.kv_heads, FILE_DTYPES[state["dtype"]]
+            for number, lane in enumerate(state["lanes"]):
+                batch, sealed = len(lane["rows"]), 0
+                for place, (start, tokens) in enumerate(lane["chunks"]):
+                    if start != self.sinks + sealed:
+                        raise ValueError(f"Expected chunks without gaps, {self._name} has one. Make it again.")
+                    sealed += tokens
+                    parts = chunk_arrays(plan, row, batch, tokens)
+                    for i, (size, kind) in enumerate(parts):
+                        array = f"{name}/lanes/{number}/chunks/{place}/{i}"
+                        yield array, (size or self.arrays[array].shape, kind)
+                if self.seen > lane["pad"]:
+                    size = batch, heads, self.seen - lane["pad"] - sealed, shape.head_dim
+                    yield from ((f"{name}/lanes/{number}/{side}", (size, dtype)) for side in ("keys", "values"))
+
+
+def chunk_arrays(plan: Plan, row: int, batch: int, tokens: int) -> list[tuple]:
+    """(shape, dtype) of every array of a chunk under `plan`; shape None for entropy-coded bytes."""
+    method, shape = plan.method, plan.shape
+    if plan_class(method.codec):
+        return plan.chunk_arrays(row, batch, tokens)
+    if method.codec == "entropy-coded":
+        return [(None, "uint8")]
+    if method.codec == "affine":
+        lead = batch, shape.kv_heads, tokens
+        scales = ((*lead, shape.head_dim // method.group_size), "float16")
+        return 2 * [((*lead, -(-shape.head_dim // UNIT), plan.affine_bits), "uint8"), scales, scales]
+    blocks, arrays = tokens // method.block, []
+    for bits in sorted({*plan.widths[row].flatten().tolist()} - {0}):
+        rows = int(((plan.widths[row] == bits) * band_sizes(method.block)).sum())
+        units, rest = divmod(blocks, UNIT)
+        arrays += [((batch, rows, units, bits), "uint8"), ((batch, -(-rows * rest // UNIT), bits), "uint8")]
+    return arrays
+
+
+def sealed_bits(stores: Sequence[LayerCache]) -> float:
+    """Stored bits per key or value element of the sealed tokens, 0 where nothing is sealed."""
+    stored = elements = 0
+    for lane in (lane for store in stores for lane in store.lanes if lane.chunks):
+        stored += 8 * sum(array.nbytes for chunk in lane.chunks for array in chunk.held)
+        elements += 2 * lane.sealed * len(lane.rows) * lane.exact_keys.shape[1] * lane.exact_keys.shape[3]
+    return stored / elements if elements else 0.0
+
+
+def encode_within(encode: Callable[[Plan], Any], stores: Callable[[Any], Sequence[LayerCache]], plan: Plan):
+    """The cache `encode(plan)`; of a method for files the largest whose real bits stay within those of `plan`.
+
+    `stores` gives the compressed layers of a cache. How long entropy codes get depends on the text.
+    """
+    if plan.method.live:
+        return encode(plan)
+
+    def encode_at(bits: float) -> tuple[Any, float]:
+        cache = encode(make_plan(plan.shape, plan.profile, plan.method, bits))
+        return cache, sealed_bits(stores(cache)) or bits  # a prompt so short that nothing is sealed fits
+
+    return fit_bits(encode_at, plan.bits, bits_range(plan.method, plan.shape))
+
+
+def _pack_lanes(xp, name: str, store: LayerCache, arrays: dict) -> dict:
+    """Put the arrays of a compressed layer into `arrays`; returns what the header says of it."""
+    lanes, dtype = [], None
+    for number, lane in enumerate(store.lanes):
+        place = f"{name}/lanes/{number}"
+        if lane.exact_keys is not None:
+            arrays[f"{place}/keys"], dtype = xp.to_file(lane.exact_keys)
+            arrays[f"{place}/values"], _ = xp.to_file(lane.exact_values)
+        for c, chunk in enumerate(lane.chunks):
+            arrays |= {f"{place}/chunks/{c}/{i}": xp.to_file(x)[0] for i, x in enumerate(chunk.arrays)}
+        chunks = [[chunk.start, chunk.tokens] for chunk in lane.chunks]
+        lanes.append({"rows": lane.rows, "pad": lane.pad, "chunks": chunks})
+    return {"dtype": dtype, "lanes": lanes}
+
+
+def _pack_exact(xp, name: str, layer: ExactLayer, arrays: dict) -> dict:
+    """`_pack_lanes` for a layer that passes through."""
+    arrays[f"{name}/keys"], dtype = xp.to_file(layer.keys)
+    arrays[f"{name}/values"], _ = xp.to_file(layer.values)
+    return {"dtype": dtype, "size": list(layer.keys.shape[1:])}
+
+
+def _recipe(method: Method) -> dict:
+    """Fields of a method that a file has."""
+    return {key: value for key, value in vars(method).items() if key not in ("summary", "source", "scorer")}
+
+
+def _describe(profile: Profile | None) -> str:
+    """What tells a profile from others, in words."""
+    if profile is None:
+        return "none"
+    file = Path(profile.path).name if profile.path else "not saved"
+    return f"{file}, of {profile.model}, {profile.calibration.get('tokens', 0):,} tokens"

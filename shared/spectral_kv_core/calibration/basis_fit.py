@@ -1,0 +1,301 @@
+"""From captured keys, values and score gradients to basis sets: one layer in memory at a time."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ..arrays import ops
+from ..arrays.basis import fit_basis
+from ..arrays.rope import shift, unrotate
+from ..arrays.transform import band_sizes, octave_bands, time_matrix, to_frequency
+from ..planning.methods import GROUPS
+from ..profile.profile import BasisSet, ModelShape
+from ..quantization.quantizer import BIT_WIDTHS, empirical_tables, thresholds
+from .moments import Moments
+
+SKIP = 4  # attention sinks of a document: outliers that the cache keeps exactly
+SPREAD = 4  # places that a document is moved to, for post-RoPE keys
+HISTOGRAM_LIMIT, HISTOGRAM_BINS = 12.0, 1500  # of |coefficient| / sigma
+
+
+def split_documents(
+    texts: Iterable[str], encode: Callable[[str], list[int]], length: int, total: int
+) -> list[list[int]]:
+    """Token documents of at most `length` tokens, `total` tokens in all: first pieces of every text, then second ones.
+
+    Raises ValueError when the texts give fewer than 64 tokens.
+    """
+    pieces = []
+    for text in texts:
+        tokens = list(encode(text))
+        cut = [tokens[i : i + length] for i in range(0, len(tokens), length)]
+        pieces.append([c for i, c in enumerate(cut) if len(c) >= min(length // 2, 512) or i == 0])
+    documents, count = [], 0
+    for depth in range(max(map(len, pieces), default=0)):
+        for piece in pieces:
+            if depth < len(piece) and len(piece[depth]) >= 64 and count < total:
+                documents.append(piece[depth][: max(total - count, 64)])
+                count += len(documents[-1])
+    if not documents:
+        raise ValueError(
+            "Expected calibration texts of at least 64 tokens, received less. Give longer text with --text."
+        )
+    return documents
+
+
+class Spool:
+    """Captured vectors of every layer and document, on disk in float16 around each document's mean.
+
+    Use as a context manager; the folder goes away at the end. A document adds, per compressible layer, post-RoPE keys
+    and values [H, T, D] and their score gradients [S, H, T, D] for S label samples.
+    """
+
+    def __init__(self, folder: str | None = None):
+        self._folder = tempfile.TemporaryDirectory(prefix="spectralkv-", dir=folder)
+        self.documents = 0
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._folder.cleanup()
+
+    def add(self, row: int, document: int, keys, values, key_gradients, value_gradients) -> None:
+        """Store layer number `row` of one document; raises ValueError on NaN or infinity."""
+        x = np.concatenate([keys, values]).astype(np.float32)
+        gradients = np.concatenate([key_gradients, value_gradients], axis=1).astype(np.float32)
+        if not (np.isfinite(x).all() and np.isfinite(gradients).all()):
+            raise ValueError(
+                f"Expected finite activations, compressible layer {row} has NaN or infinity: check the weights and the dtype."
+            )
+        mean = x.mean(1, keepdims=True)
+        spread = max(float(np.abs(x - mean).max()), 1e-30)
+        peak = max(float(np.abs(gradients).max()), 1e-30)
+        np.savez(
+            self._path(row, document),
+            mean=mean,
+            x=((x - mean) / spread).astype(np.float16),
+            spread=np.float32(spread),
+            gradients=(gradients / peak).astype(np.float16),
+            peak=np.float32(peak),
+        )
+        self.documents = max(self.documents, document + 1)
+
+    def read(self, *rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Vectors [2H, T, D] and gradients [S, 2H, T, D] of layers number `rows`, document by document.
+
+        The keys of all of these layers come first, layer by layer; H counts the heads of all of them.
+        """
+        for document in range(self.documents):
+            layers = [self._load(row, document) for row in rows]
+            yield tuple(_keys_first(arrays) for arrays in zip(*layers))
+
+    def _load(self, row: int, document: int) -> tuple[np.ndarray, np.ndarray]:
+        with np.load(self._path(row, document)) as arrays:
+            x = arrays["x"].astype(np.float32) * arrays["spread"] + arrays["mean"]
+            return x, arrays["gradients"].astype(np.float32) * arrays["peak"]
+
+    def _path(self, row: int, document: int) -> Path:
+        return Path(self._folder.name) / f"{row}-{document}.npz"
+
+
+def fit_basis_set(
+    spool: Spool,
+    shape: ModelShape,
+    group: str = "head",
+    rope: str = "post",
+    time: str = "dct",
+    block: int = 16,
+    positions: int = 0,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> BasisSet:
+    """Means, bases, spectra, sensitivities and measured quantization costs of one way of grouping vectors.
+
+    The basis is the PCA of mean-removed vectors; in a shared basis every (side, head) is scaled by the root of its mean
+    squared gradient first, so that what matters more is better resolved (docs/decisions/rate-distortion-2.md, section 1).
+
+    Post-RoPE keys turn with their position, slow pairs by less than a turn over a document: a basis fitted to the first
+    positions misses what comes later. Every document is therefore taken `SPREAD` times, moved to places spread over
+    the first `positions` tokens (0: left where it is); moving is exact, RoPE being a rotation.
+    """
+    if group not in GROUPS:
+        raise ValueError(f"Expected a group in {GROUPS}, received {group!r}.")
+    layer_groups = shape.layer_groups(group)
+    rows, heads = len(layer_groups), 2 * shape.kv_heads * max(map(len, layer_groups))
+    groups = {"head": heads, "side": 2}.get(group, 1)
+    members = heads // groups
+    channels, bands = members * shape.head_dim, len(band_sizes(block))
+    result = BasisSet(
+        group,
+        rope,
+        time,
+        block,
+        mean=np.zeros((rows, groups, channels), np.float32),
+        weight=np.ones((rows, groups, members), np.float32),
+        basis=np.zeros((rows, groups, channels, channels), np.float32),
+        variance=np.zeros((rows, groups, channels, bands), np.float32),
+        sensitivity=np.zeros((rows, groups, channels, bands), np.float32),
+        cost=np.zeros((rows, groups, channels, bands, len(BIT_WIDTHS)), np.float32),
+        levels={},
+    )
+    pooled = np.zeros(HISTOGRAM_BINS, np.int64)
+    copies = SPREAD if rope == "post" and shape.rope is not None and positions else 1
+    with (
+        tempfile.TemporaryFile() as shelf
+    ):  # gradient-weighted histograms wait here for the tables they are costed with
+        for row, layers in enumerate(progress(layer_groups)):
+            numbers = tuple(map(shape.layers.index, layers))
+            documents = _Documents(spool, numbers, shape, rope, groups, block, positions, copies)
+            part = _narrowed(result, 2 * shape.kv_heads * len(layers) // groups, shape.head_dim)
+            _fit_basis(part, row, documents)
+            np.save(shelf, _fit_spectrum(part, row, documents, pooled))
+        result.levels, result.histogram = empirical_tables(pooled, HISTOGRAM_LIMIT), pooled
+        errors = _cell_errors(result.levels)
+        shelf.seek(0)
+        for row in range(len(layer_groups)):
+            weighted = np.load(shelf)  # [G, R, F, cells], R of this row
+            rank = weighted.shape[1]
+            result.cost[row, :, :rank] = (weighted @ errors) * result.variance[row, :, :rank, :, None]
+    return result.rounded()
+
+
+def _keys_first(layers: tuple[np.ndarray, ...]) -> np.ndarray:
+    """Arrays [..., 2H, T, D] of several layers, each with its keys first -> the keys of all, then the values of all."""
+    sides = zip(*(np.split(x, 2, axis=-3) for x in layers))
+    return np.concatenate([x for side in sides for x in side], axis=-3)
+
+
+@dataclass(frozen=True)
+class _Documents:
+    """The documents of a row's layers as `_grouped` gives them, read again at every iteration to keep one in memory.
+
+    numbers: of the layers among the compressible ones.
+    """
+
+    spool: Spool
+    numbers: tuple[int, ...]
+    shape: ModelShape
+    rope: str
+    groups: int
+    block: int
+    positions: int
+    copies: int
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        places = self.spool.documents * self.copies
+        for d, (x, g) in enumerate(self.spool.read(*self.numbers)):
+            for i in range(self.copies):
+                # squares: half of the places lie in the first quarter, where most contexts end
+                offset = (d * self.copies + i) ** 2 * self.positions // places**2
+                yield _grouped(x, g, self.shape, self.rope, self.groups, self.block, offset)
+
+
+def _grouped(x, gradients, shape, rope, groups, block, offset):
+    """Vectors [G, T, Dg] and gradients [S, G, T, Dg] of the tokens of a document that a cache would have sealed."""
+    heads = x.shape[0] // 2
+    if rope == "pre" and shape.rope is not None:
+        scaling = shape.rope.scaling  # k_post = s R k_pre, hence the gradient turns back and is scaled by s
+        x = np.concatenate([unrotate(ops, x[:heads], shape.rope, 0), x[heads:]])
+        turned = unrotate(ops, gradients[:, :heads], shape.rope, 0) * scaling**2
+        gradients = np.concatenate([turned, gradients[:, heads:]], axis=1)
+    elif offset:
+        x = np.concatenate([shift(ops, x[:heads], shape.rope, offset), x[heads:]])
+        turned = shift(ops, gradients[:, :heads], shape.rope, offset)
+        gradients = np.concatenate([turned, gradients[:, heads:]], axis=1)
+    tokens = (x.shape[1] - SKIP) // block * block
+
+    def gather(a):
+        a = a[..., SKIP : SKIP + tokens, :]
+        a = a.reshape(*a.shape[:-3], groups, -1, tokens, shape.head_dim)
+        return np.moveaxis(a, -3, -2).reshape(*a.shape[:-4], groups, tokens, -1)
+
+    return gather(x), gather(gradients)
+
+
+def _coefficients(basis_set: BasisSet, row: int, x: np.ndarray) -> np.ndarray:
+    """[..., G, T, Dg] -> [..., G, n, block, R] with the basis and the time transform of `basis_set`."""
+    return to_frequency(ops, x @ basis_set.basis[row], time_matrix(basis_set.time, basis_set.block))
+
+
+def _weights(basis_set: BasisSet, row: int) -> np.ndarray:
+    members = basis_set.weight.shape[-1]
+    return np.repeat(basis_set.weight[row], basis_set.mean.shape[-1] // members, axis=-1)[:, None, :]
+
+
+def _narrowed(basis_set: BasisSet, members: int, head_dim: int) -> BasisSet:
+    """The first `members` of every group: views, which are filled for a row that has no more."""
+    channels = members * head_dim
+    return replace(
+        basis_set,
+        mean=basis_set.mean[..., :channels],
+        weight=basis_set.weight[..., :members],
+        basis=basis_set.basis[..., :channels, :channels],
+        variance=basis_set.variance[:, :, :channels],
+        sensitivity=basis_set.sensitivity[:, :, :channels],
+    )
+
+
+def _fit_basis(basis_set: BasisSet, row: int, documents: _Documents) -> None:
+    members = basis_set.weight.shape[-1]
+    moments, energy = Moments(), []
+    for x, g in documents:
+        moments.update(x)
+        energy.append(np.square(g).mean(axis=(0, 2), dtype=np.float64))  # [G, Dg]
+    if members > 1:
+        weight = np.sqrt(np.mean(energy, axis=0).reshape(-1, members, basis_set.mean.shape[-1] // members).mean(-1))
+        weight = weight / np.maximum(weight.mean(-1, keepdims=True), 1e-30)
+        basis_set.weight[row] = np.maximum(weight, 1e-3)  # a head without gradient stays decodable
+    weights = _weights(basis_set, row).astype(np.float64)
+    basis_set.mean[row] = moments.mean
+    basis_set.basis[row], _ = fit_basis(moments.covariance * np.swapaxes(weights, -1, -2) * weights)
+
+
+def _fit_spectrum(basis_set: BasisSet, row: int, documents: _Documents, pooled: np.ndarray) -> np.ndarray:
+    """Variance and sensitivity of every band, and E[g^2] by the cell that |coefficient| / sigma lies in.
+
+    Adds the plain histogram of the cells to `pooled`. Returns [G, R, F, cells] float32.
+    """
+    weights, bands, sizes = _weights(basis_set, row), octave_bands(basis_set.block), band_sizes(basis_set.block)
+
+    def spectra():  # made twice, so that one document is in memory at a time
+        for x, g in documents:
+            y = _coefficients(basis_set, row, (x - basis_set.mean[row][:, None]) * weights)
+            yield y, np.square(_coefficients(basis_set, row, g / weights)).mean(0)  # over label samples
+
+    energy, slope, count = 0.0, 0.0, 0
+    for y, importance in spectra():
+        energy = energy + np.square(y).sum(1, dtype=np.float64)
+        slope = slope + importance.sum(1, dtype=np.float64)
+        count += y.shape[1]
+    basis_set.variance[row] = _per_band(energy / count, bands)
+    basis_set.sensitivity[row] = _per_band(slope / count, bands)
+    groups, rank, number = basis_set.variance.shape[1:]
+    sigma = np.sqrt(basis_set.variance[row])[..., bands].transpose(0, 2, 1)[:, None]  # [G, 1, F, R]
+    cells = np.float32(HISTOGRAM_BINS / HISTOGRAM_LIMIT) / np.where(sigma > 0, sigma, 1)
+    first = (np.arange(groups)[:, None, None] * rank + np.arange(rank)) * number + bands[:, None]
+    first = (first * HISTOGRAM_BINS)[:, None]  # [G, 1, F, R]
+    weighted = np.zeros(groups * rank * number * HISTOGRAM_BINS)
+    for y, importance in spectra():
+        cell = np.minimum(np.abs(y) * cells, HISTOGRAM_BINS - 1).astype(np.int64)
+        moved = np.broadcast_to(sigma > 0, cell.shape)
+        pooled += np.bincount(cell[moved], minlength=HISTOGRAM_BINS)  # constants would pile up at zero
+        weighted += np.bincount((cell + first).reshape(-1), importance.reshape(-1), minlength=len(weighted))
+    return (weighted.reshape(groups, rank, number, -1) / (count * sizes[:, None])).astype(np.float32)
+
+
+def _per_band(x: np.ndarray, bands: np.ndarray) -> np.ndarray:
+    """Mean over the frequencies of every band: [G, block, R] -> [G, R, F]."""
+    return np.stack([x[:, bands == f].mean(1) for f in range(bands.max() + 1)], axis=-1)
+
+
+def _cell_errors(levels: dict[int, np.ndarray]) -> np.ndarray:
+    """Mean squared error of every width within every cell of the histogram, in variances: [cells, W] float32."""
+    fine = 8
+    x = (np.arange(HISTOGRAM_BINS * fine) + 0.5) * (HISTOGRAM_LIMIT / HISTOGRAM_BINS / fine)
+    errors = [x if not b else x - levels[b][np.searchsorted(thresholds(levels[b]), x)] for b in BIT_WIDTHS]
+    return np.stack([np.square(e).reshape(-1, fine).mean(1) for e in errors], axis=1).astype(np.float32)

@@ -1,0 +1,197 @@
+"""Calibration of a model, whatever the host: text -> captured vectors and gradients -> profile."""
+
+from __future__ import annotations
+
+import copy
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import numpy as np
+from tqdm import tqdm
+
+from ..hosts.demo_model import demo_model_path
+from ..planning.methods import BASIS_SETS, JOINT, PAIRS, Method
+from ..profile.profile import ModelShape, Profile, QueryStatistics
+from ..profile.store import auto_profile, name_passed_layers, warn_if_other_weights
+from .basis_fit import Spool, fit_basis_set, split_documents
+from .layer_probing import DOCUMENTS, PROBED, LogProbabilities, probed
+from .local_gradients import local_gradients
+from .model_basis import fit_joint_set
+from .moments import QueryMoments
+from .text import TEXT_NAME, load_default_texts, text_digest
+
+MAX_POSITIONS = 32768
+SCORED_SHARE = 16  # the last sixteenth of a document is scored: its gradients reach the tokens before it
+
+
+class ProfilerBase(ABC):
+    """Makes the profile of a model from one pass over calibration text; a backend adds the abstract methods.
+
+    target_energy: what `Profile.summary` reports ranks at; tokens: calibration tokens in all; document: tokens of one
+    document, which bounds the memory needed; samples: label samples per document; seed: of the labels;
+    positions: context length that post-RoPE keys are prepared for (default: the model's own, at most 32,768);
+    gradients: False takes the gradients of every layer's own attention output in place of those of the scored tokens'
+    probability: no backward pass and a fraction of the memory, at a price in quality (results/experiments.md);
+    probes: False leaves the costs of layers as gradients have them, instead of measuring what coding each alone does;
+    basis_sets: which ways of grouping vectors the profile covers (`group.rope`; default: those of all methods but
+    the -pairs methods and kvtc); pairs, joint: that of the -pairs methods, of kvtc, too.
+    """
+
+    def __init__(
+        self,
+        target_energy: float = 0.95,
+        tokens: int = 32768,
+        document: int = 2048,
+        samples: int = 2,
+        seed: int = 0,
+        positions: int | None = None,
+        gradients: bool = True,
+        probes: bool = True,
+        basis_sets: tuple[str, ...] = BASIS_SETS,
+        progress: bool = True,
+        pairs: bool = False,
+        joint: bool = False,
+    ):
+        if not 0 < target_energy <= 1:
+            raise ValueError(f"Expected target_energy in (0, 1], received {target_energy}.")
+        if min(tokens, document) < 64:
+            raise ValueError(f"Expected at least 64 tokens, received {min(tokens, document)}.")
+        self.target_energy, self.tokens, self.document = target_energy, tokens, document
+        self.samples, self.seed, self.positions, self.progress = samples, seed, positions, progress
+        self.gradients, self.probes = gradients, probes
+        self.basis_sets = tuple(dict.fromkeys((*basis_sets, *[PAIRS] * pairs, *[JOINT] * joint)))
+        for name in self.basis_sets:
+            if name not in (known := (*BASIS_SETS, PAIRS, JOINT)):
+                raise ValueError(f"Expected basis sets among {', '.join(known)}, received {name!r}.")
+
+    @abstractmethod
+    def load(self, name: str, quantize: str | None = None):
+        """Model and tokenizer of a directory or hub id; quantize: `4bit` or `8bit` weights."""
+
+    @abstractmethod
+    def describe(self, model) -> tuple[ModelShape, dict[int, str], str, str, int | None]:
+        """Shape, passed-through layers with reasons, weights digest, name, and the context it was made for."""
+
+    @abstractmethod
+    def activations(self, model, shape: ModelShape, tokens: list[int]) -> Iterator[tuple]:
+        """Per compressible layer, float32 NumPy: queries [Hq, T, D] times the attention scale, keys, values [H, T, D]."""
+
+    @abstractmethod
+    def probe(self, model, shape: ModelShape, tokens: list[int], scored: int) -> tuple[list, LogProbabilities]:
+        """A document as `probing.probed` takes it, whose last `scored` tokens are predicted."""
+
+    @abstractmethod
+    def vectors(self, model, shape: ModelShape, tokens: list[int], scored: int, seed: int) -> Iterator[tuple]:
+        """Per compressible layer, as float32 NumPy arrays, of all but the last `scored` tokens:
+
+        queries [Hq, T, D] times the attention scale, keys and values [H, T, D], and the gradients [S, H, T, D] of the
+        scored tokens' log probability with respect to keys and values.
+        """
+
+    def profile_from_model(
+        self, model, tokenizer=None, texts: list[str] | None = None, name: str = "", quantize: str | None = None
+    ) -> Profile:
+        """Calibrate `model` (an object, a directory, a hub id or demo) on `texts` (default: the packaged ones).
+
+        quantize: weights that are loaded by name are first quantized, `4bit` or `8bit`. Raises ValueError for a model
+        without compressible layers, or without any to pair where pairs are asked for, too little text, or NaN in
+        activations.
+        """
+        if isinstance(model, (str, os.PathLike)):
+            name, path = name or str(model), str(demo_model_path()) if model == "demo" else str(model)
+            model, tokenizer = self.load(path, quantize)
+        elif quantize is not None:
+            raise ValueError(
+                f"Expected quantize with the name of a model to load, received it with a {type(model).__name__}. "
+                "Quantize the model first, or pass its directory or hub id."
+            )
+        shape, passed, digest, own_name, context = self.describe(model)
+        if not shape.layers:
+            raise ValueError(
+                f"Expected full-attention layers, received only: {', '.join(sorted(set(passed.values())))}."
+            )
+        for key in self.basis_sets:
+            shape.layer_groups(key.split(".")[0])  # raises before anything long runs
+        text_name = TEXT_NAME if texts is None else "own text"
+        texts = load_default_texts() if texts is None else texts
+        documents = split_documents(texts, tokenizer.encode, self.document, self.tokens)
+        moments = [QueryMoments(shape.kv_heads, shape.rope) for _ in shape.layers]
+        with Spool() as spool:
+            for d, tokens in enumerate(self._bar(documents, "Reading text")):
+                scored = max(len(tokens) // SCORED_SHARE, 16)
+                seed = self.seed * len(documents) + d
+                vectors = (self.vectors if self.gradients else self._local)(model, shape, tokens, scored, seed)
+                for row, (queries, *captured) in enumerate(vectors):
+                    moments[row].update(queries)
+                    spool.add(row, d, *captured)
+            positions = self.positions or min(context or MAX_POSITIONS, MAX_POSITIONS)
+            spread = max(positions - self.document, 0)  # a document starts here at the latest
+            sets = {}
+            for key in self.basis_sets:
+                if key == JOINT:
+                    sets[key] = fit_joint_set(
+                        spool, shape, self.seed, lambda steps: self._bar(steps, f"Fitting {JOINT}")
+                    )
+                    continue
+                group, rope = key.split(".")
+                sets[key] = fit_basis_set(
+                    spool,
+                    shape,
+                    group,
+                    rope,
+                    positions=spread,
+                    progress=lambda steps, key=key: self._bar(steps, f"Fitting {key}"),
+                )
+        probes = documents[:: -(-len(documents) // DOCUMENTS)] if self.probes and PROBED in sets else []
+        calibration = {
+            "text": text_name,
+            "text_sha256": text_digest(texts),
+            "documents": len(documents),
+            "tokens": sum(map(len, documents)),
+            "document": self.document,
+            "samples": self.samples,
+            "seed": self.seed,
+            "gradients": "score" if self.gradients else "local",
+            "positions": positions,
+            "target_energy": self.target_energy,
+            "probed": len(probes),
+        }
+        queries = QueryStatistics(*map(np.stack, zip(*(m.result() for m in moments))))
+        profile = Profile(shape, name or own_name, calibration, sets, queries, digest)
+        if probes:
+            bar = self._bar(probes, "Measuring layers")
+            probed(shape, profile, (self.probe(model, shape, x, max(len(x) // SCORED_SHARE, 16)) for x in bar))
+        return profile
+
+    def profile_for(
+        self, model, method: Method, profile: Profile | None = None, tokenizer=None
+    ) -> tuple[ModelShape, dict[int, str], Profile | None]:
+        """Shape of `model`, layers that pass through, and what `method` reads: the profile given, found, or made now.
+
+        Raises ValueError for a model without layers to compress.
+        """
+        shape, passed, digest, _, _ = self.describe(model)
+        if not shape.layers:
+            raise ValueError(
+                f"Expected full-attention layers to compress, received only: {', '.join(set(passed.values()))}."
+            )
+        if profile is None and method.profile_set:
+            profiler = copy.copy(self)
+            profiler.basis_sets = tuple(dict.fromkeys((*self.basis_sets, method.profile_set)))
+            profile = auto_profile(shape, method.profile_set, lambda: profiler.profile_from_model(model, tokenizer))
+        name_passed_layers(passed)
+        if method.profile_set:
+            profile.check(shape)
+            warn_if_other_weights(profile, digest)
+        return shape, passed, profile
+
+    def _local(self, model, shape: ModelShape, tokens: list[int], scored: int, seed: int) -> Iterator[tuple]:
+        """As `vectors`, with the gradients of every layer's own attention output."""
+        rng = np.random.default_rng(seed)
+        for queries, keys, values in self.activations(model, shape, tokens):
+            gradients = local_gradients(queries[:, -scored:], keys, values, self.samples, rng)
+            yield queries[:, :-scored], keys[:, :-scored], values[:, :-scored], *gradients
+
+    def _bar(self, steps, what: str):
+        return tqdm(steps, desc=what, disable=not self.progress, leave=False)

@@ -1,0 +1,1 @@
+"""The names of the first library, spectral-kv 1.0."""

@@ -1,0 +1,1 @@
+"""What `spectralkv eval` feeds, measures and keeps."""

@@ -1,0 +1,348 @@
+"""What compression costs: compressed caches against the plain one, over texts, methods, bits and tasks.
+
+Works on any module with the names of a backend's `generation`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from .. import __version__
+from ..cache.layer_cache import SEAL
+from ..codecs.tiers import check_tiers, make_tiered_plan, mean_bits, name_tiers
+from ..planning.methods import JOINT, PAIRS, ROUNDINGS, Method, get_method, rounded_by
+from ..planning.plan import bits_range, make_plan
+from ..profile.profile import Profile
+from ..profile.store import auto_profile
+from ..scorers import check_wavelet, get_scorer
+from .documents import Document, make_documents
+from .rows import RowFile, summarise
+from .tasks import LOW_PPL, Job, Runner
+from .text import Text, copy_span
+
+log = logging.getLogger("spectralkv")
+# score what really follows; a span of the prefix, repeated; turns on one cache; a number hidden in the prefix
+TASKS = ("text", "copy", "drift", "needle")
+METRICS = ("kl", "aop", "reconstruction")
+SUITES = {
+    "quick": {"prefixes": (1024,), "documents": 2, "scored": 64, "tasks": ("text", "copy"), "greedy": 32},
+    "full": {"prefixes": (1024, 2048), "documents": 4, "scored": 128, "tasks": TASKS, "greedy": 128},
+}
+DEFAULT_BITS = (4.0, 3.0, 2.0)
+DEFAULT_KEEP = (0.5, 0.25)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure, in tokens: `prefixes` read, then `scored` tokens, `step` per model call.
+
+    prefill_chunk: tokens per call of the prefix, through the compressed cache itself; None reads it in one call. metrics:
+    `kl` is always measured. greedy: tokens generated after the prefix, in the task `text`. turns, turn_tokens: how often the
+    task `drift` goes on with a piece of prompt, and how long that is. keep: shares of the prefix's tokens that methods
+    which drop tokens keep, `DEFAULT_KEEP` unless told. wavelets: filters of wavelet scorers, one cache each; the scorer's
+    own unless told. rounding_scores: whose scores weight the codec's rounding, one cache each; the method's own unless told.
+    tiers: (share, bits) pairs, as in `make_prompt_cache`, for methods SCORER+METHOD, which then drop nothing.
+    """
+
+    methods: tuple[str, ...]
+    bits: tuple[float, ...] = DEFAULT_BITS
+    tasks: tuple[str, ...] = SUITES["quick"]["tasks"]
+    metrics: tuple[str, ...] = METRICS
+    prefixes: tuple[int, ...] = (1024,)
+    scored: int = 64
+    documents: int = 2
+    step: int = 1
+    prefill_chunk: int | None = None
+    window: int = 64
+    sinks: int = 4
+    greedy: int = 0
+    turns: int = 5
+    turn_tokens: int = 256
+    keep: tuple[float, ...] = ()
+    wavelets: tuple[str, ...] = ()
+    rounding_scores: tuple[str, ...] = ()
+    tiers: tuple[tuple[tuple[float, float], ...], ...] = ()
+
+    def __post_init__(self):
+        for name, values in (("methods", self.methods), ("tasks", self.tasks), ("prefix", self.prefixes)):
+            if not values:
+                raise ValueError(f"Expected at least one value for --{name}, received none.")
+        methods = [get_method(name) for name in self.methods]
+        for name, values, known in (("tasks", self.tasks, TASKS), ("metrics", self.metrics, METRICS)):
+            for value in values:
+                if value not in known:
+                    raise ValueError(f"Expected {name} among {', '.join(known)}, received {value!r}.")
+        for bits in self.bits:
+            if not (math.isfinite(bits) and bits > 0):
+                raise ValueError(f"Expected bits above 0, received {bits:g}.")
+        chunk = 1 if self.prefill_chunk is None else self.prefill_chunk
+        numbers = [
+            ("prefix", prefix, 2) for prefix in self.prefixes
+        ]  # a tokenizer's own first token, and one of the text
+        numbers += [("scored", self.scored, 2), ("documents", self.documents, 1), ("step", self.step, 1)]
+        numbers += [("prefill-chunk", chunk, 1), ("window", self.window, 0), ("sinks", self.sinks, 0)]
+        numbers += [("greedy", self.greedy, 0), ("turns", self.turns, 1), ("turn-tokens", self.turn_tokens, 1)]
+        for name, value, least in numbers:  # the first scored token is predicted by the prefix alone
+            if value < least:
+                raise ValueError(f"Expected --{name} of at least {least}, received {value}.")
+        if "copy" in self.tasks:
+            for prefix in self.prefixes:
+                copy_span(prefix, self.scored, self.sinks, self.window)
+        if self.tasks == ("drift",) and not any(method.live for method in methods):
+            raise ValueError(
+                f"Expected a method with a live cache for the task drift, received {', '.join(self.methods)}, for files."
+            )
+        for tiers in self.tiers:
+            for method in methods:
+                if _drops_tokens(method):
+                    check_tiers(method, tiers)
+        if self.tiers and not any(map(_drops_tokens, methods)):
+            raise ValueError(
+                f"Expected a method SCORER+METHOD for --tiers, {', '.join(self.methods)} are none. Take for example "
+                "triattention+spectral."
+            )
+        for scorer in self.rounding_scores:
+            if scorer not in ROUNDINGS:
+                raise ValueError(f"Expected --rounding-scores among {', '.join(ROUNDINGS)}, received {scorer!r}.")
+        if self.rounding_scores and not any(map(_rounds, methods)):
+            raise ValueError(
+                f"Expected a method that rounds by scores for --rounding-scores, {', '.join(self.methods)} do not."
+            )
+        wavy = [method for method in methods if _has_wavelet(method)]
+        if self.wavelets and not (wavy and self.shares):
+            raise ValueError(
+                f"Expected a method that drops tokens by a wavelet scorer for --wavelet, {', '.join(self.methods)} "
+                f"{'drop none with --tiers alone' if wavy else 'do not'}."
+            )
+        for wavelet in self.wavelets:
+            check_wavelet(get_scorer(wavy[0].scorer), wavelet)
+        self._check_keep([method for method in methods if _drops_tokens(method)])
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """What methods that drop tokens keep; none where tiers alone are asked for."""
+        return self.keep or (() if self.tiers else DEFAULT_KEEP)
+
+    def _check_keep(self, dropping: list) -> None:
+        if self.keep and not dropping:
+            raise ValueError(
+                f"Expected a method that drops tokens for --keep, {', '.join(self.methods)} keep every token."
+            )
+        for keep in self.shares if dropping else ():
+            if not 0 < keep <= 1:
+                raise ValueError(f"Expected shares above 0, at most 1, for --keep, received {keep:g}.")
+            waits = SEAL - 1 if any(method.codec != "none" for method in dropping) else 0
+            for prefix in self.prefixes:
+                if round(keep * prefix) <= self.sinks + self.window + waits:
+                    raise ValueError(
+                        f"Expected --keep to leave more than the {self.sinks} sinks, the window of {self.window} and {waits} "
+                        f"that wait to be coded, received {keep:g}, {round(keep * prefix):,} of {prefix:,} tokens. Raise "
+                        "--keep or --prefix."
+                    )
+
+
+def evaluate(
+    backend,
+    model,
+    tokenizer,
+    settings: Settings,
+    texts: list[Text],
+    output: str | os.PathLike,
+    *,
+    names: dict[str, str],
+    profile: Profile | None = None,
+) -> dict:
+    """Measure every method on every document; finished rows of `output`/rows.jsonl are kept and not run again.
+
+    names: `model` and `backend` as rows call them. profile None looks for one, and calibrates if there is none. Returns
+    `rows` (summaries), `documents` (the rows behind them), `skipped` (pairs of method and bits that cannot be reached, or
+    that a task is not for), `layers` (the indices that `aop_layers` are of), and what identifies the run. Raises ValueError
+    before the model runs for anything that cannot work.
+    """
+    documents = make_documents(tokenizer, texts, settings, backend.context_limit(model))
+    Path(output).mkdir(parents=True, exist_ok=True)
+    finished = RowFile(Path(output) / "rows.jsonl")
+    jobs, skipped = plan_jobs(backend, model, tokenizer, settings, profile)
+    for job in jobs:
+        for task in settings.tasks:
+            if not _runs(task, job):
+                reason = f"{job.method.name} is for files, the task {task} needs a live cache"
+                log.warning("Skipped %s at %g bits in the task %s: %s.", job.method.name, job.bits, task, reason)
+                skipped.append({"method": job.method.name, "bits": job.bits, "task": task, "reason": reason})
+    common = {
+        **names,
+        "weights": backend.weights_digest(model),
+        "dtype": str(backend.model_dtype(model)).rpartition(".")[2],
+        "library_version": __version__,
+    }
+    keys = {
+        (d, task, job): _keys(document, task, job, settings, common)
+        for d, document in enumerate(documents)
+        for task in document.scored
+        for job in jobs
+        if _runs(task, job)
+    }
+
+    def missing(place) -> list[dict]:
+        return [key for key in keys.get(place, ()) if finished.find(key) is None]
+
+    total, runner = sum(map(len, keys.values())), Runner(backend, model, settings)
+    with tqdm(total=total, initial=total - sum(len(missing(place)) for place in keys), desc="eval", unit="row") as bar:
+        for d, document in enumerate(documents):
+            todo = {task: [job for job in jobs if missing((d, task, job))] for task in document.scored}
+            for task, job, numbers in runner.measure(document, todo):
+                key = keys[d, task, job][numbers.get("turn", 1) - 1]
+                if finished.find(key) is None:  # turns are run again from the first on
+                    finished.append(key | numbers)
+                    bar.update()
+    rows = [finished.find(key) for group in keys.values() for key in group]
+    low = sorted({row["text"] for row in rows if row.get("low_ppl")})
+    if low:
+        log.warning(
+            "The plain cache's perplexity on %s is below %g: such a text says little about quality.",
+            ", ".join(low),
+            LOW_PPL,
+        )
+    return {
+        "rows": summarise(rows),
+        "documents": rows,
+        "skipped": skipped,
+        "layers": list(runner.layers),
+        **{key: value for key, value in common.items() if key != "library_version"},
+        "versions": versions(backend),
+        "settings": asdict(settings) | {"texts": {text.name: text.digest for text in texts}},
+    }
+
+
+def plan_jobs(
+    backend, model, tokenizer, settings: Settings, profile: Profile | None = None
+) -> tuple[list[Job], list[dict]]:
+    """Every pair of method and bits with its plan, and the pairs that cannot be reached, which are named.
+
+    A method without a choice of bits comes once. Raises ValueError when no pair is left or the profile does not fit.
+    """
+    shape, passed = backend.model_shape(model)
+    if not shape.layers:
+        raise ValueError(
+            f"Expected full-attention layers to compress, received only: {', '.join(set(passed.values()))}."
+        )
+    jobs, skipped = [], []
+    for method in dict.fromkeys(map(get_method, settings.methods)):
+        found = None
+        if method.profile_set:
+            found = profile or auto_profile(
+                shape, method.profile_set, partial(_calibrated, backend, model, tokenizer, method.profile_set)
+            )
+            found.check(shape)
+            found.basis_set(method.profile_set)
+        keeps = settings.shares if _drops_tokens(method) else (None,)
+        low, high = bits_range(method)
+        grid = dict.fromkeys(settings.bits) if low < high else [low]
+        scorers = settings.rounding_scores or (None,) if _rounds(method) else (None,)
+        wavelets = settings.wavelets or (None,) if _has_wavelet(method) else (None,)
+        wanted = [(bits, scorer, None) for bits in (grid if keeps else ()) for scorer in scorers]
+        wanted += [(mean_bits(t), s, t) for t in (settings.tiers if _drops_tokens(method) else ()) for s in scorers]
+        for bits, scorer, tiers in wanted:
+            try:
+                made = rounded_by(method, scorer)
+                plan = make_tiered_plan(shape, found, made, tiers) if tiers else make_plan(shape, found, made, bits)
+                if tiers:
+                    jobs.append(Job(made, bits, plan, plan.hash, None, scorer, tiers))
+                    continue
+                jobs += [
+                    Job(made, bits, plan, plan.hash, keep, scorer, None, wavelet)
+                    for keep in keeps
+                    for wavelet in wavelets
+                ]
+            except ValueError as error:
+                log.warning("Skipped %s at %g bits: %s", method.name, bits, error)
+                skipped.append({"method": method.name, "bits": bits, "reason": str(error)})
+    if not jobs:
+        raise ValueError(
+            f"Expected a method and bits that it can reach, received methods {', '.join(settings.methods)} with bits "
+            f"{', '.join(f'{b:g}' for b in settings.bits)}: {skipped[-1]['reason']}"
+        )
+    return jobs, skipped
+
+
+def _calibrated(backend, model, tokenizer, basis_set: str) -> Profile:
+    """A profile of `model` made now, with `basis_set`."""
+    profiler = backend.SpectralProfiler(pairs=basis_set == PAIRS, joint=basis_set == JOINT)
+    return profiler.profile_from_model(model, tokenizer)
+
+
+def _drops_tokens(method: Method) -> bool:
+    return method.scorer is not None
+
+
+def _has_wavelet(method: Method) -> bool:
+    return _drops_tokens(method) and "wavelet" in get_scorer(method.scorer).options
+
+
+def _rounds(method: Method) -> bool:
+    return method.rounding != "nearest"
+
+
+def _runs(task: str, job: Job) -> bool:
+    """Whether `task` is for `job`: a file is made once, and does not go on."""
+    return job.method.live or task != "drift"
+
+
+def _keys(document: Document, task: str, job: Job, settings: Settings, common: dict) -> list[dict]:
+    """What identifies the rows of `job` in `task`: one, or one per turn."""
+    metrics = {"text": METRICS, "copy": METRICS[:2], "drift": METRICS[:2], "needle": METRICS[:1]}[task]
+    key = {
+        "method": job.method.name,
+        "bits": job.bits,
+        "keep": job.keep,
+        "budget_tokens": job.budget_tokens(len(document.prefix)),
+        "rounding_scores": job.rounding_scores,
+        "tiers": job.tiers and name_tiers(job.tiers),
+        "task": task,
+        "text": document.text.name,
+        "text_digest": document.text.digest,
+        "document": document.index,
+        "document_digest": document.digest(task),
+        "prefix": len(document.prefix),
+        "scored": settings.scored,
+        "step": settings.step,
+        "prefill_chunk": settings.prefill_chunk,
+        "window": settings.window,
+        "sinks": settings.sinks,
+        "metrics": ",".join(name for name in metrics if name == "kl" or name in settings.metrics),
+        "plan": job.plan_hash,
+        **common,
+    }
+    if job.wavelet:  # other rows stay as they are without it
+        key["wavelet"] = job.wavelet
+    if task == "text":
+        return [key | {"greedy": settings.greedy}]
+    if task == "needle":
+        return [key | {"depth": document.depth}]
+    if task == "copy":
+        return [key]
+    length = settings.turn_tokens + settings.scored
+    return [
+        key | {"turn": turn, "document_digest": document.digest(task, turn * length)}
+        for turn in range(1, settings.turns + 1)
+    ]
+
+
+def versions(backend) -> dict[str, str]:
+    """Versions that a result belongs to: ours, NumPy's, and the host's."""
+    found = {"spectralkv": __version__, "numpy": np.__version__}
+    for package in backend.HOST_PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # mlx has other names on some platforms
+            continue
+    return found

@@ -1,0 +1,1 @@
+"""Files with a checksum, and where files are kept."""

@@ -1,0 +1,1 @@
+"""Finding backends, what they give back, and the demo model."""

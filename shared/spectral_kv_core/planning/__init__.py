@@ -1,0 +1,1 @@
+"""From a method and a budget to what is stored."""

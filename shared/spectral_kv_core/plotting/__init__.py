@@ -1,0 +1,1 @@
+"""Pictures of result JSON and of profiles."""

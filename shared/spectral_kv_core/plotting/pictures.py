@@ -1,0 +1,350 @@
+"""The pictures of `spectralkv plot`: a function per picture, from a `Result` to a figure of matplotlib.
+
+Lines differ in marker and dash as well as in colour, so that they can be told apart in black and white.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Iterable
+
+import numpy as np
+
+from ..arrays.basis import rank_for_energy
+from ..arrays.transform import band_sizes
+from ..planning.methods import METHODS
+from ..planning.plan import Plan, make_plan
+from ..profile.profile import Profile
+from .results import Result, Skip, budget_name, by_place, curve_names, variant, variant_name, variants
+
+COLUMNS = 3  # panels beside each other, at most
+PANEL = (4.4, 3.3)  # inches
+MOST_LINES = 8  # of a panel of (method, bits) pairs
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#8C4C96", "#B08300", "#3E9BCB", "#7F7F7F")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)), (0, (1, 1)), (0, (9, 3)), (0, (4, 1, 1, 1, 1, 1)), "-")
+RATIOS = {  # key of a bench row: what it is a ratio to; ratio_to_dense is to the fastest of the plain ones
+    "ratio_to_host": "plain, as the host calls it",
+    "ratio_to_gqa": "plain, kernel with enable_gqa",
+    "ratio_to_grouped": "plain, kernel with grouped rows",
+    "ratio_to_host_quantized": "host's quantized cache",
+}
+
+
+def rate_distortion(result: Result):
+    """KL against stored bits per element, a line per method (and share of tokens kept), a panel per text, task and prefix."""
+    rows = [row for row in result.rows("kl") if row["kl"] > 0]
+    if not rows:
+        raise Skip("no row has a KL above 0")
+    whole = any(row.get("budget_tokens") or row.get("sealed_bits") is None for row in rows)
+    field, where = ("bits_per_element", "whole cache") if whole else ("sealed_bits", "sealed region")
+    names = curve_names(rows)
+    styles = _styles(names.values())
+    panels = by_place(rows)
+    figure, axes = _panels(result.title, len(panels), sharey=True)
+    for axis, (place, members) in zip(axes, panels.items()):
+        for name, style in styles.items():
+            line = sorted((row for row in members if names[variant(row)] == name), key=lambda row: row[field])
+            if line:
+                high = [row.get("kl_se") or 0 for row in line]
+                # a standard error as large as the mean has no place on a logarithmic axis
+                low = [min(e, 0.9 * row["kl"]) for e, row in zip(high, line)]
+                x, y = [row[field] for row in line], [row["kl"] for row in line]
+                error = {"yerr": [low, high], "capsize": 2, "elinewidth": 0.8} if any(high) else {}
+                axis.errorbar(x, y, label=name, **error, **style)
+        axis.set_yscale("log")
+        axis.set_title(place)
+    _label(axes, f"stored bits per key or value element ({where})", "KL from the plain cache (nats per token)")
+    return _legend(figure, axes)
+
+
+def aop_by_layer(result: Result):
+    """Relative error of the attention output, layer by layer: a panel per place, and per budget where lines are many."""
+    rows = result.rows("aop_layers")
+    apart = len(variants(rows)) > MOST_LINES
+    names = {one: variant_name(one, budget="" if apart else None) for one in variants(rows)}
+    styles = _styles(names.values())
+    panels: dict[str, list[dict]] = {}
+    for place, members in by_place(rows).items():
+        for row in members:
+            panels.setdefault(f"{place}, {budget_name(variant(row))}" if apart else place, []).append(row)
+    columns = max(COLUMNS, len(panels) // len(by_place(rows))) if apart else COLUMNS  # a row for every place
+    figure, axes = _panels(result.title, len(panels), columns=min(columns, 4), sharey=True)
+    for axis, (title, members) in zip(axes, panels.items()):
+        for row in sorted(members, key=lambda row: list(names).index(variant(row))):
+            layers, name = np.arange(len(row["aop_layers"])), names[variant(row)]
+            axis.plot(layers, row["aop_layers"], label=name, markevery=_every(layers), **styles[name])
+        axis.set_yscale("log")
+        axis.set_title(title)
+    _label(axes, "compressible layer (first is 0)", "relative error of the\nattention output (no unit)")
+    return _legend(figure, axes)
+
+
+def drift_by_turn(result: Result):
+    """KL and error of the attention output turn by turn, a line per method and bits, a row of panels per text."""
+    rows = result.rows("turn", "drift")
+    fields = [(key, label) for key, label in _DRIFT.items() if any(row.get(key) is not None for row in rows)]
+    if not fields:
+        raise Skip(f"no row of the task drift has the fields {' or '.join(_DRIFT)}")
+    names = variants(rows)
+    if len(names) > MOST_LINES:
+        raise Skip(f"{len(names)} pairs of method and bits are more than {MOST_LINES} lines, evaluate fewer at a time")
+    styles = _styles(names)
+    places = by_place(rows)
+    figure, axes = _panels(result.title, len(places) * len(fields), columns=len(fields))
+    grid = zip(axes, ((place, field) for place in places.items() for field in fields))
+    for axis, ((place, members), (field, label)) in grid:
+        for name, style in styles.items():
+            line = sorted(
+                (r for r in members if variant(r) == name and r.get(field) is not None),
+                key=lambda r: r["turn"],
+            )
+            if line:
+                axis.plot([r["turn"] for r in line], [r[field] for r in line], label=variant_name(name), **style)
+        if all(row[field] > 0 for row in members if row.get(field) is not None):
+            axis.set_yscale("log")
+            axis.minorticks_off()
+            _plain_ticks(axis, axis.get_ylim())
+        axis.set_xticks(sorted({row["turn"] for row in members}))
+        axis.set_title(place)
+        axis.set_xlabel("turn of the conversation")
+        axis.set_ylabel(label)
+    return _legend(figure, axes)
+
+
+_DRIFT = {"kl": "KL from the plain cache\n(nats per token)", "aop": "relative error of the\nattention output (no unit)"}
+
+
+def needle_grid(result: Result):
+    """Share of needles found, depth by method and bits, a panel per text and prefix."""
+    rows = [row for row in result.rows("found", "needle") if row.get("depth") is not None]
+    if not rows:
+        raise Skip("no row of the task needle has the field depth")
+    places = by_place(rows)
+    most = max(len(variants(members)) for members in places.values())
+    longest = max(len(variant_name(one)) for one in variants(rows))
+    wide = 1.0 + 0.08 * longest + 0.42 * len({row["depth"] for row in rows})
+    figure, axes = _panels(result.title, len(places), columns=2, size=(wide, 1.2 + 0.28 * most))
+    for axis, (place, members) in zip(axes, places.items()):
+        names = variants(members)
+        depths = sorted({row["depth"] for row in members})
+        grid = np.full((len(names), len(depths)), np.nan)
+        for row in members:
+            grid[names.index(variant(row)), depths.index(row["depth"])] = row["found"]
+        image = axis.imshow(grid, cmap="gray", vmin=0, vmax=1, aspect="auto")
+        _write_cells(axis, grid, "{:.0%}", dark_below=0.5)
+        axis.set_xticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+        axis.set_yticks(range(len(names)), list(map(variant_name, names)))
+        axis.grid(False)
+        axis.set_title(place)
+        axis.set_xlabel("depth of the needle in the prefix")
+    figure.colorbar(image, ax=list(axes), label="needles found (share)", shrink=0.9)
+    return figure
+
+
+def speed(result: Result):
+    """How many times faster a decode step's attention is than the host's, against context; a panel per method."""
+    rows = result.rows("ratio_to_dense")
+    names = [key for key in RATIOS if any(row.get(key) is not None for row in rows)]
+    styles = _styles(names)
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    contexts = sorted({row["context"] for row in rows})
+    figure, axes = _panels(result.title, len(methods), sharey=True, size=(5.6, 3.4))
+    for axis, method in zip(axes, methods):
+        members = sorted((row for row in rows if row["method"] == method), key=lambda row: row["context"])
+        if len(contexts) == 1:
+            _bars(axis, members[0], names)
+            continue
+        fastest = [row["ratio_to_dense"] for row in members]  # one of the others at every context: drawn behind them
+        axis.plot([row["context"] for row in members], fastest, label="fastest plain cache", color="0.8", linewidth=8)
+        for name, style in styles.items():
+            line = [row for row in members if row.get(name) is not None]
+            axis.plot([r["context"] for r in line], [r[name] for r in line], label=RATIOS[name], **style)
+        axis.axhline(1, color="0.4", linewidth=0.8)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks(contexts, [f"{c:,}" for c in contexts])
+        axis.minorticks_off()
+        _plain_ticks(axis, axis.get_ylim())
+        axis.set_title(f"{method}{_plan_name(result)}")
+    if len(contexts) == 1:
+        for axis, method in zip(axes, methods):
+            axis.set_title(f"{method}{_plan_name(result)}, {contexts[0]:,} tokens")
+        _label(axes, _SPEED, "")
+        return figure
+    _label(axes, "context (tokens)", _SPEED)
+    return _legend(figure, axes)
+
+
+_SPEED = "time of the other / time of ours\n(above 1 ours is faster)"
+
+
+def spectrum(result: Result):
+    """Variance along the components, as a share of the largest, of some layers; a panel for keys and one for values."""
+    profile = result.content
+    basis_set = profile.basis_set(_map_method(profile).basis_set)
+    variance = basis_set.channel_variance()  # [L, G, R]
+    layers = profile.shape.layers
+    chosen = sorted({round(i * (len(layers) - 1) / 4) for i in range(5)})
+    styles = _styles(chosen)
+    figure, axes = _panels(f"{result.title}: spectra by head, after RoPE", 2, sharey=True)
+    heads = variance.shape[1] // 2
+    for axis, side, part in zip(axes, ("keys", "values"), (variance[:, :heads], variance[:, heads:])):
+        for row in chosen:
+            mean = (part[row] / part[row].max(-1, keepdims=True)).mean(0)
+            components = np.arange(1, len(mean) + 1)
+            axis.plot(components, mean, label=f"layer {layers[row]}", markevery=_every(components), **styles[row])
+        axis.set_yscale("log")
+        axis.set_title(f"{side}, mean over {heads} head{'s' if heads > 1 else ''}")
+    _label(axes, "component", "variance (share of the largest)")
+    return _legend(figure, axes)
+
+
+def rank_map(result: Result):
+    """Components that hold 95 % of the variance, layer by head, for keys and values."""
+    profile = result.content
+    variance = profile.basis_set(_map_method(profile).basis_set).channel_variance()
+    ranks = rank_for_energy(variance, 0.95).astype(float)
+    label = f"components for 95 % of the variance (of {profile.shape.head_dim})"
+    return _maps(result, ranks, "ranks", label, "{:.0f}")
+
+
+def bit_map(result: Result):
+    """Stored bits per element, layer by head, for keys and values, of the plan at `bits`."""
+    profile = result.content
+    plan = make_plan(profile.shape, profile, _map_method(profile), result.bits)
+    title = f"{plan.method.name} at {plan.bits:g} bits"
+    return _maps(result, _bits_by_head(plan), title, "stored bits per element", "{:.1f}")
+
+
+def _styles(names: Iterable) -> dict:
+    """How the line of every one of `names` looks."""
+    unique = list(dict.fromkeys(names))
+    if all(name in METHODS for name in unique):
+        unique.sort(key=list(METHODS).index)  # a method looks the same in every picture of the same methods
+    return {
+        name: {
+            "color": COLOURS[i % len(COLOURS)],
+            "marker": MARKERS[(i + i // len(COLOURS)) % len(MARKERS)],
+            "linestyle": DASHES[i % len(DASHES)],
+        }
+        for i, name in enumerate(unique)
+    }
+
+
+def _panels(title: str, count: int, columns: int = COLUMNS, size: tuple = PANEL, sharey: bool = False):
+    """A figure with `count` axes and no empty one."""
+    figure_type = importlib.import_module("matplotlib.figure").Figure
+    columns = min(columns, count)
+    lines = -(-count // columns)
+    figure = figure_type(figsize=(size[0] * columns, size[1] * lines + 0.6), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
+    figure.suptitle(title, fontsize=10)
+    axes = figure.subplots(lines, columns, squeeze=False, sharey=sharey).reshape(-1)
+    for axis in axes[count:]:
+        axis.remove()
+    return figure, axes[:count]
+
+
+def _label(axes, x: str, y: str) -> None:
+    """Names of the axes: below every column and left of every row."""
+    for axis in axes:
+        place = axis.get_subplotspec()
+        below = [a for a in axes if a.get_subplotspec().colspan.start == place.colspan.start]
+        if axis is max(below, key=lambda a: a.get_subplotspec().rowspan.start):
+            axis.set_xlabel(x)
+        if place.is_first_col():
+            axis.set_ylabel(y)
+
+
+def _legend(figure, axes):
+    """One legend below all panels, in as many columns as fit; a figure grows with the lines of its legend."""
+    entries: dict[str, object] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels()):
+            entries.setdefault(label, handle)
+    entry = 0.95 + 0.075 * max(map(len, map(str, entries)))  # inches, at the font size of `plots.STYLE`
+    lines = -(-len(entries) // max(int(figure.get_figwidth() / entry), 1))
+    columns = -(-len(entries) // lines)
+    figure.set_figheight(figure.get_figheight() + 0.19 * max(lines - 2, 0))
+    figure.legend(
+        entries.values(), entries.keys(), loc="outside lower center", ncols=columns, frameon=False, handlelength=3.5
+    )
+    return figure
+
+
+def _every(values) -> int:
+    """Distance between markers: some twelve on a line."""
+    return max(1, len(values) // 12)
+
+
+def _plain_ticks(axis, limits: tuple[float, float]) -> None:
+    """Ticks 1, 2, 5, 10, ... of a logarithmic axis as plain numbers, closer ones where it is short."""
+    low, high = limits
+    steps = (1, 2, 5) if high / low > 20 else (1, 1.5, 2, 3, 4, 5, 7)
+    decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+    ticks = [m * 10.0**d for d in decades for m in steps if low <= m * 10.0**d <= high]
+    axis.set_yticks(ticks, [f"{t:g}" for t in ticks])
+
+
+def _bars(axis, row: dict, names: list[str]) -> None:
+    shown = [name for name in names if row.get(name) is not None]
+    bars = axis.barh(range(len(shown)), [row[name] for name in shown], color="0.75", edgecolor="black", hatch="//")
+    axis.bar_label(bars, [f"{row[name]:.2f}" for name in shown], padding=3)
+    axis.set_yticks(range(len(shown)), [RATIOS[name] for name in shown])
+    axis.invert_yaxis()
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.margins(x=0.15)
+    axis.grid(axis="y", visible=False)
+
+
+def _plan_name(result: Result) -> str:
+    return f", {result.content['plan']} plan" if result.content.get("plan") else ""
+
+
+def _map_method(profile: Profile):
+    """The method whose groups are heads; raises Skip for a profile that has none."""
+    for method in METHODS.values():
+        if method.codec == "spectral" and method.group == "head" and method.basis_set in profile.basis_sets:
+            return method
+    raise Skip("the profile has no basis per head")
+
+
+def _bits_by_head(plan: Plan) -> np.ndarray:
+    """Stored bits per element [L, G] of every head."""
+    block = plan.basis_set.block
+    return (plan.rates * band_sizes(block)).sum((-1, -2)) / (block * plan.shape.head_dim)
+
+
+def _maps(result: Result, values: np.ndarray, title: str, label: str, form: str):
+    """`values` [L, 2H] as two maps, layers down and heads across, on one scale."""
+    heads, layers = values.shape[1] // 2, result.content.shape.layers
+    size = (1.9 + 0.42 * heads, max(2.4, 0.8 + 0.2 * len(layers)))
+    figure, axes = _panels(f"{result.title}: {title}", 2, size=size)
+    low, high = values.min(), values.max()
+    for axis, side, part in zip(axes, ("keys", "values"), (values[:, :heads], values[:, heads:])):
+        image = axis.imshow(part, cmap="gray_r", vmin=low, vmax=high, aspect="auto")
+        _write_cells(axis, part, form, dark_above=(low + high) / 2)
+        axis.set_xticks(range(heads))
+        axis.set_yticks(
+            range(len(layers)), [str(i) if n % _every(layers[::2]) == 0 else "" for n, i in enumerate(layers)]
+        )
+        axis.grid(False)
+        axis.set_title(side)
+        axis.set_xlabel("KV head")
+    axes[0].set_ylabel("layer")
+    figure.colorbar(image, ax=list(axes), label=label)
+    return figure
+
+
+def _write_cells(axis, grid: np.ndarray, form: str, dark_below: float = -np.inf, dark_above: float = np.inf) -> None:
+    """The numbers in the cells of a map, where there is room: white on what is dark."""
+    if grid.size > 400:
+        return
+    for (y, x), value in np.ndenumerate(grid):
+        if np.isfinite(value):
+            dark = value < dark_below or value > dark_above
+            axis.text(
+                x, y, form.format(value), ha="center", va="center", fontsize=7, color="white" if dark else "black"
+            )

@@ -1,0 +1,189 @@
+"""Result files as pictures need them: rows of `spectralkv eval` and `bench`, or a profile."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from ..evaluation.rows import GROUP, PLACES, VARIANT
+from ..files.container import format_name
+from ..files.paths import model_name
+from ..hosts.demo_model import DEMO_DIR
+from ..planning.methods import METHODS
+from ..profile.profile import FORMAT, Profile
+
+PER_TASK = ("drift", "needle")  # tasks with a picture of their own
+
+
+class Skip(Exception):
+    """Why a picture cannot be drawn from a result."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A result file: the object in it, and what its pictures are named after."""
+
+    stem: str
+    content: dict | Profile
+    bits: float | None = None
+
+    @property
+    def kind(self) -> str:
+        if isinstance(self.content, Profile):
+            return "profile"
+        return "bench" if any("ratio_to_dense" in row for row in self.content["rows"]) else "eval"
+
+    def rows(self, field: str, task: str | None = None) -> list[dict]:
+        """Rows that have `field`, of `task` or of all without a picture of their own; else documents, averaged.
+
+        Raises Skip where there are none.
+        """
+
+        def wanted(row: dict) -> bool:
+            mine = row.get("task") == task if task else row.get("task") not in PER_TASK
+            return mine and row.get(field) is not None and row.get("method") != "identity"
+
+        rows = [row for row in self.content["rows"] if wanted(row)]
+        rows = rows or _averaged([row for row in self.content.get("documents", []) if wanted(row)], field)
+        if not rows:
+            raise Skip(f"no row{f' of the task {task}' if task else ''} has the field {field}")
+        return rows
+
+    @property
+    def title(self) -> str:
+        content = self.content
+        if self.kind == "profile":
+            return _model(content.model)
+        if self.kind == "bench":
+            machine = content["machine"]
+            name = f"a layer of {content['synthetic']}" if "synthetic" in content else _model(content["model"])
+            device = machine["cpu"] if machine["device"] == "cpu" else machine["device"]
+            threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
+            return f"{name}, {content['backend']}, {content['bits']:g} bits, {device}, {threads}"
+        parts = (content.get(key) for key in ("backend", "dtype"))
+        return ", ".join([_model(content.get("model", "")), *(part for part in parts if part)])
+
+
+def read_results(paths: Iterable[str], bits: float | None = None) -> list[Result]:
+    """Results in files and folders (all their .json files); raises for anything that is no result or profile."""
+    found = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            files = sorted(path.glob("*.json"))
+            if not files:
+                raise ValueError(f"Expected result JSON in a folder, found no .json file in {path}.")
+        elif path.is_file():
+            files = [path]
+        else:
+            raise FileNotFoundError(f"Expected a result JSON, a profile or a folder, found nothing at {path}.")
+        found += [_read(file, bits) for file in files]
+    names = [result.stem for result in found]
+    for name in {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"Expected results with different names, received {name} more than once: plot them apart.")
+    return found
+
+
+def by_place(rows: list[dict]) -> dict[str, list[dict]]:
+    """Rows by panel title: text, task and prefix."""
+
+    def place(row: dict) -> str:
+        parts = [str(row[key]) for key in ("text", "task") if row.get(key) and row[key] not in PER_TASK]
+        return ", ".join([*parts, *([f"{row['prefix']:,} tokens"] if row.get("prefix") else [])]) or "all rows"
+
+    order = list(dict.fromkeys(map(place, rows)))
+    ordered = sorted(rows, key=lambda row: order.index(place(row)))
+    return {name: list(members) for name, members in groupby(ordered, place)}
+
+
+def variant(row: dict) -> tuple:
+    """What a row measures: method, bits, the share of tokens kept (None where all are), whose scores round, tiers, wavelet."""
+    return tuple(row.get(name) for name in VARIANT)
+
+
+def variants(rows: list[dict]) -> list[tuple]:
+    """Every `variant` of `rows` once, in the order of the method table, most bits first."""
+    order = list(METHODS)
+
+    def place(one: tuple) -> tuple:
+        method, bits, keep, scorer, tiers, wavelet = one
+        return (
+            order.index(method) if method in order else len(order),
+            method,
+            -bits,
+            -(keep or 1),
+            scorer or "",
+            tiers or "",
+            wavelet or "",
+        )
+
+    return sorted(dict.fromkeys(map(variant, rows)), key=place)
+
+
+def budget_name(one: tuple, bits: bool = True) -> str:
+    """The bits, tiers and share of the tokens kept of a `variant`, as far as its method has them."""
+    method, stored, keep, _, tiers, _ = one
+    exact = keep is not None and "+" not in method  # what is kept is kept as it is
+    parts = [f"{stored:g} bit{'s' if stored != 1 else ''}"] if bits and not (exact or tiers) else []
+    parts += [f"keeps {100 * keep:.3g}%"] if keep is not None else []
+    return ", ".join([*parts, *([f"tiers {tiers}"] if tiers else [])])
+
+
+def variant_name(one: tuple, budget: str | None = None) -> str:
+    """What a line of a picture is called; `budget` instead of `budget_name`, empty for none."""
+    budget = budget_name(one) if budget is None else budget
+    parts = (one[0], budget, f"rounded by {one[3]}" if one[3] else "", one[5] or "")
+    return ", ".join(part for part in parts if part)
+
+
+def curve_names(rows: list[dict]) -> dict[tuple, str]:
+    """Name of the curve of every `variant` of `rows`, over its bits or, at one number of bits, over the tokens kept."""
+    found = variants(rows)
+    several = {m for m, *_ in found if len({bits for method, bits, *_ in found if method == m}) > 1}
+    tiered = {one for one in found if one[4]}
+    return {
+        one: variant_name(one, budget_name(one, bits=False) if one[0] in several or one in tiered else "")
+        for one in found
+    }
+
+
+def _model(name: str) -> str:
+    """What a title calls a model: no path, and the demo model by its name."""
+    return DEMO_DIR.name if name == "demo" else model_name(str(name))
+
+
+def _read(path: Path, bits: float | None) -> Result:
+    if path.suffix == ".safetensors" or format_name(path) == FORMAT.name:
+        return Result(path.stem, Profile.load(path), bits)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        rows = content["rows"]
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+        rows = None
+    if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
+        raise ValueError(
+            f"Expected a JSON object with rows, as spectralkv eval and bench write it, or a profile, {path} is neither."
+        )
+    return Result(path.resolve().parent.name if path.name == "summary.json" else path.stem, content)
+
+
+def _averaged(rows: list[dict], field: str) -> list[dict]:
+    """Rows of documents as one per place, variant, turn and depth, with the mean of the numbers that are drawn."""
+    keys = (*GROUP, *PLACES)
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(key) for key in keys), []).append(row)
+    numbers = {field, "kl", "aop", "found", "sealed_bits", "bits_per_element", "budget_tokens"} - set(keys)
+    made = []
+    for key, members in groups.items():
+        row = dict(zip(keys, key))
+        for name in numbers:
+            values = [member[name] for member in members if member.get(name) is not None]
+            if values:
+                row[name] = np.mean(values, axis=0).tolist()
+        made.append(row)
+    return made

@@ -1,0 +1,1 @@
+"""The profile: facts about a model, in one file."""

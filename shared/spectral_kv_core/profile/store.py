@@ -1,0 +1,78 @@
+"""Where profiles are found by themselves: shipped with the package, or calibrated earlier on this machine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+
+from ..files.paths import user_cache_dir
+from .profile import FORMAT_VERSION, ON_REQUEST, ModelShape, Profile
+
+log = logging.getLogger("spectralkv")
+
+
+def packaged_profiles() -> list[Path]:
+    """Profile files that ship with the package."""
+    return sorted(Path(str(p)) for p in files("spectral_kv_core.profiles").iterdir() if p.name.endswith(".safetensors"))
+
+
+def cached_profile_path(shape: ModelShape, basis_set: str | None = None) -> Path:
+    """Where this machine keeps the profile of a model of `shape`; one with a basis set on request has its own place.
+
+    Stored prompts need the very profile that they were made with.
+    """
+    extra = ON_REQUEST.get(basis_set, "").replace(" --", "-")
+    return user_cache_dir() / "profiles" / f"{shape.fingerprint}-v{FORMAT_VERSION}{extra}.safetensors"
+
+
+def find_profile(shape: ModelShape, basis_set: str) -> Profile | None:
+    """A packaged profile, or one from the cache folder, that fits `shape` and has `basis_set`."""
+    cached = dict.fromkeys([cached_profile_path(shape), cached_profile_path(shape, basis_set)])
+    for path in [*packaged_profiles(), *cached]:
+        if path.is_file():
+            profile = Profile.load(path)
+            if profile.shape.mismatch(shape) is None and basis_set in profile.basis_sets:
+                return profile
+    return None
+
+
+def auto_profile(shape: ModelShape, basis_set: str, calibrate: Callable[[], Profile]) -> Profile:
+    """`find_profile`, or calibrate now and keep the result."""
+    profile = find_profile(shape, basis_set)
+    if profile is None:
+        log.warning("No profile with %s for this model yet: calibrating once, which takes minutes.", basis_set)
+        profile = calibrate()
+        log.warning("Saved the profile as %s", profile.save(cached_profile_path(shape, basis_set)))
+    return profile
+
+
+_warned: set[tuple[str, str]] = set()
+
+
+def warn_if_other_weights(profile: Profile, digest: str) -> None:
+    """Warn, once, when `profile` was made on other weights of the same architecture."""
+    key = profile.weights_digest, digest
+    if all(key) and profile.weights_digest != digest and key not in _warned:
+        _warned.add(key)
+        log.warning(
+            "The profile of %s was made on other weights of this architecture (a fine-tune?): quality may suffer. "
+            "Calibrate these: spectralkv profile --model MODEL",
+            profile.model,
+        )
+
+
+_named: set[tuple] = set()
+
+
+def name_passed_layers(passed: dict[int, str]) -> None:
+    """Say once which layers are not compressed, and why."""
+    reasons: dict[str, list[int]] = {}
+    for layer, reason in passed.items():
+        reasons.setdefault(reason, []).append(layer)
+    key = tuple(sorted((reason, tuple(layers)) for reason, layers in reasons.items()))
+    if key and key not in _named:
+        _named.add(key)
+        text = "; ".join(f"{len(layers)} layers with {reason}" for reason, layers in reasons.items())
+        log.warning("Passed through uncompressed: %s", text)

@@ -1,0 +1,1 @@
+"""Coefficients <-> codes <-> bytes."""
