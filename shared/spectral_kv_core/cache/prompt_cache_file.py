@@ -1,4 +1,4 @@
-"""The stored prompt cache: one file from which either backend goes on; see README, "Prompt cache file".
+"""The stored prompt cache: one file from which either backend goes on; see docs/reference/prompt-cache-file.md.
 
 A backend puts its layers in with `PromptFile.of` and takes them out, layer by layer, with `restore` and `exact`.
 """

@@ -36,7 +36,7 @@ def fit_basis_set(
     """Means, bases, spectra, sensitivities and measured quantization costs of one way of grouping vectors.
 
     The basis is the PCA of mean-removed vectors; in a shared basis every (side, head) is scaled by the root of its mean
-    squared gradient first, so that what matters more is better resolved (RATE_DISTORTION_2.md, section 1).
+    squared gradient first, so that what matters more is better resolved (docs/decisions/rate-distortion-2.md, section 1).
 
     Post-RoPE keys turn with their position, slow pairs by less than a turn over a document: a basis fitted to the first
     positions misses what comes later. Every document is therefore taken `SPREAD` times, moved to places spread over

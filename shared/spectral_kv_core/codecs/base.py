@@ -146,8 +146,8 @@ class PromptPlan(ArrayPlan):
         check_bits(method, shape, bits)
         return cls(method, bits, shape)
 
-    def decides(self) -> list:
-        return [np.float64(self.bits)]
+    def decides(self) -> dict:
+        return {"bits": np.float64(self.bits)}
 
 
 class LatentCodec(ArrayCodec):

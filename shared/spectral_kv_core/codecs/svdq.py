@@ -141,9 +141,10 @@ class SvdqPlan(ArrayPlan):
         widths = (max(widths[0], 1), *widths[1:])  # the lowest bits of `range`
         return cls(method, bits, shape, profile=profile, widths=widths)
 
-    def decides(self) -> list:
+    def decides(self) -> dict:
         basis_set = self.profile.basis_set(self.method.basis_set)
-        return [self.widths, basis_set.mean, basis_set.weight, basis_set.basis, basis_set.variance]
+        names = "mean", "weight", "basis", "variance"
+        return {"widths": self.widths, **{name: getattr(basis_set, name) for name in names}}
 
     def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
         heads, dim = self.shape.kv_heads, self.shape.head_dim

@@ -153,9 +153,9 @@ class TieredPlan(Plan):
         method = replace(self.method, scorer=None, rounding="nearest")
         return None if self.bits >= STAGING_BITS else make_plan(self.shape, self.profile, method, STAGING_BITS)
 
-    def decides(self) -> list[np.ndarray]:
-        hashes = [f"{share} {tier.hash}" for share, tier in zip(self.shares, self.tiers)]
-        return [np.frombuffer("; ".join(hashes).encode(), np.uint8)]
+    def decides(self) -> dict:
+        hashes = "; ".join(f"{share} {tier.hash}" for share, tier in zip(self.shares, self.tiers))
+        return {"tiers": np.frombuffer(hashes.encode(), np.uint8)}
 
 
 def make_tiered_plan(

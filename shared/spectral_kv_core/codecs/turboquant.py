@@ -116,8 +116,8 @@ class TurboQuantPlan(ArrayPlan):
         widths = [b for b in BIT_WIDTHS if b and b - sketched in BIT_WIDTHS]
         return [(b + (24 if sketched else 16) / shape.head_dim, b) for b in widths]
 
-    def decides(self) -> list:
-        return [[self.code_bits]]
+    def decides(self) -> dict:
+        return {"code_bits": self.code_bits}
 
     def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
         lead, arrays = (batch, self.shape.kv_heads), []

@@ -45,7 +45,7 @@ class QueryStatistics:
 
 @dataclass
 class Profile:
-    """Facts about one model from which the plan of any method and budget follows; see README, "Profile file"."""
+    """Facts about one model from which the plan of any method and budget follows; see docs/reference/profile-file.md."""
 
     shape: ModelShape
     model: str
