@@ -171,7 +171,7 @@ def test_every_library_rounds_in_time_to_the_same_codes(libraries, monkeypatch):
     torch = pytest.importorskip("torch")
     from cases import ToyModel, plan_of
 
-    from spectral_kv_core.codecs.spectral import make_codec
+    from spectral_kv_core.codecs.registry import make_codec
     from spectral_kv_torch import ops
     from spectral_kv_torch.kernels import rounding
 

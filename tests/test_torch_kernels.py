@@ -14,11 +14,10 @@ from tolerances import assert_close
 torch = pytest.importorskip("torch")
 
 from spectral_kv_core.arrays import attention  # noqa: E402
-from spectral_kv_core.cache.layer_cache import CHUNK_TOKENS, LayerCache  # noqa: E402
-from spectral_kv_core.codecs.entropy_coded import codecs_of  # noqa: E402
-from spectral_kv_core.codecs.spectral import make_codec  # noqa: E402
+from spectral_kv_core.cache.layer_cache import LayerCache  # noqa: E402
+from spectral_kv_core.codecs.registry import make_codec, make_plan  # noqa: E402
 from spectral_kv_core.native import loader, toolchain  # noqa: E402
-from spectral_kv_core.planning.plan import make_plan  # noqa: E402
+from spectral_kv_core.planning.budget import CHUNK_TOKENS  # noqa: E402
 from spectral_kv_core.quantization.quantizer import BIT_WIDTHS  # noqa: E402
 from spectral_kv_core.quantization.time_rounding import round_in_time  # noqa: E402
 from spectral_kv_core.quantization.trellis import WIDTHS  # noqa: E402
@@ -311,7 +310,7 @@ def exact(case: Case) -> tuple:
 
 def test_caches_of_one_plan_share_their_codecs():
     plan = plan_of(ToyModel(), 2)
-    first, second = (codecs_of(ops, plan, torch.device("cpu")) for _ in range(2))
+    first, second = (plan.codecs(ops, torch.device("cpu")) for _ in range(2))
     assert first is second and len(first) == ToyModel().layers
 
 

@@ -17,10 +17,11 @@ from cases import ToyModel, decoded_paths, plan_of
 from spectral_kv_core import native
 from spectral_kv_core.arrays import ops
 from spectral_kv_core.arrays.transform import time_matrix
-from spectral_kv_core.codecs.spectral import TrellisCodec, make_codec
+from spectral_kv_core.codecs import registry
+from spectral_kv_core.codecs.registry import make_codec
+from spectral_kv_core.codecs.trellis_coded import TrellisCodec
 from spectral_kv_core.native import toolchain
 from spectral_kv_core.native.variants import processor_features
-from spectral_kv_core.planning import methods
 from spectral_kv_core.planning.methods import METHODS, QUANTIZERS, get_method
 from spectral_kv_core.quantization import trellis
 from spectral_kv_core.quantization.quantizer import BIT_WIDTHS, flat_levels, flat_tables, gaussian_tables
@@ -223,8 +224,8 @@ def test_plans_tell_what_their_codes_mean_apart():
 
 def test_machines_without_a_compiler_get_the_scalar_quantizer(monkeypatch):
     monkeypatch.setattr(trellis, "library", lambda: None)
-    methods._say_scalar.cache_clear()
+    registry._say_scalar.cache_clear()
     with pytest.warns(UserWarning, match="no C compiler.*1.4 times"):
-        method = get_method("spectral-dense")
+        method = registry.usable_method("spectral-dense")
     assert method == replace(METHODS["spectral-dense"], quantizer="scalar")
-    assert get_method(METHODS["spectral-dense"]).quantizer == "trellis"  # a recipe that comes with a file stays
+    assert get_method("spectral-dense").quantizer == "trellis"  # the recipe itself, as a file has it, stays

@@ -16,7 +16,6 @@ import numpy as np
 from ..arrays.basis import fit_basis
 from ..arrays.rope import rotate, unrotate
 from ..planning.methods import Method
-from ..planning.plan import check_bits
 from ..profile.derived import head_moments, query_moment
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
@@ -57,12 +56,12 @@ class EigenPlan(ArrayPlan):
         return 9.6  # 60 % of the cache, as the paper reaches
 
     @classmethod
-    def range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
+    def bits_range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
         return 16 / shape.head_dim, 16.0
 
     @classmethod
     def make(cls, shape: ModelShape, profile: Profile, method: Method, bits: float) -> EigenPlan:
-        check_bits(method, shape, bits)
+        cls.check_bits(shape, method, bits)
         variance = np.stack([_bases(profile, row)[1] for row in range(len(shape.layers))])  # [L, 2H, D]
         singular = np.sqrt(variance).reshape(len(variance), 2, -1, shape.head_dim)
         ranks = ranks_within(singular, bits / 16 * shape.head_dim, range(1, shape.head_dim + 1))

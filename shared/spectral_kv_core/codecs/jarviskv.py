@@ -16,7 +16,6 @@ import numpy as np
 from ..arrays.basis import orthonormalize
 from ..arrays.hadamard import random_rotation
 from ..planning.methods import Method
-from ..planning.plan import check_bits
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
 from .base import ArrayPlan, LatentCodec, pack_tokens, ranks_within, unpack_tokens
@@ -76,14 +75,14 @@ class JarvisPlan(ArrayPlan):
         return 4.0
 
     @classmethod
-    def range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
+    def bits_range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
         dim = shape.head_dim
         low, high = (r * (b + 1) / dim for r, b in ((_ranks(dim)[0], CODE_BITS[0]), (dim, CODE_BITS[-1])))
         return low + 32 / dim, high + 32 / dim
 
     @classmethod
     def make(cls, shape: ModelShape, profile: Profile, method: Method, bits: float) -> JarvisPlan:
-        check_bits(method, shape, bits)
+        cls.check_bits(shape, method, bits)
         variance = profile.basis_set(method.basis_set).channel_variance()
         variance = variance.reshape(len(variance), 2, -1, shape.head_dim)  # [L, 2, H, D]
         plans = []

@@ -19,14 +19,13 @@ import numpy as np
 from ..arrays.basis import orthonormalize
 from ..arrays.rope import rotate, unrotate
 from ..planning.methods import Method
-from ..planning.plan import check_bits
 from ..profile.basis_set import BasisSet
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
 from ..quantization.packing import UNIT, pack, unpack
 from ..quantization.quantizer import dequantize_affine, quantize_affine
 from .base import ArrayPlan, FileCodec
-from .spectral import Chunk, check_finite
+from .chunk import Chunk, check_finite
 
 SIZES = {
     1: 0.0,
@@ -124,12 +123,12 @@ class KvtcPlan(ArrayPlan):
         return 1.0
 
     @classmethod
-    def range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
+    def bits_range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
         return 0.02, 8.0
 
     @classmethod
     def make(cls, shape: ModelShape, profile: Profile, method: Method, bits: float) -> KvtcPlan:
-        check_bits(method, shape, bits)
+        cls.check_bits(shape, method, bits)
         variance = profile.basis_set(method.basis_set).variance[0, :, :, 0].astype(np.float64)
         budget = bits * len(shape.layers) * shape.kv_heads * shape.head_dim
         runs = tuple(_runs(best_groups(v / v.sum(), budget)) for v in variance)

@@ -18,7 +18,6 @@ from ..arrays.basis import fit_basis
 from ..arrays.rope import rotate, unrotate
 from ..planning.allocation import allocate_bits
 from ..planning.methods import Method
-from ..planning.plan import check_bits
 from ..profile.derived import covariance, means
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
@@ -120,12 +119,12 @@ class SvdqPlan(ArrayPlan):
         return 9.1  # 2 bits for keys, as (8, 4, 2, 1, 1, 0, 0, 0) has
 
     @classmethod
-    def range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
+    def bits_range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
         return _bits((1,) + 7 * (0,), method), _bits(8 * (8,), method)
 
     @classmethod
     def make(cls, shape: ModelShape, profile: Profile, method: Method, bits: float) -> SvdqPlan:
-        check_bits(method, shape, bits)
+        cls.check_bits(shape, method, bits)
         check_groups(shape)
         spectra = []
         for row in range(len(shape.layers)):

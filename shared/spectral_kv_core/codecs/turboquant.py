@@ -102,7 +102,7 @@ class TurboQuantPlan(ArrayPlan):
         return {b: cost for cost, b in cls._options(shape, method)}[4]
 
     @classmethod
-    def range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
+    def bits_range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
         options = cls._options(shape, method)
         return options[0][0], options[-1][0]
 
