@@ -44,7 +44,7 @@ test-core: $(VENV)/.installed-all ## run the tests of the core, the command line
 	$(PYTEST) $(QUICK) --ignore-glob='*test_mlx*'
 
 test-mlx: $(VENV)/.installed-all ## run the tests of MLX
-	LD_PRELOAD=$(OPENBLAS) $(PYTEST) $(QUICK) tests/test_mlx*.py
+	LD_PRELOAD=$(OPENBLAS) $(PYTEST) $(QUICK) tests/backends/test_mlx*.py
 
 test-quick: $(VENV)/.installed-all ## run one case of every test that is not slow, in two processes
 	$(MAKE) --no-print-directory -j2 test-core test-mlx QUICK=--quick
@@ -54,7 +54,7 @@ test-metal: $(VENV)/.installed-all ## run the tests that need a Metal device, on
 
 coverage: $(VENV)/.installed-all $(VENV)/.installed-coverage ## run make test, print the share of lines that ran, write coverage.xml
 	$(PYTEST) --cov --cov-report= --ignore-glob='*test_mlx*'
-	LD_PRELOAD=$(OPENBLAS) $(PYTEST) --cov --cov-append --cov-report=term --cov-report=xml tests/test_mlx*.py
+	LD_PRELOAD=$(OPENBLAS) $(PYTEST) --cov --cov-append --cov-report=term --cov-report=xml tests/backends/test_mlx*.py
 
 coverage-report: ## print what make coverage found as a table in Markdown
 	@$(PYTHON) -m coverage report --format=markdown
@@ -93,7 +93,7 @@ docs: $(VENV)/.installed-docs ## build the site of docs/ in build/docs
 	$(VENV)/bin/zensical build --clean --strict
 
 docs-test: $(VENV)/.installed-all ## check the pages: links, sentences, generated pages and examples
-	$(PYTEST) tests/test_docs.py tests/test_readme.py
+	$(PYTEST) tests/project/test_docs.py tests/project/test_readme.py
 
 # --- releases: CONTRIBUTING.md says how one is made -------------------------------------------------------------------
 

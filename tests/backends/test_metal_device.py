@@ -1,6 +1,6 @@
 """The MLX backend on a Metal device, against NumPy on the processor: the workflow on a Mac runs these, `make test-metal`.
 
-Elsewhere they are skipped. `tests/test_mlx_kernels.py` takes the same paths in MLX's CPU build.
+Elsewhere they are skipped. `test_mlx_kernels.py` takes the same paths in MLX's CPU build.
 """
 
 from __future__ import annotations

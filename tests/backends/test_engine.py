@@ -23,7 +23,7 @@ from spectral_kv_torch.cache import SpectralKVLayer  # noqa: E402
 from spectral_kv_torch.generation import generate  # noqa: E402
 from spectral_kv_torch.integration import model_shape  # noqa: E402
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 PROMPT = "There were 23 cups on the table, and nobody knew whose they were. " * 12
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from spectral_kv_core.native.variants import variants_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PACKAGES = {  # by where they lie in a wheel
     "spectral_kv_core": "shared/spectral_kv_core",
     "spectral_kv_torch": "spectral_kv_torch",

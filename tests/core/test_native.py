@@ -25,7 +25,7 @@ from spectral_kv_core.native.private_folder import digest_path
 from spectral_kv_core.native.variants import VARIANTS, processor_features, usable, variants_of
 from spectral_kv_core.quantization import trellis
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 SERVER, LAPTOP = (frozenset(VARIANTS[i].features) | {"sse2", "f16c"} for i in (0, 1))
 ANSWER, OTHER = (f"int spectralkv_answer(void) {{ return {value}; }}\n" for value in (42, 13))

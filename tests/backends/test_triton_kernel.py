@@ -19,7 +19,7 @@ from spectral_kv_torch import ops  # noqa: E402
 from spectral_kv_torch.kernels import attention, device  # noqa: E402
 from spectral_kv_torch.kernels.checked import CheckedStep  # noqa: E402
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None, reason="triton is not installed (Linux: pip install triton)"
 )

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOCS, RESULTS = ROOT / "docs", ROOT / "results"
 PAGES = sorted(DOCS.rglob("*.md"))
 ALL = [*sorted(ROOT.glob("*.md")), *PAGES, *sorted(RESULTS.glob("*.md"))]
@@ -23,7 +23,7 @@ GENERATED = {DOCS / "reference" / "cli.md"}  # prose of the parser
 FENCES = ("python", "sh", "text")
 FENCE = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.M | re.S)
 MEDIAN_WORDS, MOST_WORDS = 16, 40
-RUN_ELSEWHERE = {DOCS / "start" / "mlx.md"}  # README's own example, which tests/test_readme.py runs
+RUN_ELSEWHERE = {DOCS / "start" / "mlx.md"}  # README's own example, which test_readme.py runs
 
 
 def name_of(path: Path) -> str:

@@ -21,7 +21,7 @@ from spectral_kv_core.plotting import pictures  # noqa: E402
 from spectral_kv_core.plotting.draw import PICTURES, draw  # noqa: E402
 from spectral_kv_core.plotting.results import Result, Skip, read_results  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PUBLISHED = {
     "codec_smollm2_1024": ("rate_distortion",),
     "methods_smollm2": ("rate_distortion",),
