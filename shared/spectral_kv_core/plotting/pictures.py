@@ -12,10 +12,9 @@ from collections.abc import Iterable
 import numpy as np
 
 from ..arrays.basis import rank_for_energy
-from ..arrays.transform import band_sizes
 from ..planning.methods import METHODS
-from ..planning.plan import Plan, make_plan
-from ..profile.profile import Profile
+from ..planning.plan import make_plan
+from .plan_map import bits_by_head, map_method
 from .results import Result, Skip, budget_name, by_place, curve_names, variant, variant_name, variants
 
 COLUMNS = 3  # panels beside each other, at most
@@ -39,6 +38,9 @@ def rate_distortion(result: Result):
         raise Skip("no row has a KL above 0")
     whole = any(row.get("budget_tokens") or row.get("sealed_bits") is None for row in rows)
     field, where = ("bits_per_element", "whole cache") if whole else ("sealed_bits", "sealed region")
+    rows = [row for row in rows if row.get(field) is not None]
+    if not rows:
+        raise Skip(f"no row with a KL has the field {field}")
     names = curve_names(rows)
     styles = _styles(names.values())
     panels = by_place(rows)
@@ -183,7 +185,7 @@ _SPEED = "time of the other / time of ours\n(above 1 ours is faster)"
 def spectrum(result: Result):
     """Variance along the components, as a share of the largest, of some layers; a panel for keys and one for values."""
     profile = result.content
-    basis_set = profile.basis_set(_map_method(profile).basis_set)
+    basis_set = profile.basis_set(map_method(profile).basis_set)
     variance = basis_set.channel_variance()  # [L, G, R]
     layers = profile.shape.layers
     chosen = sorted({round(i * (len(layers) - 1) / 4) for i in range(5)})
@@ -204,7 +206,7 @@ def spectrum(result: Result):
 def rank_map(result: Result):
     """Components that hold 95 % of the variance, layer by head, for keys and values."""
     profile = result.content
-    variance = profile.basis_set(_map_method(profile).basis_set).channel_variance()
+    variance = profile.basis_set(map_method(profile).basis_set).channel_variance()
     ranks = rank_for_energy(variance, 0.95).astype(float)
     label = f"components for 95 % of the variance (of {profile.shape.head_dim})"
     return _maps(result, ranks, "ranks", label, "{:.0f}")
@@ -213,9 +215,9 @@ def rank_map(result: Result):
 def bit_map(result: Result):
     """Stored bits per element, layer by head, for keys and values, of the plan at `bits`."""
     profile = result.content
-    plan = make_plan(profile.shape, profile, _map_method(profile), result.bits)
+    plan = make_plan(profile.shape, profile, map_method(profile), result.bits)
     title = f"{plan.method.name} at {plan.bits:g} bits"
-    return _maps(result, _bits_by_head(plan), title, "stored bits per element", "{:.1f}")
+    return _maps(result, bits_by_head(plan), title, "stored bits per element", "{:.1f}")
 
 
 def _styles(names: Iterable) -> dict:
@@ -236,7 +238,7 @@ def _styles(names: Iterable) -> dict:
 def _panels(title: str, count: int, columns: int = COLUMNS, size: tuple = PANEL, sharey: bool = False):
     """A figure with `count` axes and no empty one."""
     figure_type = importlib.import_module("matplotlib.figure").Figure
-    columns = min(columns, count)
+    columns = min(columns, 2 if (columns, count) == (COLUMNS, 4) else count)  # two lines of two leave no gap
     lines = -(-count // columns)
     figure = figure_type(figsize=(size[0] * columns, size[1] * lines + 0.6), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
@@ -301,20 +303,6 @@ def _bars(axis, row: dict, names: list[str]) -> None:
 
 def _plan_name(result: Result) -> str:
     return f", {result.content['plan']} plan" if result.content.get("plan") else ""
-
-
-def _map_method(profile: Profile):
-    """The method whose groups are heads; raises Skip for a profile that has none."""
-    for method in METHODS.values():
-        if method.codec == "spectral" and method.group == "head" and method.basis_set in profile.basis_sets:
-            return method
-    raise Skip("the profile has no basis per head")
-
-
-def _bits_by_head(plan: Plan) -> np.ndarray:
-    """Stored bits per element [L, G] of every head."""
-    block = plan.basis_set.block
-    return (plan.rates * band_sizes(block)).sum((-1, -2)) / (block * plan.shape.head_dim)
 
 
 def _maps(result: Result, values: np.ndarray, title: str, label: str, form: str):
