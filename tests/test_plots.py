@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from itertools import combinations, pairwise
@@ -338,3 +339,30 @@ def test_reading_results_needs_no_matplotlib():
 def test_draw_needs_a_known_picture(evaluation, tmp_path):
     with pytest.raises(ValueError, match="only speed"):
         draw([evaluation], tmp_path, only=("speed",))
+
+
+def test_four_panels_leave_no_gap(evaluation):
+    extra = [row | {"text": f"{row['text']} again"} for row in evaluation.content["rows"] if row["task"] == "text"]
+    evaluation.content["rows"] += extra
+    places = [axis.get_subplotspec() for axis in pictures.rate_distortion(evaluation).axes]
+    assert len(places) == 4 and {place.get_gridspec().get_geometry() for place in places} == {(2, 2)}
+
+
+def test_dollar_signs_are_no_mathematics(evaluation, tmp_path):
+    """Between two of them matplotlib reads TeX, and fails on what is none."""
+    name = r"a$\nothing{b$c"
+    for row in evaluation.content["rows"]:
+        row["text"] = name
+    evaluation.content["model"] = name
+    profile = profile_result()
+    named = Result("toy", dataclasses.replace(profile.content, model=name), 2.0)
+    for _, _, figure in plots.figures([evaluation, named]):
+        assert figure._suptitle.get_text().startswith(r"a\$\nothing{b\$c")
+        plots.render(figure, "svg")
+
+
+def test_rows_without_bits_are_named(evaluation):
+    for row in evaluation.content["rows"]:
+        row["bits_per_element"] = row["sealed_bits"] = None
+    with pytest.raises(Skip, match="bits_per_element"):
+        pictures.rate_distortion(evaluation)
