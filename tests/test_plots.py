@@ -366,3 +366,32 @@ def test_rows_without_bits_are_named(evaluation):
         row["bits_per_element"] = row["sealed_bits"] = None
     with pytest.raises(Skip, match="bits_per_element"):
         pictures.rate_distortion(evaluation)
+
+
+def test_fields_of_the_wrong_kind_are_wrong_use(capsys, tmp_path, made_file):
+    evaluation = json.loads(made_file.read_text())
+    bench = published("bench_demo").content
+    for change, content, message in (
+        ({"method": 3}, evaluation, "a name as method"),
+        ({"bits": None}, evaluation, "a number as bits"),
+        ({"kl": "low"}, evaluation, "a number as kl"),
+        ({"prefix": [1024]}, evaluation, "a number as prefix"),
+        ({"aop_layers": 3}, evaluation, "a list as aop_layers"),
+        ({"aop_layers": ["x"]}, evaluation, "numbers as aop_layers"),
+        ({"context": None}, bench, "a context in tokens"),
+        ({"ratio_to_host": "x"}, bench, "a number as ratio_to_host"),
+    ):
+        rows = [*content["rows"][:-1], content["rows"][-1] | change]
+        (tmp_path / "wrong.json").write_text(json.dumps(content | {"rows": rows}))
+        assert cli.main(["plot", str(tmp_path / "wrong.json"), "--output", str(tmp_path / "out")]) == 2
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1, err
+    for change, message in (
+        ({"machine": {}}, "the machine"),
+        ({"bits": "2"}, "backend, bits"),
+        ({"documents": 3}, "documents"),
+    ):
+        (tmp_path / "wrong.json").write_text(json.dumps(bench | change))
+        assert cli.main(["plot", str(tmp_path / "wrong.json"), "--output", str(tmp_path / "out")]) == 2
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1, err

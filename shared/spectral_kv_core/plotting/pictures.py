@@ -15,7 +15,7 @@ from ..arrays.basis import rank_for_energy
 from ..planning.methods import METHODS
 from ..planning.plan import make_plan
 from .plan_map import bits_by_head, map_method
-from .results import Result, Skip, budget_name, by_place, curve_names, variant, variant_name, variants
+from .results import RATIOS, Result, Skip, budget_name, by_place, curve_names, variant, variant_name, variants
 
 COLUMNS = 3  # panels beside each other, at most
 PANEL = (4.4, 3.3)  # inches
@@ -23,12 +23,6 @@ MOST_LINES = 8  # of a panel of (method, bits) pairs
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#8C4C96", "#B08300", "#3E9BCB", "#7F7F7F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)), (0, (1, 1)), (0, (9, 3)), (0, (4, 1, 1, 1, 1, 1)), "-")
-RATIOS = {  # key of a bench row: what it is a ratio to; ratio_to_dense is to the fastest of the plain ones
-    "ratio_to_host": "plain, as the host calls it",
-    "ratio_to_gqa": "plain, kernel with enable_gqa",
-    "ratio_to_grouped": "plain, kernel with grouped rows",
-    "ratio_to_host_quantized": "host's quantized cache",
-}
 
 
 def rate_distortion(result: Result):

@@ -10,13 +10,19 @@ from pathlib import Path
 
 import numpy as np
 
-from ..evaluation.rows import GROUP, PLACES, VARIANT
+from ..evaluation.rows import GROUP, MEANS, PLACES, VARIANT
 from ..files.container import format_name
 from ..files.paths import model_name
 from ..hosts.demo_model import DEMO_DIR
 from ..planning.methods import METHODS
 from ..profile.profile import FORMAT, Profile
 
+RATIOS = {  # key of a bench row: what it is a ratio to; ratio_to_dense is to the fastest of the plain ones
+    "ratio_to_host": "plain, as the host calls it",
+    "ratio_to_gqa": "plain, kernel with enable_gqa",
+    "ratio_to_grouped": "plain, kernel with grouped rows",
+    "ratio_to_host_quantized": "host's quantized cache",
+}
 PER_TASK = ("drift", "needle")  # tasks with a picture of their own
 
 
@@ -26,11 +32,12 @@ class Skip(Exception):
 
 @dataclass(frozen=True)
 class Result:
-    """A result file: the object in it, and what its pictures are named after."""
+    """A result file: the object in it, what its pictures are named after, and where it lies if it was read from there."""
 
     stem: str
     content: dict | Profile
     bits: float | None = None
+    path: Path | None = None
 
     @property
     def kind(self) -> str:
@@ -66,7 +73,7 @@ class Result:
             threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
             return f"{name}, {content['backend']}, {content['bits']:g} bits, {device}, {threads}"
         parts = (content.get(key) for key in ("backend", "dtype"))
-        return ", ".join([_model(content.get("model", "")), *(part for part in parts if part)])
+        return ", ".join([_model(content.get("model", "")), *(str(part) for part in parts if part)])
 
 
 def read_results(paths: Iterable[str], bits: float | None = None) -> list[Result]:
@@ -158,7 +165,7 @@ def _model(name: str) -> str:
 
 def _read(path: Path, bits: float | None) -> Result:
     if path.suffix == ".safetensors" or format_name(path) == FORMAT.name:
-        return Result(path.stem, Profile.load(path), bits)
+        return Result(path.stem, Profile.load(path), bits, path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         rows = content["rows"]
@@ -168,7 +175,54 @@ def _read(path: Path, bits: float | None) -> Result:
         raise ValueError(
             f"Expected a JSON object with rows, as spectralkv eval and bench write it, or a profile, {path} is neither."
         )
-    return Result(path.resolve().parent.name if path.name == "summary.json" else path.stem, content)
+    _check_fields(content, path)
+    stem = path.resolve().parent.name if path.name == "summary.json" else path.stem
+    return Result(stem, content, bits, path)
+
+
+def _check_fields(content: dict, path: Path) -> None:
+    """Raise ValueError where pictures and tables would trip over a field of the wrong kind, or of none."""
+    documents = content.get("documents", [])
+    if not isinstance(documents, list) or not all(isinstance(row, dict) for row in documents):
+        raise ValueError(f"Expected documents to be a list of objects, {path} has something else.")
+    for row in [*content["rows"], *documents]:
+        for name, (kind, noun, needed) in _FIELDS.items():
+            value = row.get(name)
+            if (needed and value is None) or not isinstance(value, (kind, type(None))) or isinstance(value, bool):
+                raise ValueError(f"Expected {noun} as {name} of every row, {path} has {value!r}.")
+        if not all(isinstance(x, (int, float)) for x in row.get("aop_layers") or ()):
+            raise ValueError(f"Expected numbers as aop_layers of every row, {path} has something else.")
+    if any("ratio_to_dense" in row for row in content["rows"]):
+        _check_bench(content, path)
+
+
+def _check_bench(content: dict, path: Path) -> None:
+    """`_check_fields` of what only a benchmark has."""
+    machine = content.get("machine")
+    if not (
+        isinstance(machine, dict) and {"cpu", "device"} <= set(machine) and isinstance(machine.get("threads"), int)
+    ):
+        raise ValueError(f"Expected the machine of a benchmark with its cpu, device and threads, {path} has none.")
+    if (
+        not isinstance(content.get("bits"), _NUMBER)
+        or "backend" not in content
+        or not {"synthetic", "model"} & set(content)
+    ):
+        raise ValueError(f"Expected backend, bits and the model or layer of a benchmark, {path} lacks some of them.")
+    if not all(isinstance(row.get("context"), int) for row in content["rows"]):
+        raise ValueError(f"Expected a context in tokens in every row of a benchmark, {path} has rows without.")
+
+
+_NUMBER = (int, float)
+_FIELDS = {  # name: kind, what messages call it, whether every row has it
+    "method": (str, "a name", True),
+    "bits": (_NUMBER, "a number", True),
+    **dict.fromkeys(("text", "task", "rounding_scores", "tiers", "wavelet"), (str, "a name", False)),
+    **dict.fromkeys(
+        ("prefix", *PLACES, "keep", *MEANS, "kl_se", "ratio_to_dense", *RATIOS), (_NUMBER, "a number", False)
+    ),
+    "aop_layers": (list, "a list", False),
+}
 
 
 def _averaged(rows: list[dict], field: str) -> list[dict]:
