@@ -361,11 +361,15 @@ def test_dollar_signs_are_no_mathematics(evaluation, tmp_path):
         plots.render(figure, "svg")
 
 
-def test_rows_without_bits_are_named(evaluation):
+def test_rows_without_bits_or_errors_are_named(evaluation):
     for row in evaluation.content["rows"]:
         row["bits_per_element"] = row["sealed_bits"] = None
+        if "aop_layers" in row:
+            row["aop_layers"] = [0.0, 0.0]
     with pytest.raises(Skip, match="bits_per_element"):
         pictures.rate_distortion(evaluation)
+    with pytest.raises(Skip, match="above 0"):
+        pictures.aop_by_layer(evaluation)
 
 
 def test_fields_of_the_wrong_kind_are_wrong_use(capsys, tmp_path, made_file):
@@ -376,6 +380,7 @@ def test_fields_of_the_wrong_kind_are_wrong_use(capsys, tmp_path, made_file):
         ({"bits": None}, evaluation, "a number as bits"),
         ({"kl": "low"}, evaluation, "a number as kl"),
         ({"prefix": [1024]}, evaluation, "a number as prefix"),
+        ({"kl": 10**400}, evaluation, "a number as kl"),
         ({"aop_layers": 3}, evaluation, "a list as aop_layers"),
         ({"aop_layers": ["x"]}, evaluation, "numbers as aop_layers"),
         ({"context": None}, bench, "a context in tokens"),

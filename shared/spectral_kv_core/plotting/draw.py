@@ -82,11 +82,14 @@ def figures(results: list[Result], only: tuple[str, ...] = ()) -> Iterator[tuple
 
 
 def _literal(result: Result) -> Result:
-    """`result` with its dollar signs escaped: matplotlib reads what stands between two of them as mathematics."""
+    """`result` with text that matplotlib can draw.
+
+    It reads what stands between two dollar signs as mathematics, and cannot draw control characters and half pairs.
+    """
 
     def escaped(x):
         if isinstance(x, str):
-            return x.replace("$", r"\$")
+            return "".join(c if c.isprintable() else "\ufffd" for c in x).replace("$", r"\$")
         if isinstance(x, dict):
             return {key: escaped(value) for key, value in x.items()}
         return [escaped(value) for value in x] if isinstance(x, list) else x

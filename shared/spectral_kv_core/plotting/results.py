@@ -188,12 +188,22 @@ def _check_fields(content: dict, path: Path) -> None:
     for row in [*content["rows"], *documents]:
         for name, (kind, noun, needed) in _FIELDS.items():
             value = row.get(name)
-            if (needed and value is None) or not isinstance(value, (kind, type(None))) or isinstance(value, bool):
+            if (
+                (needed and value is None)
+                or not isinstance(value, (kind, type(None)))
+                or isinstance(value, bool)
+                or _huge(value)
+            ):
                 raise ValueError(f"Expected {noun} as {name} of every row, {path} has {value!r}.")
         if not all(isinstance(x, (int, float)) for x in row.get("aop_layers") or ()):
             raise ValueError(f"Expected numbers as aop_layers of every row, {path} has something else.")
     if any("ratio_to_dense" in row for row in content["rows"]):
         _check_bench(content, path)
+
+
+def _huge(value) -> bool:
+    """Whether a number of JSON is an integer that no float holds."""
+    return isinstance(value, int) and value.bit_length() > 1023
 
 
 def _check_bench(content: dict, path: Path) -> None:
