@@ -26,5 +26,6 @@ def bits_by_head(plan: Plan) -> np.ndarray:
 
 
 def kept_by_head(plan: Plan) -> np.ndarray:
-    """Components [L, G] of every head of which at least one frequency is stored."""
-    return plan.coded.any(-1).sum(-1)
+    """Components [L, G] of every head that are stored, as a mean over the frequencies of a block."""
+    block = plan.basis_set.block
+    return (plan.coded * band_sizes(block)).sum((-1, -2)) / block
