@@ -8,8 +8,9 @@ from cases import ToyModel, attention, codes_of, every_case, plan_of
 from tolerances import ATTENTION_RMS, assert_close, assert_codes_close, relative_rms
 
 from spectral_kv_core.arrays import ops
-from spectral_kv_core.cache.layer_cache import CHUNK_TOKENS, CacheSize, LayerCache
-from spectral_kv_core.codecs.spectral import make_codec
+from spectral_kv_core.cache.layer_cache import CacheSize, LayerCache
+from spectral_kv_core.codecs.registry import make_codec
+from spectral_kv_core.planning.budget import CHUNK_TOKENS
 
 MODEL = ToyModel()
 SCALE = 0.125

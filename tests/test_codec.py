@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,9 +13,9 @@ from tolerances import ATTENTION_RMS, assert_close, assert_codes_close, relative
 from spectral_kv_core.arrays import ops
 from spectral_kv_core.arrays.attention import group_queries, merge_partials
 from spectral_kv_core.arrays.rope import rotate, unrotate
-from spectral_kv_core.codecs.spectral import make_codec, select_rows
+from spectral_kv_core.codecs.chunk import select_rows
+from spectral_kv_core.codecs.registry import make_codec, make_plan
 from spectral_kv_core.planning.methods import METHODS, ROUNDINGS
-from spectral_kv_core.planning.plan import make_plan
 from spectral_kv_core.quantization.time_rounding import round_in_time
 
 MODEL = ToyModel()
@@ -252,7 +253,7 @@ def test_widths_are_the_plan(xp):
 def test_layer_without_bits_gives_the_mean(xp):
     """A plan may give a whole layer nothing; its chunk has no arrays but still a batch."""
     plan = plan_of(MODEL, 0.25)
-    plan = type(plan)(plan.method, plan.bits, plan.shape, plan.basis_set, np.zeros_like(plan.widths))
+    plan = replace(plan, widths=np.zeros_like(plan.widths))
     codec = make_codec(xp, plan, 0)
     chunk = codec.encode(*arrays(xp, *MODEL.sample(1, 32, batch=2)), 4)
     chunk = codec.append(chunk, *arrays(xp, *MODEL.sample(2, 16, batch=2)))

@@ -11,11 +11,11 @@ from spectral_kv_core.arrays import ops
 from spectral_kv_core.arrays.attention import dense_partial, group_queries, merge_partials
 from spectral_kv_core.arrays.hadamard import hadamard, random_rotation, random_signs
 from spectral_kv_core.arrays.rope import rotate, unrotate
-from spectral_kv_core.cache.layer_cache import CHUNK_TOKENS, LayerCache
-from spectral_kv_core.cache.prompt_cache_file import chunk_arrays
-from spectral_kv_core.codecs.spectral import Chunk, make_codec, select_rows
+from spectral_kv_core.cache.layer_cache import LayerCache
+from spectral_kv_core.codecs.chunk import Chunk, select_rows
+from spectral_kv_core.codecs.registry import bits_range, make_codec, make_plan, plan_for
+from spectral_kv_core.planning.budget import CHUNK_TOKENS, elements_per_token
 from spectral_kv_core.planning.methods import METHODS, get_method
-from spectral_kv_core.planning.plan import bits_range, elements_per_token, make_plan, plan_for
 from spectral_kv_core.profile.derived import covariance, head_moments, means, query_moment, rotated_energy
 
 MODEL = ToyModel(rotated=True)
@@ -84,7 +84,7 @@ def test_bits_are_the_bytes_of_the_arrays(name, which):
 def test_arrays_are_those_that_a_file_expects(xp, name):
     plan = plan_of(name)
     chunk = make_codec(xp, plan, 1).encode(*arrays(xp, *MODEL.sample(1, 256, batch=3, layer=1)), 4)
-    assert sizes(chunk) == chunk_arrays(plan, 1, 3, 256)
+    assert sizes(chunk) == plan.chunk_arrays(1, 3, 256)
 
 
 @every_method

@@ -15,8 +15,9 @@ from spectral_kv_core.arrays.divergence import compare_logits
 from spectral_kv_core.cache.layer_cache import CacheSize
 from spectral_kv_core.cli import main as cli
 from spectral_kv_core.evaluation import text as evaluation_text
+from spectral_kv_core.evaluation.documents import make_documents
 from spectral_kv_core.evaluation.rows import RowFile, summarise
-from spectral_kv_core.evaluation.run import Settings, evaluate, make_documents, plan_jobs
+from spectral_kv_core.evaluation.run import Settings, evaluate, plan_jobs
 from spectral_kv_core.evaluation.text import (
     Text,
     copy_span,

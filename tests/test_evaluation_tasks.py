@@ -11,10 +11,10 @@ import pytest
 from test_evaluation import NAMES, SMALL, VOCABULARY, FakeBackend, LetterTokenizer, run_fake
 
 from spectral_kv_core.evaluation import run as evaluation
-from spectral_kv_core.evaluation.documents import DEPTHS, NEEDLE, QUESTION, hide_needle
+from spectral_kv_core.evaluation.documents import DEPTHS, NEEDLE, QUESTION, hide_needle, make_documents
 from spectral_kv_core.evaluation.fidelity import sealed_span
 from spectral_kv_core.evaluation.report import print_evaluation, save_evaluation
-from spectral_kv_core.evaluation.run import Settings, evaluate, make_documents
+from spectral_kv_core.evaluation.run import Settings, evaluate
 from spectral_kv_core.evaluation.text import Text
 from spectral_kv_core.planning import methods
 

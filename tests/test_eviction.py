@@ -16,7 +16,7 @@ from spectral_kv_core.arrays import ops
 from spectral_kv_core.arrays.rope import unrotate
 from spectral_kv_core.cache.eviction import EVERY, Eviction, plan_and_eviction
 from spectral_kv_core.cache.layer_cache import LayerCache
-from spectral_kv_core.codecs.spectral import make_codec
+from spectral_kv_core.codecs.registry import make_codec
 from spectral_kv_core.planning.methods import METHODS, get_method
 from spectral_kv_core.scorers import SCORERS
 

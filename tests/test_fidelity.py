@@ -51,9 +51,8 @@ def test_the_span_is_what_a_cache_seals():
 
     from spectral_kv_core.arrays import ops
     from spectral_kv_core.cache.layer_cache import LayerCache
-    from spectral_kv_core.codecs.spectral import make_codec
+    from spectral_kv_core.codecs.registry import make_codec, make_plan
     from spectral_kv_core.planning.methods import get_method
-    from spectral_kv_core.planning.plan import make_plan
 
     model = ToyModel()
     shape = model.shape

@@ -14,16 +14,18 @@ from tolerances import assert_close, relative_rms
 from spectral_kv_core.arrays import ops
 from spectral_kv_core.arrays.rope import rotate, unrotate
 from spectral_kv_core.cache.layer_cache import LayerCache
-from spectral_kv_core.cache.prompt_cache_file import chunk_arrays
 from spectral_kv_core.calibration import model_basis as joint
-from spectral_kv_core.calibration.basis_fit import SKIP, Spool
+from spectral_kv_core.calibration.basis_fit import SKIP
 from spectral_kv_core.calibration.model_basis import fit_joint_set, randomized_axes
+from spectral_kv_core.calibration.spool import Spool
 from spectral_kv_core.codecs import kvtc, svdq_prompt
-from spectral_kv_core.codecs.entropy_coded import codec_of, fit_bits
-from spectral_kv_core.codecs.spectral import Chunk, join_layers, make_codec
+from spectral_kv_core.codecs.chunk import Chunk, join_layers
+from spectral_kv_core.codecs.entropy_coded import fit_bits
+from spectral_kv_core.codecs.registry import bits_range, make_codec, make_plan
 from spectral_kv_core.codecs.xkv import leading_axes, ranks
-from spectral_kv_core.planning.methods import BASIS_SETS, JOINT, METHODS, get_live_method
-from spectral_kv_core.planning.plan import bits_range, elements_per_token, make_plan
+from spectral_kv_core.planning.budget import elements_per_token
+from spectral_kv_core.planning.methods import BASIS_SETS, METHODS, get_live_method
+from spectral_kv_core.profile.basis_set import JOINT
 
 MODEL = ToyModel(layers=3, rotated=True)
 TOKENS = 384
@@ -42,7 +44,7 @@ def sample(batch: int = 1, seed: int = 1, name: str = "kvtc") -> tuple[np.ndarra
 
 
 def encode(xp, name: str, bits: float, *parts, start: int = 0):
-    codec = codec_of(xp, plan_of(name, bits), 0)
+    codec = plan_of(name, bits).make_codec(xp, 0)
     return codec, codec.encode(*map(xp.asarray, parts), start)
 
 
@@ -102,7 +104,7 @@ def test_chunks_of_one_library_decode_on_every_other(xp, name):
 def test_a_file_has_the_arrays_that_it_expects(name):
     for bits in BITS[name]:
         _, chunk = encode(ops, name, bits, *sample(batch=2, name=name))
-        for array, (shape, kind) in zip(chunk.arrays, chunk_arrays(plan_of(name, bits), 0, 2, TOKENS), strict=True):
+        for array, (shape, kind) in zip(chunk.arrays, plan_of(name, bits).chunk_arrays(0, 2, TOKENS), strict=True):
             assert array.dtype.name == kind and shape in (None, array.shape)
 
 
@@ -168,7 +170,7 @@ def test_xkv_ranks_stay_within_the_bits():
 
 @pytest.mark.parametrize("name, block", [("xkv", 16), ("svdq-prompt", 128)])
 def test_a_prompt_is_one_chunk(name, block):
-    cache = LayerCache(ops, codec_of(ops, plan_of(name, BITS[name][2]), 0), 4, 16)
+    cache = LayerCache(ops, plan_of(name, BITS[name][2]).make_codec(ops, 0), 4, 16)
     keys, values = (np.concatenate([x] * 4, axis=2) for x in sample(name=name))
     cache.append(keys, values)
     assert [c.tokens for c in cache.lanes[0].chunks] == [(4 * TOKENS - 20) // block * block]
@@ -233,7 +235,7 @@ def test_svdq_prompt_is_better_than_a_profile_of_other_text():
     profile, widths = toy_profile_of(MODEL, "layer", "pre"), svdq_prompt.schedule(12, 128, TOKENS, 128)
     plan = replace(make_plan(MODEL.shape, profile, "svdq", 9), widths=widths)
     errors = []
-    for codec in (codec_of(ops, plan_of("svdq-prompt", 12), 0), make_codec(ops, plan, 0), make_codec(ops, plan, 1)):
+    for codec in (plan_of("svdq-prompt", 12).make_codec(ops, 0), make_codec(ops, plan, 0), make_codec(ops, plan, 1)):
         errors.append(relative_rms(decoded(codec, codec.encode(keys, values, 0))[0], keys))
     assert errors[0] < 1.02 * errors[1] and errors[0] < 0.3 * errors[2], errors  # layer 1 stands for other text
 

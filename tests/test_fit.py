@@ -17,8 +17,8 @@ from torch_models import ByteTokenizer, tiny_model, tokens  # noqa: E402
 
 from spectral_kv_core.benchmark.footprint import Budget, Footprint, Stored, fit, parse_bytes, safetensors_nbytes  # noqa: E402
 from spectral_kv_core.cli import main as cli  # noqa: E402
+from spectral_kv_core.codecs.registry import make_plan  # noqa: E402
 from spectral_kv_core.planning.methods import get_method  # noqa: E402
-from spectral_kv_core.planning.plan import make_plan  # noqa: E402
 from spectral_kv_torch import SpectralProfiler, cache_nbytes, make_prompt_cache  # noqa: E402
 from spectral_kv_torch import footprint as torch_footprint  # noqa: E402
 from spectral_kv_torch.generation import PREFILL_CHUNK, feed, prefill  # noqa: E402
@@ -68,7 +68,7 @@ def test_affine_and_plain_counts(folders):
     budget = Budget(replace(found, shape=shape), Stored(profile_free, lambda plan: (0, 0)), 4, 64, 4)
     from spectral_kv_core.arrays import ops
     from spectral_kv_core.cache.layer_cache import LayerCache
-    from spectral_kv_core.codecs.spectral import make_codec
+    from spectral_kv_core.codecs.registry import make_codec
 
     keys, values = ToyModel(64, 1, 2, layers=1).sample(0, 1500)
     layer = LayerCache(ops, make_codec(ops, profile_free, 0), 4, 64)
@@ -259,7 +259,6 @@ def test_counts_of_the_published_methods(method, bits):
     """Bytes of a layer with the blocks of its codec, filled token by token and at once."""
     from spectral_kv_core.arrays import ops
     from spectral_kv_core.cache.layer_cache import LayerCache
-    from spectral_kv_core.codecs.entropy_coded import codec_of
 
     toy = ToyModel()
     recipe = get_method(method)
@@ -270,7 +269,7 @@ def test_counts_of_the_published_methods(method, bits):
         keys, values = toy.sample(0, context)
         held = 0
         for row in range(len(toy.shape.layers)):
-            layer = LayerCache(ops, codec_of(ops, plan, row), 4, 64)
+            layer = LayerCache(ops, plan.make_codec(ops, row), 4, 64)
             layer.append(keys, values)
             held += sum(x.nbytes for x in layer.arrays())
         assert budget.cache_bytes(context) == held, context

@@ -15,12 +15,12 @@ from tolerances import ATTENTION_RMS, assert_close, assert_codes_close
 
 mx = pytest.importorskip("mlx.core")
 
-from spectral_kv_core import attention  # noqa: E402
-from spectral_kv_core import ops as core_ops  # noqa: E402
-from spectral_kv_core.cache import CHUNK_TOKENS, LayerCache  # noqa: E402
-from spectral_kv_core.codec import make_codec  # noqa: E402
-from spectral_kv_core.methods import QUANTIZERS  # noqa: E402
-from spectral_kv_core.plan import make_plan  # noqa: E402
+from spectral_kv_core.arrays import attention  # noqa: E402
+from spectral_kv_core.arrays import ops as core_ops  # noqa: E402
+from spectral_kv_core.cache.layer_cache import LayerCache  # noqa: E402
+from spectral_kv_core.codecs.registry import make_codec, make_plan  # noqa: E402
+from spectral_kv_core.planning.budget import CHUNK_TOKENS  # noqa: E402
+from spectral_kv_core.planning.methods import QUANTIZERS  # noqa: E402
 from spectral_kv_mlx import ops  # noqa: E402
 from spectral_kv_mlx.kernels import blocks, decode_step, rows  # noqa: E402
 

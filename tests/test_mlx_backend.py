@@ -25,7 +25,7 @@ from tolerances import assert_close, relative_rms
 
 from spectral_kv_core.arrays.rope import rotate
 from spectral_kv_core.cache.layer_cache import LayerCache
-from spectral_kv_core.codecs.spectral import TransformCodec
+from spectral_kv_core.codecs.transform import TransformCodec
 from spectral_kv_mlx import SpectralProfiler, cache_nbytes, capture, load_model, make_prompt_cache, ops, restore
 from spectral_kv_mlx.cache import SpectralKVCache
 from spectral_kv_mlx.capture import label_gradients, score_gradients

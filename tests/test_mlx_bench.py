@@ -17,8 +17,9 @@ from test_mlx_backend import calibrate
 
 from spectral_kv_core.benchmark import bench as core
 from spectral_kv_core.benchmark import synthetic
-from spectral_kv_core.cache.layer_cache import SEAL, LayerCache
+from spectral_kv_core.cache.layer_cache import LayerCache
 from spectral_kv_core.cli import main as cli
+from spectral_kv_core.planning.budget import SEAL
 from spectral_kv_core.planning.methods import METHODS
 from spectral_kv_core.profile.store import cached_profile_path
 from spectral_kv_mlx import bench

@@ -15,7 +15,7 @@ from mlx_lm.generate import generate_step
 from mlx_models import make_model, make_tokens
 from test_codecs import LIVE
 
-from spectral_kv_core.planning.plan import bits_range, make_plan
+from spectral_kv_core.codecs.registry import bits_range, make_plan
 from spectral_kv_mlx import SpectralProfiler, cache_nbytes, load_prompt_cache, make_prompt_cache, save_prompt_cache
 from spectral_kv_mlx.generation import plain_cache
 from spectral_kv_mlx.integration import model_shape

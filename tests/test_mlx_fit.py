@@ -15,7 +15,7 @@ from torch_models import ByteTokenizer  # noqa: E402
 
 from spectral_kv_core.benchmark.footprint import Budget, Stored  # noqa: E402
 from spectral_kv_core.cli import main as cli  # noqa: E402
-from spectral_kv_core.planning.plan import make_plan  # noqa: E402
+from spectral_kv_core.codecs.registry import make_plan  # noqa: E402
 from spectral_kv_mlx import SpectralProfiler, cache_nbytes, load_model, make_prompt_cache  # noqa: E402
 from spectral_kv_mlx import footprint as mlx_footprint  # noqa: E402
 from spectral_kv_mlx.generation import feed, prefill  # noqa: E402

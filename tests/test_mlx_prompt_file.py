@@ -24,7 +24,8 @@ import spectral_kv_mlx
 import spectral_kv_torch
 from spectral_kv_core.cache.prompt_cache_file import PromptFile
 from spectral_kv_core.cli import main as cli
-from spectral_kv_core.planning.plan import elements_per_token, make_plan
+from spectral_kv_core.codecs.registry import make_plan
+from spectral_kv_core.planning.budget import elements_per_token
 from spectral_kv_mlx import generation as mlx_backend
 from spectral_kv_mlx.cache import SpectralKVCache
 from spectral_kv_mlx.integration import exact_layer

@@ -15,11 +15,13 @@ from tolerances import assert_close, relative_rms
 from spectral_kv_core.arrays import ops
 from spectral_kv_core.cache.prompt_cache_file import PromptFile
 from spectral_kv_core.cli import main as cli
-from spectral_kv_core.codecs.entropy_coded import StoredCodec
-from spectral_kv_core.codecs.spectral import join_layers, split_layers
+from spectral_kv_core.codecs.chunk import join_layers, split_layers
+from spectral_kv_core.codecs.entropy_coded import EntropyCodec
+from spectral_kv_core.codecs.registry import make_plan
 from spectral_kv_core.evaluation.run import Settings, plan_jobs
-from spectral_kv_core.planning.methods import BASIS_SETS, PAIRS, Method, get_method
-from spectral_kv_core.planning.plan import elements_per_token, make_plan
+from spectral_kv_core.planning.budget import elements_per_token
+from spectral_kv_core.planning.methods import BASIS_SETS, Method, get_method
+from spectral_kv_core.profile.basis_set import PAIRS
 from spectral_kv_core.profile.profile import Profile
 from spectral_kv_core.profile.store import cached_profile_path
 
@@ -120,11 +122,11 @@ def test_codec_of_a_row(xp, row):
     for bits in (0.5, 2, 6):
         plan = make_plan(SHAPE, toy_profile_of(MODEL, "layer2", "pre"), METHOD, bits)
         layers = sample(plan.layer_groups[row])
-        codec = StoredCodec(xp, plan, row)
+        codec = EntropyCodec(xp, plan, row)
         chunk = codec.encode(*join_layers(xp, [tuple(map(xp.asarray, layer)) for layer in layers]), 0)
         got = split_layers(*map(xp.to_numpy, codec.decode(chunk)), len(layers))
         errors.append([relative_rms(a, b) for a, b in zip(np.concatenate(got), np.concatenate(layers), strict=True)])
-        reference = StoredCodec(ops, plan, row)
+        reference = EntropyCodec(ops, plan, row)
         moved = replace(chunk, arrays=tuple(map(xp.to_numpy, chunk.arrays)))
         expected = split_layers(*reference.decode(moved), len(layers))
         assert_close("decoded", np.concatenate(got), np.concatenate(expected), limit=1e-5)
@@ -148,7 +150,7 @@ def test_two_layers_together_cost_less():
         plan = make_plan(SHAPE, toy_profile_of(MODEL, group, "pre"), method, 0.6)
         stored, errors[method] = 0, []
         for row, group in enumerate(plan.layer_groups):
-            layers, codec = sample(group), StoredCodec(ops, plan, row)
+            layers, codec = sample(group), EntropyCodec(ops, plan, row)
             chunk = codec.encode(*join_layers(ops, layers), 0)
             stored += 8 * chunk.arrays[0].nbytes
             errors[method] += [

@@ -15,18 +15,10 @@ from cases import ToyModel
 from spectral_kv_core.arrays import ops
 from spectral_kv_core.arrays.transform import band_sizes
 from spectral_kv_core.cache.layer_cache import LayerCache
-from spectral_kv_core.codecs.spectral import make_codec
+from spectral_kv_core.codecs.registry import make_codec, make_plan, plan_for
+from spectral_kv_core.planning.loss import COHERENCE, MAX_EXPANSION, coherent_cost, costs, expansion
 from spectral_kv_core.planning.methods import METHODS, Method, get_method
-from spectral_kv_core.planning.plan import (
-    COHERENCE,
-    MAX_EXPANSION,
-    _coherent_cost,
-    _costs,
-    _expansion,
-    make_plan,
-    plan_for,
-)
-from spectral_kv_core.profile.profile import BasisSet
+from spectral_kv_core.profile.basis_set import BasisSet
 from spectral_kv_core.quantization.quantizer import BIT_WIDTHS
 
 MODEL = ToyModel()
@@ -35,9 +27,9 @@ SHAPE = MODEL.shape
 
 def predicted_cost(plan) -> float:
     basis_set: BasisSet = plan.basis_set
-    costs = _costs(basis_set) * band_sizes(basis_set.block)[:, None]
+    cost = costs(basis_set, {}) * band_sizes(basis_set.block)[:, None]
     index = np.searchsorted(BIT_WIDTHS, plan.widths)[..., None]
-    return float(np.take_along_axis(costs, index, -1).sum())
+    return float(np.take_along_axis(cost, index, -1).sum())
 
 
 @pytest.mark.parametrize("bits", [0.24, 8.01, 0, -1, float("nan")])
@@ -75,7 +67,7 @@ def test_plan_is_the_same_in_another_process(toy_profile, tmp_path):
     path = toy_profile.save(tmp_path / "toy.safetensors")
     code = (
         "import sys\n"
-        "from spectral_kv_core.planning.plan import make_plan\n"
+        "from spectral_kv_core.codecs.registry import make_plan\n"
         "from spectral_kv_core.profile.profile import Profile\n"
         "p = Profile.load(sys.argv[1])\n"
         "for bits in (0.5, 2, 3.7): print(make_plan(p.shape, p, 'spectral', bits).hash)"
@@ -123,7 +115,7 @@ def test_unknown_method_lists_the_names():
 @pytest.mark.parametrize("bits, width", [(2.5, 2), (3.0, 2), (3.5, 3), (4.6, 4), (8.5, 8)])
 def test_affine_takes_the_widest_codes_within_the_ceiling(bits, width):
     plan = make_plan(SHAPE, None, "affine", bits)
-    assert plan.affine_bits == width
+    assert plan.code_bits == width
     assert plan.bits_per_element == width + 0.5 <= bits
 
 
@@ -140,7 +132,7 @@ def test_head_dim_must_be_whole_groups():
 
 def test_identity_needs_no_profile():
     plan = make_plan(SHAPE, None, "identity")
-    assert plan.bits_per_element == 16 and plan.widths is None
+    assert plan.bits_per_element == 16 and plan.make_codec(ops, 0) is None
     assert make_codec(ops, plan, 0) is None
 
 
@@ -197,9 +189,9 @@ def test_decoded_coefficients_are_expanded_by_what_costs_least(distortion):
     """Against a search over all expansions l: shrinkage (1 - l (1 - D))^2 costs k times what noise l^2 D (1 - D) costs."""
     l = np.linspace(0.5, MAX_EXPANSION, 20001)
     loss = COHERENCE * (1 - l * (1 - distortion)) ** 2 + l**2 * distortion * (1 - distortion)
-    assert _coherent_cost(distortion) * distortion == pytest.approx(loss.min(), rel=1e-3)
+    assert coherent_cost(distortion) * distortion == pytest.approx(loss.min(), rel=1e-3)
     if distortion < 1:
-        assert _expansion(distortion) == pytest.approx(l[loss.argmin()], abs=1e-3)
+        assert expansion(distortion) == pytest.approx(l[loss.argmin()], abs=1e-3)
 
 
 def test_plans_decode_to_expanded_levels(toy_profile):

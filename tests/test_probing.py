@@ -10,7 +10,7 @@ from cases import ToyModel, toy_profile_of
 
 from spectral_kv_core.arrays.divergence import compare_logits, divergence, log_softmax
 from spectral_kv_core.calibration.layer_probing import PROBED, probed
-from spectral_kv_core.planning.plan import make_plan
+from spectral_kv_core.codecs.registry import make_plan
 
 MODEL = ToyModel(layers=3)
 TOKENS, PREDICTED, WORDS = 300, 8, 32

@@ -19,9 +19,9 @@ from torch_models import ByteTokenizer, tiny_model, tokens  # noqa: E402
 
 from spectral_kv_core.cache import prompt_cache_file as prompt_file  # noqa: E402
 from spectral_kv_core.cache.prompt_cache_file import PromptFile  # noqa: E402
+from spectral_kv_core.codecs.registry import make_plan  # noqa: E402
 from spectral_kv_core.files import container as signed_file  # noqa: E402
 from spectral_kv_core.planning.methods import METHODS  # noqa: E402
-from spectral_kv_core.planning.plan import make_plan  # noqa: E402
 from spectral_kv_torch import (  # noqa: E402
     SpectralCache,
     SpectralProfiler,
@@ -191,7 +191,7 @@ def test_a_staged_prompt_is_ended_first(tmp_path):
 
 def test_several_chunks_and_none(tmp_path, monkeypatch):
     model, profile = model_and_profile()
-    monkeypatch.setattr("spectral_kv_core.cache.layer_cache.CHUNK_TOKENS", 64)
+    monkeypatch.setattr("spectral_kv_core.codecs.base.Codec.chunk_tokens", 64)
     cache, _ = read(new())
     loaded, _ = load_prompt_cache(save_prompt_cache(tmp_path / "c", cache), model, profile)
     assert [(c.start, c.tokens) for c in loaded.layers[0].store.lanes[0].chunks] == [

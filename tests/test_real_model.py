@@ -96,7 +96,7 @@ def simulated(plan, row, keys, values, start):
     sigma = np.sqrt(basis_set.variance[row].astype(np.float64))[..., BANDS].transpose(0, 2, 1)[:, None]
     z, decoded = DCT @ y / sigma, np.zeros_like(y)
     widths = np.broadcast_to(plan.widths[row][..., BANDS].transpose(0, 2, 1)[:, None], z.shape)
-    coupled = trellis.WIDTHS if plan.trellis else ()
+    coupled = trellis.WIDTHS if plan.method.quantizer == "trellis" else ()
     for bits, levels in basis_set.levels.items():
         if bits not in coupled:
             code = np.searchsorted(thresholds(levels), z)

@@ -18,8 +18,8 @@ from cases import ToyModel, toy_profile_of
 from chromium import BINARY, Page
 
 from spectral_kv_core.cli import main as cli
+from spectral_kv_core.codecs.registry import make_plan
 from spectral_kv_core.planning.methods import METHODS
-from spectral_kv_core.planning.plan import make_plan
 from spectral_kv_core.plotting import plan_map, report_page, report_tables
 from spectral_kv_core.plotting.markup import Markup, element
 from spectral_kv_core.plotting.results import read_results

@@ -10,10 +10,11 @@ from cases import ToyModel, plan_of, toy_profile_of
 from tolerances import assert_close, relative_rms
 
 from spectral_kv_core.arrays import ops
-from spectral_kv_core.codecs.entropy_coded import FIT_SLACK, StoredCodec, fit_bits
-from spectral_kv_core.codecs.spectral import make_codec
+from spectral_kv_core.codecs.entropy_coded import ENTROPY_BITS, FIT_SLACK, EntropyCodec, fit_bits
+from spectral_kv_core.codecs.registry import make_codec, make_plan
+from spectral_kv_core.planning.budget import elements_per_token
 from spectral_kv_core.planning.methods import Method, get_live_method, get_method
-from spectral_kv_core.planning.plan import STORED_BITS, Plan, elements_per_token, make_plan
+from spectral_kv_core.planning.plan import Plan
 
 pytest.importorskip("constriction")
 MODEL = ToyModel(layers=1, rotated=True)
@@ -43,7 +44,7 @@ def test_error_falls_as_bytes_grow(xp, group, rope):
     keys, values = sample(batch=2)
     errors, sizes = [], []
     for bits in (0.25, 0.5, 1, 2, 4):
-        codec = StoredCodec(xp, stored_plan(bits, group, rope), 0)
+        codec = EntropyCodec(xp, stored_plan(bits, group, rope), 0)
         chunk = codec.encode(xp.asarray(keys), xp.asarray(values), 0)
         got = decoded(codec, chunk)
         errors.append([relative_rms(got[0], keys), relative_rms(got[1], values)])
@@ -57,7 +58,7 @@ def test_entropy_coding_beats_fixed_widths():
     """At the bytes of the live method with the same basis, on other text than was calibrated on."""
     keys, values = sample()
     live = make_codec(ops, plan_of(MODEL, 1, "layer", "pre"), 0)
-    stored = StoredCodec(ops, stored_plan(0.92, rounding="nearest"), 0)
+    stored = EntropyCodec(ops, stored_plan(0.92, rounding="nearest"), 0)
     chunk = stored.encode(keys, values, 0)
     assert real_bits(chunk) <= 1
     for of_stored, of_live, x in zip(decoded(stored, chunk), live.decode(live.encode(keys, values, 0)), (keys, values)):
@@ -65,7 +66,7 @@ def test_entropy_coding_beats_fixed_widths():
 
 
 def test_bytes_of_one_library_decode_on_every_other(xp):
-    codec, reference = (StoredCodec(x, stored_plan(2), 0) for x in (xp, ops))
+    codec, reference = (EntropyCodec(x, stored_plan(2), 0) for x in (xp, ops))
     chunk = reference.encode(*sample(), 20)
     moved = type(chunk)(chunk.batch, chunk.start, chunk.tokens, tuple(map(xp.asarray, chunk.arrays)))
     for got, expected in zip(decoded(codec, moved), decoded(reference, chunk)):
@@ -73,23 +74,23 @@ def test_bytes_of_one_library_decode_on_every_other(xp):
 
 
 def test_a_chunk_remembers_where_it_starts():
-    codec = StoredCodec(ops, stored_plan(4), 0)
+    codec = EntropyCodec(ops, stored_plan(4), 0)
     keys, values = sample()
     late = codec.encode(keys[:, :, 512:], values[:, :, 512:], 512)
     assert relative_rms(codec.decode(late)[0], keys[:, :, 512:]) < 0.05
 
 
 def test_bytes_of_another_plan_are_refused():
-    chunk = StoredCodec(ops, stored_plan(2), 0).encode(*sample(), 0)
+    chunk = EntropyCodec(ops, stored_plan(2), 0).encode(*sample(), 0)
     with pytest.raises(ValueError, match="Expected counts"):
-        StoredCodec(ops, stored_plan(1), 0).decode(chunk)
+        EntropyCodec(ops, stored_plan(1), 0).decode(chunk)
 
 
 def test_nan_is_refused():
     keys, values = sample()
     keys[0, 0, 7, 3] = np.nan
     with pytest.raises(ValueError, match="finite"):
-        StoredCodec(ops, stored_plan(2), 0).encode(keys, values, 0)
+        EntropyCodec(ops, stored_plan(2), 0).encode(keys, values, 0)
 
 
 @pytest.mark.parametrize("bits", [0.3, 1.0, 3.0])
@@ -97,7 +98,7 @@ def test_files_are_as_large_as_asked_and_never_larger(bits):
     keys, values = sample(5)
 
     def make(planned):
-        chunk = StoredCodec(ops, stored_plan(planned), 0).encode(keys, values, 0)
+        chunk = EntropyCodec(ops, stored_plan(planned), 0).encode(keys, values, 0)
         return chunk, real_bits(chunk)
 
     real = real_bits(fit_bits(make, bits))
@@ -112,7 +113,7 @@ def test_bits_that_a_text_does_not_fit_in_are_refused():
 def test_the_search_ends_at_the_finest_plan():
     tried = []
     fit_bits(lambda planned: (tried.append(planned) or planned, planned / 2), 6.0)
-    assert max(tried) == STORED_BITS[1]
+    assert max(tried) == ENTROPY_BITS[1]
     assert len(tried) <= 3
 
 

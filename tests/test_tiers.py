@@ -11,7 +11,8 @@ from spectral_kv_core.arrays import ops
 from spectral_kv_core.arrays.rope import unrotate
 from spectral_kv_core.cache.eviction import plan_and_eviction
 from spectral_kv_core.cache.layer_cache import LayerCache
-from spectral_kv_core.codecs.spectral import make_codec, select_rows
+from spectral_kv_core.codecs.chunk import select_rows
+from spectral_kv_core.codecs.registry import make_codec
 from spectral_kv_core.codecs.tiers import GROUP, make_tiered_plan
 from spectral_kv_core.planning.methods import get_method
 

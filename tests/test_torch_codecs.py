@@ -12,7 +12,8 @@ transformers = pytest.importorskip("transformers")
 from test_codecs import LIVE  # noqa: E402
 from torch_models import ByteTokenizer, tiny_model, tokens  # noqa: E402
 
-from spectral_kv_core.planning.plan import bits_range, elements_per_token, make_plan  # noqa: E402
+from spectral_kv_core.codecs.registry import bits_range, make_plan  # noqa: E402
+from spectral_kv_core.planning.budget import elements_per_token  # noqa: E402
 from spectral_kv_torch import (  # noqa: E402
     SpectralProfiler,
     cache_nbytes,

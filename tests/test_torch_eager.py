@@ -13,9 +13,9 @@ from tolerances import assert_close
 torch = pytest.importorskip("torch")
 
 from spectral_kv_core.arrays import attention  # noqa: E402
-from spectral_kv_core.cache.layer_cache import CHUNK_TOKENS, LayerCache  # noqa: E402
-from spectral_kv_core.codecs.spectral import make_codec  # noqa: E402
-from spectral_kv_core.planning.plan import make_plan  # noqa: E402
+from spectral_kv_core.cache.layer_cache import LayerCache  # noqa: E402
+from spectral_kv_core.codecs.registry import make_codec, make_plan  # noqa: E402
+from spectral_kv_core.planning.budget import CHUNK_TOKENS  # noqa: E402
 from spectral_kv_torch import ops  # noqa: E402
 from spectral_kv_torch.cache import storages  # noqa: E402
 from spectral_kv_torch.kernels import eager, products  # noqa: E402

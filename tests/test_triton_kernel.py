@@ -14,7 +14,7 @@ from test_torch_kernels import chunks_of
 
 torch = pytest.importorskip("torch")
 
-from spectral_kv_core.codecs.spectral import make_codec  # noqa: E402
+from spectral_kv_core.codecs.registry import make_codec  # noqa: E402
 from spectral_kv_torch import ops  # noqa: E402
 from spectral_kv_torch.kernels import attention, device  # noqa: E402
 from spectral_kv_torch.kernels.checked import CheckedStep  # noqa: E402

@@ -10,8 +10,9 @@ from cases import ToyModel, plan_of
 from tolerances import assert_close
 
 from spectral_kv_core.cache.decoded_chunks import bytes_per_layer
-from spectral_kv_core.cache.layer_cache import CHUNK_TOKENS, LayerCache
-from spectral_kv_core.codecs.spectral import make_codec
+from spectral_kv_core.cache.layer_cache import LayerCache
+from spectral_kv_core.codecs.registry import make_codec
+from spectral_kv_core.planning.budget import CHUNK_TOKENS
 
 MODEL, SCALE = ToyModel(layers=1), 0.125
 CHUNK = CHUNK_TOKENS * 2 * 2 * 2 * MODEL.head_dim  # bytes of a decoded chunk in 16 bits

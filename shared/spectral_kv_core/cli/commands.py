@@ -12,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
+from .. import native
 from ..arrays.divergence import compare_logits
 from ..benchmark import bench as benchmark
 from ..benchmark import footprint as fitting
 from ..cache.prompt_cache_file import FORMAT as PROMPT_FORMAT
 from ..cache.prompt_cache_file import PromptFile
 from ..calibration.text import load_texts
+from ..codecs.registry import make_plan, plan_for
 from ..evaluation import report as evaluation_report
 from ..evaluation import run as evaluation
 from ..evaluation.text import Text, default_texts, read_text
@@ -26,7 +28,6 @@ from ..hosts.backends import load_backend
 from ..hosts.chat_template import encode_opening, encode_prompt, encode_rest, has_template, system_tokens
 from ..hosts.demo_model import demo_model_path
 from ..planning.methods import DEFAULT_METHOD, METHODS, Method, get_keeping_method, get_live_method
-from ..planning.plan import make_plan, plan_for
 from ..plotting import draw as plots
 from ..plotting.results import read_results
 from ..profile.profile import Profile
@@ -126,6 +127,7 @@ def generate(args: argparse.Namespace) -> dict:
 
     cache = new_cache()  # raises for a wrong budget or profile before anything long runs
     compare = args.compare or score_text is not None
+    native.library()  # what must be built on this machine is built now, before anything is timed
     backend.generate(model, tokenizer, prompt[:WARM_UP], backend.plain_cache(model), 2, True, lambda token: None)
 
     used = method or stored.method

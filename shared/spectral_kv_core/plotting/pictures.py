@@ -12,8 +12,8 @@ from collections.abc import Iterable
 import numpy as np
 
 from ..arrays.basis import rank_for_energy
+from ..codecs.registry import make_plan
 from ..planning.methods import METHODS
-from ..planning.plan import make_plan
 from .plan_map import bits_by_head, map_method
 from .results import RATIOS, Result, Skip, budget_name, by_place, curve_names, variant, variant_name, variants
 

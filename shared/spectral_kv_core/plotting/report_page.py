@@ -11,8 +11,8 @@ from pathlib import Path
 from string import Template
 
 from .. import __version__
+from ..codecs.registry import make_plan
 from ..files.paths import write_whole
-from ..planning.plan import make_plan
 from . import report_tables as tables
 from .draw import figures, render
 from .inline_svg import Inliner

@@ -7,7 +7,7 @@ import json
 import numpy as np
 
 from ..arrays.basis import effective_rank, rank_for_energy
-from ..planning.plan import Plan
+from ..codecs.transform import TransformPlan
 from ..profile.profile import BasisSet, Profile
 from .markup import Markup, element, joined
 from .plan_map import bits_by_head, kept_by_head
@@ -194,7 +194,7 @@ def _parts(basis_set: BasisSet) -> dict[str, np.ndarray]:
     return {"keys": variance[:, :half], "values": variance[:, half:]} if half else {"both": variance}
 
 
-def plan_maps(plan: Plan) -> Markup:
+def plan_maps(plan: TransformPlan) -> Markup:
     """Stored bits and kept components of every layer and head, as two tables whose cells are shaded."""
     name = f"{plan.method.name} at {plan.bits:g} bits"
     total = f"{plan.bits_per_element:.4f} stored bits per element over all"
@@ -205,7 +205,7 @@ def plan_maps(plan: Plan) -> Markup:
     )
 
 
-def _map(plan: Plan, values: np.ndarray, caption: str, form: str) -> Markup:
+def _map(plan: TransformPlan, values: np.ndarray, caption: str, form: str) -> Markup:
     """`values` [L, 2H] as a table, layers down, heads of keys and then of values across."""
     heads = values.shape[1] // 2
     low, high = float(values.min()), float(values.max())
