@@ -16,6 +16,7 @@ from cases import ToyModel, toy_profile_of  # noqa: E402
 from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 
 from spectral_kv_core.cli import main as cli  # noqa: E402
+from spectral_kv_core.codecs.registry import make_plan  # noqa: E402
 from spectral_kv_core.planning.methods import METHODS  # noqa: E402
 from spectral_kv_core.plotting import draw as plots  # noqa: E402
 from spectral_kv_core.plotting import pictures  # noqa: E402
@@ -236,7 +237,7 @@ def test_speed_shows_the_ratios():
 
 def test_maps_of_a_profile_are_those_of_its_plan():
     result = profile_result(2.0)
-    plan = pictures.make_plan(result.content.shape, result.content, METHODS["spectral"], 2.0)
+    plan = make_plan(result.content.shape, result.content, METHODS["spectral"], 2.0)
     keys, values = (axis.images[0].get_array() for axis in pictures.bit_map(result).axes[:2])
     assert keys.shape == values.shape == (2, 2)  # layers, heads
     assert np.mean([keys, values]) == pytest.approx(plan.bits_per_element)

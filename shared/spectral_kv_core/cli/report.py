@@ -10,6 +10,7 @@ from .commands import _check_output
 
 NAME = "report"
 HELP = "write one HTML page with the pictures, plans and tables of results and profiles"
+PARENTS = ()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

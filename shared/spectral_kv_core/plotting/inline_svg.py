@@ -7,13 +7,13 @@ from html import escape
 from xml.etree import ElementTree
 
 from .markup import Markup, element
-from .pictures import COLOURS
+from .pictures import COLORS
 
 XLINK = "{http://www.w3.org/1999/xlink}href"
 SHARED = "g"  # what ids of outlines that all pictures of a page share begin with
 PLACES = 2  # decimals of coordinates, in points
 _NUMBER = re.compile(r"-?\d+\.\d+")
-_COLOUR = re.compile(r"#[0-9a-f]{6}\b")
+_COLOR = re.compile(r"#[0-9a-f]{6}\b")
 _USED = re.compile(r"url\(#([^)]+)\)")
 
 
@@ -35,7 +35,7 @@ class Inliner:
         for node in root.iter():
             node.text = node.tail = None
             if not on_paper:
-                _recolour(node)
+                _recolor(node)
             for key in ("d", "x", "y", "points"):
                 if key in node.attrib:
                     node.set(key, _shorter(node.get(key)))
@@ -65,7 +65,7 @@ class Inliner:
             for path in defs.findall("path"):
                 old = path.attrib.pop("id")
                 path.set("d", _shorter(path.get("d", "")))  # a space has no outline
-                _recolour(path)
+                _recolor(path)
                 text = " ".join(f'{key}="{escape(value)}"' for key, value in path.attrib.items())
                 renamed[old] = self.outlines.setdefault(text, f"{SHARED}{len(self.outlines)}")
                 defs.remove(path)
@@ -109,15 +109,15 @@ def _drop_empty(root) -> None:
                 parent.remove(child)
 
 
-def _recolour(node) -> None:
+def _recolor(node) -> None:
     """Black and white as the colors of the page's text and ground, those of lines as variables of its style."""
     for key in ("style", "fill", "stroke"):
         if key in node.attrib:
-            node.set(key, _COLOUR.sub(lambda found: _PAGE_COLOURS.get(found[0], found[0]), node.get(key)))
+            node.set(key, _COLOR.sub(lambda found: _PAGE_COLORS.get(found[0], found[0]), node.get(key)))
 
 
-_PAGE_COLOURS = {
-    **{colour.lower(): f"var(--line{number})" for number, colour in enumerate(COLOURS)},
+_PAGE_COLORS = {
+    **{color.lower(): f"var(--line{number})" for number, color in enumerate(COLORS)},
     "#000000": "currentColor",
     "#ffffff": "none",
     "#e6e6e6": "var(--grid)",

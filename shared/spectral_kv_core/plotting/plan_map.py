@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from ..arrays.transform import band_sizes
+from ..codecs.registry import make_plan
 from ..codecs.transform import TransformPlan
 from ..planning.methods import METHODS, Method
-from ..profile.profile import Profile
+from ..profile.profile import BasisSet, Profile
 from .results import Skip
 
 
@@ -17,6 +18,20 @@ def map_method(profile: Profile) -> Method:
         if method.transforms and method.group == "head" and method.basis_set in profile.basis_sets:
             return method
     raise Skip("the profile has no basis per head")
+
+
+def map_basis_set(profile: Profile) -> BasisSet:
+    """The basis set of `map_method`."""
+    name = map_method(profile).basis_set
+    assert name is not None
+    return profile.basis_set(name)
+
+
+def map_plan(profile: Profile, bits: float | None) -> TransformPlan:
+    """The plan of `map_method` at `bits`; raises ValueError for a budget that it cannot have."""
+    plan = make_plan(profile.shape, profile, map_method(profile), bits)
+    assert isinstance(plan, TransformPlan)
+    return plan
 
 
 def bits_by_head(plan: TransformPlan) -> np.ndarray:

@@ -11,13 +11,12 @@ from pathlib import Path
 from string import Template
 
 from .. import __version__
-from ..codecs.registry import make_plan
 from ..files.paths import write_whole
 from . import report_tables as tables
 from .draw import figures, render
 from .inline_svg import Inliner
 from .markup import Markup, element, joined
-from .plan_map import map_method
+from .plan_map import map_plan
 from .results import Result, Skip
 
 HERE = Path(__file__).parent
@@ -117,17 +116,16 @@ def _section(result: Result, report: Report) -> Markup:
     subtitle = element("p", f"{'Profile of ' if result.kind == 'profile' else ''}{result.title}", class_="quiet")
     if result.kind == "profile":
         return joined(
-            (subtitle, _plan(result, report), tables.basis_set_table(result.content), pictures, _facts(result))
+            (subtitle, _plan(result, report), tables.basis_set_table(result.profile), pictures, _facts(result))
         )
     made: Callable = tables.bench_table if result.kind == "bench" else tables.evaluation_tables
-    return joined((subtitle, pictures, made(result.content), _facts(result)))
+    return joined((subtitle, pictures, made(result.fields), _facts(result)))
 
 
 def _plan(result: Result, report: Report) -> Markup | None:
     """The plan of a profile by layer and head; named among what is left out where the profile has no basis per head."""
-    profile = result.content
     try:
-        plan = make_plan(profile.shape, profile, map_method(profile), result.bits)
+        plan = map_plan(result.profile, result.bits)
     except Skip as reason:
         report.skip(result, "plan", str(reason))
         return None
@@ -137,8 +135,8 @@ def _plan(result: Result, report: Report) -> Markup | None:
 def _facts(result: Result) -> Markup:
     """What a file says of how it was made, folded up."""
     if result.kind == "profile":
-        return joined((element("h3", "Model and calibration"), tables.profile_facts(result.content)))
-    said = {key: value for key, value in result.content.items() if key not in ("rows", "documents")}
+        return joined((element("h3", "Model and calibration"), tables.profile_facts(result.profile)))
+    said = {key: value for key, value in result.fields.items() if key not in ("rows", "documents")}
     return element("details", element("summary", "Settings, machine and versions"), tables.facts(said))
 
 
@@ -167,10 +165,10 @@ def _files(results: list[Result], notice: str | None) -> Markup:
 def _machine_and_versions(result: Result) -> tuple[str, str]:
     """What a file says of the machine it was measured on, and of the versions it was made with."""
     if result.kind == "profile":
-        return "-", f"spectralkv {result.content.library_version}"
-    machine = result.content.get("machine")
+        return "-", f"spectralkv {result.profile.library_version}"
+    machine = result.fields.get("machine")
     machine = machine if isinstance(machine, dict) else {}
-    versions = result.content.get("versions") or machine.get("versions")
+    versions = result.fields.get("versions") or machine.get("versions")
     parts = [str(machine[key]) for key in ("cpu", "device") if key in machine]
     parts += [f"{key} {machine[key]}" for key in ("cores", "threads") if key in machine]
     if isinstance(versions, dict):

@@ -45,6 +45,18 @@ class Result:
             return "profile"
         return "bench" if any("ratio_to_dense" in row for row in self.content["rows"]) else "eval"
 
+    @property
+    def profile(self) -> Profile:
+        """The content of the kind `profile`."""
+        assert isinstance(self.content, Profile)
+        return self.content
+
+    @property
+    def fields(self) -> dict:
+        """The content of the other kinds."""
+        assert isinstance(self.content, dict)
+        return self.content
+
     def rows(self, field: str, task: str | None = None) -> list[dict]:
         """Rows that have `field`, of `task` or of all without a picture of their own; else documents, averaged.
 
@@ -55,17 +67,17 @@ class Result:
             mine = row.get("task") == task if task else row.get("task") not in PER_TASK
             return mine and row.get(field) is not None and row.get("method") != "identity"
 
-        rows = [row for row in self.content["rows"] if wanted(row)]
-        rows = rows or _averaged([row for row in self.content.get("documents", []) if wanted(row)], field)
+        rows = [row for row in self.fields["rows"] if wanted(row)]
+        rows = rows or _averaged([row for row in self.fields.get("documents", []) if wanted(row)], field)
         if not rows:
             raise Skip(f"no row{f' of the task {task}' if task else ''} has the field {field}")
         return rows
 
     @property
     def title(self) -> str:
-        content = self.content
         if self.kind == "profile":
-            return _model(content.model)
+            return _model(self.profile.model)
+        content = self.fields
         if self.kind == "bench":
             machine = content["machine"]
             name = f"a layer of {content['synthetic']}" if "synthetic" in content else _model(content["model"])
@@ -190,7 +202,7 @@ def _check_fields(content: dict, path: Path) -> None:
             value = row.get(name)
             if (
                 (needed and value is None)
-                or not isinstance(value, (kind, type(None)))
+                or not isinstance(value, (*kind, type(None)))
                 or isinstance(value, bool)
                 or _huge(value)
             ):
@@ -223,15 +235,17 @@ def _check_bench(content: dict, path: Path) -> None:
         raise ValueError(f"Expected a context in tokens in every row of a benchmark, {path} has rows without.")
 
 
-_NUMBER = (int, float)
-_FIELDS = {  # name: kind, what messages call it, whether every row has it
-    "method": (str, "a name", True),
+_NUMBER: tuple[type, ...] = (int, float)
+_FIELDS: dict[
+    str, tuple[tuple[type, ...], str, bool]
+] = {  # name: kind, what messages call it, whether every row has it
+    "method": ((str,), "a name", True),
     "bits": (_NUMBER, "a number", True),
-    **dict.fromkeys(("text", "task", "rounding_scores", "tiers", "wavelet"), (str, "a name", False)),
+    **dict.fromkeys(("text", "task", "rounding_scores", "tiers", "wavelet"), ((str,), "a name", False)),
     **dict.fromkeys(
         ("prefix", *PLACES, "keep", *MEANS, "kl_se", "ratio_to_dense", *RATIOS), (_NUMBER, "a number", False)
     ),
-    "aop_layers": (list, "a list", False),
+    "aop_layers": ((list,), "a list", False),
 }
 
 
