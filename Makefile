@@ -44,10 +44,10 @@ include results/measure.mk
 test: test-core test-mlx ## run every test that this machine can run, both backends
 
 test-core: $(VENV)/.installed-all ## run the tests of the core, the command line and PyTorch
-	$(PYTEST) $(QUICK) --ignore-glob='*test_mlx*'
+	$(PYTEST) $(QUICK) -m 'not mlx'
 
 test-mlx: $(VENV)/.installed-all ## run the tests of MLX
-	LD_PRELOAD=$(OPENBLAS) $(PYTEST) $(QUICK) tests/backends/test_mlx*.py
+	LD_PRELOAD=$(OPENBLAS) $(PYTEST) $(QUICK) -m mlx tests/backends
 
 test-quick: $(VENV)/.installed-all ## run one case of every test that is not slow, in two processes
 	$(MAKE) --no-print-directory -j2 test-core test-mlx QUICK=--quick
@@ -56,8 +56,8 @@ test-metal: $(VENV)/.installed-all ## run the tests that need a Metal device, on
 	$(PYTEST) -m metal
 
 coverage: $(VENV)/.installed-all $(VENV)/.installed-coverage ## run make test, print the share of lines that ran, write coverage.xml
-	$(PYTEST) --cov --cov-report= --ignore-glob='*test_mlx*'
-	LD_PRELOAD=$(OPENBLAS) $(PYTEST) --cov --cov-append --cov-report=term --cov-report=xml tests/backends/test_mlx*.py
+	$(PYTEST) --cov --cov-report= -m 'not mlx'
+	LD_PRELOAD=$(OPENBLAS) $(PYTEST) --cov --cov-append --cov-report=term --cov-report=xml -m mlx tests/backends
 
 coverage-report: ## print what make coverage found as a table in Markdown
 	@$(PYTHON) -m coverage report --format=markdown

@@ -5,7 +5,11 @@ from __future__ import annotations
 import importlib
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_map
+
+from spectral_kv_mlx import SpectralProfiler
+from spectral_kv_mlx.generation import generate
 
 VOCABULARY = 256
 SIZES = {
@@ -76,3 +80,31 @@ def save_llama(path, seed: int = 0, **changes):
     tokenizer.decoder = decoders.ByteLevel()
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=alphabet[0]).save_pretrained(path)
     return model
+
+
+class CharacterTokenizer:
+    eos_token_ids = ()
+
+    def encode(self, text):
+        return [ord(c) for c in text]
+
+
+def calibrate(model):
+    texts = ["".join(map(chr, make_tokens(512, seed=100 + n))) for n in range(4)]
+    profiler = SpectralProfiler(tokens=2048, document=512, progress=False)
+    return profiler.profile_from_model(model, CharacterTokenizer(), texts)
+
+
+def feed(model, cache, tokens, chunk=None):
+    """Logits of all tokens, fed `chunk` at a time."""
+    chunk = chunk or len(tokens)
+    parts = [model(mx.array([tokens[i : i + chunk]]), cache=cache) for i in range(0, len(tokens), chunk)]
+    return np.array(mx.concatenate(parts, axis=1))[0]
+
+
+def close(a, b, tolerance):
+    np.testing.assert_allclose(np.array(a), np.array(b), atol=tolerance, rtol=tolerance)
+
+
+def greedy(model, tokens, cache, count=12):
+    return generate(model, None, tokens, cache, count, True, lambda token: None).tokens

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
+from hosts import ByteTokenizer
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -13,6 +16,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+from spectral_kv_torch import SpectralProfiler
 
 SIZES = {
     "vocab_size": 256,
@@ -54,18 +59,27 @@ def tiny_model(name: str):
     return model
 
 
-class ByteTokenizer:
-    """One token per byte, as much of a tokenizer as calibration needs."""
-
-    chat_template = None
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return [3 + b % 253 for b in text.encode("latin-1", "replace")]
-
-    def decode(self, tokens, skip_special_tokens: bool = True) -> str:
-        return bytes(max(t - 3, 0) for t in tokens).decode("latin-1")
-
-
 def tokens(count: int, seed: int = 0, batch: int = 1) -> torch.Tensor:
     """[batch, count] token ids above the special ones."""
     return torch.randint(3, 256, (batch, count), generator=torch.Generator().manual_seed(seed))
+
+
+# uniformly random tokens, like the prompts of the tests
+TEXT = [bytes(b - 3 for b in tokens(1024, seed=9 + i)[0].tolist()).decode("latin-1") for i in range(2)]
+
+
+@functools.cache
+def model_and_profile(name: str):
+    """The tiny model `name`, and a profile of it."""
+    model = tiny_model(name)
+    profiler = SpectralProfiler(tokens=2048, document=1024, progress=False)
+    return model, profiler.profile_from_model(model, ByteTokenizer(), TEXT, name=name)
+
+
+def logits_of(model, ids, cache, chunk=None, **kwargs):
+    """Logits [B, T, V] of `ids` fed in chunks."""
+    out = []
+    with torch.no_grad():
+        for part in torch.split(ids, chunk or ids.shape[1], dim=1):
+            out.append(model(part, past_key_values=cache, use_cache=True, **kwargs).logits)
+    return torch.cat(out, dim=1)

@@ -366,9 +366,8 @@ def torch_backend():
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])  # gemma3 has layers with a sliding window
 @pytest.mark.parametrize("method", ["spectral", "identity"])
 def test_filling_equals_reading_the_prefix(torch_backend, name, method):
-    from test_torch_backend import model_and_profile
     from tolerances import assert_close
-    from torch_models import tokens
+    from torch_models import model_and_profile, tokens
 
     backend = torch_backend
     model, profile = model_and_profile(name)
@@ -401,8 +400,7 @@ def test_filling_equals_reading_the_prefix(torch_backend, name, method):
 
 
 def test_more_bits_less_divergence_whatever_the_step(torch_backend, tmp_path):
-    from test_torch_backend import TEXT, model_and_profile
-    from torch_models import ByteTokenizer
+    from torch_models import TEXT, ByteTokenizer, model_and_profile
 
     model, profile = model_and_profile("llama")
     for changes in ({}, {"step": 5}, {"prefill_chunk": 40}):
@@ -421,8 +419,7 @@ def test_more_bits_less_divergence_whatever_the_step(torch_backend, tmp_path):
 
 def test_a_method_for_files_is_measured_through_the_plain_cache(torch_backend, tmp_path):
     pytest.importorskip("constriction")
-    from test_torch_backend import TEXT, model_and_profile
-    from torch_models import ByteTokenizer
+    from torch_models import TEXT, ByteTokenizer, model_and_profile
 
     model, profile = model_and_profile("llama")
     settings = Settings(

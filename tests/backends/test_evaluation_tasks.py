@@ -288,8 +288,7 @@ def torch_backend():
 
 
 def run_torch(backend, name, folder, **changes):
-    from test_torch_backend import TEXT, model_and_profile
-    from torch_models import ByteTokenizer
+    from torch_models import TEXT, ByteTokenizer, model_and_profile
 
     model, profile = model_and_profile(name)
     settings = Settings(
@@ -352,8 +351,7 @@ def check_perturbation(row: dict, expected: list[np.ndarray]) -> None:
 @pytest.mark.parametrize("name, step", [("llama", 1), ("llama", 3), ("gemma3", 1)])
 def test_perturbation_is_that_of_plain_formulas(torch_backend, tmp_path, name, step):
     """Queries and exact keys of one forward pass, the decoded prefix, and a softmax in NumPy; nothing is sealed on the way."""
-    from test_torch_backend import TEXT, model_and_profile
-    from torch_models import ByteTokenizer
+    from torch_models import TEXT, ByteTokenizer, model_and_profile
 
     from spectral_kv_torch.profiler import SpectralProfiler
 
@@ -374,8 +372,7 @@ def test_perturbation_is_that_of_plain_formulas(torch_backend, tmp_path, name, s
 @pytest.mark.parametrize("name, method", [("llama", "snapkv"), ("gemma3", "knorm"), ("llama", "streaming+spectral")])
 def test_dropped_tokens_by_plain_formulas(torch_backend, tmp_path, name, method):
     """As above for the one query that sees what was kept of the prefix; what was dropped counts as zero."""
-    from test_torch_backend import TEXT, model_and_profile
-    from torch_models import ByteTokenizer
+    from torch_models import TEXT, ByteTokenizer, model_and_profile
 
     from spectral_kv_torch.profiler import SpectralProfiler
 
@@ -492,7 +489,7 @@ def test_wavelets_that_cannot_be_used(change, message):
 
 
 def test_recording_leaves_the_model_as_it_was(torch_backend):
-    from test_torch_backend import model_and_profile
+    from torch_models import model_and_profile
     from transformers.modeling_utils import AttentionInterface
 
     from spectral_kv_torch.integration import ATTENTION, attention_forward, restore

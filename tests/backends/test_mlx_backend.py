@@ -1,4 +1,4 @@
-"""The MLX backend against mlx-lm's own caches, and against the torch backend on the same weights."""
+"""What only mlx-lm asks of a backend, and both backends on the same weights: `test_backend.py` has the rest."""
 
 # ruff: noqa: E402 (without MLX the whole file is skipped before its imports)
 from __future__ import annotations
@@ -15,47 +15,43 @@ mx = pytest.importorskip("mlx.core")
 pytest.importorskip("mlx_lm")
 
 import mlx.nn as nn
+import mlx_host
 import mlx_lm
+from hosts import FAMILIES, SMALL, only
 from mlx_lm.generate import generate_step
 from mlx_lm.models import base, llama
 from mlx_lm.models import cache as host_cache
 from mlx_lm.models.rope_utils import initialize_rope
-from mlx_models import MODELS, make_model, make_tokens, save_llama
-from tolerances import assert_close, relative_rms
+from mlx_models import calibrate, close, feed, make_model, make_tokens, save_llama
 
 from spectral_kv_core.arrays.rope import rotate
-from spectral_kv_core.cache.layer_cache import LayerCache
 from spectral_kv_core.codecs.transform import TransformCodec
-from spectral_kv_mlx import SpectralProfiler, cache_nbytes, capture, load_model, make_prompt_cache, ops, restore
+from spectral_kv_mlx import (
+    SpectralProfiler,
+    cache_nbytes,
+    capture,
+    integration,
+    load_model,
+    make_prompt_cache,
+    ops,
+    restore,
+)
 from spectral_kv_mlx.cache import SpectralKVCache
 from spectral_kv_mlx.capture import label_gradients, score_gradients
 from spectral_kv_mlx.generation import generate, plain_cache, score
-from spectral_kv_mlx.integration import _fused, _read_rope, install, measure_rope, model_shape, weights_digest
-
-SMALL = {"window": 16, "sinks": 4}
+from spectral_kv_mlx.integration import _read_rope, install, measure_rope, model_shape, weights_digest
 
 
-class CharacterTokenizer:
-    def encode(self, text):
-        return [ord(c) for c in text]
-
-
-def calibrate(model):
-    texts = ["".join(map(chr, make_tokens(512, seed=100 + n))) for n in range(4)]
-    profiler = SpectralProfiler(tokens=2048, document=512, progress=False)
-    return profiler.profile_from_model(model, CharacterTokenizer(), texts)
-
-
-@pytest.fixture(scope="module", params=list(MODELS))
+@pytest.fixture(scope="module", params=FAMILIES["mlx"])
 def family(request):
-    model = make_model(request.param)
-    return SimpleNamespace(name=request.param, model=model, profile=calibrate(model))
+    return SimpleNamespace(
+        name=request.param, model=mlx_host.model(request.param), profile=mlx_host.profile(request.param)
+    )
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    model = make_model("llama")
-    return SimpleNamespace(model=model, profile=calibrate(model))
+    return SimpleNamespace(model=mlx_host.model("llama"), profile=mlx_host.profile("llama"))
 
 
 @pytest.fixture(scope="module")
@@ -68,115 +64,7 @@ def checkpoint(tmp_path_factory):
     return SimpleNamespace(path=path, torch=theirs, mlx=ours, tokenizer=tokenizer)
 
 
-def feed(model, cache, tokens, chunk=None):
-    """Logits of all tokens, fed `chunk` at a time."""
-    chunk = chunk or len(tokens)
-    parts = [model(mx.array([tokens[i : i + chunk]]), cache=cache) for i in range(0, len(tokens), chunk)]
-    return np.array(mx.concatenate(parts, axis=1))[0]
-
-
-def close(a, b, tolerance):
-    np.testing.assert_allclose(np.array(a), np.array(b), atol=tolerance, rtol=tolerance)
-
-
-def greedy(model, tokens, cache, count=12):
-    return generate(model, None, tokens, cache, count, True, lambda token: None).tokens
-
-
-def test_identity_equals_the_plain_cache_however_it_is_fed(family):
-    tokens = make_tokens(70)
-    reference = feed(family.model, plain_cache(family.model), tokens)
-    for chunk in (None, 33, 1):
-        cache = make_prompt_cache(family.model, method="identity", **SMALL)
-        close(feed(family.model, cache, tokens, chunk), reference, 2e-4)
-    prompt = make_tokens(40, seed=5)
-    expected = greedy(family.model, prompt, plain_cache(family.model))
-    assert greedy(family.model, prompt, make_prompt_cache(family.model, method="identity")) == expected
-    assert len(set(expected)) > 2
-
-
-def test_codes_are_attended_as_the_decoded_cache_would_be(family):
-    """Latent attention equals mlx-lm's own attention over what the cache decodes to, also in blocks of queries."""
-    tokens = make_tokens(120)
-    cache = make_prompt_cache(family.model, family.profile, 3.0, **SMALL)
-    dense = make_prompt_cache(family.model, family.profile, 3.0, **SMALL)
-    feed(family.model, cache, tokens, 40)
-    restore(family.model)
-    try:
-        feed(family.model, dense, tokens, 40)
-        assert llama.scaled_dot_product_attention is base.scaled_dot_product_attention
-    finally:
-        install(family.model)
-    i = model_shape(family.model)[0].layers[0]
-    assert cache[i].store.lanes[0].sealed > 0
-    for a, b in zip(cache[i].keys_and_values(), dense[i].keys_and_values()):
-        close(a, b, 1e-3)
-    tail = make_tokens(5, seed=3)
-    routed = feed(family.model, copy.deepcopy(cache), tail)
-    one_by_one = feed(family.model, copy.deepcopy(cache), tail, 1)
-    restore(family.model)
-    try:
-        unrouted = feed(family.model, cache, tail)
-    finally:
-        install(family.model)
-    close(routed, unrouted, 2e-3)
-    close(routed, one_by_one, 2e-3)
-
-
-def test_error_shrinks_with_bits(family):
-    tokens, continuation = make_tokens(200), make_tokens(8, seed=2)
-    reference = score(family.model, tokens, continuation, plain_cache(family.model))
-    errors = []
-    for bits in (1.0, 3.0, 8.0):
-        cache = make_prompt_cache(family.model, family.profile, bits, **SMALL)
-        errors.append(np.square(score(family.model, tokens, continuation, cache) - reference).mean())
-    assert errors[0] > errors[1] > errors[2] > 0
-    assert errors[2] < 0.05 * np.square(reference).mean()
-
-
-def test_left_padding_leaves_every_row_as_if_alone(family):
-    """A coefficient on a threshold may get the code beside it, which must stay small against the error of all codes."""
-    i = model_shape(family.model)[0].layers[0]
-    rows = [make_tokens(n, seed=n) for n in (60, 41, 60, 12)]
-    padding = [60 - len(row) for row in rows]
-    batch = mx.array([[0] * p + row for p, row in zip(padding, rows)])
-    steps, exact = make_tokens(4, seed=9), []
-    for options in ({"method": "identity"}, {"profile": family.profile, "bits": 4.0}):
-        cache = make_prompt_cache(family.model, left_padding=padding, **options, **SMALL)
-        assert cache[i].offset.tolist() == [-p for p in padding]
-        logits = [family.model(batch[:, n : n + 20], cache=cache) for n in range(0, 60, 20)][-1]
-        logits = [logits[:, -1:]] + [family.model(mx.array([[t]] * 4), cache=cache) for t in steps]
-        assert cache[i].offset.tolist() == [64 - p for p in padding]
-        for r, row in enumerate(rows):
-            alone = make_prompt_cache(family.model, **options, **SMALL)
-            # the same chunks as in the batch, since a prefill chunk sees its own tokens exactly
-            cuts = [c for c in (20 - padding[r], 40 - padding[r], len(row)) if c > 0]
-            parts = [family.model(mx.array([row[a:b]]), cache=alone) for a, b in zip([0, *cuts], cuts)]
-            expected = [parts[-1][:, -1:]] + [family.model(mx.array([[t]]), cache=alone) for t in steps]
-            got, expected = mx.concatenate(logits, axis=1)[r], mx.concatenate(expected, axis=1)[0]
-            coded = "profile" in options
-            if not coded:
-                exact.append(expected)
-            pairs = [zip(cache[n].keys_and_values(), alone[n].keys_and_values()) for n in family.profile.shape.layers]
-            if coded and any(np.abs(np.array(a[r, :, padding[r] :] - b[0])).max() > 1e-3 for p in pairs for a, b in p):
-                assert relative_rms(got, expected) < relative_rms(expected, exact[r]) / 4
-            else:
-                close(got, expected, 2e-4)
-
-
-def test_padded_cache_without_dispatcher(tiny):
-    rows = [make_tokens(30), make_tokens(9, seed=4)]
-    batch = mx.array([rows[0], [0] * 21 + rows[1]])
-    cache = make_prompt_cache(tiny.model, method="identity", left_padding=[0, 21])
-    restore(tiny.model)
-    try:
-        logits = [tiny.model(batch[:, i : i + 10], cache=cache) for i in (0, 10, 20)][-1]
-        alone = feed(tiny.model, plain_cache(tiny.model), rows[1])
-    finally:
-        install(tiny.model)
-    close(logits[1, -9:], alone, 2e-4)
-
-
+@only("mlx", "transformers makes the mask itself, from one that tells padding")
 def test_a_mask_that_is_not_causal_is_refused(tiny):
     cache = make_prompt_cache(tiny.model, method="identity")
     install(tiny.model)
@@ -187,25 +75,7 @@ def test_a_mask_that_is_not_causal_is_refused(tiny):
         attention(x, mx.ones((6, 12), dtype=mx.bool_), cache[0])
 
 
-@pytest.mark.parametrize("cut", [1, 10, 30, 75, 119])
-def test_trim_then_continue(tiny, cut):
-    """Trimming into the window loses nothing; into a chunk, what is decoded stays what it was."""
-    tokens = make_tokens(120)
-    cache = make_prompt_cache(tiny.model, tiny.profile, 4.0, **SMALL)
-    feed(tiny.model, cache, tokens)
-    before = cache[0].keys_and_values()
-    assert host_cache.trim_prompt_cache(cache, cut) == cut
-    assert cache[0].offset == cache[0].size() == 120 - cut
-    for old, new in zip(before, cache[0].keys_and_values()):
-        close(old[:, :, : 120 - cut], new, 1e-4)
-    feed(tiny.model, cache, tokens[120 - cut :])
-    assert cache[1].offset == 120
-    exact = make_prompt_cache(tiny.model, method="identity", **SMALL)
-    expected = feed(tiny.model, exact, tokens)
-    host_cache.trim_prompt_cache(exact, cut)
-    close(feed(tiny.model, exact, tokens[120 - cut :]), expected[120 - cut :], 2e-4)
-
-
+@only("mlx", "trim of mlx-lm returns how much it took away")
 def test_trim_everything_and_more(tiny):
     cache = make_prompt_cache(tiny.model, tiny.profile, 4.0, **SMALL)
     feed(tiny.model, cache, make_tokens(50))
@@ -214,6 +84,7 @@ def test_trim_everything_and_more(tiny):
     assert feed(tiny.model, cache, make_tokens(5)).shape == (5, 256)
 
 
+@only("mlx", "generate of mlx-lm takes text")
 def test_mlx_lm_generate_and_several_turns(checkpoint):
     model, tokenizer = checkpoint.mlx, checkpoint.tokenizer
     for turn in ("one text", " and another one"):
@@ -228,22 +99,22 @@ def test_mlx_lm_generate_and_several_turns(checkpoint):
     assert cache[0].store.lanes[0].sealed > 0
 
 
-def test_plain_caches_are_untouched_while_installed(tiny):
+@only("mlx", "caches of mlx-lm alone")
+def test_caches_of_other_kinds_are_untouched_while_installed(tiny):
     tokens = make_tokens(40)
-    restore(tiny.model)
-    expected = feed(tiny.model, plain_cache(tiny.model), tokens, 13)
     install(tiny.model)
     assert llama.scaled_dot_product_attention is not base.scaled_dot_product_attention
-    assert np.array_equal(feed(tiny.model, plain_cache(tiny.model), tokens, 13), expected)
-    close(feed(tiny.model, None, tokens), expected, 1e-4)
     for other in (host_cache.QuantizedKVCache(group_size=32, bits=8), host_cache.RotatingKVCache(max_size=64)):
         layers = [other, copy.deepcopy(other)]
-        assert feed(tiny.model, layers, tokens).shape == expected.shape
+        assert feed(tiny.model, layers, tokens).shape == (40, 256)
 
 
-def test_restore_counts_models_of_a_family():
+@only("mlx", "attention of mlx-lm belongs to a module, that of transformers to a model")
+def test_restore_counts_models_of_a_family(monkeypatch):
     a, b = make_model("qwen2"), make_model("qwen2", seed=1)
     module = pytest.importorskip("mlx_lm.models.qwen2")
+    monkeypatch.setattr(integration, "_users", {})  # other tests have such a model too
+    monkeypatch.setattr(module, "scaled_dot_product_attention", base.scaled_dot_product_attention)
     for model in (a, b, a):
         install(model)
     restore(a)
@@ -259,22 +130,7 @@ def test_restore_counts_models_of_a_family():
     assert module.scaled_dot_product_attention is base.scaled_dot_product_attention
 
 
-def test_custom_loop_gets_dense_keys_and_values(tiny):
-    cache = make_prompt_cache(tiny.model, method="identity")[0]
-    first, second = mx.random.normal((2, 1, 2, 7, 32), key=mx.random.key(0))
-    cache.update_and_fetch(first, first)
-    keys, values = cache.update_and_fetch(second, second)
-    assert mx.array_equal(keys, mx.concatenate([first, second], axis=2)) and mx.array_equal(keys, values)
-    assert cache.offset == 14
-    install(tiny.model)
-    routed = eval("lambda cache, x: cache.update_and_fetch(x, x)", vars(llama))
-    for _ in range(2):  # nobody attends to these
-        assert routed(cache, first)[0] is first
-    assert cache.offset == 28 and cache.keys_and_values()[0].shape == (1, 2, 28, 32) and cache.offset == 28
-    with pytest.raises(ValueError, match="another model"):
-        cache.update_and_fetch(first[..., :16], first[..., :16])
-
-
+@only("mlx", "the protocol of mlx-lm's caches")
 def test_host_protocol(tiny):
     cache = make_prompt_cache(tiny.model, tiny.profile, 3.0, **SMALL)[0]
     for name in ("bits", "merge", "to_quantized"):
@@ -285,7 +141,8 @@ def test_host_protocol(tiny):
     mx.eval([cache.state])
 
 
-def test_state_round_trip_and_deep_copy(tiny):
+@only("mlx", "caches of transformers have no state to read and set")
+def test_state_round_trip(tiny):
     cache = make_prompt_cache(tiny.model, tiny.profile, 3.0, **SMALL)
     feed(tiny.model, cache, make_tokens(100))
     copies = copy.deepcopy(cache)
@@ -304,6 +161,7 @@ def test_state_round_trip_and_deep_copy(tiny):
         SpectralKVCache.from_state(cache[0].state)
 
 
+@only("mlx", "caches of transformers have no state to read and set")
 def test_reading_the_state_leaves_a_prompt_open(tiny):
     """mlx-lm evaluates it after every piece of a prompt."""
     prompt, tail = make_tokens(150), make_tokens(4, seed=8)
@@ -320,6 +178,7 @@ def test_reading_the_state_leaves_a_prompt_open(tiny):
         assert np.array_equal(feed(tiny.model, other, tail, 1), expected) and not other[0].store.is_staged
 
 
+@only("mlx", "generate_step feeds the last token alone")
 def test_mlx_lm_reads_a_prompt_in_pieces_as_one_prompt(tiny):
     prompt, options = mx.array(make_tokens(150)), {"max_tokens": 3, "prefill_step_size": 50}
     caches = [make_prompt_cache(tiny.model, tiny.profile, 2.0, **SMALL) for _ in range(2)]
@@ -332,6 +191,7 @@ def test_mlx_lm_reads_a_prompt_in_pieces_as_one_prompt(tiny):
             assert mx.array_equal(a[:, :, 4:132], b[:, :, 4:132])
 
 
+@only("mlx", "mlx-lm allocates plain caches in steps of 256 tokens")
 def test_bytes_of_every_array(family):
     model, tokens = family.model, make_tokens(300)
     plain, cache = plain_cache(model), make_prompt_cache(model, family.profile, 3.0, **SMALL)
@@ -349,35 +209,6 @@ def test_bytes_of_every_array(family):
     codes = sum(a.nbytes for c in ours for chunk in c.store.lanes[0].chunks for a in chunk.arrays)
     assert sealed >= 256 and 2.5 < codes * 8 / (full * sealed / 300) <= 3.01  # rows end in whole bytes
     assert cache_nbytes(cache).table_nbytes > 0 and cache_nbytes(make_prompt_cache(model, method="identity")) == 0
-
-
-def test_decoded_chunks_stay_where_they_may(tiny):
-    model, prompt = tiny.model, make_tokens(700)
-    with pytest.raises(ValueError, match="spectral-dense"):
-        make_prompt_cache(model, tiny.profile, 3.0, working_set=10**6)
-    caches = [make_prompt_cache(model, tiny.profile, 3.0, method="spectral-dense", working_set=n) for n in (0, 10**6)]
-    outputs = [(feed(model, c, prompt), feed(model, c, make_tokens(2, seed=1))) for c in caches]
-    assert np.array_equal(outputs[0][0], outputs[1][0])
-    assert_close("logits", outputs[1][1], outputs[0][1], "float16")  # what chunks are kept in
-    none, held = map(cache_nbytes, caches)
-    shape, _ = model_shape(model)
-    sealed = caches[0][0].store.lanes[0].sealed
-    assert held - none == len(shape.layers) * sealed * 2 * 2 * shape.kv_heads * shape.head_dim
-    restored = make_prompt_cache(model, tiny.profile, 3.0, method="spectral-dense", working_set=10**6)
-    for new, old in zip(restored, caches[1]):
-        new.state = old.state
-    tail = make_tokens(3, seed=2)
-    assert_close("logits", feed(model, restored, tail), feed(model, caches[1], tail), "float16")
-
-
-def test_passed_layers():
-    shape, passed = model_shape(make_model("gemma3"))
-    assert passed == {0: "sliding window", 2: "sliding window"} and shape.layers == (1, 3)
-    assert shape.rope.inv_freq[-1] == pytest.approx(1e6 ** (-30 / 32))
-    softcapped = make_model("llama")
-    softcapped.args.attn_logit_softcapping = 50.0
-    with pytest.raises(ValueError, match="soft-capped"):
-        make_prompt_cache(softcapped, method="identity")
 
 
 ROPES = {
@@ -413,6 +244,7 @@ READ = [(name, reader) for name in ROPES for reader in (_read_rope, measure_rope
 READ.remove(("proportional", measure_rope))  # pairs that stand still cannot be told from channels that are not rotated
 
 
+@only("mlx", "RoPE modules of MLX; test_rope.py has those of transformers")
 @pytest.mark.parametrize("name, reader", READ)
 def test_rope_is_read_from_the_module(name, reader):
     module = ROPES[name]
@@ -422,28 +254,7 @@ def test_rope_is_read_from_the_module(name, reader):
         close(rotate(ops, x, rope, offset), module(x, offset=offset), 2e-3 if reader is measure_rope else 2e-4)
 
 
-def test_fused_kernel_is_aligned_to_the_last_key():
-    q, k = mx.random.normal((1, 4, 5, 16), key=mx.random.key(0)), mx.random.normal((1, 2, 12, 16), key=mx.random.key(1))
-    together = _fused(q, k, k, 0.25)
-    for i in range(5):
-        close(together[:, :, i : i + 1], _fused(q[:, :, i : i + 1], k[:, :, : 8 + i], k[:, :, : 8 + i], 0.25), 1e-5)
-
-
-def test_capture_holds_what_attention_saw(family):
-    tokens = make_tokens(50)
-    restore(family.model)
-    cache = capture(family.model, tokens)
-    shape, _ = model_shape(family.model)
-    plain = plain_cache(family.model)
-    feed(family.model, plain, tokens)
-    for i in shape.layers:
-        assert cache[i].queries.shape == (1, 4, 50, shape.head_dim)
-        for a, b in zip((cache[i].keys, cache[i].values), plain[i].keys_and_values()):
-            close(a, b, 2e-4)
-    module = type(family.model.layers[0].self_attn).__module__
-    assert pytest.importorskip(module).scaled_dot_product_attention is base.scaled_dot_product_attention
-
-
+@only("mlx", "steps for float32; test_torch_backend.py takes float64")
 def test_score_gradients_are_derivatives(family):
     cache = capture(family.model, make_tokens(40))
     i = model_shape(family.model)[0].layers[0]
@@ -468,6 +279,7 @@ def test_score_gradients_are_derivatives(family):
         assert slope == pytest.approx(mx.linalg.norm(gradient[side]).item(), rel=0.05)
 
 
+@only("mlx", "random numbers of MLX come from keys")
 def test_score_gradients_depend_on_their_key_only(tiny):
     cache = capture(tiny.model, make_tokens(40))
 
@@ -480,6 +292,7 @@ def test_score_gradients_depend_on_their_key_only(tiny):
     assert not mx.allclose(first[0][0][0], first[1][0][0]) and not mx.allclose(first[0][0][0], other[0][0][0])
 
 
+@only("mlx", "transformers reads its own configurations")
 def test_load_model_reads_the_rope_base_where_transformers_5_writes_it(checkpoint):
     torch = pytest.importorskip("torch")
     assert "rope_theta" not in json.loads((checkpoint.path / "config.json").read_text())
@@ -489,6 +302,7 @@ def test_load_model_reads_the_rope_base_where_transformers_5_writes_it(checkpoin
     close(feed(checkpoint.mlx, None, tokens), expected, 1e-3)
 
 
+@only("mlx", "transformers reads its own configurations")
 @pytest.mark.parametrize("family_name", ["gemma3", "llama3", "yarn", "qwen3"])
 def test_load_model_understands_configurations_of_transformers_5(tmp_path, family_name):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
@@ -532,6 +346,7 @@ def test_load_model_understands_configurations_of_transformers_5(tmp_path, famil
     assert expected_shape.mismatch(shape) is None and shape.fingerprint == expected_shape.fingerprint
 
 
+@only("mlx", "transformers tells a missing model by itself")
 def test_load_model_of_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in (tmp_path / "none", "nobody/no-such-model", tmp_path):
@@ -540,6 +355,7 @@ def test_load_model_of_nothing(tmp_path, monkeypatch):
         assert "\n" not in str(caught.value)
 
 
+@only("mlx", "both hosts on one checkpoint, in the process of MLX")
 def test_backends_agree_on_one_model(checkpoint):
     torch = pytest.importorskip("torch")
     import spectral_kv_torch
@@ -568,35 +384,7 @@ def test_backends_agree_on_one_model(checkpoint):
     assert set(spectral_kv_torch.__all__) - set(__import__("spectral_kv_mlx").__all__) == {"SpectralCache"}
 
 
-def test_a_probe_changes_one_layer_and_keeps_nothing(family):
-    shape, ids = family.profile.shape, make_tokens(120)
-    held, log_p = SpectralProfiler().probe(family.model, shape, ids, 10)
-    logits = mx.array(feed(family.model, plain_cache(family.model), ids)[-10:])
-    expected = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    close(log_p({}), expected, 5e-4)
-    assert [x.shape for x in held[0]] == [(1, shape.kv_heads, 110, shape.head_dim)] * 2
-    keys, values = held[1]
-    assert np.abs(log_p({1: (keys, 0.5 * values)}) - np.array(expected)).max() > 1e-2
-    close(log_p({1: (keys, values)}), log_p({}), 0)
-    close(log_p({}), expected, 5e-4)
-
-
-def test_a_probe_runs_no_layer_below_the_one_that_it_changes(family, monkeypatch):
-    shape, ids, layer = family.profile.shape, make_tokens(120), type(family.model.layers[0])
-    (held, log_p), (_, without) = (SpectralProfiler().probe(family.model, shape, ids, 10) for _ in range(2))
-    log_p({})
-    runs, run = [], layer.__call__
-    monkeypatch.setattr(
-        layer, "__call__", lambda self, *args, **options: runs.append(self) or run(self, *args, **options)
-    )
-    for n, i in enumerate(shape.layers):
-        changed = {n: (held[n][0], 0.5 * held[n][1])}
-        runs.clear()
-        close(log_p(changed), without(changed), 1e-5)
-        assert len(runs) == 2 * len(family.model.layers) - i
-    assert all(type(x) is layer for x in family.model.layers)
-
-
+@only("mlx", "both hosts on one checkpoint, in the process of MLX")
 def test_a_profile_serves_both_backends(checkpoint, tmp_path):
     pytest.importorskip("torch")
     import spectral_kv_torch
@@ -626,6 +414,7 @@ def test_a_profile_serves_both_backends(checkpoint, tmp_path):
         assert mine == other
 
 
+@only("mlx", "quantized layers of MLX")
 def test_quantized_weights(checkpoint, tmp_path):
     profile = calibrate(checkpoint.mlx)
     mlx_lm.convert(str(checkpoint.path), str(tmp_path / "q"), quantize=True, q_bits=4, q_group_size=32)
@@ -639,19 +428,8 @@ def test_quantized_weights(checkpoint, tmp_path):
         assert np.square(got - reference).mean() < 0.05 * np.square(reference).mean()
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision(dtype):
-    model = make_model("llama")
-    profile = calibrate(model)
-    model.set_dtype(getattr(mx, dtype))
-    cache = make_prompt_cache(model, profile, 4.0, **SMALL)
-    out = model(mx.array([make_tokens(100)]), cache=cache)
-    out = model(mx.array([[3]]), cache=cache)
-    assert out.dtype == getattr(mx, dtype) and mx.isfinite(out).all()
-    assert {a.dtype for a in cache[0].state[1:]} == {getattr(mx, dtype), mx.uint8}
-
-
-def test_generate_counts_tokens_and_stops(tiny):
+@only("mlx", "mlx-lm takes the end of a text from the tokenizer")
+def test_generate_stops_at_a_token_of_the_tokenizer(tiny):
     prompt = make_tokens(30)
     seen = []
     out = generate(tiny.model, None, prompt, plain_cache(tiny.model), 6, True, seen.append)
@@ -661,16 +439,7 @@ def test_generate_counts_tokens_and_stops(tiny):
     assert generate(tiny.model, tokenizer, prompt, plain_cache(tiny.model), 6, False, seen.append).tokens == seen[:stop]
 
 
-def test_store_without_codec_matches_numpy_reference():
-    from spectral_kv_core.arrays import ops as reference
-
-    x = np.random.default_rng(0).normal(size=(1, 2, 40, 8)).astype(np.float32)
-    caches = LayerCache(ops, None, 4, 16), LayerCache(reference, None, 4, 16)
-    caches[0].append(mx.array(x), mx.array(x))
-    caches[1].append(x, x)
-    close(caches[0].dense()[0], caches[1].dense()[0], 0)
-
-
+@only("mlx", "both hosts on one checkpoint, in the process of MLX")
 @pytest.mark.slow
 def test_backends_agree_on_the_demo_model():
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")

@@ -12,8 +12,7 @@ pytest.importorskip("mlx_lm")
 
 from bench_rows import MODEL_KEYS, TINY, check_reader, check_result
 from mlx_lm.models import llama
-from mlx_models import make_model, make_tokens, save_llama
-from test_mlx_backend import calibrate
+from mlx_models import calibrate, make_model, make_tokens, save_llama
 
 from spectral_kv_core.benchmark import bench as core
 from spectral_kv_core.benchmark import synthetic

@@ -10,10 +10,10 @@ import pytest
 pytest.importorskip("mlx.core")
 pytest.importorskip("mlx_lm")
 
+from hosts import SMALL
 from mlx_lm.models import llama
-from mlx_models import make_model, make_tokens, save_llama
+from mlx_models import calibrate, make_model, make_tokens, save_llama
 from test_evaluation_tasks import check_perturbation, perturbation_by_hand
-from test_mlx_backend import SMALL, calibrate
 
 from spectral_kv_core.cli import main as cli
 from spectral_kv_core.evaluation.documents import make_documents

@@ -13,9 +13,9 @@ pytest.importorskip("mlx_lm")
 
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import can_trim_prompt_cache
-from mlx_models import make_model, make_tokens
+from mlx_models import close, feed, greedy, make_model, make_tokens
 from test_eviction import positions_of
-from test_mlx_backend import calibrate, checkpoint, close, family, feed, greedy, tiny  # noqa: F401 (fixtures)
+from test_mlx_backend import family, tiny  # noqa: F401 (fixtures)
 
 from spectral_kv_core.scorers import SCORERS
 from spectral_kv_mlx import cache_nbytes, make_prompt_cache, restore

@@ -7,8 +7,7 @@ import copy
 import numpy as np
 import pytest
 from test_eviction import positions_of
-from test_torch_backend import logits_of, model_and_profile
-from torch_models import tokens
+from torch_models import logits_of, model_and_profile, tokens
 from transformers import DynamicCache
 
 torch = pytest.importorskip("torch")

@@ -341,7 +341,7 @@ def test_a_compiler_with_arguments_and_one_that_fails(cache, folder, monkeypatch
 def test_kernels_are_there_when_a_cache_is_made(cache, monkeypatch):
     """Nothing is built once tokens come: the first prompt is as fast as any other."""
     pytest.importorskip("transformers")
-    from test_torch_backend import model_and_profile, tokens
+    from torch_models import model_and_profile, tokens
 
     from spectral_kv_torch import make_prompt_cache
     from spectral_kv_torch.kernels import build
