@@ -71,3 +71,16 @@ def close(got, expected, atol: float, rtol: float) -> None:
 def relative_error(got, expected) -> float:
     """Root of the mean squared error over the standard deviation of `expected`."""
     return float(np.sqrt(np.square(got - expected).mean()) / np.std(expected, ddof=1))
+
+
+def batch_greedy(host, model, prompts: list[list[int]], cache, count: int) -> list[list[int]]:
+    """The next `count` tokens of every row of a batch with left padding, which `cache` was made for."""
+    total = max(map(len, prompts))
+    padding = [total - len(prompt) for prompt in prompts]
+    rows = [[2] * pad + prompt for pad, prompt in zip(padding, prompts)]
+    found = host.batch_logits(model, rows, padding, cache, 0, total)[:, -1].argmax(-1)
+    for stop in range(total + 1, total + count + 1):
+        rows = [[*row, int(token)] for row, token in zip(rows, found)]
+        if stop < total + count:
+            found = host.batch_logits(model, rows, padding, cache, stop - 1, stop)[:, -1].argmax(-1)
+    return [row[total:] for row in rows]

@@ -11,7 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 from cases import attention
-from hosts import SMALL, ByteTokenizer, close, dense, of_families, relative_error, tokens
+from hosts import SMALL, ByteTokenizer, batch_greedy, close, dense, of_families, relative_error, tokens
 from tolerances import assert_close, relative_rms
 
 from spectral_kv_core.arrays import ops as reference
@@ -197,14 +197,9 @@ def test_a_padded_batch_generates_as_the_plain_cache(host):
     """Token by token: the rows go on at positions of their own."""
     model, padding = host.model("llama"), [0, 30]
     prompts = [tokens(100, seed=1), tokens(70, seed=2)]
-    cache = host.padded_cache(model, padding, method="identity")
-    ids = [[2] * pad + prompt for pad, prompt in zip(padding, prompts)]
-    found = host.batch_logits(model, ids, padding, cache, 0, 100)[:, -1].argmax(-1)
-    for stop in range(101, 131):
-        ids = [[*row, int(token)] for row, token in zip(ids, found)]
-        found = host.batch_logits(model, ids, padding, cache, stop - 1, stop)[:, -1].argmax(-1)
-    for prompt, pad, row in zip(prompts, padding, ids):
-        assert host.greedy(model, prompt, host.plain_cache(model), 30) == row[pad + len(prompt) :]
+    found = batch_greedy(host, model, prompts, host.padded_cache(model, padding, method="identity"), 30)
+    for prompt, got in zip(prompts, found, strict=True):
+        assert host.greedy(model, prompt, host.plain_cache(model), 30) == got
 
 
 def test_a_padded_cache_under_the_hosts_own_attention(host):
@@ -223,7 +218,7 @@ def test_a_padded_cache_under_the_hosts_own_attention(host):
 @pytest.mark.parametrize(
     "count, sizes, removed",
     [(400, {}, n) for n in (5, 100, 350)] + [(120, SMALL, n) for n in (1, 10, 30, 75, 119)],
-    ids=lambda value: "" if isinstance(value, dict) else str(value),
+    ids=lambda value: ("small" if value else "usual") if isinstance(value, dict) else str(value),
 )
 def test_trim_goes_back_in_time(host, count, sizes, removed):
     """Into the window, into a sealed chunk, and further: what is left is what was there before."""
