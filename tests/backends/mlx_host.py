@@ -120,6 +120,12 @@ def crop(cache, count: int) -> None:
     assert trim_prompt_cache(cache, count) == count
 
 
+def crop_layers(cache, count: int) -> None:
+    """Take the last `count` tokens away, also of a cache that drops tokens: mlx-lm does not count on it."""
+    for layer in cache:
+        assert layer.trim(count) == count
+
+
 def keys_and_values(layer) -> list[np.ndarray]:
     """Keys and values [B, H, T, D] of a plain layer."""
     held = exact_layer(layer)

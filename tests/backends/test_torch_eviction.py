@@ -1,4 +1,4 @@
-"""Caches that drop tokens, in transformers' own forward passes and generation."""
+"""What only transformers asks of caches that drop tokens: `test_live_eviction.py` has the rest."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 
 import numpy as np
 import pytest
+from hosts import only
 from test_eviction import positions_of
 from torch_models import logits_of, model_and_profile, tokens
 from transformers import DynamicCache
@@ -14,9 +15,8 @@ torch = pytest.importorskip("torch")
 
 from torch_models import ByteTokenizer  # noqa: E402
 
-from spectral_kv_core.scorers import SCORERS  # noqa: E402
-from spectral_kv_torch import SpectralCache, cache_nbytes, make_prompt_cache, restore, save_prompt_cache  # noqa: E402
-from spectral_kv_torch.cache import SpectralKVLayer, fill  # noqa: E402
+from spectral_kv_torch import SpectralCache, make_prompt_cache, restore  # noqa: E402
+from spectral_kv_torch.cache import SpectralKVLayer  # noqa: E402
 from spectral_kv_torch.generation import generate  # noqa: E402
 from spectral_kv_torch.integration import plain_cache  # noqa: E402
 
@@ -27,6 +27,7 @@ def stores(cache) -> list:
     return [layer.store for layer in cache.layers if isinstance(layer, SpectralKVLayer)]
 
 
+@only("torch", "models of mlx-lm take no masks")
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "phi"])
 def test_logits_are_those_of_a_plain_cache_with_a_mask(name):
     """Positions, masks and left padding stay right: two rows of different length, the host masks what was dropped."""
@@ -76,47 +77,7 @@ def test_logits_are_those_of_a_plain_cache_with_a_mask(name):
     assert all(lane.dropped for store in stores(cache) for lane in store.lanes)
 
 
-@pytest.mark.parametrize("name", SCORERS)
-def test_generate_stays_within_the_budget(name):
-    model, profile = model_and_profile("qwen3")
-    prompt = tokens(400)[0].tolist()
-    for method, bits in ((name, None), (f"{name}+spectral", 4.0)):
-        cache = make_prompt_cache(model, profile, bits, method=method, budget_tokens=BUDGET)
-        out = generate(model, ByteTokenizer(), prompt, cache, 80, True, lambda token: None)
-        assert len(out.tokens) == 80 and cache.get_seq_length() == 479
-        assert all(store.lanes[0].stored <= BUDGET for store in stores(cache))
-        size = cache_nbytes(cache)
-        assert size == sum(x.untyped_storage().nbytes() for store in stores(cache) for x in store.arrays())
-        assert size.dense_nbytes == 479 * 3 * 2 * 2 * 32 * 2
-        assert size.compression > (1.5 if bits is None else 2)  # exact tokens are float32 here
-
-
-def test_prompt_may_come_in_pieces():
-    model, profile = model_and_profile("llama")
-    ids = tokens(700)
-    cache = make_prompt_cache(model, profile, method="triattention+spectral", bits=8, budget_tokens=200)
-    for start in range(0, 650, 100):
-        logits_of(model, ids[:, start : start + 100], cache)
-        assert all(store.lanes[0].stored <= 200 and not store.lanes[0].sealed for store in stores(cache))
-    logits_of(model, ids[:, :1], cache)
-    assert all(store.lanes[0].sealed and store.lanes[0].stored <= 200 for store in stores(cache))
-
-
-def test_other_attention_sees_the_same_tokens():
-    """A model that attends by itself gets the tokens that are left, and a mask of their number."""
-    model, profile = model_and_profile("llama")
-    model = copy.deepcopy(model)
-    ids = tokens(330)
-    cache = make_prompt_cache(model, profile, method="knorm", budget_tokens=BUDGET)
-    logits_of(model, ids[:, :300], cache)
-    other = copy.deepcopy(cache)
-    expected = [logits_of(model, ids[:, 300:320], cache), logits_of(model, ids[:, 320:321], cache)]
-    restore(model)
-    got = [logits_of(model, ids[:, 300:320], other), logits_of(model, ids[:, 320:321], other)]
-    for a, b in zip(got, expected):
-        assert float((a - b).abs().max()) < 1e-3 * float(b.abs().max())
-
-
+@only("torch", "MLX keeps the left padding in the cache")
 def test_other_attention_does_not_guess_about_padding():
     model, profile = model_and_profile("llama")
     model = copy.deepcopy(model)
@@ -128,116 +89,15 @@ def test_other_attention_does_not_guess_about_padding():
         logits_of(model, tokens(1, batch=2), cache)
 
 
-def test_what_dropped_tokens_cannot_be_stored(tmp_path):
-    model, profile = model_and_profile("llama")
-    cache = make_prompt_cache(model, profile, method="knorm", budget_tokens=BUDGET)
-    logits_of(model, tokens(300), cache)
-    with pytest.raises(ValueError, match="keeps every token with"):
-        save_prompt_cache(tmp_path / "x.safetensors", cache, model=model)
-    with pytest.raises(ValueError, match="keeps every token"):
-        save_prompt_cache(tmp_path / "x.safetensors", plain_cache(model), model=model, method="knorm")
-    with pytest.raises(ValueError, match="holds every token"):
-        fill(make_prompt_cache(model, profile), cache)
-    assert not list(tmp_path.iterdir())
-
-
-def test_queries_of_the_prompt_reach_snapkv():
-    model, profile = model_and_profile("llama")
-    cache = make_prompt_cache(model, profile, method="snapkv", budget_tokens=BUDGET)
-    with pytest.raises(ValueError, match="recent"):
-        cache.update(torch.randn(1, 2, 300, 16), torch.randn(1, 2, 300, 16), 0)
-        cache.layers[0].commit()
-
-
-def test_the_wavelet_decides_who_stays():
-    """Through generation by the host; budget and bytes are the same with every wavelet."""
-    model, profile = model_and_profile("llama")
-    prompt, held, sizes = tokens(300)[0].tolist(), {}, set()
-    for wavelet in (None, "db2", "haar", "bior2.2"):
-        cache = make_prompt_cache(model, profile, method="waveletkv", budget_tokens=BUDGET, wavelet=wavelet)
-        out = generate(model, ByteTokenizer(), prompt, cache, 20, True, lambda token: None)
-        assert len(out.tokens) == 20 and all(store.lanes[0].stored <= BUDGET for store in stores(cache))
-        held[wavelet] = positions_of(stores(cache)[0]).tolist()
-        sizes.add(int(cache_nbytes(cache)))
-    assert held[None] == held["db2"] and len(sizes) == 1
-    assert held["haar"] != held["db2"] != held["bior2.2"] != held["haar"]
-    with pytest.raises(ValueError, match="random has none"):
-        make_prompt_cache(model, profile, method="random", budget_tokens=BUDGET, wavelet="haar")
-
-
-def test_any_scorer_may_weigh_the_rounding():
-    model, profile = model_and_profile("qwen2")
-    ids = tokens(300)
-    held = {}
-    for scorer in (None, "expected-attention", "triattention", "nearest"):
-        cache = make_prompt_cache(model, profile, bits=2, rounding_scores=scorer)
-        logits_of(model, ids, cache)
-        held[scorer] = cache.layers[0].store.dense()[0]
-    assert torch.equal(held[None], held["expected-attention"])
-    assert not torch.equal(held[None], held["triattention"]) and not torch.equal(held[None], held["nearest"])
-    with pytest.raises(ValueError, match="rounds by scores"):
-        make_prompt_cache(model, profile, method="identity", rounding_scores="triattention")
-
-
-def test_layers_agree_on_how_many_tokens_they_hold():
-    """One mask serves all of them, and one crop."""
-    model, profile = model_and_profile("llama")
-    model = copy.deepcopy(model)
-    ids = tokens(420)
-    cache = make_prompt_cache(model, profile, 8, method="triattention+spectral", budget_tokens=BUDGET)
-    logits_of(model, ids[:, :300], cache)
-    for start in range(300, 400, 4):
-        logits_of(model, ids[:, start : start + 4], cache)
-        assert len({store.lanes[0].stored for store in stores(cache)}) == 1
-    cache.crop(-5)
-    assert {store.seen for store in stores(cache)} == {395}
-    other = copy.deepcopy(cache)
-    expected = logits_of(model, ids[:, 395:401], cache)
-    restore(model)
-    got = logits_of(model, ids[:, 395:401], other)
-    assert float((got - expected).abs().max()) < 1e-2 * float(expected.abs().max())
-
-
-def test_a_second_crop_forgets_nothing_in_between():
-    model, profile = model_and_profile("llama")
-    cache = make_prompt_cache(model, profile, method="random", budget_tokens=BUDGET)
-    logits_of(model, tokens(300), cache)
-    cache.crop(-60)
-    with pytest.raises(ValueError, match="at most"):
-        cache.crop(-60)
-    places = positions_of(stores(cache)[0])
-    assert (places[..., -1] == 239).all() and cache.get_seq_length() == 240
-
-
-def test_padding_may_end_in_a_later_piece_of_the_prompt():
-    model, profile = model_and_profile("llama")
-    ids, pads = tokens(200, batch=2), [0, 90]
-    mask = (torch.arange(200)[None] >= torch.tensor(pads)[:, None]).long()
-    places = (torch.arange(200)[None] - torch.tensor(pads)[:, None]).clamp(min=0)
-    for method, options in (("identity", {}), ("streaming", {"budget_tokens": BUDGET})):
-        whole, cache = (make_prompt_cache(model, profile, method=method, **options) for _ in range(2))
-        with torch.no_grad():
-            expected = model(ids, attention_mask=mask, position_ids=places, past_key_values=whole).logits[:, -1]
-            for part in (slice(0, 50), slice(50, 100), slice(100, 200)):
-                got = model(
-                    ids[:, part],
-                    attention_mask=mask[:, : part.stop],
-                    position_ids=places[:, part],
-                    past_key_values=cache,
-                ).logits[:, -1]
-        assert stores(cache)[0].padding == pads
-        assert float((got - expected).abs().max()) < (1e-3 if method == "identity" else 1.0) * float(
-            expected.abs().max()
-        )
-
-
-def test_a_cache_without_a_budget_is_refused():
+@only("torch", "SpectralCache takes a profile and no model")
+def test_a_bare_cache_without_a_budget_is_refused():
     _, profile = model_and_profile("llama")
     for method in ("knorm", "triattention+spectral"):
         with pytest.raises(ValueError, match="budget"):
             SpectralCache(profile, method=method)
 
 
+@only("torch", "transformers takes the end of a text from the model")
 def test_the_end_of_a_text_can_be_ignored():
     model = copy.deepcopy(model_and_profile("llama")[0])
     prompt = tokens(100)[0].tolist()

@@ -125,6 +125,11 @@ def crop(cache, count: int) -> None:
     cache.crop(-count)
 
 
+def crop_layers(cache, count: int) -> None:
+    """Take the last `count` tokens away, also of a cache that drops tokens."""
+    cache.crop(-count)
+
+
 def keys_and_values(layer) -> list[np.ndarray]:
     """Keys and values [B, H, T, D] of a plain layer."""
     return [layer.keys.numpy(), layer.values.numpy()]
