@@ -26,7 +26,7 @@ def pytest_generate_tests(metafunc):
         pytest.param(name, family, marks=_marks(name), id=f"{name}-{family}")
         for name in names
         for family in hosts.FAMILIES[name]
-        if wanted is None or family in wanted.args
+        if wanted is None or family in (*wanted.args, *wanted.kwargs.get(name, ()))
     ]
     metafunc.parametrize("host, family", cases, indirect=["host"])
 

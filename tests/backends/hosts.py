@@ -23,9 +23,9 @@ def only(host: str, reason: str):
     return pytest.mark.only(host, reason)
 
 
-def of_families(*names: str):
-    """Mark a test that takes `family` and needs no more than `names`."""
-    return pytest.mark.of_families(*names)
+def of_families(*names: str, **of_host: tuple[str, ...]):
+    """Mark a test that takes `family` and needs no more than `names`, and on one host some others."""
+    return pytest.mark.of_families(*names, **of_host)
 
 
 class ByteTokenizer:

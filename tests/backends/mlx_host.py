@@ -28,7 +28,7 @@ from spectral_kv_mlx import (
     save_prompt_cache,
 )
 from spectral_kv_mlx.cache import SpectralKVCache, fill, rows_of
-from spectral_kv_mlx.generation import decode_cache, generate, plain_cache, score
+from spectral_kv_mlx.generation import decode_cache, encode_cache, generate, plain_cache, score, sealed_bits
 from spectral_kv_mlx.integration import _fused, exact_layer, install, model_shape
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "cache_nbytes",
     "capture",
     "decode_cache",
+    "encode_cache",
     "fill",
     "generate",
     "install",
@@ -48,6 +49,7 @@ __all__ = [
     "rows_of",
     "save_prompt_cache",
     "score",
+    "sealed_bits",
 ]
 NAME = "mlx"
 PASSED = {0: "sliding window", 2: "sliding window"}  # layers of the tiny Gemma 3 that stay as they are
@@ -61,6 +63,12 @@ model = functools.cache(make_model)
 @functools.cache
 def profile(name: str):
     return calibrate(model(name), name=name)
+
+
+@functools.cache
+def model_of_three(name: str):
+    """The tiny model `name`, with three layers."""
+    return make_model(name, num_hidden_layers=3)
 
 
 def calibrate(of, text=TEXT, name: str | None = None, **options):

@@ -1,4 +1,4 @@
-"""Two layers coded together in a live cache of MLX: against what it decodes to, and against the torch backend."""
+"""Two layers coded together: MLX against the torch backend, and what only mlx-lm asks of a live cache."""
 
 # ruff: noqa: E402 (without MLX the whole file is skipped before its imports)
 from __future__ import annotations
@@ -13,6 +13,7 @@ mx = pytest.importorskip("mlx.core")
 pytest.importorskip("mlx_lm")
 torch = pytest.importorskip("torch")
 
+from hosts import only
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 from mlx_models import make_tokens
 from tiny_checkpoint import save_tiny_checkpoint
@@ -20,9 +21,9 @@ from tolerances import assert_close
 
 import spectral_kv_mlx
 import spectral_kv_torch
-from spectral_kv_mlx import bench, integration
+from spectral_kv_mlx import bench
 from spectral_kv_mlx import generation as mlx_backend
-from spectral_kv_mlx.cache import FollowingKVCache, rows_of
+from spectral_kv_mlx.cache import rows_of
 from spectral_kv_torch import generation as torch_backend
 from spectral_kv_torch.cache import rows_of as torch_rows_of
 
@@ -55,17 +56,7 @@ def codes(layers) -> list[np.ndarray]:
     return [s.xp.to_numpy(x) for s in held for lane in s.lanes for c in lane.chunks for x in c.arrays]
 
 
-@pytest.mark.parametrize("step", [1, 40], ids=["one by one", "a prompt that goes on"])
-def test_attention_is_that_over_what_is_decoded(tiny, step):
-    cache = live(tiny)
-    assert [type(layer) is FollowingKVCache for layer in cache] == [False, True, False]
-    mlx_backend.feed(tiny.mlx, make_tokens(300), cache)
-    plain, more = mlx_backend.decode_cache(cache, tiny.mlx), make_tokens(40 if step == 40 else 7, seed=4)
-    assert rows_of(cache)[0].store.lanes[0].sealed == 272
-    expected = follow(mlx_backend, tiny.mlx, plain, more, step)
-    assert_close("logits", follow(mlx_backend, tiny.mlx, cache, more, step), expected, limit=1e-4)
-
-
+@only("mlx", "both hosts on one checkpoint, in the process of MLX")
 @pytest.mark.parametrize("step", [200, 1, 50], ids=["at once", "one by one", "staged"])
 def test_the_hosts_agree_and_go_on_with_each_other(tiny, step, tmp_path):
     tokens, more = make_tokens(200), make_tokens(20, seed=6)
@@ -88,17 +79,7 @@ def test_the_hosts_agree_and_go_on_with_each_other(tiny, step, tmp_path):
     assert_close("next", follow(mlx_backend, tiny.mlx, ours, more), expected, limit=1e-3)
 
 
-def test_padded_rows_come_out_as_if_they_were_alone(tiny):
-    rows = [make_tokens(n, seed=n) for n in (120, 71)]
-    cache, alone = live(tiny, left_padding=[0, 49]), live(tiny)
-    got = tiny.mlx(mx.array([rows[0], [0] * 49 + rows[1]]), cache=cache)
-    assert_close("prompt", np.array(got[1:, 49:]), np.array(tiny.mlx(mx.array(rows[1:]), cache=alone)), limit=1e-4)
-    for token in make_tokens(20, seed=5):
-        got = tiny.mlx(mx.array([[token], [token]]), cache=cache)
-        assert_close("next", np.array(got[1:]), np.array(tiny.mlx(mx.array([[token]]), cache=alone)), limit=1e-4)
-    assert [lane.sealed for lane in cache[0].store.lanes] == [112, 64]
-
-
+@only("mlx", "caches of transformers have no state to read and set")
 def test_trim_copy_and_state(tiny):
     cache, tail = live(tiny, 8.0), make_tokens(6, seed=3)
     mlx_backend.feed(tiny.mlx, make_tokens(150), cache)
@@ -115,28 +96,10 @@ def test_trim_copy_and_state(tiny):
     assert_close("decoded", follow(mlx_backend, tiny.mlx, whole, tail), expected, limit=0.03)
 
 
-def test_other_attention_gets_keys_of_its_own_layer(tiny):
-    tokens, more, ours, theirs = make_tokens(150), make_tokens(12, seed=2), live(tiny), live(tiny)
-    expected = [mlx_backend.feed(tiny.mlx, tokens, ours), follow(mlx_backend, tiny.mlx, ours, more)]
-    integration.restore(tiny.mlx)
-    try:
-        got = [np.array(tiny.mlx(mx.array([tokens]), cache=theirs)[0, -1:])]
-        got += [np.concatenate([np.array(tiny.mlx(mx.array([[t]]), cache=theirs)[0]) for t in more])]
-    finally:
-        integration.install(tiny.mlx)
-    for a, b in zip(got, expected, strict=True):
-        assert_close("logits", a[-1], b[-1], limit=1e-3)
-
-
+@only("mlx", "test_bench.py has the clock of PyTorch")
 def test_the_clock_of_a_benchmark_counts_both_layers(tiny):
     cache = live(tiny)
     mlx_backend.feed(tiny.mlx, make_tokens(100), cache)
     with bench.attention_clock(tiny.mlx, cache, (0, 1, 2)) as clock:
         mlx_backend.feed(tiny.mlx, [7], cache)
     assert clock.calls == 3 and clock.seconds > 0
-
-
-def test_generation(tiny):
-    cache = live(tiny)
-    made = mlx_backend.generate(tiny.mlx, None, make_tokens(100), cache, 10, True, lambda token: None)
-    assert len(made.tokens) == 10 and spectral_kv_mlx.cache_nbytes(cache).compression > 1.4

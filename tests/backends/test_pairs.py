@@ -1,4 +1,4 @@
-"""Two-layer groups: which layers pair, what a lone one gets, and every way through a stored prompt and a live cache."""
+"""Two-layer groups: which layers pair, what a lone one gets, files, and what only transformers asks of a live cache."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from cases import ToyModel, toy_profile_of
+from hosts import only
 from tolerances import assert_close, relative_rms
 
 from spectral_kv_core.arrays import ops
@@ -35,10 +36,8 @@ from torch_models import CONFIGS, SIZES, ByteTokenizer, tiny_model, tokens  # no
 from spectral_kv_torch import (  # noqa: E402
     SpectralProfiler,
     cache_nbytes,
-    integration,
     load_prompt_cache,
     make_prompt_cache,
-    restore,
 )
 from spectral_kv_torch import generation as backend  # noqa: E402
 from spectral_kv_torch import ops as torch_ops  # noqa: E402
@@ -194,35 +193,6 @@ def same(cache, other) -> None:
         assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(ours, theirs))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3"])  # an odd number; biased keys; the first layer slides
-def test_round_trip(name, tmp_path):
-    model, profile = model_and_profile(name)
-    assert set(profile.basis_sets) == {*BASIS_SETS, PAIRS}
-    plain, ids = read(name)
-    errors, elements = [], 224 * elements_per_token(profile.shape)
-    for bits in (0.5, 1.0, 2.0, 5.0):
-        path = save(tmp_path / "c", name, plain, ids, bits)
-        loaded, told = load_prompt_cache(path, model, profile)
-        assert type(loaded) is transformers.DynamicCache and told == ids and loaded.get_seq_length() == 300
-        file = PromptFile.load(path)
-        assert 0.85 * bits < 8 * file.bytes_by_part()["codes"] / elements <= bits
-        errors.append(
-            [relative_rms(a, b) for got, own in zip(layers_of(loaded), layers_of(plain)) for a, b in zip(got, own)]
-        )
-        for layer_idx, (got, own) in enumerate(zip(layers_of(loaded), layers_of(plain))):
-            for a, b in zip(got, own):
-                assert torch.equal(a[:, :, :4], b[:, :, :4]) and torch.equal(a[:, :, 228:], b[:, :, 228:])
-                assert layer_idx in profile.shape.layers or torch.equal(a, b)
-    coded = [2 * layer_idx + side for layer_idx in profile.shape.layers for side in (0, 1)]
-    errors = np.array(errors)[:, coded]
-    assert np.all(np.diff(errors, axis=0) < 0) and errors[-1].max() < 0.1, errors
-    container = backend.encode_cache(make_plan(profile.shape, profile, METHOD, 5.0), plain, 4, 64)
-    same(backend.decode_cache(container, model), loaded)
-    size = cache_nbytes(container)
-    assert file.size() == size == sum(file.bytes_by_part().values()) and backend.sealed_bits(container) <= 5
-    assert file.size().dense_nbytes == size.dense_nbytes == cache_nbytes(plain).dense_nbytes
-
-
 def test_from_and_to_live_methods(tmp_path):
     model, profile = model_and_profile("llama")
     live = make_prompt_cache(model, profile, 6.0)
@@ -239,12 +209,6 @@ def test_from_and_to_live_methods(tmp_path):
             assert torch.equal(b, c) and 0 < relative_rms(b, a) < 0.1
     other = load_prompt_cache(path, model, profile, method="spectral-dense", bits=3.0)[0]
     assert other.plan.bits == 3.0 and other.layers[1].store.lanes[0].sealed > 0
-
-
-def test_a_prompt_too_short_to_seal(tmp_path):
-    model, profile = model_and_profile("llama")
-    plain, ids = read("llama", 20)
-    same(load_prompt_cache(save(tmp_path / "c", "llama", plain, ids), model, profile)[0], plain)
 
 
 def test_the_file(tmp_path):
@@ -320,15 +284,11 @@ def logits_of(model, ids, cache, step=None, **options):
         return torch.cat([model(part, past_key_values=cache, **options).logits for part in parts], dim=1)
 
 
-@pytest.fixture(params=["kernels", "stock"])
-def kernels(request, monkeypatch):
-    if request.param == "stock":
-        monkeypatch.setattr(torch_ops, "kernels", None)
-
-
+@only("torch", "only PyTorch can go without our C kernels")
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3"])
 @pytest.mark.parametrize("step", [1, 5, 40], ids=["one by one", "few", "a prompt that goes on"])
-def test_attention_is_that_over_what_is_decoded(name, step, kernels):
+def test_attention_without_kernels_is_that_over_what_is_decoded(name, step, monkeypatch):
+    monkeypatch.setattr(torch_ops, "kernels", None)
     model, _ = model_and_profile(name)
     cache, more = live(name), tokens(40 if step == 40 else 8, seed=4)  # before the next block is full
     logits_of(model, tokens(300), cache)
@@ -339,49 +299,7 @@ def test_attention_is_that_over_what_is_decoded(name, step, kernels):
     )
 
 
-def test_codes_are_those_of_both_layers_together():
-    model, _profile = model_and_profile("llama")
-    cache, (plain, _) = live("llama"), read("llama")
-    logits_of(model, tokens(300), cache)
-    for layer in rows_of(cache):
-        held = [tuple(x[:, :, 4:228] for x in layers_of(plain)[i]) for i in layer.layers]
-        (chunk,) = layer.store.lanes[0].chunks
-        expected = layer.store.codec.encode(*join_layers(torch_ops, held), 4)
-        assert all(torch.equal(a, b) for a, b in zip(chunk.arrays, expected.arrays, strict=True))
-    size = cache_nbytes(cache)
-    assert size == sum(x.nbytes for layer in rows_of(cache) for x in layer.store.arrays())
-    assert size.dense_nbytes == cache_nbytes(plain).dense_nbytes and 0.9 * 3 < backend.sealed_bits(cache) < 1.005 * 3
-
-
-@pytest.mark.parametrize("step", [1, 100], ids=["one by one", "staged"])
-def test_tokens_are_sealed_as_they_come(step):
-    model, _profile = model_and_profile("llama")
-    cache = live("llama", 6.0)
-    got = logits_of(model, tokens(300), cache, step)
-    expected = logits_of(model, tokens(300), backend.plain_cache(model), step)
-    assert 0 < relative_rms(got, expected) < 0.05
-    cache.finalize()
-    for layer in rows_of(cache):
-        (lane,) = layer.store.lanes
-        assert (lane.sealed, lane.exact, layer.store.seen, lane.staged) == (224, 76, 300, [])
-    assert 0.9 * 6 < backend.sealed_bits(cache) <= 6 and cache.get_seq_length() == 300
-
-
-def test_padded_rows_come_out_as_if_they_were_alone():
-    model, _ = model_and_profile("llama")
-    ids, pads = tokens(220, batch=3), torch.tensor([[0], [70], [0]])
-    mask, position = torch.arange(220)[None] >= pads, (torch.arange(220)[None] - pads).clamp(min=0)
-    cache, alone = live("llama"), live("llama")
-    for start, stop in ((0, 50), (50, 200), *((i, i + 1) for i in range(200, 220))):
-        part = {"attention_mask": mask[:, :stop].long(), "position_ids": position[:, start:stop]}
-        got = logits_of(model, ids[:, start:stop], cache, **part)[1:2]
-        if stop > 70:
-            first = max(start, 70)
-            expected = logits_of(model, ids[1:2, first:stop], alone)
-            torch.testing.assert_close(got[:, first - start :], expected, atol=1e-4, rtol=1e-3)
-    assert [lane.sealed for lane in cache.layers[0].store.lanes] == [144, 80]
-
-
+@only("torch", "mlx-lm never selects rows of a cache")
 def test_crop_copy_and_selection():
     model, _ = model_and_profile("llama")
     cache, whole = live("llama", 8.0), live("llama", 8.0)
@@ -405,44 +323,7 @@ def test_crop_copy_and_selection():
     assert other.get_seq_length() == 0
 
 
-def test_a_live_cache_is_stored_and_goes_on(tmp_path):
-    model, profile = model_and_profile("llama")
-    cache, ids, more = live("llama"), tokens(300), tokens(30, seed=8)
-    logits_of(model, ids, cache)
-    path = backend.save_prompt_cache(tmp_path / "c", cache, ids[0], model=model)
-    loaded, told = load_prompt_cache(path, model, profile)
-    assert told == ids[0].tolist() and loaded.layers[1].store is loaded.layers[0].store
-    assert torch.equal(logits_of(model, more, loaded, 1), logits_of(model, more, cache, 1))
-
-
-def test_other_attention_gets_keys_of_its_own_layer():
-    model, _ = model_and_profile("llama")
-    ids, ours, theirs = tokens(310), live("llama"), live("llama")
-    expected = logits_of(model, ids[:, :300], ours), logits_of(model, ids[:, 300:], ours, 1)
-    try:
-        restore(model)
-        got = logits_of(model, ids[:, :300], theirs), logits_of(model, ids[:, 300:], theirs, 1)
-    finally:
-        integration.install(model)
-    for a, b in zip(got, expected):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
-
-
-def test_decoded_chunks_stay_by_layer():
-    model, _ = model_and_profile("llama")
-    caches = [live("llama", working_set=n) for n in (0, 10**6, 100_000)]
-    for cache in caches:
-        logits_of(model, tokens(300), cache)
-    got = [logits_of(model, tokens(10, seed=7), cache, 1) for cache in caches]
-    for other in got[1:]:
-        torch.testing.assert_close(other, got[0], atol=0.02, rtol=0.02)  # they stay in float16
-    chunk = 240 * 2 * 2 * 2 * 16  # tokens, sides, bytes, heads, channels
-    assert [cache_nbytes(cache) - cache_nbytes(caches[0]) for cache in caches] == [0, 3 * chunk, chunk]
-    assert set(caches[1].layers[0].store.lanes[0].decoded) == {
-        (caches[1].layers[0].store.lanes[0].chunks[0], n) for n in (0, 1)
-    }
-
-
+@only("torch", "mlx-lm has no beam search")
 def test_generate_of_transformers():
     """Beam search reorders rows, speculation crops; an exact window of all tokens ends where the plain cache does."""
     model, _ = model_and_profile("llama")

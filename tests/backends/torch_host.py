@@ -23,7 +23,7 @@ from spectral_kv_torch import (
     save_prompt_cache,
 )
 from spectral_kv_torch.cache import SpectralKVLayer, fill, rows_of
-from spectral_kv_torch.generation import decode_cache, generate, plain_cache, score
+from spectral_kv_torch.generation import decode_cache, encode_cache, generate, plain_cache, score, sealed_bits
 from spectral_kv_torch.integration import ATTENTION, _fused, install, model_shape
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "cache_nbytes",
     "capture",
     "decode_cache",
+    "encode_cache",
     "fill",
     "generate",
     "install",
@@ -43,6 +44,7 @@ __all__ = [
     "rows_of",
     "save_prompt_cache",
     "score",
+    "sealed_bits",
 ]
 NAME = "torch"
 PASSED = {0: "sliding window"}  # layers of the tiny Gemma 3 that stay as they are
@@ -58,6 +60,11 @@ def model(name: str):
 
 def profile(name: str):
     return model_and_profile(name)[1]
+
+
+def model_of_three(name: str):
+    """The tiny model `name`, which has three layers."""
+    return model(name)
 
 
 def calibrate(of, text=TEXT, name: str | None = None, **options):
