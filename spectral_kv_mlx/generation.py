@@ -11,9 +11,9 @@ from mlx_lm.generate import generate_step
 
 from spectral_kv_core.benchmark.machine import process_peak_bytes
 from spectral_kv_core.cache.decoded_chunks import bytes_per_layer
-from spectral_kv_core.cache.eviction import check_request, plan_and_eviction
+from spectral_kv_core.cache.request import SINKS, WINDOW, CacheRequest
 from spectral_kv_core.hosts.protocol import Generated
-from spectral_kv_core.planning.methods import get_live_method, rounded_by
+from spectral_kv_core.planning.methods import DEFAULT_METHOD
 from spectral_kv_core.profile.profile import Profile
 
 from .cache import SpectralKVCache, cache_nbytes, fill, held_vectors, put_row
@@ -75,9 +75,9 @@ def make_prompt_cache(
     *,
     budget_bytes: int | None = None,
     max_context: int | None = None,
-    method: str = "spectral",
-    window: int = 64,
-    sinks: int = 4,
+    method: str = DEFAULT_METHOD,
+    window: int = WINDOW,
+    sinks: int = SINKS,
     budget_tokens: int | None = None,
     protect: Sequence[tuple[int, int]] = (),
     selection: str | None = None,
@@ -100,33 +100,27 @@ def make_prompt_cache(
     bytes of the cache. left_padding: slots of padding before every row of a batch (torch reads them off the
     mask). Raises ValueError for a budget out of range, a profile of another model, or nothing to compress.
     """
-    method = rounded_by(get_live_method(method), rounding_scores)
-    request = {
-        "bits": bits,
-        "budget_bytes": budget_bytes,
-        "max_context": max_context,
-        "budget_tokens": budget_tokens,
-        "protect": protect,
-        "selection": selection,
-        "evict_every": evict_every,
-        "wavelet": wavelet,
-        "tiers": tiers,
-    }
-    check_request(method, **request)  # before anything long runs
-    shape, passed, profile = SpectralProfiler().profile_for(model, method, profile, tokenizer)
+    request = CacheRequest(
+        method=method,
+        bits=bits,
+        budget_bytes=budget_bytes,
+        max_context=max_context,
+        window=window,
+        sinks=sinks,
+        budget_tokens=budget_tokens,
+        protect=protect,
+        selection=selection,
+        evict_every=evict_every,
+        wavelet=wavelet,
+        tiers=tiers,
+        rounding_scores=rounding_scores,
+        working_set=working_set,
+    )  # raises before anything long runs
+    shape, passed, profile = SpectralProfiler().profile_for(model, request.recipe, profile, tokenizer)
     layers = host_layers(model)
     size = model_dtype(model).size
     other = sum(getattr(layers[i], "max_size", 0) for i in passed) * 2 * shape.kv_heads * shape.head_dim * size
-    plan, eviction = plan_and_eviction(
-        shape,
-        profile,
-        method,
-        **request,
-        window=window,
-        sinks=sinks,
-        element_bytes=size,
-        other_bytes=other,
-    )
+    plan, eviction = request.plan(shape, profile, size, other)
     install(model)
     if left_padding is not None:
         for layer_idx in passed:

@@ -13,9 +13,10 @@ from spectral_kv_core.cache.decoded_chunks import bytes_per_layer
 from spectral_kv_core.cache.eviction import Eviction
 from spectral_kv_core.cache.layer_cache import CacheSize, LayerCache
 from spectral_kv_core.cache.padding_group import Lane
+from spectral_kv_core.cache.request import SINKS, WINDOW
 from spectral_kv_core.codecs.entropy_coded import codecs_of
 from spectral_kv_core.codecs.spectral import join_layers, split_layers
-from spectral_kv_core.planning.methods import get_live_method
+from spectral_kv_core.planning.methods import DEFAULT_METHOD, get_live_method
 from spectral_kv_core.planning.plan import Plan, make_plan
 from spectral_kv_core.profile.profile import Profile
 
@@ -279,9 +280,9 @@ class SpectralCache(Cache):
         self,
         profile: Profile | None = None,
         bits: float | None = None,
-        method: str = "spectral",
-        window: int = 64,
-        sinks: int = 4,
+        method: str = DEFAULT_METHOD,
+        window: int = WINDOW,
+        sinks: int = SINKS,
         *,
         plan: Plan | None = None,
         layers: list | None = None,

@@ -11,9 +11,9 @@ from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
 from spectral_kv_core.benchmark.machine import process_peak_bytes
-from spectral_kv_core.cache.eviction import check_request, plan_and_eviction
+from spectral_kv_core.cache.request import SINKS, WINDOW, CacheRequest
 from spectral_kv_core.hosts.protocol import Generated
-from spectral_kv_core.planning.methods import get_live_method, rounded_by
+from spectral_kv_core.planning.methods import DEFAULT_METHOD
 from spectral_kv_core.profile.profile import Profile
 
 from .cache import SpectralCache, cache_nbytes, fill, held_vectors
@@ -73,9 +73,9 @@ def make_prompt_cache(
     *,
     budget_bytes: int | None = None,
     max_context: int | None = None,
-    method: str = "spectral",
-    window: int = 64,
-    sinks: int = 4,
+    method: str = DEFAULT_METHOD,
+    window: int = WINDOW,
+    sinks: int = SINKS,
     budget_tokens: int | None = None,
     protect: Sequence[tuple[int, int]] = (),
     selection: str | None = None,
@@ -96,35 +96,29 @@ def make_prompt_cache(
     bytes that decoded chunks may take in all, in 16 bits, for a method that else decodes its history in every step; they are
     bytes of the cache. Raises ValueError for a budget out of range, a profile of another model, or nothing to compress.
     """
-    method = rounded_by(get_live_method(method), rounding_scores)
-    request = {
-        "bits": bits,
-        "budget_bytes": budget_bytes,
-        "max_context": max_context,
-        "budget_tokens": budget_tokens,
-        "protect": protect,
-        "selection": selection,
-        "evict_every": evict_every,
-        "wavelet": wavelet,
-        "tiers": tiers,
-    }
-    check_request(method, **request)  # before anything long runs
-    shape, passed, profile = SpectralProfiler().profile_for(model, method, profile, tokenizer)
+    request = CacheRequest(
+        method=method,
+        bits=bits,
+        budget_bytes=budget_bytes,
+        max_context=max_context,
+        window=window,
+        sinks=sinks,
+        budget_tokens=budget_tokens,
+        protect=protect,
+        selection=selection,
+        evict_every=evict_every,
+        wavelet=wavelet,
+        tiers=tiers,
+        rounding_scores=rounding_scores,
+        working_set=working_set,
+    )  # raises before anything long runs
+    shape, passed, profile = SpectralProfiler().profile_for(model, request.recipe, profile, tokenizer)
     layers = host_layers(model)
     size = torch.empty((), dtype=model.dtype).element_size()
     other = (
         sum(getattr(layers[i], "sliding_window", 1) - 1 for i in passed) * 2 * shape.kv_heads * shape.head_dim * size
     )
-    plan, eviction = plan_and_eviction(
-        shape,
-        profile,
-        method,
-        **request,
-        window=window,
-        sinks=sinks,
-        element_bytes=size,
-        other_bytes=other,
-    )
+    plan, eviction = request.plan(shape, profile, size, other)
     install(model)
     return SpectralCache(
         window=window, sinks=sinks, plan=plan, layers=layers, eviction=eviction, working_set=working_set

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from spectral_kv_core.cache import prompt_cache_file as prompt_file
 from spectral_kv_core.cache.layer_cache import LayerCache
 from spectral_kv_core.cache.prompt_cache_file import ExactLayer, PromptFile, encode_within
+from spectral_kv_core.cache.request import SINKS, WINDOW
 from spectral_kv_core.planning.methods import Method, get_keeping_method, get_live_method
 from spectral_kv_core.planning.plan import Plan, make_plan, plan_for
 from spectral_kv_core.profile.profile import Profile
@@ -43,8 +44,8 @@ def save_prompt_cache(
     method: str | Method | None = None,
     bits: float | None = None,
     profile: Profile | None = None,
-    window: int = 64,
-    sinks: int = 4,
+    window: int = WINDOW,
+    sinks: int = SINKS,
     metadata: dict | None = None,
 ) -> Path:
     """Store a cache that has read a prompt, for `load_prompt_cache` of either backend; returns the path.

@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..cache.layer_cache import SEAL
+from ..cache.request import SINKS, WINDOW
 from ..evaluation import run as evaluation
 from ..evaluation.text import default_texts
 from ..hosts.backends import load_backend
@@ -37,7 +38,6 @@ AFTER = SEAL + DECODED  # tokens that follow the prompt in all
 PEAK_DECODED = 16  # tokens that follow the prompt where peak memory is measured
 CHARACTERS = 8  # of text per token of a prompt: about twice what a token takes
 CONTEXTS = (1024, 4096, 16384)
-WINDOW, SINKS = 64, 4
 HOST_ERRORS = (ImportError, ValueError, RuntimeError)  # of a quantized cache that cannot run: rows give the reason
 
 

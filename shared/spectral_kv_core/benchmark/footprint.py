@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..arrays.transform import band_sizes
+from ..cache.request import SINKS, WINDOW
 from ..codecs.registry import plan_class
 from ..codecs.spectral import CHUNK_TOKENS
 from ..planning.methods import METHODS, Method
@@ -250,8 +251,8 @@ def fit(
     tables: Callable[[Plan], tuple[int, int]],
     bits: Iterable[float] = (),
     contexts: Iterable[int] = (),
-    window: int = 64,
-    sinks: int = 4,
+    window: int = WINDOW,
+    sinks: int = SINKS,
 ) -> dict:
     """`rows` for every pair of bits and context, `limits` by bits, `contexts` with the bits that they allow.
 

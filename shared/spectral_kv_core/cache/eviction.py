@@ -7,19 +7,14 @@ steps and not at each one.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
 from ..codecs.spectral import CHUNK_TOKENS, Chunk
-from ..codecs.tiers import check_tiers, make_tiered_plan
-from ..planning.methods import DROPPING, Method
-from ..planning.plan import Plan, elements_per_token, plan_for, whole_number
-from ..profile.profile import ModelShape, Profile
-from ..scorers import Scorer, Tokens, check_wavelet, get_scorer
+from ..planning.plan import Plan
+from ..scorers import Scorer, Tokens, get_scorer
 from ..scorers.selection import MODES, select
 from .padding_group import Lane
 
@@ -186,127 +181,3 @@ class Eviction:
         if not count:
             return []
         return cache.codec.keep(lane.chunks, select(xp, scores, count, 0, 0), CHUNK_TOKENS)
-
-
-def check_request(
-    method: Method,
-    *,
-    bits: float | None = None,
-    budget_bytes: int | None = None,
-    max_context: int | None = None,
-    budget_tokens: int | None = None,
-    protect: Sequence[tuple[int, int]] | None = (),
-    selection: str | None = None,
-    evict_every: int | None = None,
-    wavelet: str | None = None,
-    tiers: Sequence[tuple[float, float]] | None = None,
-) -> None:
-    """Raise ValueError for arguments of `plan_and_eviction` that do not go together, before a profile is looked for."""
-    given = {
-        "budget_tokens": budget_tokens,
-        "protect": protect or None,
-        "selection": selection,
-        "evict_every": evict_every,
-        "wavelet": wavelet,
-    }
-    if tiers is not None:
-        alone = given | {"bits": bits, "budget_bytes": budget_bytes, "max_context": max_context}
-        for name, value in alone.items():
-            if value is not None:
-                raise ValueError(f"Expected tiers alone, which say bits and drop no token, received {name} too.")
-        check_tiers(method, tiers)
-        return
-    if method.scorer is None:
-        for name, value in given.items():
-            if value is not None:
-                raise ValueError(
-                    f"Expected a method that drops tokens for {name}, {method.name} keeps every token. Take for example "
-                    f"wavelettriattention{'+' + method.name if method.codec in DROPPING else ''}."
-                )
-        return
-    if (budget_tokens is None) == (budget_bytes is None):
-        raise ValueError(
-            f"Expected either budget_tokens or budget_bytes for {method.name}, which drops tokens, received "
-            f"{'none' if budget_tokens is None else 'both'}."
-        )
-    for name, value in (("budget_tokens", budget_tokens), ("evict_every", evict_every)):
-        if value is not None:
-            whole_number(name, value, 1)
-    if wavelet is not None:
-        check_wavelet(get_scorer(method.scorer), wavelet)
-    for span in protect or ():
-        try:
-            start, end = map(operator.index, span)
-        except (TypeError, ValueError):
-            start, end = 0, 0
-        if not 0 <= start < end:
-            raise ValueError(
-                f"Expected protected spans (start, end) of positions with start < end, received {protect!r}."
-            )
-
-
-def plan_and_eviction(
-    shape: ModelShape,
-    profile: Profile | None,
-    method: Method,
-    *,
-    bits: float | None = None,
-    budget_bytes: int | None = None,
-    max_context: int | None = None,
-    budget_tokens: int | None = None,
-    protect: Sequence[tuple[int, int]] = (),
-    selection: str | None = None,
-    evict_every: int | None = None,
-    wavelet: str | None = None,
-    tiers: Sequence[tuple[float, float]] | None = None,
-    window: int = 64,
-    sinks: int = 4,
-    element_bytes: int = 2,
-    other_bytes: int = 0,
-) -> tuple[Plan, Eviction | None]:
-    """`plan_for`, and what a cache drops by `method`; None for a method that keeps every token.
-
-    A method that drops tokens takes `budget_tokens`, or `budget_bytes` that follow from `bits`; with `tiers` it drops none
-    and gives bits by rank (`codecs.tiers`). Raises ValueError for arguments that do not fit the method, and for a budget
-    that is too small for what must stay.
-    """
-    check_request(
-        method,
-        bits=bits,
-        budget_bytes=budget_bytes,
-        max_context=max_context,
-        budget_tokens=budget_tokens,
-        protect=protect,
-        selection=selection,
-        evict_every=evict_every,
-        wavelet=wavelet,
-        tiers=tiers,
-    )
-    if tiers is not None:
-        return make_tiered_plan(shape, profile, method, tiers), None
-    if method.scorer is None:
-        plan = plan_for(
-            shape, profile, method, bits, budget_bytes, max_context, window, sinks, element_bytes, other_bytes
-        )
-        return plan, None
-    plan = plan_for(shape, profile, method, bits, window=window, sinks=sinks)
-    if budget_tokens is None:
-        budget_tokens = _tokens_for_bytes(plan, budget_bytes, window, sinks, element_bytes, other_bytes)
-    spans = tuple((int(start), int(end)) for start, end in protect or ())
-    every = EVERY if evict_every is None else int(evict_every)
-    mode = selection or MODES[0]
-    return plan, Eviction(plan, int(budget_tokens), int(sinks), int(window), spans, mode, every, wavelet)
-
-
-def _tokens_for_bytes(
-    plan: Plan, budget_bytes: int, window: int, sinks: int, element_bytes: int, other_bytes: int
-) -> int:
-    """Tokens that a cache of `budget_bytes` may hold under `plan`, positions of kept tokens included."""
-    elements = elements_per_token(plan.shape)
-    places = 4 * len(plan.shape.layers) * plan.shape.kv_heads
-    exact = elements * element_bytes + places
-    if plan.method.codec == "none":
-        return max(int((budget_bytes - other_bytes) // exact), 1)
-    whole = sinks + window + 15  # of which up to 15 wait for their block to fill
-    left = budget_bytes - other_bytes - whole * exact
-    return whole + max(int(left // (elements * plan.bits_per_element / 8 + places)), 0)

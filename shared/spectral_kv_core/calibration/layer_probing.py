@@ -17,6 +17,7 @@ import numpy as np
 
 from ..arrays import ops
 from ..arrays.divergence import divergence
+from ..cache.request import SINKS, WINDOW
 from ..codecs.spectral import make_codec
 from ..planning.methods import DEFAULT_METHOD, METHODS
 from ..planning.plan import make_plan, planned_loss
@@ -25,7 +26,6 @@ from ..profile.profile import ModelShape, Profile
 PROBED = METHODS[DEFAULT_METHOD].basis_set
 DOCUMENTS = 9  # of a calibration, evenly spaced
 BITS = 1.0  # enough of an error to show in half precision, little enough to add up over layers
-SINKS, WINDOW = 4, 64  # tokens that a cache keeps exactly
 PLACES = 4  # layers at which the noise of the model's own precision is measured
 NOISE = 2.0**-9  # relative size of an error that a cache in bfloat16 has by itself
 LARGEST = 32.0  # factor between what is measured and what costs say, at most; as much less at least

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ..benchmark import bench as benchmark
 from ..benchmark import footprint as fitting
 from ..cache.prompt_cache_file import FORMAT as PROMPT_FORMAT
 from ..cache.prompt_cache_file import PromptFile
+from ..cache.request import CacheRequest
 from ..calibration.text import load_texts
 from ..evaluation import report as evaluation_report
 from ..evaluation import run as evaluation
@@ -34,7 +36,6 @@ from ..profile.store import cached_profile_path, find_profile
 from . import tables as report
 
 WARM_UP = 32  # tokens run once before anything is timed
-WINDOW, SINKS = 64, 4  # of a cache that nobody said more about
 
 
 def profile(args: argparse.Namespace) -> dict:
@@ -105,24 +106,11 @@ def generate(args: argparse.Namespace) -> dict:
     def new_cache():
         if stored:
             return backend.load_prompt_cache(stored, model, loaded, method=method, bits=args.bits)[0]
-        return backend.make_prompt_cache(
-            model,
-            loaded,
-            args.bits,
-            budget_bytes=args.budget_bytes,
-            max_context=(args.max_context or longest) if args.budget_bytes is not None else None,
-            budget_tokens=args.budget_tokens,
-            protect=protect,
-            selection=args.selection,
-            evict_every=args.evict_every,
-            wavelet=args.wavelet,
-            tiers=tiers,
-            rounding_scores=args.rounding_scores,
-            method=method,
-            window=WINDOW if args.window is None else args.window,
-            sinks=SINKS if args.sinks is None else args.sinks,
-            tokenizer=tokenizer,
-        )
+        options = {name: getattr(args, name) for name in _cache_options(args)}
+        options |= {"method": method, "protect": protect, "tiers": tiers}
+        if args.budget_bytes is not None:
+            options["max_context"] = args.max_context or longest
+        return backend.make_prompt_cache(model, loaded, **options, tokenizer=tokenizer)
 
     cache = new_cache()  # raises for a wrong budget or profile before anything long runs
     compare = args.compare or score_text is not None
@@ -414,20 +402,8 @@ def _model_path(name: str) -> str:
 def _open_prompt_file(args: argparse.Namespace) -> PromptFile:
     """The file of `--prompt-cache-file`; raises ValueError for options that it leaves no choice in."""
     stored = PromptFile.load(args.prompt_cache_file)
-    for option in (
-        "window",
-        "sinks",
-        "budget_bytes",
-        "max_context",
-        "budget_tokens",
-        "protect",
-        "selection",
-        "evict_every",
-        "wavelet",
-        "tiers",
-        "rounding_scores",
-    ):
-        if getattr(args, option) is not None:
+    for option in _cache_options(args):
+        if option not in ("method", "bits"):
             raise ValueError(
                 f"Expected no --{option.replace('_', '-')} with --prompt-cache-file, which has its own window and sinks and "
                 "takes --method and --bits."
@@ -445,6 +421,11 @@ def _open_prompt_file(args: argparse.Namespace) -> PromptFile:
             "spectralkv cache-prompt, or give them to save_prompt_cache."
         )
     return stored
+
+
+def _cache_options(args: argparse.Namespace) -> list[str]:
+    """Those options of a cache that were given."""
+    return [field.name for field in fields(CacheRequest) if getattr(args, field.name, None) is not None]
 
 
 def _live_method(args: argparse.Namespace, stored: PromptFile | None) -> Method | str | None:

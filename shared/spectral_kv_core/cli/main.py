@@ -12,6 +12,7 @@ from .. import __version__
 from ..benchmark.synthetic import PLANS, SHAPES
 from ..cache.eviction import EVERY
 from ..cache.prompt_cache_file import DEFAULT_FILE_METHOD
+from ..cache.request import SINKS, WINDOW
 from ..evaluation.run import SUITES
 from ..planning.methods import DEFAULT_METHOD, ROUNDINGS
 from ..plotting import draw as plots
@@ -85,8 +86,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--method", help=f"recipe, see: spectralkv methods (default {DEFAULT_METHOD}, or what a prompt cache file has)"
     )
-    sub.add_argument("--window", type=int, help=f"recent tokens kept exactly (default {commands.WINDOW})")
-    sub.add_argument("--sinks", type=int, help=f"first tokens kept exactly (default {commands.SINKS})")
+    sub.add_argument("--window", type=int, help=f"recent tokens kept exactly (default {WINDOW})")
+    sub.add_argument("--sinks", type=int, help=f"first tokens kept exactly (default {SINKS})")
     sub.add_argument(
         "--budget-tokens", type=int, help="tokens to keep, sinks and window included, by a method that drops"
     )
@@ -119,12 +120,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--method", default=DEFAULT_FILE_METHOD, help="recipe, see: spectralkv methods (default %(default)s)"
     )
     sub.add_argument("--bits", type=float, help="stored bits per sealed element (default: the recipe's)")
-    sub.add_argument(
-        "--window", type=int, default=commands.WINDOW, help="last tokens kept exactly (default %(default)s)"
-    )
-    sub.add_argument(
-        "--sinks", type=int, default=commands.SINKS, help="first tokens kept exactly (default %(default)s)"
-    )
+    sub.add_argument("--window", type=int, default=WINDOW, help="last tokens kept exactly (default %(default)s)")
+    sub.add_argument("--sinks", type=int, default=SINKS, help="first tokens kept exactly (default %(default)s)")
     sub.add_argument("--output", required=True, metavar="FILE", help="where to save")
 
     sub = command("eval", commands.evaluate, "measure methods against the plain cache on texts", model)
@@ -171,8 +168,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--step", type=int, default=1, help="scored tokens per model call (default %(default)s)")
     sub.add_argument("--prefill-chunk", type=int, help="prefix tokens per model call (default: all in one)")
-    sub.add_argument("--window", type=int, default=64, help="recent tokens kept exactly (default %(default)s)")
-    sub.add_argument("--sinks", type=int, default=4, help="first tokens kept exactly (default %(default)s)")
+    sub.add_argument("--window", type=int, default=WINDOW, help="recent tokens kept exactly (default %(default)s)")
+    sub.add_argument("--sinks", type=int, default=SINKS, help="first tokens kept exactly (default %(default)s)")
     sub.add_argument("--profile", default="auto", help="profile file; auto looks for one, or calibrates")
     sub.add_argument("--output", required=True, metavar="DIR", help="results; a run that was cut off goes on from them")
 
@@ -209,8 +206,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--context", metavar="A,B", help="tokens (default: from 4096 on, doubled up to the model's context)"
     )
     sub.add_argument("--method", default=DEFAULT_METHOD, help="recipe, see: spectralkv methods (default %(default)s)")
-    sub.add_argument("--window", type=int, default=commands.WINDOW, help="recent tokens kept exactly (%(default)s)")
-    sub.add_argument("--sinks", type=int, default=commands.SINKS, help="first tokens kept exactly (%(default)s)")
+    sub.add_argument("--window", type=int, default=WINDOW, help="recent tokens kept exactly (%(default)s)")
+    sub.add_argument("--sinks", type=int, default=SINKS, help="first tokens kept exactly (%(default)s)")
     sub.add_argument(
         "--profile", default="auto", help="profile file; auto looks for one, and counts a typical one if there is none"
     )

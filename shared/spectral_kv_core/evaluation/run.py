@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..cache.layer_cache import SEAL
+from ..cache.request import SINKS, WINDOW
 from ..codecs.tiers import check_tiers, make_tiered_plan, mean_bits, name_tiers
 from ..planning.methods import JOINT, PAIRS, ROUNDINGS, Method, get_method, rounded_by
 from ..planning.plan import bits_range, make_plan
@@ -62,8 +63,8 @@ class Settings:
     documents: int = 2
     step: int = 1
     prefill_chunk: int | None = None
-    window: int = 64
-    sinks: int = 4
+    window: int = WINDOW
+    sinks: int = SINKS
     greedy: int = 0
     turns: int = 5
     turn_tokens: int = 256
