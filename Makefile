@@ -97,7 +97,10 @@ docs-test: $(VENV)/.installed-all ## check the pages: links, sentences, generate
 
 # --- releases: CONTRIBUTING.md says how one is made -------------------------------------------------------------------
 
-.PHONY: release-check system-packages
+.PHONY: wheels release-check system-packages
+
+wheels: ## build the wheel of Linux on x86-64 with the C kernels inside, and try it without a compiler; TORCH=1: with torch
+	python3 .ci/wheels.py $(if $(TORCH),--torch)
 
 release-check: $(VENV)/.installed-release ## check versions, the source archive and the wheel; TAG=v1.2.3 for a release
 	$(PYTHON) tools/release_check.py "$$TAG"
@@ -113,7 +116,7 @@ system-packages: ## install what makes the tests faster on Debian and Ubuntu (as
 # --- the virtual environment ------------------------------------------------------------------------------------------
 
 clean: ## delete the virtual environment and what was built
-	rm -rf $(VENV) build *.egg-info .coverage coverage.xml
+	rm -rf $(VENV) build dist *.egg-info .coverage coverage.xml
 
 $(VENV)/.installed-all: EXTRAS := mlx,torch,dev
 $(VENV)/.installed-bench: EXTRAS := $(BACKEND),bench

@@ -17,7 +17,7 @@ from transformers.modeling_utils import AttentionInterface
 from spectral_kv_core.benchmark.bench import Clock
 from spectral_kv_core.cache.layer_cache import SEAL
 from spectral_kv_core.planning.plan import Plan
-from spectral_kv_core.profile.profile import ModelShape
+from spectral_kv_core.profile.model_shape import ModelShape
 
 from . import ops
 from .cache import SpectralKVLayer, storages

@@ -29,6 +29,7 @@ from .integration import (
     plain_cache,
     weights_digest,
 )
+from .kernels.build import prepare
 from .ops import to_numpy
 from .profiler import SpectralProfiler
 from .prompt_cache import decode_cache, encode_cache, load_prompt_cache, save_prompt_cache, sealed_bits
@@ -120,6 +121,7 @@ def make_prompt_cache(
     )
     plan, eviction = request.plan(shape, profile, size, other)
     install(model)
+    prepare(model.device)
     return SpectralCache(
         window=window, sinks=sinks, plan=plan, layers=layers, eviction=eviction, working_set=working_set
     )

@@ -30,6 +30,7 @@ from .integration import (
     set_exact_layer,
     weights_digest,
 )
+from .kernels.build import prepare
 from .profiler import SpectralProfiler
 
 __all__ = ["decode_cache", "encode_cache", "load_prompt_cache", "save_prompt_cache", "sealed_bits"]
@@ -118,6 +119,7 @@ def load_prompt_cache(
     elif plain or not plan.method.live:
         return decode_cache(cache, model), file.tokens
     install(model)
+    prepare(model.device)
     return cache, file.tokens
 
 

@@ -16,12 +16,12 @@ from spectral_kv_core.benchmark import bench as core
 from spectral_kv_core.benchmark import synthetic
 from spectral_kv_core.benchmark.machine import process_peak_bytes
 from spectral_kv_core.cache.layer_cache import SEAL
-from spectral_kv_core.calibration.basis_fit import HISTOGRAM_LIMIT
 from spectral_kv_core.cli import main as cli
 from spectral_kv_core.cli import tables as report
 from spectral_kv_core.codecs.spectral import SpectralCodec
 from spectral_kv_core.planning.methods import METHODS
 from spectral_kv_core.planning.plan import make_plan
+from spectral_kv_core.profile.basis_set import HISTOGRAM_LIMIT
 from spectral_kv_core.profile.profile import Profile
 from spectral_kv_core.profile.store import packaged_profiles
 

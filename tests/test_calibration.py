@@ -8,7 +8,9 @@ from cases import ToyModel
 
 from spectral_kv_core.arrays import ops
 from spectral_kv_core.arrays.rope import shift
-from spectral_kv_core.calibration.basis_fit import Spool, fit_basis_set, split_documents
+from spectral_kv_core.calibration.basis_fit import fit_basis_set
+from spectral_kv_core.calibration.spool import Spool
+from spectral_kv_core.calibration.text import split_documents
 from spectral_kv_core.codecs.spectral import make_codec
 from spectral_kv_core.planning.plan import make_plan
 from spectral_kv_core.profile.profile import Profile

@@ -16,8 +16,9 @@ from spectral_kv_core.arrays.rope import rotate, unrotate
 from spectral_kv_core.cache.layer_cache import LayerCache
 from spectral_kv_core.cache.prompt_cache_file import chunk_arrays
 from spectral_kv_core.calibration import model_basis as joint
-from spectral_kv_core.calibration.basis_fit import SKIP, Spool
+from spectral_kv_core.calibration.basis_fit import SKIP
 from spectral_kv_core.calibration.model_basis import fit_joint_set, randomized_axes
+from spectral_kv_core.calibration.spool import Spool
 from spectral_kv_core.codecs import kvtc, svdq_prompt
 from spectral_kv_core.codecs.entropy_coded import codec_of, fit_bits
 from spectral_kv_core.codecs.spectral import Chunk, join_layers, make_codec

@@ -26,7 +26,7 @@ from spectral_kv_core.planning.plan import (
     make_plan,
     plan_for,
 )
-from spectral_kv_core.profile.profile import BasisSet
+from spectral_kv_core.profile.basis_set import BasisSet
 from spectral_kv_core.quantization.quantizer import BIT_WIDTHS
 
 MODEL = ToyModel()

@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from spectral_kv_core.arrays.rope import Rope
 from spectral_kv_core.files import container as signed_file
-from spectral_kv_core.profile.profile import ModelShape, Profile, QueryStatistics
+from spectral_kv_core.profile.model_shape import ModelShape
+from spectral_kv_core.profile.profile import Profile, QueryStatistics
 
 FIELDS = ("model", "shape", "basis_sets", "version", "sha256")
 

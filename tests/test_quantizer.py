@@ -9,23 +9,18 @@ from hypothesis import strategies as st
 from tolerances import assert_close, relative_rms
 
 from spectral_kv_core.arrays import ops
+from spectral_kv_core.quantization.packing import append_rows, lowest_bits, pack, pack_rows, unpack, unpack_rows
 from spectral_kv_core.quantization.quantizer import (
     BIT_WIDTHS,
     CELLS,
     RowTables,
-    append_rows,
     dequantize_affine,
     empirical_tables,
     flat_tables,
     gaussian_tables,
     lloyd_max,
-    lowest_bits,
-    pack,
-    pack_rows,
     quantize_affine,
     thresholds,
-    unpack,
-    unpack_rows,
 )
 
 WIDTHS = range(1, 9)

@@ -18,6 +18,8 @@ from spectral_kv_core import native
 from spectral_kv_core.arrays import ops
 from spectral_kv_core.arrays.transform import time_matrix
 from spectral_kv_core.codecs.spectral import TrellisCodec, make_codec
+from spectral_kv_core.native import toolchain
+from spectral_kv_core.native.variants import processor_features
 from spectral_kv_core.planning import methods
 from spectral_kv_core.planning.methods import METHODS, QUANTIZERS, get_method
 from spectral_kv_core.quantization import trellis
@@ -27,16 +29,16 @@ from spectral_kv_core.quantization.trellis import ERROR_RATIOS, STATES, WIDTHS, 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 NORMAL = gaussian_tables()
 BOOKS = {**NORMAL, **codebooks(NORMAL)}
-VARIANTS = {"native": native.VARIANTS, "avx2": (("-march=x86-64-v3",),), "portable": ((),)}
+VARIANTS = {"native": toolchain.NATIVE, "avx2": (("-march=x86-64-v3",),), "portable": ((),)}
 
 
 @pytest.fixture(params=VARIANTS)
 def kernel(request, monkeypatch, tmp_path_factory):
     """The kernel for this processor, for older ones of its kind, and without vector instructions of any one kind."""
-    if request.param == "avx2" and "avx2" not in native._cpu():
+    if request.param == "avx2" and "avx2" not in processor_features():
         pytest.skip("not an x86 processor with AVX2")
     if request.param != "native":
-        monkeypatch.setattr(native, "VARIANTS", VARIANTS[request.param])
+        monkeypatch.setattr(toolchain, "NATIVE", VARIANTS[request.param])
         monkeypatch.setenv("SPECTRALKV_CACHE", str(tmp_path_factory.getbasetemp() / "trellis"))
     native.library.cache_clear()
     assert native.library() is not None

@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 
 from spectral_kv_core.codecs.spectral import Chunk, SpectralCodec
-from spectral_kv_core.quantization.quantizer import BIT_WIDTHS, UNIT
+from spectral_kv_core.quantization.packing import UNIT
+from spectral_kv_core.quantization.quantizer import BIT_WIDTHS
 from spectral_kv_core.quantization.trellis import WIDTHS, curve
 
 FREQUENCIES = tl.constexpr(16)
@@ -42,7 +43,7 @@ def plane(address, bits, n, blocks, WIDTH: tl.constexpr, BLOCKS: tl.constexpr, R
     `address` [rows]: of unit 0; `n`: numbers of the codes. A row's own units are read byte by byte.
     """
     PER_BYTE: tl.constexpr = 8 // WIDTH
-    start = bits & 7 & (8 - 2 * WIDTH)  # quantizer.planes: wider ones come first, and lower in the code
+    start = bits & 7 & (8 - 2 * WIDTH)  # packing.planes: wider ones come first, and lower in the code
     address += start
     present = (bits & WIDTH) != 0
     if REST:  # code by code, since neighbours share units

@@ -27,7 +27,7 @@ from ..evaluation.text import default_texts
 from ..hosts.backends import load_backend
 from ..planning.methods import get_live_method
 from ..planning.plan import Plan
-from ..profile.profile import ModelShape
+from ..profile.model_shape import ModelShape
 from .machine import cpu_cores, cpu_name
 from .synthetic import kept_share, synthetic_plan, synthetic_profile, synthetic_shape, synthetic_vectors
 

@@ -30,8 +30,10 @@ from ..planning.plan import (
     elements_per_token,
     make_plan,
 )
-from ..profile.profile import ModelShape, Profile
-from ..quantization.quantizer import BIT_WIDTHS, UNIT
+from ..profile.model_shape import ModelShape
+from ..profile.profile import Profile
+from ..quantization.packing import UNIT
+from ..quantization.quantizer import BIT_WIDTHS
 from .synthetic import synthetic_plan, synthetic_profile
 
 UNITS = {"B": 1} | {f"{p}{i}B": (1024 if i else 1000) ** n for n, p in enumerate("KMGT", 1) for i in ("", "i")}

@@ -7,11 +7,12 @@ import numpy as np
 from ..arrays import ops
 from ..arrays.rope import Rope, rotate
 from ..arrays.transform import band_sizes
-from ..calibration.basis_fit import HISTOGRAM_BINS, HISTOGRAM_LIMIT
 from ..codecs.registry import plan_class
 from ..planning.methods import Method
 from ..planning.plan import Plan, make_plan
-from ..profile.profile import BasisSet, ModelShape, Profile, QueryStatistics
+from ..profile.basis_set import HISTOGRAM_BINS, HISTOGRAM_LIMIT, BasisSet
+from ..profile.model_shape import ModelShape
+from ..profile.profile import Profile, QueryStatistics
 from ..profile.store import packaged_profiles
 from ..quantization.quantizer import BIT_WIDTHS, empirical_tables
 

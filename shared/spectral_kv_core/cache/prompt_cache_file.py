@@ -1,4 +1,4 @@
-"""The stored prompt cache: one file from which either backend goes on; see README, "Prompt cache file".
+"""The stored prompt cache: one file from which either backend goes on; see docs/reference/prompt-cache-file.md.
 
 A backend puts its layers in with `PromptFile.of` and takes them out, layer by layer, with `restore` and `exact`.
 """
@@ -23,9 +23,10 @@ from ..codecs.spectral import Chunk
 from ..files.container import FileFormat
 from ..planning.methods import METHODS, Method
 from ..planning.plan import Plan, bits_range, make_plan
-from ..profile.profile import ModelShape, Profile
+from ..profile.model_shape import ModelShape
+from ..profile.profile import Profile
 from ..profile.store import find_profile
-from ..quantization.quantizer import UNIT
+from ..quantization.packing import UNIT
 from .layer_cache import CacheSize, LayerCache
 from .padding_group import Lane
 

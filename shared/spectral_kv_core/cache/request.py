@@ -12,7 +12,8 @@ from numbers import Real
 from ..codecs.tiers import check_tiers, make_tiered_plan
 from ..planning.methods import DEFAULT_METHOD, DROPPING, Method, get_live_method, rounded_by
 from ..planning.plan import Plan, elements_per_token, plan_for, whole_number
-from ..profile.profile import ModelShape, Profile
+from ..profile.model_shape import ModelShape
+from ..profile.profile import Profile
 from ..scorers import check_wavelet, get_scorer
 from ..scorers.selection import MODES
 from .decoded_chunks import check_working_set

@@ -2,7 +2,8 @@
 
 Costs of coefficients come from gradients as if errors were independent of each other. Within a layer that is a matter of
 degree; between layers it is off by factors: tokens that are the same word have the same keys in the first layer, and the
-same error. So the sum of a layer's costs is set to the divergence that was measured (RATE_DISTORTION.md, section 5).
+same error. So the sum of a layer's costs is set to the divergence that was measured
+(docs/decisions/rate-distortion.md, section 5).
 
 Bases per head alone: where keys and values share one, the layers' costs are right within what can be measured
 (results/experiments.md).
@@ -21,7 +22,8 @@ from ..cache.request import SINKS, WINDOW
 from ..codecs.spectral import make_codec
 from ..planning.methods import DEFAULT_METHOD, METHODS
 from ..planning.plan import make_plan, planned_loss
-from ..profile.profile import ModelShape, Profile
+from ..profile.model_shape import ModelShape
+from ..profile.profile import Profile
 
 PROBED = METHODS[DEFAULT_METHOD].basis_set
 DOCUMENTS = 9  # of a calibration, evenly spaced

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .. import native
 from ..arrays.divergence import compare_logits
 from ..benchmark import bench as benchmark
 from ..benchmark import footprint as fitting
@@ -114,6 +115,7 @@ def generate(args: argparse.Namespace) -> dict:
 
     cache = new_cache()  # raises for a wrong budget or profile before anything long runs
     compare = args.compare or score_text is not None
+    native.library()  # what must be built on this machine is built now, before anything is timed
     backend.generate(model, tokenizer, prompt[:WARM_UP], backend.plain_cache(model), 2, True, lambda token: None)
 
     used = method or stored.method

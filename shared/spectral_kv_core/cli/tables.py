@@ -14,7 +14,7 @@ from ..arrays.basis import effective_rank, rank_for_energy
 from ..arrays.transform import band_sizes
 from ..cache.prompt_cache_file import PromptFile
 from ..planning.plan import Plan
-from ..profile.profile import BasisSet
+from ..profile.basis_set import BasisSet
 
 
 class Stream:

@@ -13,8 +13,9 @@ from ..arrays.basis import rank_for_energy
 from ..cache.layer_cache import CHUNK_TOKENS
 from ..planning.methods import Method
 from ..planning.plan import Plan, check_bits, elements_per_token
-from ..profile.profile import ModelShape, Profile
-from ..quantization.quantizer import UNIT, pack, unpack
+from ..profile.model_shape import ModelShape
+from ..profile.profile import Profile
+from ..quantization.packing import UNIT, pack, unpack
 from .spectral import Chunk, check_finite
 
 
@@ -145,8 +146,8 @@ class PromptPlan(ArrayPlan):
         check_bits(method, shape, bits)
         return cls(method, bits, shape)
 
-    def decides(self) -> list:
-        return [np.float64(self.bits)]
+    def decides(self) -> dict:
+        return {"bits": np.float64(self.bits)}
 
 
 class LatentCodec(ArrayCodec):

@@ -1,6 +1,7 @@
 """The codec of files: the coefficients of the live codecs, with uniform steps and an entropy coder.
 
-RATE_DISTORTION_2.md, section 3. A chunk is one stream of bytes: it cannot be appended to, and it is decoded as a whole.
+docs/decisions/rate-distortion-2.md, section 3. A chunk is one stream of bytes: it cannot be appended to, and it is
+decoded as a whole.
 """
 
 from __future__ import annotations

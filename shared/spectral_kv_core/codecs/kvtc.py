@@ -20,8 +20,11 @@ from ..arrays.basis import orthonormalize
 from ..arrays.rope import rotate, unrotate
 from ..planning.methods import Method
 from ..planning.plan import check_bits
-from ..profile.profile import BasisSet, ModelShape, Profile
-from ..quantization.quantizer import UNIT, dequantize_affine, pack, quantize_affine, unpack
+from ..profile.basis_set import BasisSet
+from ..profile.model_shape import ModelShape
+from ..profile.profile import Profile
+from ..quantization.packing import UNIT, pack, unpack
+from ..quantization.quantizer import dequantize_affine, quantize_affine
 from .base import ArrayPlan, FileCodec
 from .spectral import Chunk, check_finite
 
@@ -132,9 +135,10 @@ class KvtcPlan(ArrayPlan):
         runs = tuple(_runs(best_groups(v / v.sum(), budget)) for v in variance)
         return cls(method, bits, shape, profile=profile, runs=runs)
 
-    def decides(self) -> list:
+    def decides(self) -> dict:
         basis_set = self.profile.basis_set(self.method.basis_set)
-        return [*(np.array(runs) for runs in self.runs), basis_set.mean, basis_set.basis]
+        runs = {f"{side}_runs": np.array(runs) for side, runs in zip(("key", "value"), self.runs)}
+        return runs | {"mean": basis_set.mean, "basis": basis_set.basis}
 
     def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
         return [(None, "uint8")]

@@ -21,19 +21,10 @@ from ..arrays.rope import rotate, unrotate
 from ..arrays.transform import octave_bands, time_matrix, to_frequency, to_time
 from ..planning.methods import get_live_method
 from ..planning.plan import Plan
-from ..profile.profile import BasisSet
+from ..profile.basis_set import BasisSet
 from ..quantization import trellis
-from ..quantization.quantizer import (
-    RowTables,
-    append_rows,
-    dequantize,
-    dequantize_affine,
-    pack,
-    pack_rows,
-    quantize_affine,
-    unpack,
-    unpack_rows,
-)
+from ..quantization.packing import append_rows, pack, pack_rows, unpack, unpack_rows
+from ..quantization.quantizer import RowTables, dequantize, dequantize_affine, quantize_affine
 from ..quantization.time_rounding import TokenWeights, round_in_time
 
 CHUNK_TOKENS = 1024  # tokens of a full chunk: the unit that is decoded at a time

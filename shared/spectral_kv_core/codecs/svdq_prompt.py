@@ -17,7 +17,8 @@ from ..arrays.basis import fit_basis
 from ..arrays.rope import rotate, unrotate
 from ..planning.allocation import allocate_bits
 from ..planning.methods import Method
-from ..profile.profile import ModelShape, Profile
+from ..profile.model_shape import ModelShape
+from ..profile.profile import Profile
 from ..quantization.quantizer import BIT_WIDTHS
 from .base import FileCodec, PromptPlan
 from .spectral import Chunk, check_finite

@@ -17,8 +17,9 @@ from ..cache.layer_cache import CHUNK_TOKENS
 from ..planning.methods import Method
 from ..planning.plan import check_bits
 from ..profile.derived import query_moment, rotated_energy
-from ..profile.profile import ModelShape, Profile
-from ..quantization.quantizer import UNIT, pack, unpack
+from ..profile.model_shape import ModelShape
+from ..profile.profile import Profile
+from ..quantization.packing import UNIT, pack, unpack
 from .base import ArrayCodec, ArrayPlan
 
 
@@ -107,8 +108,8 @@ class ThinkPlan(ArrayPlan):
         channels = max(c for c in range(1, shape.head_dim + 1) if _bits(c, shape) <= bits)
         return cls(method, bits, shape, profile=profile, channels=channels)
 
-    def decides(self) -> list:
-        return [[self.channels]]
+    def decides(self) -> dict:
+        return {"channels": self.channels}
 
     def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
         lead, dim = (batch, self.shape.kv_heads), self.shape.head_dim

@@ -17,8 +17,9 @@ from ..arrays import attention
 from ..arrays.rope import unrotate
 from ..planning.methods import Method
 from ..planning.plan import STAGING_BITS, Plan, make_plan
-from ..profile.profile import ModelShape, Profile
-from ..quantization.quantizer import pack, unpack
+from ..profile.model_shape import ModelShape
+from ..profile.profile import Profile
+from ..quantization.packing import pack, unpack
 from ..quantization.time_rounding import BlockScores
 from ..scorers import get_scorer
 from .spectral import Chunk, make_codec
@@ -152,9 +153,9 @@ class TieredPlan(Plan):
         method = replace(self.method, scorer=None, rounding="nearest")
         return None if self.bits >= STAGING_BITS else make_plan(self.shape, self.profile, method, STAGING_BITS)
 
-    def decides(self) -> list[np.ndarray]:
-        hashes = [f"{share} {tier.hash}" for share, tier in zip(self.shares, self.tiers)]
-        return [np.frombuffer("; ".join(hashes).encode(), np.uint8)]
+    def decides(self) -> dict:
+        hashes = "; ".join(f"{share} {tier.hash}" for share, tier in zip(self.shares, self.tiers))
+        return {"tiers": np.frombuffer(hashes.encode(), np.uint8)}
 
 
 def make_tiered_plan(

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..arrays.rope import rotate, unrotate
 from ..planning.methods import Method
-from ..profile.profile import ModelShape
+from ..profile.model_shape import ModelShape
 from .base import FileCodec, PromptPlan
 from .spectral import Chunk
 

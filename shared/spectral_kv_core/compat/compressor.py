@@ -15,14 +15,15 @@ from ..codecs.spectral import check_finite
 from ..planning.allocation import allocate_bits
 from ..planning.plan import _distortions
 from ..profile.projection import Projection
-from ..quantization.quantizer import BIT_WIDTHS, RowTables, dequantize, flat_tables, pack_rows, unpack_rows
+from ..quantization.packing import pack_rows, unpack_rows
+from ..quantization.quantizer import BIT_WIDTHS, RowTables, dequantize, flat_tables
 
 HALF = 16  # bits of an element that is not compressed
 
 
 @dataclass(frozen=True, eq=False)
 class CompressedKV:
-    """Packed codes of `tokens` tokens of one head, width by width (`quantizer.pack_rows`).
+    """Packed codes of `tokens` tokens of one head, width by width (`packing.pack_rows`).
 
     dtype: of what went in; made_by: what a compressor must agree in to read them.
     """

@@ -20,8 +20,9 @@ from .. import __version__
 from ..cache.layer_cache import SEAL
 from ..cache.request import SINKS, WINDOW
 from ..codecs.tiers import check_tiers, make_tiered_plan, mean_bits, name_tiers
-from ..planning.methods import JOINT, PAIRS, ROUNDINGS, Method, get_method, rounded_by
+from ..planning.methods import ROUNDINGS, Method, get_method, rounded_by
 from ..planning.plan import bits_range, make_plan
+from ..profile.basis_set import JOINT, PAIRS
 from ..profile.profile import Profile
 from ..profile.store import auto_profile
 from ..scorers import check_wavelet, get_scorer

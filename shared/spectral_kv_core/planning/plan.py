@@ -12,9 +12,10 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from ..arrays.transform import band_sizes
-from ..calibration.basis_fit import HISTOGRAM_LIMIT
 from ..codecs.registry import plan_class
-from ..profile.profile import BasisSet, ModelShape, Profile
+from ..profile.basis_set import HISTOGRAM_LIMIT, BasisSet
+from ..profile.model_shape import ModelShape
+from ..profile.profile import Profile
 from ..quantization.entropy import StepTable, step_tables
 from ..quantization.quantizer import BIT_WIDTHS, flat_levels, flat_tables
 from ..quantization.trellis import ERROR_RATIOS, codebooks
@@ -94,7 +95,7 @@ class Plan:
         """What holds a prompt until it ends: the same recipe at `STAGING_BITS`; None for a plan of as many bits.
 
         Later calls of a prompt attend to what earlier ones left; at few bits the error of every call would build up
-        through the layers (RATE_DISTORTION_2.md, section 4).
+        through the layers (docs/decisions/rate-distortion-2.md, section 4).
         """
         if self.widths is None or self.profile is None or self.bits >= STAGING_BITS:
             return None
@@ -162,9 +163,27 @@ class Plan:
         product = basis_set.sensitivity[row].astype(np.float64) * basis_set.variance[row]
         return MEASURED_SHARE * basis_set.cost[row, ..., 0] + (1 - MEASURED_SHARE) * product
 
-    def decides(self) -> list[np.ndarray]:
-        """Arrays beside the fields of this class that say what codes mean: the order of a trellis follows from losses."""
-        return [self.loss(row) for row in range(len(self.widths))] if self.trellis else []
+    def decides(self) -> dict:
+        """By name, the arrays and numbers that say what codes mean; the order of a trellis follows from losses."""
+        basis_set, arrays = self.basis_set, {}
+        if self.method.codec == "affine":
+            return {"code_bits": self.affine_bits}
+        if basis_set is None:
+            return {}
+        arrays = {name: getattr(basis_set, name) for name in ("mean", "weight", "basis", "variance")}
+        if self.choices is not None:
+            arrays["choices"] = self.choices
+            for i, table in enumerate(self.tables):
+                steps = np.array([table.step, table.offset])
+                arrays |= {f"tables/{i}/{n}": x for n, x in (("levels", table.levels), ("steps", steps))}
+                arrays[f"tables/{i}/frequencies"] = table.frequencies
+            return arrays
+        arrays["widths"] = self.widths
+        arrays |= {f"nearest_levels/{b}": x for b, x in basis_set.levels.items()}
+        arrays |= {f"levels/{b}": x for b, x in self.levels.items()}
+        if self.trellis:
+            arrays["loss"] = np.stack([self.loss(row) for row in range(len(self.widths))])
+        return arrays
 
     @cached_property
     def hash(self) -> str:
@@ -174,29 +193,15 @@ class Plan:
         (`ModelShape.mismatch`).
         """
         shape = self.shape
-        arrays = {f"decides/{i}": x for i, x in enumerate(self.decides())}
-        if (basis_set := self.basis_set) is not None:
-            arrays |= {name: getattr(basis_set, name) for name in ("mean", "weight", "basis", "variance")}
-            if self.choices is None:
-                arrays["widths"] = self.widths
-                arrays |= {f"nearest_levels/{b}": x for b, x in basis_set.levels.items()}
-                arrays |= {f"levels/{b}": x for b, x in self.levels.items()}
-            else:
-                arrays["choices"] = self.choices
-                for i, table in enumerate(self.tables):
-                    steps = np.array([table.step, table.offset])
-                    arrays |= {f"tables/{i}/{n}": x for n, x in (("levels", table.levels), ("steps", steps))}
-                    arrays[f"tables/{i}/frequencies"] = table.frequencies
         fields = {
             "version": HASH_VERSION,
             "method": {name: getattr(self.method, name) for name in DECIDING},
-            "affine_bits": self.affine_bits,
             "layers": list(shape.layers),
             "kv_heads": shape.kv_heads,
             "head_dim": shape.head_dim,
             "rotary_dim": shape.rope.rotary_dim if shape.rope else 0,
             "interleaved": bool(shape.rope and shape.rope.interleaved),
-            "arrays": {name: _array_digest(x) for name, x in arrays.items()},
+            "arrays": {name: _array_digest(x) for name, x in self.decides().items()},
         }
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -430,8 +435,8 @@ def _costs(basis_set: BasisSet, trellis: bool = False) -> np.ndarray:
     """Expected loss [L, G, R, F, W] of one coefficient of every band at every width, up to one common factor.
 
     J(b) = (beta * E[g^2 (y - Q_b(y))^2] + (1 - beta) * E[g^2] E[y^2] D(b)): the second-order loss of a Fisher
-    metric (RATE_DISTORTION.md, section 5), mostly measured, times `_coherent_cost`. What was measured of scalar
-    quantizers is worth as much less with a trellis as its squared error is.
+    metric (docs/decisions/rate-distortion.md, section 5), mostly measured, times `_coherent_cost`. What was measured
+    of scalar quantizers is worth as much less with a trellis as its squared error is.
     """
     product = basis_set.sensitivity.astype(np.float64) * basis_set.variance
     distortion = np.array(_distortions(basis_set, trellis))
