@@ -18,8 +18,9 @@ from mlx_lm.models.cache import (
 )
 
 from spectral_kv_core.cache.eviction import Eviction
-from spectral_kv_core.cache.layer_cache import LATENT_QUERIES, CacheSize, LayerCache
+from spectral_kv_core.cache.layer_cache import LATENT_QUERIES, LayerCache
 from spectral_kv_core.cache.padding_group import Lane
+from spectral_kv_core.cache.size import CacheSize
 from spectral_kv_core.codecs.entropy_coded import codecs_of
 from spectral_kv_core.codecs.spectral import Chunk, join_layers, split_layers
 from spectral_kv_core.planning.plan import Plan

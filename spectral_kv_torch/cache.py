@@ -11,9 +11,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from spectral_kv_core.cache.decoded_chunks import bytes_per_layer
 from spectral_kv_core.cache.eviction import Eviction
-from spectral_kv_core.cache.layer_cache import CacheSize, LayerCache
+from spectral_kv_core.cache.layer_cache import LayerCache
 from spectral_kv_core.cache.padding_group import Lane
 from spectral_kv_core.cache.request import SINKS, WINDOW
+from spectral_kv_core.cache.size import CacheSize
 from spectral_kv_core.codecs.entropy_coded import codecs_of
 from spectral_kv_core.codecs.spectral import join_layers, split_layers
 from spectral_kv_core.planning.methods import DEFAULT_METHOD, get_live_method

@@ -12,7 +12,7 @@ import pytest
 from cases import ToyModel, toy_profile_of
 
 from spectral_kv_core.arrays.divergence import compare_logits
-from spectral_kv_core.cache.layer_cache import CacheSize
+from spectral_kv_core.cache.size import CacheSize
 from spectral_kv_core.cli import main as cli
 from spectral_kv_core.evaluation import text as evaluation_text
 from spectral_kv_core.evaluation.rows import RowFile, summarise

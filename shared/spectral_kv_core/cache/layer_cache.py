@@ -25,30 +25,6 @@ LATENT_QUERIES = 16  # up to so many new tokens attend to the codes; more are a 
 DENSE_TOKENS = 32768  # sealed tokens that may be decoded at once for such a call, where that saves small operations
 
 
-class CacheSize(int):
-    """Bytes of every array held for the sequences of a cache, with what they stand for.
-
-    dense_nbytes: what the plain cache needs for the same tokens at 16 bits; table_nbytes: arrays that all sequences
-    share; compression: dense_nbytes / this; bits_per_element: 16 / compression.
-    """
-
-    dense_nbytes: int
-    table_nbytes: int
-
-    def __new__(cls, stored: int, dense_nbytes: int, table_nbytes: int):
-        size = super().__new__(cls, stored)
-        size.dense_nbytes, size.table_nbytes = dense_nbytes, table_nbytes
-        return size
-
-    @property
-    def compression(self) -> float:
-        return self.dense_nbytes / self if self else 1.0
-
-    @property
-    def bits_per_element(self) -> float:
-        return 16 / self.compression if self.dense_nbytes else 0.0
-
-
 class LayerCache:
     """Keys and values of one layer, or of all layers of a row of the plan that codes several together: heads are then
     those of the first layer, then of the next. Such layers attend one after the other, each to its own heads, and their

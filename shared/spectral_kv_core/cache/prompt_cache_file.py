@@ -27,8 +27,9 @@ from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
 from ..profile.store import find_profile
 from ..quantization.packing import UNIT
-from .layer_cache import CacheSize, LayerCache
+from .layer_cache import LayerCache
 from .padding_group import Lane
+from .size import CacheSize
 
 log = logging.getLogger("spectralkv")
 FORMAT = FileFormat("spectralkv-cache", 2, "prompt cache", "spectralkv cache-prompt --model MODEL --prompt-file FILE")
