@@ -25,17 +25,9 @@ from .handles import RoutedCache
 from .integration import dispatcher, exact_layer, replaced_attention
 
 __all__ = [
-    "HOST_QUANTIZED",
-    "SWEEP_BYTES",
-    "BenchLayer",
-    "attention_clock",
-    "default_dtype",
-    "device_name",
-    "layer_reader",
-    "quantized_cache",
-    "sweep",
-    "threads",
-]
+    "HOST_QUANTIZED", "SWEEP_BYTES", "BenchLayer", "attention_clock", "default_dtype", "device_name", "layer_reader",
+    "quantized_cache", "sweep", "threads",
+]  # fmt: skip
 HOST_QUANTIZED = "mlx-lm QuantizedKVCache, 4 bits, groups of 64"
 QUANTIZED = {"group_size": 64, "bits": 4}
 SWEEP_BYTES = 256 * 2**20

@@ -123,7 +123,12 @@ def attend(cache: list, layer_idx: int, call: Attended) -> np.ndarray:
     return to_numpy(out[0])
 
 
-def score_gradients(model, cache: list, tokens: list[int], samples: int, key: mx.array) -> list[dict]:
+def captured(cache: list, layer_idx: int) -> CaptureCache:
+    """Layer `layer_idx` of what `capture` gives."""
+    return cache[layer_idx]
+
+
+def score_gradients(model, cache: list, tokens: list[int], samples: int, seed: int) -> list[dict]:
     """Gradients of log p(label) with respect to what `cache` holds, for labels drawn from the model itself.
 
     `tokens` follow the captured ones; one dict per sample of layer index -> (key, value) gradients [H, T, D]. Their
@@ -132,7 +137,7 @@ def score_gradients(model, cache: list, tokens: list[int], samples: int, key: mx
     log_p = log_probabilities(model, cache, tokens)
     if not all_finite(log_p):
         raise ValueError("Expected finite logits, received NaN or infinity: check the weights and the dtype.")
-    draws = [mx.random.categorical(log_p, key=k) for k in mx.random.split(key, samples)]
+    draws = [mx.random.categorical(log_p, key=k) for k in mx.random.split(mx.random.key(seed), samples)]
     return [label_gradients(model, cache, tokens, labels) for labels in draws]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,10 +13,9 @@ from mlx_lm.utils import _download, load_config
 from mlx_lm.utils import load_model as load_mlx_model
 
 from spectral_kv_core.benchmark.footprint import Footprint
-from spectral_kv_core.codecs.entropy_coded import codec_of
-from spectral_kv_core.planning.plan import Plan
+from spectral_kv_core.benchmark.footprint import table_nbytes as core_table_nbytes
 
-from . import ops
+from . import host
 from .generation import PREFILL_CHUNK
 from .integration import _config_corrections, _field, host_layers, max_context, model_dtype, model_shape
 
@@ -71,19 +71,7 @@ def footprint(name: str | os.PathLike, dtype: str | None = None) -> Footprint:
     )
 
 
-def table_nbytes(plan: Plan) -> tuple[int, int]:
-    """Bytes of the tables of all rows of `plan`, and of those that rows share.
-
-    A decode step adds a sixth or so when it first meets a length: not counted (torch makes all at once).
-    """
-    own, shared, before = 0, {}, {}
-    for row in range(len(plan.layer_groups)):
-        tables = {id(x): x for x in codec_of(ops, plan, row).tables()}
-        quantizers = {id(x) for x in plan.quantizers(ops)} if plan.basis_set is not None else set()
-        shared |= {key: x for key, x in tables.items() if key in quantizers or key in before}
-        own += sum(x.nbytes for key, x in tables.items() if key not in shared)
-        before = tables
-    return own, sum(x.nbytes for x in shared.values())
+table_nbytes = partial(core_table_nbytes, host)
 
 
 def _as_stored(model: nn.Module, config: dict) -> None:

@@ -4,67 +4,38 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import generate_step
 
 from spectral_kv_core.benchmark.machine import process_peak_bytes
-from spectral_kv_core.cache.decoded_chunks import bytes_per_layer
+from spectral_kv_core.cache import model_cache
+from spectral_kv_core.cache.model_cache import build_cache
 from spectral_kv_core.cache.request import SINKS, WINDOW, CacheRequest
+from spectral_kv_core.cache.size import CacheSize
 from spectral_kv_core.hosts.protocol import Generated
+from spectral_kv_core.hosts.protocol import score as core_score
 from spectral_kv_core.planning.methods import DEFAULT_METHOD
 from spectral_kv_core.profile.profile import Profile
 
-from .cache import SpectralKVCache, cache_nbytes, fill, held_vectors, put_row
+from . import host
 from .capture import attend, recorded
 from .detokenizer import text_stream
-from .integration import (
-    end_tokens,
-    host_layers,
-    install,
-    load_model,
-    max_context,
-    model_dtype,
-    model_shape,
-    padded,
-    plain_cache,
-    weights_digest,
-)
+from .integration import end_tokens, load_model, max_context, model_dtype, model_shape, plain_cache, weights_digest
 from .ops import to_numpy
 from .profiler import SpectralProfiler
 from .prompt_cache import decode_cache, encode_cache, load_prompt_cache, save_prompt_cache, sealed_bits
 
-__all__ = [
-    "HOST_PACKAGES",
-    "PREFILL_CHUNK",
-    "SpectralProfiler",
-    "attend",
-    "cache_nbytes",
-    "context_limit",
-    "decode_cache",
-    "encode_cache",
-    "feed",
-    "fill",
-    "generate",
-    "held_vectors",
-    "load_model",
-    "load_prompt_cache",
-    "make_prompt_cache",
-    "model_dtype",
-    "model_shape",
-    "peak_bytes",
-    "plain_cache",
-    "prefill",
-    "recorded",
-    "reset_peak",
-    "save_prompt_cache",
-    "score",
-    "sealed_bits",
-    "text_stream",
-    "weights_digest",
-]
+__all__ = [  # the names of `spectral_kv_core.hosts.protocol.Generation`, beside those of `host`
+    "HOST_PACKAGES", "PREFILL_CHUNK", "SpectralProfiler", "attend", "cache_nbytes", "context_limit", "decode_cache",
+    "encode_cache", "feed", "fill", "generate", "held_vectors", "load_model", "load_prompt_cache", "make_prompt_cache",
+    "model_dtype", "model_shape", "peak_bytes", "plain_cache", "prefill", "recorded", "reset_peak", "save_prompt_cache",
+    "score", "sealed_bits", "text_stream", "weights_digest",
+]  # fmt: skip
 PREFILL_CHUNK = 2048
+context_limit = max_context
 HOST_PACKAGES = ("mlx", "mlx-lm")  # whose versions belong to a result
 
 
@@ -115,20 +86,16 @@ def make_prompt_cache(
         tiers=tiers,
         rounding_scores=rounding_scores,
         working_set=working_set,
-    )  # raises before anything long runs
-    shape, passed, profile = SpectralProfiler().profile_for(model, request.recipe, profile, tokenizer)
-    layers = host_layers(model)
-    size = model_dtype(model).size
-    other = sum(getattr(layers[i], "max_size", 0) for i in passed) * 2 * shape.kv_heads * shape.head_dim * size
-    plan, eviction = request.plan(shape, profile, size, other)
-    install(model)
-    if left_padding is not None:
-        for layer_idx in passed:
-            layers[layer_idx] = padded(layers[layer_idx], left_padding)
-    share = bytes_per_layer(plan, working_set)
-    for row in range(len(plan.layer_groups)):
-        put_row(layers, SpectralKVCache(plan, row, sinks, window, left_padding, eviction, share))
-    return layers
+    )
+    return build_cache(host, model, profile, request, tokenizer, left_padding)
+
+
+def cache_nbytes(cache: list) -> CacheSize:
+    """Bytes of every array that `cache` holds for its sequences, window, sinks and passed-through layers included."""
+    return model_cache.cache_nbytes(host, cache)
+
+
+fill, held_vectors = partial(model_cache.fill, host), partial(model_cache.held_vectors, host)
 
 
 def generate(
@@ -179,10 +146,7 @@ def prefill(model, prompt: list[int], cache: list) -> np.ndarray:
     return feed(model, prompt[-1:], cache)
 
 
-def score(model, prompt: list[int], continuation: list[int], cache: list) -> np.ndarray:
-    """Logits [len(continuation), vocabulary] float32 for every token of `continuation`, fed one at a time after `prompt`."""
-    logits = [prefill(model, prompt, cache)]
-    return np.concatenate(logits + [feed(model, [token], cache) for token in continuation[:-1]])
+score = partial(core_score, prefill, feed)
 
 
 def reset_peak() -> None:
@@ -196,8 +160,3 @@ def peak_bytes() -> int:
     if mx.default_device() != mx.Device(mx.cpu):
         return mx.get_peak_memory()
     return process_peak_bytes()
-
-
-def context_limit(model) -> int | None:
-    """Tokens that `model` was made for, None when unknown."""
-    return max_context(model)

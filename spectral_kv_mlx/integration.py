@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
 import sys
 import weakref
@@ -31,6 +30,7 @@ from spectral_kv_core.arrays.rope import Rope
 from spectral_kv_core.cache.prompt_cache_file import ExactLayer
 from spectral_kv_core.compat.engine import check_quantize
 from spectral_kv_core.files import paths
+from spectral_kv_core.hosts.weights import digest_weights
 from spectral_kv_core.profile.model_shape import ModelShape
 
 from .handles import ATTENTION, is_dispatcher, make_dispatcher
@@ -143,11 +143,14 @@ def _field(model, *names: str):
     return next((v for name in names if (v := getattr(args, name, None)) is not None), None)
 
 
-def host_layers(model) -> list:
-    """The cache layers that mlx-lm would use for `model`, whatever `make_cache` the instance was given."""
-    if hasattr(type(model), "make_cache"):
-        return type(model).make_cache(model)
-    return [KVCache() for _ in model.layers]
+def host_layers(model, left_padding: list[int] | None = None) -> list:
+    """The cache layers that mlx-lm would use for `model`, whatever `make_cache` the instance was given.
+
+    left_padding: slots before every sequence of a batch; raises ValueError where mlx-lm has no layers for it.
+    """
+    own = hasattr(type(model), "make_cache")
+    layers = type(model).make_cache(model) if own else [KVCache() for _ in model.layers]
+    return layers if left_padding is None else [padded(layer, left_padding) for layer in layers]
 
 
 def padded(cache, left_padding: list[int]):
@@ -168,31 +171,37 @@ def plain_cache(model) -> list:
     return host_layers(model)
 
 
-def exact_layer(cache) -> ExactLayer:
+def cache_of(layers: list) -> list:
+    """The host's own cache made of `layers`."""
+    return layers
+
+
+def exact_layer(layer) -> ExactLayer:
     """What a layer of the host's own holds; raises ValueError for a kind that is no list of keys and values."""
-    rotating = type(cache) in (RotatingKVCache, BatchRotatingKVCache)
-    if not (rotating or type(cache) in (KVCache, BatchKVCache)) or getattr(cache, "keep", 0):
+    rotating = type(layer) in (RotatingKVCache, BatchRotatingKVCache)
+    if not (rotating or type(layer) in (KVCache, BatchKVCache)) or getattr(layer, "keep", 0):
         raise ValueError(
-            f"Expected layers that keep keys and values in their order, received a {type(cache).__name__}, which cannot be "
+            f"Expected layers that keep keys and values in their order, received a {type(layer).__name__}, which cannot be "
             "stored yet. Keep the prompt itself."
         )
-    if cache.empty():
+    if layer.empty():
         raise ValueError("Expected a cache that has read a prompt, received an empty one.")
     if not rotating:
-        return ExactLayer(*cache.keys_and_values(), cache.size())
-    if isinstance(cache, BatchRotatingKVCache):
-        cache = copy.copy(cache)
-        cache._temporal_order()
-        keys, values, seen = cache.keys[:, :, : cache._idx], cache.values[:, :, : cache._idx], cache._offset
+        padding = layer.left_padding.tolist() if isinstance(layer, BatchKVCache) else None
+        return ExactLayer(*layer.keys_and_values(), layer.size(), padding)
+    if isinstance(layer, BatchRotatingKVCache):
+        layer = copy.copy(layer)
+        layer._temporal_order()
+        keys, values, seen = layer.keys[:, :, : layer._idx], layer.values[:, :, : layer._idx], layer._offset
     else:
-        keys, values, seen = cache._temporal_order(cache.keys), cache._temporal_order(cache.values), cache.offset
-    keep = min(seen, cache.max_size)
+        keys, values, seen = layer._temporal_order(layer.keys), layer._temporal_order(layer.values), layer.offset
+    keep = min(seen, layer.max_size)
     return ExactLayer(keys[:, :, -keep:], values[:, :, -keep:], seen)
 
 
-def set_exact_layer(cache, held: ExactLayer) -> None:
+def set_exact_layer(layer, held: ExactLayer) -> None:
     """Let an empty layer of the host's own hold the arrays of `held`; raises ValueError when they are too few."""
-    seen, received, window = held.seen, held.keys.shape[2], getattr(cache, "max_size", held.seen + 1)
+    seen, received, window = held.seen, held.keys.shape[2], getattr(layer, "max_size", held.seen + 1)
     if received < min(seen, window - 1):
         raise ValueError(
             f"Expected the last {min(seen, window - 1):,} tokens for a window of {window:,}, received {received:,}: the cache "
@@ -202,16 +211,16 @@ def set_exact_layer(cache, held: ExactLayer) -> None:
     # torch keeps one token less than the window: the slot of the missing one is the first to be overwritten
     gap = [(0, 0), (0, 0), (max(keep - received, 0), 0), (0, 0)]
     keys, values = (mx.pad(x[:, :, -keep:], gap) for x in (held.keys, held.values))
-    kind = type(cache)
+    kind = type(layer)
     if kind is KVCache:
-        cache.state = keys, values, seen
+        layer.state = keys, values, seen
     elif kind is RotatingKVCache:
-        cache.state = keys, values, seen, cache.keep, window, keep
+        layer.state = keys, values, seen, layer.keep, window, keep
     elif kind is BatchKVCache:
-        cache.state = keys, values, cache.offset + seen, cache.left_padding, seen
+        layer.state = keys, values, layer.offset + seen, layer.left_padding, seen
     else:
-        padding = cache.left_padding - (seen - keep)
-        cache.state = keys, values, cache.offset + seen, padding, window, seen, keep, False
+        padding = layer.left_padding - (seen - keep)
+        layer.state = keys, values, layer.offset + seen, padding, window, seen, keep, False
 
 
 def model_shape(model) -> tuple[ModelShape, dict[int, str]]:
@@ -309,12 +318,9 @@ def _final_norm(model) -> mx.array | None:
 
 
 def weights_digest(model) -> str:
-    """Digest of the first entries of the final norm, which no weight quantization touches, to two digits."""
+    """`digest_weights` of the final norm."""
     norm = _final_norm(model)
-    if norm is None:
-        return ""
-    values = to_numpy(norm).reshape(-1)[:256]
-    return hashlib.sha256(" ".join(f"{v:.1e}" for v in values).encode()).hexdigest()[:16]
+    return digest_weights(None if norm is None else to_numpy(norm))
 
 
 def load_model(name: str | os.PathLike, dtype: str | None = None, quantize: str | None = None):

@@ -137,12 +137,18 @@ def _heads_first(out: torch.Tensor) -> np.ndarray:
     return ops.to_numpy(out[0].transpose(0, 1))
 
 
-def score_gradients(model, cache: Cache, tokens: list[int], samples: int, generator: torch.Generator) -> list[dict]:
+def captured(cache: Cache, layer_idx: int) -> CaptureLayer:
+    """Layer `layer_idx` of what `capture` gives."""
+    return cache.layers[layer_idx]
+
+
+def score_gradients(model, cache: Cache, tokens: list[int], samples: int, seed: int) -> list[dict]:
     """Gradients of log p(label) with respect to what `cache` holds, for labels drawn from the model itself.
 
     `tokens` follow the captured ones; one dict per sample of layer index -> (key, value) gradients [H, T, D]. Their
     second moment is the Fisher information of the cached vectors.
     """
+    generator = torch.Generator().manual_seed(seed)
     leaves = {i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, CaptureLayer)}
     inputs = []
     for layer in leaves.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,10 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.hub import cached_file
 
 from spectral_kv_core.benchmark.footprint import Footprint, safetensors_nbytes
-from spectral_kv_core.codecs.entropy_coded import codec_of
-from spectral_kv_core.planning.plan import Plan
+from spectral_kv_core.benchmark.footprint import table_nbytes as core_table_nbytes
 
-from . import ops
+from . import host, ops
 from .generation import PREFILL_CHUNK
 from .integration import host_layers, max_context, model_shape
 
@@ -66,17 +66,7 @@ def footprint(name: str, dtype: str | None = None) -> Footprint:
     )
 
 
-def table_nbytes(plan: Plan) -> tuple[int, int]:
-    """Bytes of the tables of all rows of `plan`, and of those that rows share."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    own, shared, before = 0, {}, {}
-    for row in range(len(plan.layer_groups)):
-        tables = {id(x): x for x in codec_of(ops, plan, row, device).tables()}
-        quantizers = {id(x) for x in plan.quantizers(ops, device)} if plan.basis_set is not None else set()
-        shared |= {key: x for key, x in tables.items() if key in quantizers or key in before}
-        own += sum(x.untyped_storage().nbytes() for key, x in tables.items() if key not in shared)
-        before = tables
-    return own, sum(x.untyped_storage().nbytes() for x in shared.values())
+table_nbytes = partial(core_table_nbytes, host)
 
 
 def _stored_nbytes(name: str) -> int:

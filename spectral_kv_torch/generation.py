@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,59 +12,32 @@ from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
 from spectral_kv_core.benchmark.machine import process_peak_bytes
+from spectral_kv_core.cache import model_cache
+from spectral_kv_core.cache.model_cache import build_cache
 from spectral_kv_core.cache.request import SINKS, WINDOW, CacheRequest
+from spectral_kv_core.cache.size import CacheSize
 from spectral_kv_core.hosts.protocol import Generated
+from spectral_kv_core.hosts.protocol import score as core_score
 from spectral_kv_core.planning.methods import DEFAULT_METHOD
 from spectral_kv_core.profile.profile import Profile
 
-from .cache import SpectralCache, cache_nbytes, fill, held_vectors
+from . import host
+from .cache import SpectralCache
 from .capture import attend, recorded
 from .detokenizer import text_stream
-from .integration import (
-    host_layers,
-    install,
-    load_model,
-    max_context,
-    model_dtype,
-    model_shape,
-    plain_cache,
-    weights_digest,
-)
-from .kernels.build import prepare
+from .integration import load_model, max_context, model_dtype, model_shape, plain_cache, weights_digest
 from .ops import to_numpy
 from .profiler import SpectralProfiler
 from .prompt_cache import decode_cache, encode_cache, load_prompt_cache, save_prompt_cache, sealed_bits
 
-__all__ = [
-    "HOST_PACKAGES",
-    "PREFILL_CHUNK",
-    "SpectralProfiler",
-    "attend",
-    "cache_nbytes",
-    "context_limit",
-    "decode_cache",
-    "encode_cache",
-    "feed",
-    "fill",
-    "generate",
-    "held_vectors",
-    "load_model",
-    "load_prompt_cache",
-    "make_prompt_cache",
-    "model_dtype",
-    "model_shape",
-    "peak_bytes",
-    "plain_cache",
-    "prefill",
-    "recorded",
-    "reset_peak",
-    "save_prompt_cache",
-    "score",
-    "sealed_bits",
-    "text_stream",
-    "weights_digest",
-]
+__all__ = [  # the names of `spectral_kv_core.hosts.protocol.Generation`, beside those of `host`
+    "HOST_PACKAGES", "PREFILL_CHUNK", "SpectralProfiler", "attend", "cache_nbytes", "context_limit", "decode_cache",
+    "encode_cache", "feed", "fill", "generate", "held_vectors", "load_model", "load_prompt_cache", "make_prompt_cache",
+    "model_dtype", "model_shape", "peak_bytes", "plain_cache", "prefill", "recorded", "reset_peak", "save_prompt_cache",
+    "score", "sealed_bits", "text_stream", "weights_digest",
+]  # fmt: skip
 PREFILL_CHUNK = 2048
+context_limit = max_context
 HOST_PACKAGES = ("torch", "transformers")  # whose versions belong to a result
 
 
@@ -112,19 +86,16 @@ def make_prompt_cache(
         tiers=tiers,
         rounding_scores=rounding_scores,
         working_set=working_set,
-    )  # raises before anything long runs
-    shape, passed, profile = SpectralProfiler().profile_for(model, request.recipe, profile, tokenizer)
-    layers = host_layers(model)
-    size = torch.empty((), dtype=model.dtype).element_size()
-    other = (
-        sum(getattr(layers[i], "sliding_window", 1) - 1 for i in passed) * 2 * shape.kv_heads * shape.head_dim * size
     )
-    plan, eviction = request.plan(shape, profile, size, other)
-    install(model)
-    prepare(model.device)
-    return SpectralCache(
-        window=window, sinks=sinks, plan=plan, layers=layers, eviction=eviction, working_set=working_set
-    )
+    return build_cache(host, model, profile, request, tokenizer)
+
+
+def cache_nbytes(cache: Cache) -> CacheSize:
+    """Bytes of every array that `cache` holds for its sequences, window, sinks and passed-through layers included."""
+    return model_cache.cache_nbytes(host, cache)
+
+
+fill, held_vectors = partial(model_cache.fill, host), partial(model_cache.held_vectors, host)
 
 
 class _Clock:
@@ -187,10 +158,7 @@ def prefill(model, prompt: list[int], cache: Cache) -> np.ndarray:
     return logits
 
 
-def score(model, prompt: list[int], continuation: list[int], cache: Cache) -> np.ndarray:
-    """Logits [len(continuation), vocabulary] float32 for every token of `continuation`, fed one at a time after `prompt`."""
-    logits = [prefill(model, prompt, cache)]
-    return np.concatenate(logits + [feed(model, [token], cache) for token in continuation[:-1]])
+score = partial(core_score, prefill, feed)
 
 
 def reset_peak() -> None:
@@ -204,8 +172,3 @@ def peak_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return process_peak_bytes()
-
-
-def context_limit(model) -> int | None:
-    """Tokens that `model` was made for, None when unknown."""
-    return max_context(model)

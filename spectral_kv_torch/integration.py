@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 import weakref
@@ -21,6 +20,7 @@ from spectral_kv_core.arrays.rope import Rope
 from spectral_kv_core.cache.prompt_cache_file import ExactLayer
 from spectral_kv_core.compat.engine import check_quantize
 from spectral_kv_core.files import paths
+from spectral_kv_core.hosts.weights import digest_weights
 from spectral_kv_core.profile.model_shape import ModelShape
 
 from . import ops
@@ -117,8 +117,8 @@ def restore(model) -> None:
         model.set_attn_implementation("sdpa")
 
 
-def host_layers(model) -> list:
-    """The cache layers that transformers would use for `model`."""
+def host_layers(model, left_padding: list[int] | None = None) -> list:
+    """The cache layers that transformers would use for `model`; it tells left padding by the mask, MLX here."""
     config = model.config.get_text_config(decoder=True)
     layers = DynamicCache(config=config).layers
     return layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]
@@ -126,8 +126,13 @@ def host_layers(model) -> list:
 
 def plain_cache(model) -> Cache:
     """The host's own cache, which keeps everything."""
+    return cache_of(host_layers(model))
+
+
+def cache_of(layers: list) -> Cache:
+    """The host's own cache made of `layers`."""
     cache = DynamicCache()
-    cache.layers = host_layers(model)
+    cache.layers = layers
     return cache
 
 
@@ -218,12 +223,9 @@ def read_rope(model) -> Rope | None:
 
 
 def weights_digest(model) -> str:
-    """Digest of the first entries of the final norm, which no weight quantization touches, to two digits."""
+    """`digest_weights` of the final norm."""
     norms = [p for name, p in model.named_parameters() if name.endswith("norm.weight") and ".layers." not in name]
-    if not norms:
-        return ""
-    values = norms[-1].detach().float().cpu().numpy().reshape(-1)[:256]
-    return hashlib.sha256(" ".join(f"{v:.1e}" for v in values).encode()).hexdigest()[:16]
+    return digest_weights(ops.to_numpy(norms[-1]) if norms else None)
 
 
 def load_model(name: str | os.PathLike, dtype: str | None = None, quantize: str | None = None):

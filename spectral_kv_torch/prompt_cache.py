@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-import torch
 from transformers.cache_utils import Cache
 
-from spectral_kv_core.cache import prompt_cache_file as prompt_file
-from spectral_kv_core.cache.layer_cache import LayerCache
-from spectral_kv_core.cache.prompt_cache_file import ExactLayer, PromptFile, encode_within
+from spectral_kv_core.cache import prompt_cache
+from spectral_kv_core.cache.prompt_cache_file import PromptFile
 from spectral_kv_core.cache.request import SINKS, WINDOW
-from spectral_kv_core.planning.methods import Method, get_keeping_method, get_live_method
-from spectral_kv_core.planning.plan import Plan, make_plan, plan_for
+from spectral_kv_core.planning.methods import Method
 from spectral_kv_core.profile.profile import Profile
 
-from . import ops
-from .cache import COMPRESSED, SpectralCache, SpectralKVLayer, fill, layer_contents, rows_of
-from .integration import (
-    exact_layer,
-    host_layers,
-    install,
-    model_name,
-    model_shape,
-    plain_cache,
-    set_exact_layer,
-    weights_digest,
-)
-from .kernels.build import prepare
-from .profiler import SpectralProfiler
+from . import host
 
 __all__ = ["decode_cache", "encode_cache", "load_prompt_cache", "save_prompt_cache", "sealed_bits"]
 
@@ -56,31 +40,8 @@ def save_prompt_cache(
     [seen] or [B, seen] of what was read, kept in the file. model: names the file's model and its weights; needed to
     encode. metadata: JSON that goes along. Raises ValueError for a cache or tokens that cannot be stored.
     """
-    if method is None and not isinstance(cache, SpectralCache):
-        method = "identity"
-    if method is not None:
-        if model is None:
-            raise ValueError("Expected the model of a cache that is to be encoded, received none. Give model=.")
-        method = get_keeping_method(method)
-        shape, _, profile = SpectralProfiler().profile_for(model, method, profile)
-        plan = plan_for(shape, profile, method, bits, window=window, sinks=sinks)
-        cache = encode_cache(plan, cache, sinks, window)
-    elif bits is not None:
-        raise ValueError(f"Expected a method that has {bits:g} bits, received bits alone. Give method= too.")
-    if not cache.get_seq_length():
-        raise ValueError("Expected a cache that has read a prompt, received an empty one.")
-    cache.finalize()
-    layers = [layer.store if isinstance(layer, COMPRESSED) else exact_layer(layer) for layer in cache.layers]
-    file = PromptFile.of(
-        ops,
-        cache.plan,
-        layers,
-        tokens=tokens,
-        model=model_name(model) if model is not None else "",
-        weights_digest=weights_digest(model) if model is not None else "",
-        metadata=metadata,
-    )
-    return file.save(path)
+    options = {"method": method, "bits": bits, "profile": profile, "window": window, "sinks": sinks}
+    return prompt_cache.save_prompt_cache(host, path, cache, tokens, model=model, metadata=metadata, **options)
 
 
 def load_prompt_cache(
@@ -98,63 +59,8 @@ def load_prompt_cache(
     that the file was made with; None looks for it. Raises FileNotFoundError, or ValueError for a file that is damaged, of
     another model or of another profile.
     """
-    file = path if isinstance(path, PromptFile) else PromptFile.load(path)
-    plain = method == "plain"
-    if bits is not None and (method is None or plain):
-        raise ValueError(f"Expected a method that has {bits:g} bits, received {method}.")
-    target = None if method is None or plain else get_live_method(get_keeping_method(method))
-    file.check(model_shape(model)[0], weights_digest(model))
-    plan = file.plan(profile)
-    cache = SpectralCache(plan=plan, window=file.window, sinks=file.sinks, layers=host_layers(model))
-    for layer_idx, layer in enumerate(cache.layers):
-        if not isinstance(layer, COMPRESSED):
-            set_exact_layer(layer, file.exact(ops, layer_idx, model.dtype, model.device))
-        elif isinstance(layer, SpectralKVLayer):
-            file.restore(layer_idx, layer.open(model.device), model.dtype, model.device)
-    if target is not None:
-        profile = SpectralProfiler().profile_for(model, target, profile or plan.profile)[2]
-        wanted = make_plan(plan.shape, profile, target, bits)
-        if wanted.hash != plan.hash:
-            cache = encode_cache(wanted, cache, file.sinks, file.window)
-    elif plain or not plan.method.live:
-        return decode_cache(cache, model), file.tokens
-    install(model)
-    prepare(model.device)
-    return cache, file.tokens
+    return prompt_cache.load_prompt_cache(host, path, model, profile, method=method, bits=bits)
 
 
-def encode_cache(plan: Plan, cache: Cache, sinks: int, window: int) -> SpectralCache:
-    """What `cache`, plain or compressed, holds, under `plan`.
-
-    A cache of a method for files can be saved and decoded only; its real bits, which depend on the text, stay within those
-    of `plan`.
-    """
-    return encode_within(lambda plan: _encode(plan, cache, sinks, window), _stores, plan)
-
-
-def sealed_bits(cache: SpectralCache) -> float:
-    """Stored bits per key or value element of the sealed tokens of a compressed cache, 0 where nothing is sealed."""
-    return prompt_file.sealed_bits(_stores(cache))
-
-
-def _encode(plan: Plan, cache: Cache, sinks: int, window: int) -> SpectralCache:
-    made = SpectralCache(plan=plan, sinks=sinks, window=window, layers=cache.layers)
-    fill(made, cache)
-    return made
-
-
-@torch.no_grad()
-def decode_cache(cache: SpectralCache, model) -> Cache:
-    """The plain cache of `model` with what `cache` holds, decoded; `cache` stays as it is."""
-    plain = plain_cache(model)
-    for layer_idx, layer in enumerate(cache.layers):
-        if not isinstance(layer, COMPRESSED):
-            plain.layers[layer_idx] = copy.deepcopy(layer)
-    layers, seen = cache.plan.shape.layers, cache.get_seq_length()
-    for layer_idx, (held, _) in zip(layers, layer_contents(cache, layers)):
-        set_exact_layer(plain.layers[layer_idx], ExactLayer(*held, seen))
-    return plain
-
-
-def _stores(cache: SpectralCache) -> list[LayerCache]:
-    return [layer.store for layer in rows_of(cache)]
+encode_cache, decode_cache = partial(prompt_cache.encode_cache, host), partial(prompt_cache.decode_cache, host)
+sealed_bits = partial(prompt_cache.sealed_bits, host)

@@ -17,8 +17,8 @@ from torch_models import ByteTokenizer  # noqa: E402
 
 from spectral_kv_core.scorers import SCORERS  # noqa: E402
 from spectral_kv_torch import SpectralCache, cache_nbytes, make_prompt_cache, restore, save_prompt_cache  # noqa: E402
-from spectral_kv_torch.cache import SpectralKVLayer, fill  # noqa: E402
-from spectral_kv_torch.generation import generate  # noqa: E402
+from spectral_kv_torch.cache import SpectralKVLayer  # noqa: E402
+from spectral_kv_torch.generation import fill, generate  # noqa: E402
 from spectral_kv_torch.integration import plain_cache  # noqa: E402
 
 BUDGET = 150

@@ -17,8 +17,10 @@ from safetensors import SafetensorError, safe_open
 
 from ..arrays.transform import band_sizes
 from ..cache.request import SINKS, WINDOW
+from ..codecs.entropy_coded import codec_of
 from ..codecs.registry import plan_class
 from ..codecs.spectral import CHUNK_TOKENS
+from ..hosts.protocol import Host
 from ..planning.methods import METHODS, Method
 from ..planning.plan import (
     AFFINE_WIDTHS,
@@ -107,6 +109,26 @@ def safetensors_nbytes(folder: Path) -> int:
     if not files:
         raise ValueError(f"Expected weights in safetensors files, {folder} has none: their size is not known.")
     return total
+
+
+def table_nbytes(host: Host, plan: Plan) -> tuple[int, int]:
+    """Bytes of the tables of all layer groups of `plan`, and of those that groups share.
+
+    On MLX a decode step adds a sixth or so when it first meets a length: not counted, where torch makes all at once.
+    """
+    device = host.device(None)
+    own, shared, before = 0, {}, {}
+
+    def nbytes(x) -> int:
+        return sum(host.buffers([x]).values())
+
+    for row in range(len(plan.layer_groups)):
+        tables = {id(x): x for x in codec_of(host.xp, plan, row, device).tables()}
+        quantizers = {id(x) for x in plan.quantizers(host.xp, device)} if plan.basis_set is not None else set()
+        shared |= {key: x for key, x in tables.items() if key in quantizers or key in before}
+        own += sum(nbytes(x) for key, x in tables.items() if key not in shared)
+        before = tables
+    return own, sum(map(nbytes, shared.values()))
 
 
 class Stored:

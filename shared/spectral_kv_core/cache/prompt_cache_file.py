@@ -39,11 +39,15 @@ FILE_DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
 
 @dataclass(frozen=True)
 class ExactLayer:
-    """A layer that passes through: keys and values [B, H, n, D] of the last n of `seen` slots, oldest first."""
+    """A layer that passes through: keys and values [B, H, n, D] of the last n of `seen` slots, oldest first.
+
+    padding: left padding [B] in slots, where the host's layer knows of some.
+    """
 
     keys: Any
     values: Any
     seen: int
+    padding: list[int] | None = None
 
 
 @dataclass

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from ..hosts.demo_model import demo_model_path
+from ..hosts.protocol import Captures, Models
 from ..planning.methods import BASIS_SETS, Method
 from ..profile.basis_set import JOINT, PAIRS
 from ..profile.model_shape import ModelShape
@@ -28,8 +29,8 @@ MAX_POSITIONS = 32768
 SCORED_SHARE = 16  # the last sixteenth of a document is scored: its gradients reach the tokens before it
 
 
-class ProfilerBase(ABC):
-    """Makes the profile of a model from one pass over calibration text; a backend adds the abstract methods.
+class ProfilerBase:
+    """Makes the profile of a model from one pass over calibration text; a backend adds its modules.
 
     target_energy: what `Profile.summary` reports ranks at; tokens: calibration tokens in all; document: tokens of one
     document, which bounds the memory needed; samples: label samples per document; seed: of the labels;
@@ -40,6 +41,10 @@ class ProfilerBase(ABC):
     basis_sets: which ways of grouping vectors the profile covers (`group.rope`; default: those of all methods but
     the -pairs methods and kvtc); pairs, joint: that of the -pairs methods, of kvtc, too.
     """
+
+    models: Models
+    captures: Captures
+    xp: Any = None
 
     def __init__(
         self,
@@ -68,29 +73,50 @@ class ProfilerBase(ABC):
             if name not in (known := (*BASIS_SETS, PAIRS, JOINT)):
                 raise ValueError(f"Expected basis sets among {', '.join(known)}, received {name!r}.")
 
-    @abstractmethod
     def load(self, name: str, quantize: str | None = None):
         """Model and tokenizer of a directory or hub id; quantize: `4bit` or `8bit` weights."""
+        return self.models.load_model(name, None, quantize)
 
-    @abstractmethod
     def describe(self, model) -> tuple[ModelShape, dict[int, str], str, str, int | None]:
         """Shape, passed-through layers with reasons, weights digest, name, and the context it was made for."""
+        models = self.models
+        shape, passed = models.model_shape(model)
+        return shape, passed, models.weights_digest(model), models.model_name(model), models.max_context(model)
 
-    @abstractmethod
     def activations(self, model, shape: ModelShape, tokens: list[int]) -> Iterator[tuple]:
         """Per compressible layer, float32 NumPy: queries [Hq, T, D] times the attention scale, keys, values [H, T, D]."""
+        cache = self.captures.capture(model, tokens)
+        for layer_idx in shape.layers:
+            yield self._arrays(cache, layer_idx)
 
-    @abstractmethod
     def probe(self, model, shape: ModelShape, tokens: list[int], scored: int) -> tuple[list, LogProbabilities]:
         """A document as `layer_probing.probed` takes it, whose last `scored` tokens are predicted."""
+        captures, to_numpy, outputs = self.captures, self.xp.to_numpy, {}
+        cache = captures.capture(model, tokens[:-scored])
+        layers = [captures.captured(cache, layer_idx) for layer_idx in shape.layers]
 
-    @abstractmethod
+        def log_p(changed: dict[int, tuple]) -> np.ndarray:
+            by_index = {shape.layers[n]: arrays for n, arrays in changed.items()}
+            return to_numpy(captures.probed_log_probabilities(model, cache, tokens[-scored:], by_index, outputs))
+
+        return [(to_numpy(layer.keys), to_numpy(layer.values)) for layer in layers], log_p
+
     def vectors(self, model, shape: ModelShape, tokens: list[int], scored: int, seed: int) -> Iterator[tuple]:
         """Per compressible layer, as float32 NumPy arrays, of all but the last `scored` tokens:
 
         queries [Hq, T, D] times the attention scale, keys and values [H, T, D], and the gradients [S, H, T, D] of the
         scored tokens' log probability with respect to keys and values.
         """
+        cache = self.captures.capture(model, tokens[:-scored])
+        gradients = self.captures.score_gradients(model, cache, tokens[-scored:], self.samples, seed)
+        for layer_idx in shape.layers:
+            sides = [np.stack([self.xp.to_numpy(sample[layer_idx][side]) for sample in gradients]) for side in (0, 1)]
+            yield *self._arrays(cache, layer_idx), *sides
+
+    def _arrays(self, cache, layer_idx: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Queries times the attention scale, keys and values of a captured layer of batch 1."""
+        layer, to_numpy = self.captures.captured(cache, layer_idx), self.xp.to_numpy
+        return to_numpy(layer.queries[0]) * layer.scale, to_numpy(layer.keys[0]), to_numpy(layer.values[0])
 
     def profile_from_model(
         self, model, tokenizer=None, texts: list[str] | None = None, name: str = "", quantize: str | None = None
