@@ -16,7 +16,7 @@ from spectral_kv_core.codecs.spectral import Chunk, split_layers
 from spectral_kv_core.planning.plan import Plan
 
 from . import ops
-from .handles import RoutedCache, caller_is_routed
+from .handles import RoutedCache
 
 
 class SpectralKVCache(CompressedLayer, RoutedCache):
@@ -49,7 +49,7 @@ class SpectralKVCache(CompressedLayer, RoutedCache):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Take in [B, H, L, D] post-RoPE keys and values."""
-        return self.take(keys, values, 0, caller_is_routed())
+        return self.take(keys, values, 0, self.find_route())
 
     def take(self, keys: mx.array, values: mx.array, number: int, routed: bool) -> tuple[mx.array, mx.array]:
         """`update_and_fetch` for layer number `number` of the row."""
@@ -191,7 +191,7 @@ class FollowingKVCache(FollowingLayer, RoutedCache):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """As `SpectralKVCache.update_and_fetch`."""
-        return self.first.take(keys, values, self.number, caller_is_routed())
+        return self.first.take(keys, values, self.number, self.find_route())
 
     def attend(self, queries: mx.array, scale: float, fused) -> mx.array:
         """As `SpectralKVCache.attend`."""

@@ -12,11 +12,10 @@ import numpy as np
 from mlx_lm.models import base
 from mlx_lm.models.cache import create_attention_mask
 
-from .handles import RoutedCache, caller_is_routed
+from .handles import RoutedCache, routing
 from .integration import dispatcher, host_layers, model_shape, replaced_attention, routed
 from .ops import all_finite, to_numpy
 
-# our cache looks for the dispatcher under this name in the module that calls it, as in mlx-lm's models
 scaled_dot_product_attention = dispatcher(base.scaled_dot_product_attention)
 
 
@@ -31,7 +30,7 @@ class CaptureCache(RoutedCache):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         if self.leaves:
             return mx.concatenate([self.keys, keys], axis=2), mx.concatenate([self.values, values], axis=2)
-        if not caller_is_routed():
+        if not self.find_route():
             raise ValueError("Expected a model whose attention is routed through ours, received another caller.")
         self.pending = keys, values
         return self.pending
@@ -107,7 +106,6 @@ def recorded(model, cache: list, layers: Sequence[int]) -> Iterator[dict[int, li
                 calls[indices[id(cache)]].append(Attended(queries, *new, to_numpy(out[0]), mask, scale))
             return out
 
-        recording.host = attention.host
         return recording
 
     with routed(model), replaced_attention(model, around):
@@ -117,8 +115,9 @@ def recorded(model, cache: list, layers: Sequence[int]) -> Iterator[dict[int, li
 def attend(cache: list, layer_idx: int, call: Attended) -> np.ndarray:
     """What layer `layer_idx` of `cache`, plain or compressed, gives for `call` [Hq, L, D]; its tokens enter the cache."""
     layer = cache[layer_idx]
-    keys, values = layer.update_and_fetch(call.keys, call.values)
-    out = scaled_dot_product_attention(call.queries, keys, values, layer, call.scale, call.mask)
+    with routing():
+        keys, values = layer.update_and_fetch(call.keys, call.values)
+        out = scaled_dot_product_attention(call.queries, keys, values, layer, call.scale, call.mask)
     mx.eval(out, layer.arrays() if isinstance(layer, RoutedCache) else (layer.keys, layer.values))
     return to_numpy(out[0])
 

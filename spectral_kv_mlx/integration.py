@@ -8,7 +8,9 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -33,26 +35,25 @@ from spectral_kv_core.files import paths
 from spectral_kv_core.hosts.weights import digest_weights
 from spectral_kv_core.profile.model_shape import ModelShape
 
-from .handles import ATTENTION, is_dispatcher, make_dispatcher
+from .handles import is_ours, make_dispatcher, replacing, routing
 from .ops import to_numpy
 
 WEIGHT_GROUP = 64  # weights that share a scale where they are quantized here
 
-_users: dict[str, dict[int, weakref.ref]] = {}  # module of mlx-lm -> models whose attention in it goes through ours
+ATTENTION = "scaled_dot_product_attention"
 
 
 def install(model) -> None:
     """Let `model` attend to compressed caches as codes; plain caches keep going to mlx-lm's own attention."""
-    for name in _attention_modules(model):
-        module = sys.modules[name]
-        if not is_dispatcher(getattr(module, ATTENTION)):
-            setattr(module, ATTENTION, dispatcher(getattr(module, ATTENTION)))
-        _users.setdefault(name, {})[id(model)] = weakref.ref(model)
+    for owner, name, make in _places(model):
+        if not is_ours(getattr(owner, name)):
+            setattr(owner, name, make(getattr(owner, name)))
+        getattr(owner, name).users[id(model)] = weakref.ref(model)
 
 
 def dispatcher(host: Callable) -> Callable:
     """Attention that attends to our caches as codes; all else goes to `host`."""
-    return make_dispatcher(host, _fused, _check_mask)
+    return make_dispatcher(host, _fused, MaskCheck())
 
 
 def restore(model) -> None:
@@ -60,17 +61,48 @@ def restore(model) -> None:
 
     Models of one family share their attention: it is given back when the last of them is restored.
     """
-    for name in _attention_modules(model):
-        _users.get(name, {}).pop(id(model), None)
-        function = getattr(sys.modules[name], ATTENTION)
-        if not any(user() is not None for user in _users.get(name, {}).values()) and is_dispatcher(function):
-            setattr(sys.modules[name], ATTENTION, function.host)
+    for owner, name, _ in _places(model):
+        function = getattr(owner, name)
+        if not is_ours(function):
+            continue
+        function.users.pop(id(model), None)
+        if not any(user() is not None for user in function.users.values()):
+            setattr(owner, name, function.host)
+
+
+def _places(model) -> list[tuple[Any, str, Callable]]:
+    """Where functions of ours stand while `model` is installed: owner, name, and what makes one of the host's own.
+
+    The modules that `model` calls attention from, and the classes in them that its layers are made of.
+    """
+    names = _attention_modules(model)
+    classes: dict[type, set[str]] = {}
+    for part in (part for layer in model.layers if layer is not None for _, part in layer.named_modules()):
+        bases = type(part).__mro__
+        owner = next((base for base in bases if "__call__" in vars(base)), None)  # that says how `part` is called
+        if owner is not None and owner.__module__ in names:
+            classes.setdefault(owner, set()).update(names & {base.__module__ for base in bases})
+    found = [(sys.modules[name], ATTENTION, dispatcher) for name in names]
+    return found + [(owner, "__call__", partial(_routing_call, of)) for owner, of in classes.items()]
+
+
+def _routing_call(modules: set[str], host: Callable) -> Callable:
+    """How a part of a model is called: with a route while all `modules` that it may call attention from have ours."""
+
+    def __call__(self, *args, **options):
+        if not all(is_ours(getattr(sys.modules[name], ATTENTION)) for name in modules):
+            return host(self, *args, **options)
+        with routing():
+            return host(self, *args, **options)
+
+    return replacing(host, __call__)
 
 
 @contextmanager
 def routed(model) -> Iterator[None]:
     """Route the attention of `model` through ours for a while."""
-    before = any(id(model) in _users.get(name, {}) for name in _attention_modules(model))
+    functions = [getattr(owner, name) for owner, name, _ in _places(model)]
+    before = any(is_ours(function) and id(model) in function.users for function in functions)
     install(model)
     try:
         yield
@@ -86,7 +118,7 @@ def replaced_attention(model, around: Callable[[Callable], Callable]) -> Iterato
     before = {name: getattr(sys.modules[name], ATTENTION) for name in _attention_modules(model)}
     try:
         for name, function in before.items():
-            setattr(sys.modules[name], ATTENTION, around(function))
+            setattr(sys.modules[name], ATTENTION, replacing(function.host, around(function), function.users))
         yield
     finally:
         for name, function in before.items():
@@ -102,7 +134,7 @@ def _routable(layer: nn.Module) -> set[str]:
     """Modules of the classes in `layer` that have mlx-lm's attention, or our dispatcher, under its usual name."""
     names = {cls.__module__ for _, module in layer.named_modules() for cls in type(module).__mro__}
     found = {name: getattr(sys.modules.get(name), ATTENTION, None) for name in names if name != base.__name__}
-    return {name for name, f in found.items() if f is base.scaled_dot_product_attention or is_dispatcher(f)}
+    return {name for name, f in found.items() if f is base.scaled_dot_product_attention or is_ours(f)}
 
 
 def _fused(q, k, v, scale):
@@ -110,23 +142,26 @@ def _fused(q, k, v, scale):
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal" if q.shape[2] > 1 else None)
 
 
-_last_checked: list = [None]  # the mask that all layers of a forward pass share
+class MaskCheck:
+    """Refuses masks that are not causal; looks at each once, as all layers of a forward pass share it."""
 
+    def __init__(self):
+        self._last: Callable = lambda: None
 
-def _check_mask(mask, cache, length: int) -> None:
-    """Raise ValueError unless `mask` is causal, with the left padding of `cache` where it has some."""
-    padding = getattr(cache, "left_padding", None)
-    if not isinstance(mask, mx.array) or mask is _last_checked[0] or (length == 1 and padding is not None):
-        return
-    seen = cache.size() - length
-    expected = create_causal_mask(length, seen, left_padding=mx.array(padding) if padding is not None else None)
-    visible = mask if mask.dtype == mx.bool_ else mask >= 0
-    if not mx.array_equal(*mx.broadcast_arrays(visible, expected[..., -mask.shape[-1] :])).item():
-        raise ValueError(
-            "Expected a causal mask with padding on the left only, received another mask. Pad on the left and give "
-            "left_padding to make_prompt_cache."
-        )
-    _last_checked[0] = mask
+    def __call__(self, mask, cache, length: int) -> None:
+        """Raise ValueError unless `mask` is causal, with the left padding of `cache` where it has some."""
+        padding = getattr(cache, "left_padding", None)
+        if not isinstance(mask, mx.array) or mask is self._last() or (length == 1 and padding is not None):
+            return
+        seen = cache.size() - length
+        expected = create_causal_mask(length, seen, left_padding=mx.array(padding) if padding is not None else None)
+        visible = mask if mask.dtype == mx.bool_ else mask >= 0
+        if not mx.array_equal(*mx.broadcast_arrays(visible, expected[..., -mask.shape[-1] :])).item():
+            raise ValueError(
+                "Expected a causal mask with padding on the left only, received another mask. Pad on the left and give "
+                "left_padding to make_prompt_cache."
+            )
+        self._last = weakref.ref(mask)
 
 
 def _decoder(model) -> nn.Module:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,7 +31,16 @@ from spectral_kv_mlx import SpectralProfiler, cache_nbytes, capture, load_model,
 from spectral_kv_mlx.cache import SpectralKVCache
 from spectral_kv_mlx.capture import label_gradients, score_gradients
 from spectral_kv_mlx.generation import generate, plain_cache, score
-from spectral_kv_mlx.integration import _fused, _read_rope, install, measure_rope, model_shape, weights_digest
+from spectral_kv_mlx.handles import routing
+from spectral_kv_mlx.integration import (
+    MaskCheck,
+    _fused,
+    _read_rope,
+    install,
+    measure_rope,
+    model_shape,
+    weights_digest,
+)
 
 SMALL = {"window": 16, "sinks": 4}
 
@@ -267,12 +277,66 @@ def test_custom_loop_gets_dense_keys_and_values(tiny):
     assert mx.array_equal(keys, mx.concatenate([first, second], axis=2)) and mx.array_equal(keys, values)
     assert cache.offset == 14
     install(tiny.model)
-    routed = eval("lambda cache, x: cache.update_and_fetch(x, x)", vars(llama))
     for _ in range(2):  # nobody attends to these
-        assert routed(cache, first)[0] is first
+        with routing():
+            assert cache.update_and_fetch(first, first)[0] is first
     assert cache.offset == 28 and cache.keys_and_values()[0].shape == (1, 2, 28, 32) and cache.offset == 28
     with pytest.raises(ValueError, match="another model"):
         cache.update_and_fetch(first[..., :16], first[..., :16])
+
+
+class Wrapper:
+    """A cache around another, as loggers and servers have them."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def update_and_fetch(self, keys, values):
+        return self.inner.update_and_fetch(keys, values)
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+
+def test_a_wrapped_cache_is_attended_as_codes(tiny, monkeypatch):
+    """Whoever stands between the model and our cache: neither a slower way without a word, nor the new tokens alone."""
+    tokens = make_tokens(120)
+    caches = [make_prompt_cache(tiny.model, tiny.profile, 3.0, **SMALL) for _ in range(2)]
+    expected = feed(tiny.model, caches[0], tokens, 40)
+    monkeypatch.setattr(LayerCache, "dense", lambda self, *a: pytest.fail("decoded"))
+    assert np.array_equal(feed(tiny.model, [Wrapper(layer) for layer in caches[1]], tokens, 40), expected)
+
+
+def test_a_cache_that_changes_keys_is_refused(tiny):
+    class Cast(Wrapper):
+        def update_and_fetch(self, keys, values):
+            return tuple(x.astype(mx.float16) for x in self.inner.update_and_fetch(keys, values))
+
+    cache = make_prompt_cache(tiny.model, tiny.profile, 3.0, **SMALL)
+    with pytest.raises(ValueError, match="keys that update_and_fetch gave back"):
+        feed(tiny.model, [Cast(layer) for layer in cache], make_tokens(20))
+
+
+def test_the_last_mask_is_not_kept(tiny):
+    tokens, mask = make_tokens(20), mx.array(np.tril(np.ones((20, 20), bool)))
+    check, cache = MaskCheck(), make_prompt_cache(tiny.model, tiny.profile, 3.0, **SMALL)
+    feed(tiny.model, cache, tokens)
+    check(mask, cache[0], 20)
+    found = weakref.ref(mask)
+    del mask
+    assert found() is None
+    with pytest.raises(ValueError, match="causal mask"):
+        check(mx.zeros((20, 20), mx.bool_), cache[0], 20)
+
+
+def test_attention_modules_are_given_back():
+    model = make_model("qwen2", seed=4)
+    cls = type(model.layers[0].self_attn)
+    before = cls.__call__
+    install(model)
+    assert cls.__call__ is not before
+    restore(model)
+    assert cls.__call__ is before
 
 
 def test_host_protocol(tiny):
