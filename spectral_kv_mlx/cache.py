@@ -12,7 +12,7 @@ from spectral_kv_core.cache.compressed_layer import CompressedLayer, FollowingLa
 from spectral_kv_core.cache.eviction import Eviction
 from spectral_kv_core.cache.layer_cache import LATENT_QUERIES
 from spectral_kv_core.cache.padding_group import Lane
-from spectral_kv_core.codecs.spectral import Chunk, split_layers
+from spectral_kv_core.codecs.chunk import Chunk, split_layers
 from spectral_kv_core.planning.plan import Plan
 
 from . import ops

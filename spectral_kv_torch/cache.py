@@ -14,9 +14,10 @@ from spectral_kv_core.cache.eviction import Eviction
 from spectral_kv_core.cache.layer_cache import LayerCache
 from spectral_kv_core.cache.padding_group import Lane
 from spectral_kv_core.cache.request import SINKS, WINDOW
-from spectral_kv_core.codecs.spectral import split_layers
+from spectral_kv_core.codecs.chunk import split_layers
+from spectral_kv_core.codecs.registry import plan_for
 from spectral_kv_core.planning.methods import DEFAULT_METHOD, get_live_method
-from spectral_kv_core.planning.plan import Plan, make_plan
+from spectral_kv_core.planning.plan import Plan
 from spectral_kv_core.profile.profile import Profile
 
 from . import ops
@@ -190,8 +191,8 @@ class SpectralCache(Cache):
         eviction: Eviction | None = None,
         working_set: int = 0,
     ):
-        plan = plan or make_plan(profile.shape, profile, get_live_method(method), bits)
-        if plan.method.scorer is not None and eviction is None and not hasattr(plan, "CODEC"):
+        plan = plan or plan_for(profile.shape, profile, get_live_method(method), bits, window=window, sinks=sinks)
+        if plan.drops and eviction is None:
             raise ValueError(
                 f"Expected a budget for {plan.method.name}, which drops tokens, received none: "
                 "make_prompt_cache(model, method=..., budget_tokens=...)."

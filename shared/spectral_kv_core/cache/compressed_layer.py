@@ -6,7 +6,6 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-from ..codecs.entropy_coded import codecs_of
 from ..planning.plan import Plan
 from .eviction import Eviction
 from .layer_cache import LayerCache
@@ -62,10 +61,10 @@ class CompressedLayer:
 
     def open(self, device=None) -> LayerCache:
         """Put the codec's tables on `device`; returns the store, empty."""
-        codec = codecs_of(self.xp, self.plan, device)[self.row]
+        codec = self.plan.codecs(self.xp, device)[self.row]
         staging, at_more_bits = None, self.plan.staging
         if at_more_bits and self.eviction is None:
-            staging = lambda: codecs_of(self.xp, at_more_bits, device)[self.row]  # noqa: E731
+            staging = lambda: at_more_bits.codecs(self.xp, device)[self.row]  # noqa: E731
         made = self.sinks, self.window, staging, self.eviction, self.row, self.working_set
         self.store = LayerCache(self.xp, codec, *made)
         return self.store

@@ -17,7 +17,7 @@ from ..planning.plan import Plan
 def check_working_set(method: Method, limit: int) -> None:
     """Raise ValueError unless caches of `method` have a use for `limit` bytes of decoded chunks."""
     whole = isinstance(limit, Integral) and not isinstance(limit, bool)
-    if not whole or limit < 0 or (limit and (method.codec == "none" or method.latent)):
+    if not whole or limit < 0 or (limit and not method.decodes_history):
         raise ValueError(
             f"Expected working_set of 0 bytes or more, 0 for a method that never decodes its history, received {limit!r} for "
             f"{method.name}. Choose another method, such as spectral-dense."

@@ -12,7 +12,8 @@ from functools import cached_property
 
 import numpy as np
 
-from ..codecs.spectral import CHUNK_TOKENS, Chunk
+from ..codecs.chunk import Chunk
+from ..planning.budget import CHUNK_TOKENS
 from ..planning.plan import Plan
 from ..scorers import Scorer, Tokens, get_scorer
 from ..scorers.selection import MODES, select
@@ -72,7 +73,7 @@ class Eviction:
 
     @property
     def coded(self) -> bool:
-        return self.plan.method.codec != "none"
+        return self.plan.method.compresses
 
     @property
     def target(self) -> int:
@@ -86,8 +87,7 @@ class Eviction:
     @property
     def joint(self) -> bool:
         """Whether the heads of a layer keep the same tokens, because they are coded together."""
-        method = self.plan.method
-        return method.codec == "spectral" and (method.group != "head" or method.quantizer == "trellis")
+        return self.plan.method.shares_tokens
 
     def spans(self, seen: int) -> list[tuple[int, int]]:
         """The protected spans in a text of `seen` tokens."""

@@ -6,9 +6,9 @@ import copy
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
-from ..codecs.spectral import join_layers, split_layers
+from ..codecs.chunk import join_layers, split_layers
 from ..hosts.protocol import Host
-from ..planning.plan import elements_per_token
+from ..planning.budget import elements_per_token
 from ..profile.profile import Profile
 from .compressed_layer import CompressedLayer, FollowingLayer, is_compressed, leading_layers
 from .request import CacheRequest

@@ -6,9 +6,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..codecs.registry import make_plan, plan_for
 from ..hosts.protocol import Host
 from ..planning.methods import Method, get_keeping_method, get_live_method
-from ..planning.plan import Plan, make_plan, plan_for
+from ..planning.plan import Plan
 from ..profile.profile import Profile
 from . import prompt_cache_file
 from .compressed_layer import is_compressed, leading_layers

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
 
+from ..codecs.registry import plan_for, usable_method
 from ..codecs.tiers import check_tiers, make_tiered_plan
-from ..planning.methods import DEFAULT_METHOD, DROPPING, Method, get_live_method, rounded_by
-from ..planning.plan import Plan, elements_per_token, plan_for, whole_number
+from ..planning.budget import elements_per_token, whole_number
+from ..planning.methods import DEFAULT_METHOD, Method, get_live_method, rounded_by
+from ..planning.plan import Plan
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
 from ..scorers import check_wavelet, get_scorer
@@ -93,7 +95,7 @@ class CacheRequest:
         element_bytes: size of an exact element. other_bytes: what the layers that pass through need. Raises ValueError
         for bits out of range, a budget that is too small for what must stay, and a profile that does not fit.
         """
-        method, exact = self.recipe, (self.window, self.sinks, element_bytes, other_bytes)
+        method, exact = usable_method(self.recipe), (self.window, self.sinks, element_bytes, other_bytes)
         if self.tiers is not None:
             return make_tiered_plan(shape, profile, method, self.tiers), None
         if method.scorer is None:
@@ -120,7 +122,7 @@ class CacheRequest:
     def _check_keeping(self) -> None:
         method = self.recipe
         for name in self._given(*DROPS):
-            codec = f"+{method.name}" if method.codec in DROPPING else ""
+            codec = f"+{method.name}" if method.can_drop else ""
             raise ValueError(
                 f"Expected a method that drops tokens for {name}, {method.name} keeps every token. Take for example "
                 f"wavelettriattention{codec}."
@@ -168,7 +170,7 @@ def _tokens_for_bytes(
     elements = elements_per_token(plan.shape)
     places = 4 * len(plan.shape.layers) * plan.shape.kv_heads
     exact = elements * element_bytes + places
-    if plan.method.codec == "none":
+    if not plan.method.compresses:
         return max(int((budget_bytes - other_bytes) // exact), 1)
     whole = sinks + window + 15  # of which up to 15 wait for their block to fill
     left = budget_bytes - other_bytes - whole * exact
