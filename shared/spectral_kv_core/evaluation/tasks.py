@@ -53,6 +53,17 @@ class Job:
     def budget_tokens(self, prefix: int) -> int | None:
         return None if self.keep is None else round(self.keep * prefix)
 
+    def options(self, prefix: int) -> dict:
+        """The fields of `CacheRequest` that ask for this cache after a prefix of so many tokens."""
+        asked = {
+            "method": self.method,  # with its rounding
+            "bits": None if self.tiers else self.bits,
+            "budget_tokens": self.budget_tokens(prefix),
+            "tiers": self.tiers,
+            "wavelet": self.wavelet,
+        }
+        return {name: value for name, value in asked.items() if value is not None}
+
 
 @dataclass(frozen=True)
 class Compressed:
@@ -222,21 +233,9 @@ class Runner:
         return cache
 
     def _empty(self, job: Job, prefix: int):
-        settings, budget = self.settings, job.budget_tokens(prefix)
-        options = {} if budget is None else {"budget_tokens": budget}
-        if job.tiers:
-            options["tiers"] = job.tiers
-        if job.wavelet:
-            options["wavelet"] = job.wavelet
-        return self.backend.make_prompt_cache(
-            self.model,
-            job.plan.profile,
-            None if job.tiers else job.bits,
-            method=job.method,  # with its rounding
-            window=settings.window,
-            sinks=settings.sinks,
-            **options,
-        )
+        exact = {"window": self.settings.window, "sinks": self.settings.sinks}
+        options = job.options(prefix) | exact
+        return self.backend.make_prompt_cache(self.model, job.plan.profile, options.pop("bits", None), **options)
 
     def _copied(self, plain):
         cache = self.backend.plain_cache(self.model)
