@@ -9,7 +9,7 @@ from pathlib import Path
 
 from spectral_kv_core.cache import prompt_cache
 from spectral_kv_core.cache.prompt_cache_file import PromptFile
-from spectral_kv_core.cache.request import SINKS, WINDOW
+from spectral_kv_core.planning.budget import SINKS, WINDOW
 from spectral_kv_core.planning.methods import Method
 from spectral_kv_core.profile.profile import Profile
 

@@ -13,9 +13,9 @@ from spectral_kv_core.cache.decoded_chunks import bytes_per_layer
 from spectral_kv_core.cache.eviction import Eviction
 from spectral_kv_core.cache.layer_cache import LayerCache
 from spectral_kv_core.cache.padding_group import Lane
-from spectral_kv_core.cache.request import SINKS, WINDOW
 from spectral_kv_core.codecs.chunk import split_layers
 from spectral_kv_core.codecs.registry import plan_for
+from spectral_kv_core.planning.budget import SINKS, WINDOW
 from spectral_kv_core.planning.methods import DEFAULT_METHOD, get_live_method
 from spectral_kv_core.planning.plan import Plan
 from spectral_kv_core.profile.profile import Profile

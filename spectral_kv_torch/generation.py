@@ -14,10 +14,11 @@ from transformers.cache_utils import Cache
 from spectral_kv_core.benchmark.machine import process_peak_bytes
 from spectral_kv_core.cache import model_cache
 from spectral_kv_core.cache.model_cache import build_cache
-from spectral_kv_core.cache.request import SINKS, WINDOW, CacheRequest
+from spectral_kv_core.cache.request import CacheRequest
 from spectral_kv_core.cache.size import CacheSize
 from spectral_kv_core.hosts.protocol import Generated
 from spectral_kv_core.hosts.protocol import score as core_score
+from spectral_kv_core.planning.budget import SINKS, WINDOW
 from spectral_kv_core.planning.methods import DEFAULT_METHOD
 from spectral_kv_core.profile.profile import Profile
 

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 
 from spectral_kv_core.cache import prompt_cache
 from spectral_kv_core.cache.prompt_cache_file import PromptFile
-from spectral_kv_core.cache.request import SINKS, WINDOW
+from spectral_kv_core.planning.budget import SINKS, WINDOW
 from spectral_kv_core.planning.methods import Method
 from spectral_kv_core.profile.profile import Profile
 

@@ -17,11 +17,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..arrays.transform import band_sizes
-from ..cache.request import SINKS, WINDOW
 from ..codecs.registry import bits_range, family_of, make_plan
 from ..codecs.spectral import STAGING_BITS
 from ..hosts.protocol import Host
-from ..planning.budget import CHUNK_TOKENS, SEAL, elements_per_token
+from ..planning.budget import CHUNK_TOKENS, SEAL, SINKS, WINDOW, elements_per_token
 from ..planning.methods import METHODS, Method
 from ..planning.plan import Plan
 from ..profile.model_shape import ModelShape

@@ -19,7 +19,8 @@ class CompressedLayer:
     """
 
     xp: Any = None
-    store: LayerCache | None
+    store: Any  # LayerCache | None
+    taken: dict[int, Any]
 
     def __init__(
         self,
@@ -100,7 +101,7 @@ class CompressedLayer:
             self.start(keys.shape[0], padding)
         self.store.append(keys, values)
 
-    def keys_and_values(self) -> tuple:
+    def keys_and_values(self) -> tuple[Any, Any]:
         """Decoded keys and values [B, layers * H, seen, D]; None twice when empty."""
         self.commit()
         return (self.store.dense() if self.store is not None else None) or (None, None)
@@ -139,8 +140,8 @@ class FollowingLayer:
         return new
 
     @property
-    def store(self) -> LayerCache | None:
-        """The cache of the whole group."""
+    def store(self) -> Any:
+        """The `LayerCache` of the whole group, or None."""
         return self.first.store
 
 

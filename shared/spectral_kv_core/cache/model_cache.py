@@ -56,7 +56,8 @@ def fill(host: Host, cache, plain) -> None:
         contents = layer_contents(host, plain, compressed)
         for layer in leading_layers(layers):
             held, paddings = zip(*islice(contents, len(layer.layers)))
-            layer.append(*join_layers(host.xp, held), paddings[0])
+            keys, values = join_layers(host.xp, held)
+            layer.append(keys, values, paddings[0])
             host.xp.evaluate(*layer.arrays())  # else the keys and values of every layer live until the last one
 
 
@@ -72,11 +73,12 @@ def layer_contents(host: Host, cache, layers: Sequence[int]) -> Iterator[tuple]:
         if isinstance(layer, CompressedLayer):
             if layer.store is not None:
                 layer.store.check_complete()
-            for held in split_layers(*layer.keys_and_values(), len(layer.layers)):
+            keys, values = layer.keys_and_values()
+            for held in split_layers(keys, values, len(layer.layers)):
                 yield held, layer.store.padding
         else:
-            held = host.models.exact_layer(layer)
-            yield (held.keys, held.values), held.padding
+            exact = host.models.exact_layer(layer)
+            yield (exact.keys, exact.values), exact.padding
 
 
 def held_vectors(host: Host, cache, layers: Sequence[int]) -> Iterator[tuple]:
@@ -84,7 +86,8 @@ def held_vectors(host: Host, cache, layers: Sequence[int]) -> Iterator[tuple]:
 
     Codes are decoded as they are after the prompt. Positions [H or 1, N] are None where every token is held.
     """
-    xp, held_layers, same = host.xp, host.layers(cache), {}  # what layers share stays shared
+    xp, held_layers = host.xp, host.layers(cache)
+    same: dict = {}  # what layers share stays shared
     for layer in leading_layers(held_layers):  # heads may keep the same tokens in all layers
         layer.commit()
     for layer in (held_layers[layer_idx] for layer_idx in layers):
@@ -93,11 +96,12 @@ def held_vectors(host: Host, cache, layers: Sequence[int]) -> Iterator[tuple]:
         if isinstance(layer, CompressedLayer):
             ended = copy.deepcopy(layer, same)
             ended.finalize()
-            for held in split_layers(*ended.keys_and_values(), len(layer.layers)):
+            keys, values = ended.keys_and_values()
+            for held in split_layers(keys, values, len(layer.layers)):
                 yield *(xp.to_numpy(x[0]) for x in held), ended.store.positions()
         else:
-            held = host.models.exact_layer(layer)
-            yield xp.to_numpy(held.keys[0]), xp.to_numpy(held.values[0]), None
+            exact = host.models.exact_layer(layer)
+            yield xp.to_numpy(exact.keys[0]), xp.to_numpy(exact.values[0]), None
 
 
 def cache_nbytes(host: Host, cache) -> CacheSize:

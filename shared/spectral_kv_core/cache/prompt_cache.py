@@ -8,14 +8,15 @@ from pathlib import Path
 
 from ..codecs.registry import make_plan, plan_for
 from ..hosts.protocol import Host
+from ..planning.budget import SINKS, WINDOW
 from ..planning.methods import Method, get_keeping_method, get_live_method
 from ..planning.plan import Plan
 from ..profile.profile import Profile
 from . import prompt_cache_file
 from .compressed_layer import is_compressed, leading_layers
+from .layer_cache import LayerCache
 from .model_cache import fill, layer_contents
 from .prompt_cache_file import ExactLayer, PromptFile, encode_within
-from .request import SINKS, WINDOW
 
 
 def save_prompt_cache(
@@ -107,16 +108,16 @@ def encode_cache(host: Host, plan: Plan, cache, sinks: int, window: int):
 
 def decode_cache(host: Host, cache, model):
     """The plain cache of `model` with what `cache` holds, decoded; `cache` stays as it is."""
-    ours, given = leading_layers(host.layers(cache)), host.layers(cache)
-    padding = ours[0].store.padding
+    given = host.layers(cache)
+    padding = _stores(host, cache)[0].padding
     plain = host.models.host_layers(model, padding if any(padding) else None)
     indices = [layer_idx for layer_idx, layer in enumerate(given) if is_compressed(layer)]
     with host.no_gradients():
         for layer_idx, layer in enumerate(given):
             if not is_compressed(layer):
                 plain[layer_idx] = host.copy_layer(layer)
-        for layer_idx, (held, _) in zip(indices, layer_contents(host, cache, indices)):
-            host.models.set_exact_layer(plain[layer_idx], ExactLayer(*held, given[layer_idx].store.seen))
+        for layer_idx, ((keys, values), _) in zip(indices, layer_contents(host, cache, indices)):
+            host.models.set_exact_layer(plain[layer_idx], ExactLayer(keys, values, given[layer_idx].store.seen))
     return host.models.cache_of(plain)
 
 
@@ -127,14 +128,10 @@ def sealed_bits(host: Host, cache) -> float:
 
 def _restored(host: Host, file: PromptFile, plan: Plan, model):
     """The compressed cache that `file` has."""
-    dtype, device, padding = (
-        host.models.model_dtype(model),
-        host.device(model),
-        file.padding if any(file.padding) else None,
-    )
-    cache = host.compressed_cache(
-        plan, host.models.host_layers(model, padding), file.sinks, file.window, left_padding=padding
-    )
+    dtype, device = host.models.model_dtype(model), host.device(model)
+    padding = file.padding if any(file.padding) else None
+    layers = host.models.host_layers(model, padding)
+    cache = host.compressed_cache(plan, layers, file.sinks, file.window, left_padding=padding)
     for layer_idx, layer in enumerate(host.layers(cache)):
         if not is_compressed(layer):
             host.models.set_exact_layer(layer, file.exact(host.xp, layer_idx, dtype, device))
@@ -143,5 +140,5 @@ def _restored(host: Host, file: PromptFile, plan: Plan, model):
     return cache
 
 
-def _stores(host: Host, cache) -> list:
-    return [layer.store for layer in leading_layers(host.layers(cache))]
+def _stores(host: Host, cache) -> list[LayerCache]:
+    return [layer.store for layer in leading_layers(host.layers(cache)) if layer.store is not None]

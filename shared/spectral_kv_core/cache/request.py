@@ -11,7 +11,7 @@ from numbers import Real
 
 from ..codecs.registry import plan_for, usable_method
 from ..codecs.tiers import check_tiers, make_tiered_plan
-from ..planning.budget import elements_per_token, whole_number
+from ..planning.budget import SINKS, WINDOW, elements_per_token, whole_number
 from ..planning.methods import DEFAULT_METHOD, Method, get_live_method, rounded_by
 from ..planning.plan import Plan
 from ..profile.model_shape import ModelShape
@@ -21,8 +21,6 @@ from ..scorers.selection import MODES
 from .decoded_chunks import check_working_set
 from .eviction import EVERY, Eviction
 
-WINDOW = 64  # last tokens that a cache keeps exactly
-SINKS = 4  # first tokens that a cache keeps exactly
 DROPS = ("budget_tokens", "protect", "selection", "evict_every", "wavelet")  # options of methods that drop tokens
 
 
@@ -53,7 +51,7 @@ class CacheRequest:
     window: int = WINDOW
     sinks: int = SINKS
     budget_tokens: int | None = None
-    protect: Sequence[tuple[int, int]] | None = ()
+    protect: Sequence[tuple[int, int]] = ()
     selection: str | None = None
     evict_every: int | None = None
     wavelet: str | None = None
@@ -74,11 +72,11 @@ class CacheRequest:
         if self.selection is not None and self.selection not in MODES:
             raise ValueError(f"Expected a selection among {', '.join(MODES)}, received {self.selection!r}.")
         if self.tiers is not None:
-            self._check_tiers()
+            self._check_tiers(self.tiers)
         elif self.recipe.scorer is None:
             self._check_keeping()
         else:
-            self._check_dropping()
+            self._check_dropping(self.recipe.scorer)
 
     @cached_property
     def recipe(self) -> Method:
@@ -97,27 +95,27 @@ class CacheRequest:
         """
         method, exact = usable_method(self.recipe), (self.window, self.sinks, element_bytes, other_bytes)
         if self.tiers is not None:
-            return make_tiered_plan(shape, profile, method, self.tiers), None
+            return make_tiered_plan(shape, profile, method, self.tiers), None  # type: ignore[arg-type]  # it has one
         if method.scorer is None:
             return plan_for(shape, profile, method, self.bits, self.budget_bytes, self.max_context, *exact), None
         plan = plan_for(shape, profile, method, self.bits, None, None, *exact)
         tokens = self.budget_tokens
-        if tokens is None:
+        if self.budget_bytes is not None:
             tokens = _tokens_for_bytes(plan, self.budget_bytes, *exact)
         mode = self.selection or MODES[0]
         every = EVERY if self.evict_every is None else int(self.evict_every)
-        sizes = int(tokens), int(self.sinks), int(self.window)
-        return plan, Eviction(plan, *sizes, self.protect, mode, every, self.wavelet)
+        sizes = int(tokens or 0), int(self.sinks), int(self.window)
+        return plan, Eviction(plan, *sizes, tuple(self.protect), mode, every, self.wavelet)
 
     def _given(self, *names: str) -> list[str]:
         """Those of the fields `names` that were given."""
         return [name for name in names if getattr(self, name) is not None and (name != "protect" or self.protect)]
 
-    def _check_tiers(self) -> None:
+    def _check_tiers(self, tiers) -> None:
         for name in self._given("bits", "budget_bytes", "max_context", *DROPS):
             raise ValueError(f"Expected tiers alone, which say bits and drop no token, received {name} too.")
-        check_tiers(self.recipe, self.tiers)
-        object.__setattr__(self, "tiers", tuple((float(share), float(bits)) for share, bits in self.tiers))
+        check_tiers(self.recipe, tiers)
+        object.__setattr__(self, "tiers", tuple((float(share), float(bits)) for share, bits in tiers))
 
     def _check_keeping(self) -> None:
         method = self.recipe
@@ -134,7 +132,7 @@ class CacheRequest:
         if self.max_context is None:
             raise ValueError("Expected max_context, the tokens that budget_bytes must hold, received none.")
 
-    def _check_dropping(self) -> None:
+    def _check_dropping(self, scorer: str) -> None:
         method = self.recipe
         if (self.budget_tokens is None) == (self.budget_bytes is None):
             raise ValueError(
@@ -142,7 +140,7 @@ class CacheRequest:
                 f"{'none' if self.budget_tokens is None else 'both'}."
             )
         if self.wavelet is not None:
-            check_wavelet(get_scorer(method.scorer), self.wavelet)
+            check_wavelet(get_scorer(scorer), self.wavelet)
 
 
 def _check_number(name: str, value) -> None:

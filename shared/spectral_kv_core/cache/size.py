@@ -18,7 +18,7 @@ class CacheSize(int):
         size.dense_nbytes, size.table_nbytes = dense_nbytes, table_nbytes
         return size
 
-    def __getnewargs__(self) -> tuple[int, int, int]:
+    def __getnewargs__(self) -> tuple[int, int, int]:  # type: ignore[override]  # `int` has one argument
         """What copies and pickles of it are made from."""
         return int(self), self.dense_nbytes, self.table_nbytes
 

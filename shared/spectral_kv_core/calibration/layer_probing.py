@@ -18,9 +18,9 @@ import numpy as np
 
 from ..arrays import ops
 from ..arrays.divergence import divergence
-from ..cache.request import SINKS, WINDOW
 from ..codecs.registry import make_codec
 from ..codecs.spectral import SpectralPlan
+from ..planning.budget import SINKS, WINDOW
 from ..planning.methods import DEFAULT_METHOD, METHODS
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile

@@ -91,7 +91,8 @@ class ProfilerBase:
 
     def probe(self, model, shape: ModelShape, tokens: list[int], scored: int) -> tuple[list, LogProbabilities]:
         """A document as `layer_probing.probed` takes it, whose last `scored` tokens are predicted."""
-        captures, to_numpy, outputs = self.captures, self.xp.to_numpy, {}
+        captures, to_numpy = self.captures, self.xp.to_numpy
+        outputs: dict[int, Any] = {}
         cache = captures.capture(model, tokens[:-scored])
         layers = [captures.captured(cache, layer_idx) for layer_idx in shape.layers]
 

@@ -12,8 +12,8 @@ from .. import __version__
 from ..benchmark.synthetic import PLANS, SHAPES
 from ..cache.eviction import EVERY
 from ..cache.prompt_cache_file import DEFAULT_FILE_METHOD
-from ..cache.request import SINKS, WINDOW
 from ..evaluation.run import SUITES
+from ..planning.budget import SINKS, WINDOW
 from ..planning.methods import DEFAULT_METHOD, ROUNDINGS
 from ..plotting import draw as plots
 from ..scorers.selection import MODES

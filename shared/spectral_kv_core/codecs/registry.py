@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import cache
 
 from ..native import disabled
-from ..planning.budget import SEAL, bits_for_bytes, whole_number
+from ..planning.budget import SEAL, SINKS, WINDOW, bits_for_bytes, whole_number
 from ..planning.methods import Method, get_live_method, get_method
 from ..planning.plan import Plan
 from ..profile.model_shape import ModelShape
@@ -87,8 +87,8 @@ def plan_for(
     bits: float | None = None,
     budget_bytes: int | None = None,
     max_context: int | None = None,
-    window: int = 64,
-    sinks: int = 4,
+    window: int = WINDOW,
+    sinks: int = SINKS,
     element_bytes: int = 2,
     other_bytes: int = 0,
 ) -> Plan:

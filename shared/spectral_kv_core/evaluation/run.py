@@ -17,10 +17,9 @@ import numpy as np
 from tqdm import tqdm
 
 from .. import __version__
-from ..cache.request import SINKS, WINDOW
 from ..codecs.registry import bits_range, make_plan, usable_method
 from ..codecs.tiers import check_tiers, make_tiered_plan, mean_bits, name_tiers
-from ..planning.budget import SEAL
+from ..planning.budget import SEAL, SINKS, WINDOW
 from ..planning.methods import ROUNDINGS, Method, get_method, rounded_by
 from ..profile.basis_set import JOINT, PAIRS
 from ..profile.profile import Profile

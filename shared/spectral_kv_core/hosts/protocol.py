@@ -10,19 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from ..cache.eviction import Eviction
-    from ..cache.prompt_cache_file import ExactLayer
-    from ..planning.methods import Method
-    from ..planning.plan import Plan
-    from ..profile.model_shape import ModelShape
-    from ..profile.profile import Profile
-
 Array = Any  # of the host's array library
+ModelShape = Any  # as all that follow, of a package that stands above this one
+Profile = Any
+Method = Any
+Plan = Any
+Eviction = Any
+ExactLayer = Any
 
 
 @dataclass(frozen=True)

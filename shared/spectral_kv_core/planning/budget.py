@@ -9,6 +9,8 @@ import numpy as np
 from ..profile.model_shape import ModelShape
 
 SEAL = 16  # tokens are sealed in multiples of this, and of the block of their codec
+WINDOW = 64  # last tokens that a cache keeps exactly, unless told
+SINKS = 4  # first tokens that a cache keeps exactly, unless told
 CHUNK_TOKENS = 1024  # tokens of a full chunk: the unit that is decoded at a time
 
 
