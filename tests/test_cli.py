@@ -186,7 +186,7 @@ def test_cache_prompt_reports_bytes(capsys, model, profile, tmp_path):
     path = tmp_path / "new folder" / "cache.safetensors"
     result = json_of(capsys, *cache_prompt(model, profile, path))
     assert result["file_bytes"] == path.stat().st_size and result["output"] == str(path)
-    assert result["method"] == cli.DEFAULT_FILE_METHOD and result["backend"] == "torch" and result["seconds"] > 0
+    assert result["method"] == cli.cache_prompt.DEFAULT_FILE_METHOD and result["backend"] == "torch" and result["seconds"] > 0
     assert result["cache_bytes"] == sum(result["bytes_by_part"].values()) < result["file_bytes"]
     assert (
         result["dense_bytes"] == result["prompt_tokens"] * 3 * 2 * 2 * 16 * 2
@@ -248,7 +248,7 @@ def test_wrong_use_of_stored_prompts(capsys, folder, model, profile, tmp_path, o
 
 
 def test_profile_is_found_by_itself(capsys, model, profile):
-    cached = cli.commands.cached_profile_path(Profile.load(profile).shape)
+    cached = cli.profile.cached_profile_path(Profile.load(profile).shape)
     Profile.load(profile).save(cached)
     arguments = ["--backend", "torch", "--prompt", TEXT, "--max-tokens", "2", "--bits", "3"]
     assert json_of(capsys, "generate", "--model", model, *arguments)["method"] == "spectral"
