@@ -186,7 +186,11 @@ def test_cache_prompt_reports_bytes(capsys, model, profile, tmp_path):
     path = tmp_path / "new folder" / "cache.safetensors"
     result = json_of(capsys, *cache_prompt(model, profile, path))
     assert result["file_bytes"] == path.stat().st_size and result["output"] == str(path)
-    assert result["method"] == cli.cache_prompt.DEFAULT_FILE_METHOD and result["backend"] == "torch" and result["seconds"] > 0
+    assert (
+        result["method"] == cli.cache_prompt.DEFAULT_FILE_METHOD
+        and result["backend"] == "torch"
+        and result["seconds"] > 0
+    )
     assert result["cache_bytes"] == sum(result["bytes_by_part"].values()) < result["file_bytes"]
     assert (
         result["dense_bytes"] == result["prompt_tokens"] * 3 * 2 * 2 * 16 * 2

@@ -13,6 +13,7 @@ from ..arrays import ops
 from ..arrays.basis import fit_basis
 from ..arrays.rope import shift, unrotate
 from ..arrays.transform import band_sizes, octave_bands, time_matrix, to_frequency
+from ..errors import UsageError
 from ..planning.methods import GROUPS
 from ..profile.profile import BasisSet, ModelShape
 from ..quantization.quantizer import BIT_WIDTHS, empirical_tables, thresholds
@@ -28,7 +29,7 @@ def split_documents(
 ) -> list[list[int]]:
     """Token documents of at most `length` tokens, `total` tokens in all: first pieces of every text, then second ones.
 
-    Raises ValueError when the texts give fewer than 64 tokens.
+    Raises UsageError when the texts give fewer than 64 tokens.
     """
     pieces = []
     for text in texts:
@@ -42,7 +43,7 @@ def split_documents(
                 documents.append(piece[depth][: max(total - count, 64)])
                 count += len(documents[-1])
     if not documents:
-        raise ValueError(
+        raise UsageError(
             "Expected calibration texts of at least 64 tokens, received less. Give longer text with --text."
         )
     return documents
@@ -66,11 +67,11 @@ class Spool:
         self._folder.cleanup()
 
     def add(self, row: int, document: int, keys, values, key_gradients, value_gradients) -> None:
-        """Store layer number `row` of one document; raises ValueError on NaN or infinity."""
+        """Store layer number `row` of one document; raises UsageError on NaN or infinity."""
         x = np.concatenate([keys, values]).astype(np.float32)
         gradients = np.concatenate([key_gradients, value_gradients], axis=1).astype(np.float32)
         if not (np.isfinite(x).all() and np.isfinite(gradients).all()):
-            raise ValueError(
+            raise UsageError(
                 f"Expected finite activations, compressible layer {row} has NaN or infinity: check the weights and the dtype."
             )
         mean = x.mean(1, keepdims=True)
@@ -124,7 +125,7 @@ def fit_basis_set(
     the first `positions` tokens (0: left where it is); moving is exact, RoPE being a rotation.
     """
     if group not in GROUPS:
-        raise ValueError(f"Expected a group in {GROUPS}, received {group!r}.")
+        raise UsageError(f"Expected a group in {GROUPS}, received {group!r}.")
     layer_groups = shape.layer_groups(group)
     rows, heads = len(layer_groups), 2 * shape.kv_heads * max(map(len, layer_groups))
     groups = {"head": heads, "side": 2}.get(group, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..errors import UsageError
 from ..evaluation import report
 from ..evaluation import run as evaluation
 from ..evaluation.text import Text, default_texts, read_text
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> dict:
     loaded = Profile.load(args.profile) if args.profile != "auto" else None
     output = Path(args.output)
     if output.exists() and not output.is_dir():
-        raise ValueError(f"Expected a folder for --output, received the file {output}.")
+        raise UsageError(f"Expected a folder for --output, received the file {output}.")
     name, backend = load_backend(args.backend)
     model, tokenizer = backend.load_model(model_path(args.model), args.dtype)
     called = {"model": args.model, "backend": name}
@@ -124,7 +125,7 @@ def _texts(args: argparse.Namespace) -> list[Text]:
     texts = [_named_text(argument) for argument in args.text or ()] or default_texts()
     names = [text.name for text in texts]
     if len(set(names)) < len(names):
-        raise ValueError(f"Expected texts with different names, received {', '.join(names)}. Use --text NAME=FILE.")
+        raise UsageError(f"Expected texts with different names, received {', '.join(names)}. Use --text NAME=FILE.")
     return texts
 
 
@@ -134,5 +135,5 @@ def _named_text(argument: str) -> Text:
     if not equals or Path(argument).is_file():
         name, path = Path(argument).stem, argument
     if not name:
-        raise ValueError(f"Expected FILE or NAME=FILE for --text, received {argument!r}.")
+        raise UsageError(f"Expected FILE or NAME=FILE for --text, received {argument!r}.")
     return read_text(name, read_file(path, "--text"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..benchmark import footprint as fitting
+from ..errors import UsageError
 from ..hosts.backends import load_backend
 from ..planning.methods import DEFAULT_METHOD, get_live_method
 from ..profile.profile import Profile
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> dict:
     method = get_live_method(args.method)
     for option in ("window", "sinks"):
         if getattr(args, option) < 0:
-            raise ValueError(
+            raise UsageError(
                 f"Expected --{option} to be a number of tokens, 0 or more, received {getattr(args, option)}."
             )
     loaded = Profile.load(args.profile) if args.profile != "auto" and method.basis_set else None

@@ -15,6 +15,7 @@ import numpy as np
 from ..arrays.divergence import compare_logits
 from ..cache.eviction import EVERY
 from ..cache.prompt_cache_file import PromptFile
+from ..errors import UsageError
 from ..hosts.backends import load_backend
 from ..hosts.chat_template import encode_prompt, encode_rest, system_tokens
 from ..planning.methods import DEFAULT_METHOD, ROUNDINGS, Method, get_live_method
@@ -129,7 +130,7 @@ def _prepare(args: argparse.Namespace) -> Job:
     text = prompt_text(args)
     score_text = read_file(args.score_file, "--score-file") if args.score_file else None
     if args.max_tokens < 0 or (args.max_tokens == 0 and score_text is None):
-        raise ValueError(f"Expected --max-tokens of at least 1, or 0 with --score-file, received {args.max_tokens}.")
+        raise UsageError(f"Expected --max-tokens of at least 1, or 0 with --score-file, received {args.max_tokens}.")
     given = args.profile != "auto" and (stored or method.profile_set)
     loaded = Profile.load(args.profile) if given else None
     name, backend = load_backend(args.backend)
@@ -171,14 +172,14 @@ def _cache_options(args: argparse.Namespace, longest: int) -> dict:
 
 def _system_tokens(args: argparse.Namespace, tokenizer) -> int:
     if args.raw:
-        raise ValueError("Expected no --protect system with --raw, which has no system prompt. Name positions: A:B.")
+        raise UsageError("Expected no --protect system with --raw, which has no system prompt. Name positions: A:B.")
     return system_tokens(tokenizer)
 
 
 def _labels(args: argparse.Namespace, tokenizer, text: str | None) -> list[int]:
     labels = tokenizer.encode(text, add_special_tokens=False) if text else []
     if text is not None and not labels:
-        raise ValueError(f"Expected text to score in --score-file, received none from {args.score_file}.")
+        raise UsageError(f"Expected text to score in --score-file, received none from {args.score_file}.")
     return labels
 
 
@@ -254,7 +255,7 @@ def _sizes(backend, cache) -> dict:
 
 
 def _open_prompt_file(args: argparse.Namespace) -> PromptFile:
-    """The file of `--prompt-cache-file`; raises ValueError for options that it leaves no choice in."""
+    """The file of `--prompt-cache-file`; raises UsageError for options that it leaves no choice in."""
     stored = PromptFile.load(args.prompt_cache_file)
     for option in (
         "window",
@@ -270,19 +271,19 @@ def _open_prompt_file(args: argparse.Namespace) -> PromptFile:
         "rounding_scores",
     ):
         if getattr(args, option) is not None:
-            raise ValueError(
+            raise UsageError(
                 f"Expected no --{option.replace('_', '-')} with --prompt-cache-file, which has its own window and sinks and "
                 "takes --method and --bits."
             )
     if args.raw and not stored.metadata.get("raw", True):
-        raise ValueError(
+        raise UsageError(
             f"Expected no --raw, {args.prompt_cache_file} was made with the chat template. Leave --raw out, or make it with "
             "--raw too."
         )
     if len(stored.padding) > 1:
-        raise ValueError(f"Expected a prompt cache of one prompt, {args.prompt_cache_file} has {len(stored.padding)}.")
+        raise UsageError(f"Expected a prompt cache of one prompt, {args.prompt_cache_file} has {len(stored.padding)}.")
     if stored.tokens is None and (args.compare or args.score_file):
-        raise ValueError(
+        raise UsageError(
             f"Expected a prompt cache with its token ids for --compare, {args.prompt_cache_file} has none. Make it with "
             "spectralkv cache-prompt, or give them to save_prompt_cache."
         )

@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from ..errors import UsageError
 from ..hosts.demo_model import demo_model_path
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -50,19 +51,19 @@ def prompt_options() -> argparse.ArgumentParser:
 
 
 def model_path(name: str) -> str:
-    """The directory or hub id behind `--model`; raises ValueError for a directory without a model."""
+    """The directory or hub id behind `--model`; raises UsageError for a directory without a model."""
     if name == "demo":
         return str(demo_model_path())
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise ValueError(f"Expected a model directory with a config.json, received {name}.")
+        raise UsageError(f"Expected a model directory with a config.json, received {name}.")
     return name
 
 
 def prompt_text(args: argparse.Namespace) -> str:
-    """The text of `--prompt` or `--prompt-file`; raises ValueError for an empty one."""
+    """The text of `--prompt` or `--prompt-file`; raises UsageError for an empty one."""
     text = read_file(args.prompt_file, "--prompt-file") if args.prompt_file else args.prompt
     if not (text or "").strip():
-        raise ValueError("Expected a prompt, received an empty one. Give --prompt TEXT or --prompt-file FILE.")
+        raise UsageError("Expected a prompt, received an empty one. Give --prompt TEXT or --prompt-file FILE.")
     return text
 
 
@@ -75,26 +76,26 @@ def read_file(path: str, option: str) -> str:
     except FileNotFoundError:
         raise FileNotFoundError(f"Expected a text file for {option}, found nothing at {path}.") from None
     except (IsADirectoryError, UnicodeDecodeError):
-        raise ValueError(f"Expected a UTF-8 text file for {option}, {path} is none.") from None
+        raise UsageError(f"Expected a UTF-8 text file for {option}, {path} is none.") from None
 
 
 def check_context(backend, model, prompt: int, longest: int) -> None:
-    """Raise ValueError for `longest` tokens, `prompt` of them given, beyond the model's context."""
+    """Raise UsageError for `longest` tokens, `prompt` of them given, beyond the model's context."""
     limit = backend.context_limit(model)
     if limit and longest > limit:
-        raise ValueError(
+        raise UsageError(
             f"Expected at most {limit:,} tokens, the model's context, received {prompt:,} of prompt and {longest - prompt:,} "
             "more. Shorten the prompt or lower --max-tokens."
         )
 
 
 def check_output(path: str) -> None:
-    """Raise ValueError for a file that cannot be written, before anything long runs."""
+    """Raise UsageError for a file that cannot be written, before anything long runs."""
     if Path(path).is_dir():
-        raise ValueError(f"Expected a file name for --output, received the folder {path}.")
+        raise UsageError(f"Expected a file name for --output, received the folder {path}.")
     folder = next(p for p in Path(path).absolute().parents if p.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"Expected a place for --output that can be written, {folder} cannot. Name another file.")
+        raise UsageError(f"Expected a place for --output that can be written, {folder} cannot. Name another file.")
 
 
 def values_of(text: str | None, option: str, kind: type) -> tuple:
@@ -107,7 +108,7 @@ def values_of(text: str | None, option: str, kind: type) -> tuple:
         values = ("",)
     if "" in values:
         what = {int: "whole numbers", float: "numbers", str: "names"}[kind]
-        raise ValueError(f"Expected {what} separated by commas for {option}, received {text!r}.")
+        raise UsageError(f"Expected {what} separated by commas for {option}, received {text!r}.")
     return values
 
 
@@ -119,7 +120,7 @@ def spans_of(arguments: list[str] | None) -> list[tuple[int, int]]:
             continue
         start, colon, end = argument.partition(":")
         if not (colon and start.isdecimal() and end.isdecimal() and int(start) < int(end)):
-            raise ValueError(
+            raise UsageError(
                 f"Expected system, or A:B with token positions A < B, for --protect, received {argument!r}."
             )
         spans.append((int(start), int(end)))
@@ -133,6 +134,6 @@ def tiers_of(text: str | None) -> list[tuple[float, float]] | None:
     try:
         return [(float(share), float(bits)) for share, bits in (part.split(":") for part in text.split(","))]
     except ValueError:
-        raise ValueError(
+        raise UsageError(
             f"Expected SHARE:BITS separated by commas for --tiers, such as 0.25:4,0.75:1, received {text!r}."
         ) from None

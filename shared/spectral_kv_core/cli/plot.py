@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..errors import UsageError
 from ..plotting import draw as plots
 from ..plotting.results import read_results
 from .options import check_output, values_of
@@ -28,7 +29,7 @@ def run(args: argparse.Namespace) -> dict:
     """Draw, and name what could not be drawn."""
     formats = values_of(args.format, "--format", str) or ("png",)
     if Path(args.output).is_file():
-        raise ValueError(f"Expected a folder for --output, received the file {args.output}.")
+        raise UsageError(f"Expected a folder for --output, received the file {args.output}.")
     check_output(str(Path(args.output) / "picture"))
     results = read_results(args.results, args.bits)
     result = plots.draw(results, args.output, formats, values_of(args.only, "--only", str))

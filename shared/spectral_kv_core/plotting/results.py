@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import UsageError
 from ..evaluation.rows import GROUP, PLACES, VARIANT
 from ..files.container import format_name
 from ..files.paths import model_name
@@ -76,7 +77,7 @@ def read_results(paths: Iterable[str], bits: float | None = None) -> list[Result
         if path.is_dir():
             files = sorted(path.glob("*.json"))
             if not files:
-                raise ValueError(f"Expected result JSON in a folder, found no .json file in {path}.")
+                raise UsageError(f"Expected result JSON in a folder, found no .json file in {path}.")
         elif path.is_file():
             files = [path]
         else:
@@ -84,7 +85,7 @@ def read_results(paths: Iterable[str], bits: float | None = None) -> list[Result
         found += [_read(file, bits) for file in files]
     names = [result.stem for result in found]
     for name in {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"Expected results with different names, received {name} more than once: plot them apart.")
+        raise UsageError(f"Expected results with different names, received {name} more than once: plot them apart.")
     return found
 
 
@@ -165,7 +166,7 @@ def _read(path: Path, bits: float | None) -> Result:
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
         rows = None
     if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
-        raise ValueError(
+        raise UsageError(
             f"Expected a JSON object with rows, as spectralkv eval and bench write it, or a profile, {path} is neither."
         )
     return Result(path.resolve().parent.name if path.name == "summary.json" else path.stem, content)

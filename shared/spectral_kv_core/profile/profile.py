@@ -13,6 +13,7 @@ from .. import __version__
 from ..arrays.basis import effective_rank, rank_for_energy
 from ..arrays.rope import Rope
 from ..arrays.transform import band_sizes
+from ..errors import UsageError
 from ..files.container import FileFormat
 from ..planning.methods import JOINT, PAIRS
 from ..quantization.quantizer import BIT_WIDTHS
@@ -42,7 +43,7 @@ class ModelShape:
         """Indices of the layers that every row of a basis set of `group` (`methods.GROUPS`) stands for.
 
         One; for `layer2` and `layer4` up to so many that follow each other in the model, from the first on, what finds
-        no neighbour staying alone; for `model` all. Raises ValueError for `layer2` where no two layers follow each other.
+        no neighbour staying alone; for `model` all. Raises UsageError for `layer2` where no two layers follow each other.
         """
         if group == "model":
             return (self.layers,)
@@ -54,7 +55,7 @@ class ModelShape:
             else:
                 groups.append((layer_idx,))
         if group == "layer2" and all(len(layers) == 1 for layers in groups):
-            raise ValueError(
+            raise UsageError(
                 f"Expected layers that follow each other to pair, received the compressible layers "
                 f"{', '.join(map(str, self.layers))}. Use spectral-dense or spectral-stored, which code every layer alone."
             )
@@ -262,10 +263,10 @@ class Profile:
         )
 
     def basis_set(self, name: str) -> BasisSet:
-        """The basis set `name`; raises ValueError with what to do when the profile lacks it."""
+        """The basis set `name`; raises UsageError with what to do when the profile lacks it."""
         if name not in self.basis_sets:
             self.shape.layer_groups(name.split(".")[0])  # raises where another calibration would not help
-            raise ValueError(
+            raise UsageError(
                 f"Expected a profile with the basis set {name}, {self.path or 'this one'} has {', '.join(self.basis_sets)}. "
                 f"Calibrate again: spectralkv profile --model {self.model}{ON_REQUEST.get(name, '')}"
             )
@@ -276,16 +277,16 @@ class Profile:
     ) -> Projection:
         """Components of the keys (after RoPE) or values of one KV head, for `SpectralKVCompressor`.
 
-        As many as hold the share `energy` of the variance (default: the profiler's target), or `rank`. Raises ValueError
+        As many as hold the share `energy` of the variance (default: the profiler's target), or `rank`. Raises UsageError
         for a layer or head that the profile lacks.
         """
         return get_projection(self, layer, head, side, rank, energy)
 
     def check(self, shape: ModelShape) -> None:
-        """Raise ValueError unless the profile was made for a model of this `shape`."""
+        """Raise UsageError unless the profile was made for a model of this `shape`."""
         difference = self.shape.mismatch(shape)
         if difference:
-            raise ValueError(
+            raise UsageError(
                 f"Expected a profile of this model, {self.path or 'the one given'} is for {self.model}: the model has "
                 f"{difference}. Calibrate this model: spectralkv profile --model MODEL"
             )
@@ -329,4 +330,4 @@ def _check_sizes(basis_set: BasisSet, shape: ModelShape, path: str | os.PathLike
     found = {name: getattr(basis_set, name).shape for name in expected}
     whole = rows == len(layer_groups) and groups * channels == heads * shape.head_dim
     if found != expected or not whole:
-        raise ValueError(f"Expected arrays that fit the model shape in the header, {path} has {found}. Make it again.")
+        raise UsageError(f"Expected arrays that fit the model shape in the header, {path} has {found}. Make it again.")
