@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_checkpoint import save_tiny_checkpoint
 
 from spectral_kv_core.cli import main as cli
+from spectral_kv_core.cli import output
 from spectral_kv_core.files.container import METADATA_KEY
 from spectral_kv_core.hosts import backends
 from spectral_kv_core.profile.profile import Profile
@@ -370,6 +372,22 @@ def test_missing_backend_names_the_extra(capsys, monkeypatch):
 def test_debug_shows_the_traceback():
     with pytest.raises(FileNotFoundError):
         cli.main(["inspect", "missing.safetensors", "--debug"])
+
+
+EVAL = ("--methods", "identity", "--output", "nowhere")
+
+
+def test_errors_name_the_options_of_their_command(capsys):
+    """The library's fields are in backticks; what a command has no option for stays so."""
+    fails(capsys, 2, "Expected --prefix of at least 2", "eval", "--model", "x", *EVAL, "--prefix", "1")
+    fails(capsys, 2, "Expected --turn-tokens of at least 1", "eval", "--model", "x", *EVAL, "--turn-tokens", "0")
+    fails(capsys, 2, "Expected --context of at least", "bench", "--context", "1")
+    fails(capsys, 2, "separated by commas for --bits, received 'two'", "eval", "--model", "x", *EVAL, "--bits", "two")
+    fails(capsys, 2, "separated by commas for --bits, received '2,'", "eval", "--model", "x", *EVAL, "--bits", "2,")
+    args = argparse.Namespace(prefix=1, turn_tokens=2)
+    assert output.in_options("`prefixes`, `turn_tokens`, `budget_tokens`", args) == (
+        "--prefix, --turn-tokens, `budget_tokens`"
+    )
 
 
 def test_the_command_is_installed():

@@ -66,14 +66,14 @@ class Settings:
             _ = self.plans  # raises UsageError
         elif self.plan is not None:
             raise UsageError(
-                f"Expected --plan {self.plan} with --synthetic, received a model, whose profile makes the plan."
+                f"Expected `plan` {self.plan} with `synthetic`, received a model, whose profile makes the plan."
             )
         _ = self.evaluated
         least = SINKS + WINDOW + SEAL
         for context in self.contexts:
             if context < least:
                 raise UsageError(
-                    f"Expected --context of at least {least} tokens, {SINKS} sinks, a window of {WINDOW} and a block of "
+                    f"Expected `contexts` of at least {least} tokens, {SINKS} sinks, a window of {WINDOW} and a block of "
                     f"{SEAL}, received {context}."
                 )
 
@@ -98,7 +98,7 @@ class Settings:
         fitting = tuple(c for c in self.contexts if limit is None or c + AFTER <= limit)
         if not fitting or (len(fitting) < len(self.contexts) and not drop):
             raise UsageError(
-                f"Expected --context of at most {limit - AFTER:,} tokens, {AFTER} below the model's context, received "
+                f"Expected `contexts` of at most {limit - AFTER:,} tokens, {AFTER} below the model's context, received "
                 f"{max(self.contexts):,}."
             )
         return replace(self, contexts=fitting)

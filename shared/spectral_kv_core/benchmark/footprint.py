@@ -262,7 +262,7 @@ def fit(
     """
     if memory <= model.weights_bytes:
         raise UsageError(
-            f"Expected memory for the weights, {model.weights_bytes:,} bytes, received {memory:,}. Give more --memory, or "
+            f"Expected memory for the weights, {model.weights_bytes:,} bytes, received {memory:,}. Give more `memory`, or "
             "take a model with fewer or smaller weights."
         )
     if not model.shape.layers:
@@ -272,15 +272,15 @@ def fit(
     if method.scorer is not None:
         raise UsageError(
             f"Expected a method that keeps every token, received {method.name}: a cache that drops tokens has the size of its "
-            "--budget-tokens at any context."
+            "`budget_tokens` at any context."
         )
     contexts = tuple(dict.fromkeys(contexts)) or _default_contexts(model.context)
     for context in contexts:
         if context < 1 or (model.context and context > model.context):
             most = f" and at most {model.context:,}, the model's context" if model.context else ""
-            raise UsageError(f"Expected --context of at least 1 token{most}, received {context:,}.")
+            raise UsageError(f"Expected `contexts` of at least 1 token{most}, received {context:,}.")
     if method.codec == "none" and bits:
-        raise UsageError(f"Expected no --bits for {method.name}, which stores what the plain cache does.")
+        raise UsageError(f"Expected no `bits` for {method.name}, which stores what the plain cache does.")
     made = {
         b: _stored(model, method, profile, tables, b)
         for b in tuple(dict.fromkeys(bits)) or _default_bits(model.shape, method)

@@ -28,7 +28,7 @@ PLANS = ("flat", "typical")
 def synthetic_shape(name: str) -> ModelShape:
     """A layer of the model `name` as a model of its own; raises UsageError that lists the names there are."""
     if name not in SHAPES:
-        raise UsageError(f"Expected a shape among {', '.join(SHAPES)} for --synthetic, received {name!r}.")
+        raise UsageError(f"Expected a shape among {', '.join(SHAPES)} for `synthetic`, received {name!r}.")
     q_heads, kv_heads, head_dim, base = SHAPES[name]
     rope = Rope(tuple(float(w) for w in base ** (-np.arange(0, head_dim, 2) / head_dim)))
     return ModelShape(1, q_heads * head_dim, q_heads, kv_heads, head_dim, (0,), rope)
@@ -68,7 +68,7 @@ def synthetic_plan(shape: ModelShape, profile: Profile, method: Method, bits: fl
         return make_plan(shape, profile, method, bits)
     if plan == "flat" and bits not in BIT_WIDTHS[1:] and method.codec != "none":
         widths = ", ".join(map(str, BIT_WIDTHS[1:]))
-        raise UsageError(f"Expected --bits of {widths} for a flat plan, received {bits:g}. Or take --plan typical.")
+        raise UsageError(f"Expected `bits` of {widths} for a flat plan, received {bits:g}. Or take `plan` typical.")
     if method.codec == "none":
         return make_plan(shape, None, method)
     if method.codec == "affine":  # its bits count the scales

@@ -43,9 +43,7 @@ def split_documents(
                 documents.append(piece[depth][: max(total - count, 64)])
                 count += len(documents[-1])
     if not documents:
-        raise UsageError(
-            "Expected calibration texts of at least 64 tokens, received less. Give longer text with --text."
-        )
+        raise UsageError("Expected calibration texts of at least 64 tokens, received less. Give longer `texts`.")
     return documents
 
 

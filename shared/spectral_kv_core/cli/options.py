@@ -102,14 +102,15 @@ def values_of(text: str | None, option: str, kind: type) -> tuple:
     """The values of a comma-separated option, each once; empty without the option."""
     if text is None:
         return ()
+    what = {int: "whole numbers", float: "numbers", str: "names"}[kind]
+    wrong = UsageError(f"Expected {what} separated by commas for {option}, received {text!r}.")
+    parts = [part.strip() for part in text.split(",")]
+    if "" in parts:
+        raise wrong
     try:
-        values = tuple(dict.fromkeys(kind(part.strip()) for part in text.split(",")))
+        return tuple(dict.fromkeys(map(kind, parts)))
     except ValueError:
-        values = ("",)
-    if "" in values:
-        what = {int: "whole numbers", float: "numbers", str: "names"}[kind]
-        raise UsageError(f"Expected {what} separated by commas for {option}, received {text!r}.")
-    return values
+        raise wrong from None
 
 
 def spans_of(arguments: list[str] | None) -> list[tuple[int, int]]:

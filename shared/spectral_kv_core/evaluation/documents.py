@@ -64,7 +64,7 @@ def _documents(tokenizer, text: Text, prefix: int, settings) -> list[Document]:
     if "drift" in settings.tasks:
         length = prefix + settings.turns * (settings.turn_tokens + settings.scored)
         longer = split_documents(
-            tokenizer, text, length, settings.documents, "--turns, --turn-tokens, --prefix or --scored"
+            tokenizer, text, length, settings.documents, "`turns`, `turn_tokens`, `prefixes` or `scored`"
         )
         for index, tokens in enumerate(longer):
             documents.append(Document(text, index, tokens[:prefix], {"drift": tokens[prefix:]}))
@@ -102,7 +102,7 @@ def hide_needle(
             needed += 1
         raise UsageError(
             f"Expected a prefix of at least {needed:,} tokens for the task needle with a window of {window}, received "
-            f"{len(tokens):,}. Raise --prefix, lower --window, or leave the task out."
+            f"{len(tokens):,}. Raise `prefixes`, lower `window`, or leave the task out."
         )
     place = places[round(depth * (len(places) - 1))]
     prefix = tokens[:place] + needle + tokens[place : len(tokens) - len(needle)]
@@ -120,5 +120,5 @@ def _check_limit(settings, limit: int | None) -> None:
     if limit and max(settings.prefixes) + after[what] > limit:
         raise UsageError(
             f"Expected at most {limit:,} tokens, the model's context, received {max(settings.prefixes):,} of prefix and "
-            f"{what}. Lower --prefix{', --turns' if 'turns' in what else ''} or --scored."
+            f"{what}. Lower `prefixes`{', `turns`' if 'turns' in what else ''} or `scored`."
         )

@@ -48,7 +48,7 @@ class RowFile:
             except (ValueError, AttributeError):
                 raise UsageError(
                     f"Expected a JSON object on every line of {self.path}, line {number} is none. Move the file away or "
-                    "choose another --output."
+                    "choose another `output`."
                 ) from None
         if whole < len(content):
             os.truncate(self.path, whole)

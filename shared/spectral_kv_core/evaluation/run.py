@@ -74,27 +74,27 @@ class Settings:
     tiers: tuple[tuple[tuple[float, float], ...], ...] = ()
 
     def __post_init__(self):
-        for name, values in (("methods", self.methods), ("tasks", self.tasks), ("prefix", self.prefixes)):
+        for name, values in (("methods", self.methods), ("tasks", self.tasks), ("prefixes", self.prefixes)):
             if not values:
-                raise UsageError(f"Expected at least one value for --{name}, received none.")
+                raise UsageError(f"Expected at least one value for `{name}`, received none.")
         methods = [get_method(name) for name in self.methods]
         for name, values, known in (("tasks", self.tasks, TASKS), ("metrics", self.metrics, METRICS)):
             for value in values:
                 if value not in known:
-                    raise UsageError(f"Expected {name} among {', '.join(known)}, received {value!r}.")
+                    raise UsageError(f"Expected `{name}` among {', '.join(known)}, received {value!r}.")
         for bits in self.bits:
             if not (math.isfinite(bits) and bits > 0):
-                raise UsageError(f"Expected bits above 0, received {bits:g}.")
+                raise UsageError(f"Expected `bits` above 0, received {bits:g}.")
         chunk = 1 if self.prefill_chunk is None else self.prefill_chunk
         numbers = [
-            ("prefix", prefix, 2) for prefix in self.prefixes
+            ("prefixes", prefix, 2) for prefix in self.prefixes
         ]  # a tokenizer's own first token, and one of the text
         numbers += [("scored", self.scored, 2), ("documents", self.documents, 1), ("step", self.step, 1)]
-        numbers += [("prefill-chunk", chunk, 1), ("window", self.window, 0), ("sinks", self.sinks, 0)]
-        numbers += [("greedy", self.greedy, 0), ("turns", self.turns, 1), ("turn-tokens", self.turn_tokens, 1)]
+        numbers += [("prefill_chunk", chunk, 1), ("window", self.window, 0), ("sinks", self.sinks, 0)]
+        numbers += [("greedy", self.greedy, 0), ("turns", self.turns, 1), ("turn_tokens", self.turn_tokens, 1)]
         for name, value, least in numbers:  # the first scored token is predicted by the prefix alone
             if value < least:
-                raise UsageError(f"Expected --{name} of at least {least}, received {value}.")
+                raise UsageError(f"Expected `{name}` of at least {least}, received {value}.")
         if "copy" in self.tasks:
             for prefix in self.prefixes:
                 copy_span(prefix, self.scored, self.sinks, self.window)
@@ -108,21 +108,21 @@ class Settings:
                     check_tiers(method, tiers)
         if self.tiers and not any(map(_drops_tokens, methods)):
             raise UsageError(
-                f"Expected a method SCORER+METHOD for --tiers, {', '.join(self.methods)} are none. Take for example "
+                f"Expected a method SCORER+METHOD for `tiers`, {', '.join(self.methods)} are none. Take for example "
                 "triattention+spectral."
             )
         for scorer in self.rounding_scores:
             if scorer not in ROUNDINGS:
-                raise UsageError(f"Expected --rounding-scores among {', '.join(ROUNDINGS)}, received {scorer!r}.")
+                raise UsageError(f"Expected `rounding_scores` among {', '.join(ROUNDINGS)}, received {scorer!r}.")
         if self.rounding_scores and not any(map(_rounds, methods)):
             raise UsageError(
-                f"Expected a method that rounds by scores for --rounding-scores, {', '.join(self.methods)} do not."
+                f"Expected a method that rounds by scores for `rounding_scores`, {', '.join(self.methods)} do not."
             )
         wavy = [method for method in methods if _has_wavelet(method)]
         if self.wavelets and not (wavy and self.shares):
             raise UsageError(
-                f"Expected a method that drops tokens by a wavelet scorer for --wavelet, {', '.join(self.methods)} "
-                f"{'drop none with --tiers alone' if wavy else 'do not'}."
+                f"Expected a method that drops tokens by a wavelet scorer for `wavelets`, {', '.join(self.methods)} "
+                f"{'drop none with `tiers` alone' if wavy else 'do not'}."
             )
         for wavelet in self.wavelets:
             check_wavelet(get_scorer(wavy[0].scorer), wavelet)
@@ -136,18 +136,18 @@ class Settings:
     def _check_keep(self, dropping: list) -> None:
         if self.keep and not dropping:
             raise UsageError(
-                f"Expected a method that drops tokens for --keep, {', '.join(self.methods)} keep every token."
+                f"Expected a method that drops tokens for `keep`, {', '.join(self.methods)} keep every token."
             )
         for keep in self.shares if dropping else ():
             if not 0 < keep <= 1:
-                raise UsageError(f"Expected shares above 0, at most 1, for --keep, received {keep:g}.")
+                raise UsageError(f"Expected shares above 0, at most 1, for `keep`, received {keep:g}.")
             waits = SEAL - 1 if any(method.codec != "none" for method in dropping) else 0
             for prefix in self.prefixes:
                 if round(keep * prefix) <= self.sinks + self.window + waits:
                     raise UsageError(
-                        f"Expected --keep to leave more than the {self.sinks} sinks, the window of {self.window} and {waits} "
+                        f"Expected `keep` to leave more than the {self.sinks} sinks, the window of {self.window} and {waits} "
                         f"that wait to be coded, received {keep:g}, {round(keep * prefix):,} of {prefix:,} tokens. Raise "
-                        "--keep or --prefix."
+                        "`keep` or `prefixes`."
                     )
 
 

@@ -36,7 +36,7 @@ def default_texts() -> list[Text]:
     except OSError as error:
         raise UsageError(
             f"Expected the source of Python's standard library for the text code, received none ({error}). Give texts "
-            "of your own: --text FILE"
+            "of your own in `texts`."
         ) from None
     return [Text("prose", prose), Text("code", code)]
 
@@ -69,7 +69,7 @@ def split_articles(text: str) -> list[str]:
 
 
 def split_documents(
-    tokenizer, text: Text, length: int, count: int, lower: str = "--prefix and --scored"
+    tokenizer, text: Text, length: int, count: int, lower: str = "`prefixes` and `scored`"
 ) -> list[list[int]]:
     """Up to `count` documents of `length` tokens out of `text`, at least one, evenly spread.
 
@@ -121,6 +121,6 @@ def copy_span(prefix: int, scored: int, sinks: int, window: int) -> tuple[int, i
             needed += 1
         raise UsageError(
             f"Expected a prefix of at least {needed:,} tokens for the task copy with {scored} scored tokens and a window "
-            f"of {window}, received {prefix:,}. Raise --prefix, lower --scored or --window, or use --tasks text."
+            f"of {window}, received {prefix:,}. Raise `prefixes`, lower `scored` or `window`, or leave the task out."
         )
     return start(prefix), start(prefix) + scored

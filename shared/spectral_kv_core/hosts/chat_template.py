@@ -48,5 +48,5 @@ def _frame(tokenizer) -> tuple[str, str]:
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     head, place, tail = text.partition(PLACE)
     if not place or PLACE in tail:
-        raise UsageError("Expected a chat template that shows a message once, received another. Use --raw.")
+        raise UsageError("Expected a chat template that shows a message once, received another. Use `raw`.")
     return head, tail

@@ -42,10 +42,10 @@ def draw(
     only: names of `PICTURES`. Raises UsageError for unknown names and formats or when nothing could be drawn, and
     ImportError, which names the extra, without matplotlib.
     """
-    for name, given, known in (("--format", formats, FORMATS), ("--only", only, tuple(PICTURES))):
+    for name, given, known in (("formats", formats, FORMATS), ("only", only, tuple(PICTURES))):
         for value in given:
             if value not in known:
-                raise UsageError(f"Expected {name} among {', '.join(known)}, received {value!r}.")
+                raise UsageError(f"Expected `{name}` among {', '.join(known)}, received {value!r}.")
     matplotlib = _matplotlib()
     drawn, skipped = [], []
     for result in results:
