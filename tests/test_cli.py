@@ -6,6 +6,7 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_checkpoint import save_tiny_checkpoint
 
 from spectral_kv_core.cli import main as cli
-from spectral_kv_core.cli import output
+from spectral_kv_core.cli import output, tables
 from spectral_kv_core.files.container import METADATA_KEY
 from spectral_kv_core.hosts import backends
 from spectral_kv_core.profile.profile import Profile
@@ -388,6 +389,45 @@ def test_errors_name_the_options_of_their_command(capsys):
     assert output.in_options("`prefixes`, `turn_tokens`, `budget_tokens`", args) == (
         "--prefix, --turn-tokens, `budget_tokens`"
     )
+
+
+HOSTILE = "evil\x1b[2J\u202e\nname [red]x[/red] [/bold] :smile: " + "y" * 100_000
+
+
+def test_text_of_files_is_escaped_and_cut(capsys, folder, profile):
+    path = str(folder / "hostile.safetensors")
+    replace(Profile.load(profile), model=HOSTILE).save(path)
+    code, out, err = run(capsys, "inspect", path)
+    assert code == 0, err
+    (line,) = [line for line in out.splitlines() if "evil" in line]
+    assert r"evil\x1b[2J\u202e name [red]x[/red] [/bold] :smile: y" in line and line.endswith("…")
+    assert len(line) < 300 and "\x1b" not in out and json_of(capsys, "inspect", path)["model"] == HOSTILE
+    metadata = {METADATA_KEY: json.dumps({"format": HOSTILE})}
+    save_file({"x": np.zeros(1, np.float32)}, path, metadata)
+    code, _, err = run(capsys, "inspect", path)
+    assert code == 2 and "\x1b" not in err and len(err.splitlines()) == 1 and len(err) < 3000
+
+
+def test_a_stored_prompt_of_a_hostile_model_is_shown(capsys):
+    summary = {"prompt_tokens": 3, "model": HOSTILE, "method": "spectral", "bits": 2.0, "sinks": 4, "window": 64}
+    parts = {"codes": 1, "exact": 2, "passed": 3}
+    tables.print_prompt_file(summary | {"bytes_by_part": parts, "file_bytes": 10, "dense_bytes": 40})
+    out = capsys.readouterr().out
+    assert "[red]x[/red] [/bold]" in " ".join(out.split()) and "\x1b" not in out and len(out) < 1000
+
+
+def test_an_answer_moves_no_cursor(capsys):
+    class NewText:
+        def token(self, token):
+            return "a\x1b[2Jb\r\n\tc"
+
+        def end(self):
+            return "\x07"
+
+    show = tables.Stream(NewText)
+    show.token(0)
+    show.end()
+    assert capsys.readouterr().out == "a\\x1b[2Jb\\r\n\tc\\x07\n"
 
 
 def test_the_command_is_installed():

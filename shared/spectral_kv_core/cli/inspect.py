@@ -45,6 +45,6 @@ def run(args: argparse.Namespace) -> dict:
         "plan": tables.plan_summary(plan),
     }
     if not args.json:
-        print(loaded.summary())
+        tables.print_profile(loaded)
         tables.print_plan(plan)
     return result

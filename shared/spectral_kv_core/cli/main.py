@@ -11,8 +11,9 @@ import sys
 from .. import __version__
 from . import bench, cache_prompt, evaluate, fit, generate, inspect, methods, plot, profile
 from .options import common_options
-from .output import in_options, to_plain
+from .output import in_options, printable, to_plain
 
+LONGEST_LINE = 2000  # characters of an error
 # each has NAME, HELP, PARENTS (parsers of shared options), add_arguments(parser) and run(args)
 COMMANDS = (profile, generate, cache_prompt, evaluate, bench, inspect, methods, fit, plot)
 
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             raise
-        text = " ".join(in_options(str(error), args).split()) or type(error).__name__
+        text = printable(in_options(str(error), args), LONGEST_LINE) or type(error).__name__
         print(f"spectralkv: {text}", file=sys.stderr)
         return 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
     if args.json:

@@ -1,14 +1,30 @@
-"""What reaches the terminal, and in which words."""
+"""What reaches the terminal: one JSON object, or text without control characters; one line of an error."""
 
 from __future__ import annotations
 
 import argparse
 import re
 
-import numpy as np
-
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 # fields of the library whose option has another name
 OPTION_OF = {"prefixes": "prefix", "wavelets": "wavelet", "contexts": "context", "formats": "format", "texts": "text"}
+SHOWN = 200  # characters of a name out of a file
+
+
+def printable(text: object, most: int = SHOWN) -> str:
+    """`text` on one line of at most `most` characters: white space is a space, what does not print is escaped."""
+    line = " ".join(str(text)[: 4 * most].split())
+    line = "".join(c if c.isprintable() else _escape(c) for c in line)
+    return line if len(line) <= most else f"{line[: most - 1]}…"
+
+
+def without_control(text: str) -> str:
+    """`text` as it is, but for control characters, which are escaped: a model's answer moves no cursor."""
+    return CONTROL.sub(lambda found: _escape(found[0]), text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
 
 
 def in_options(message: str, args: argparse.Namespace | None) -> str:
@@ -22,5 +38,5 @@ def in_options(message: str, args: argparse.Namespace | None) -> str:
 
 
 def to_plain(x):
-    """NumPy scalars and arrays as JSON knows them."""
-    return x.tolist() if isinstance(x, (np.generic, np.ndarray)) else str(x)
+    """NumPy scalars and arrays as JSON knows them, anything else as text."""
+    return x.tolist() if hasattr(x, "tolist") else str(x)

@@ -8,6 +8,7 @@ import time
 from ..calibration.text import load_texts
 from ..hosts.backends import load_backend
 from ..profile.store import cached_profile_path
+from . import tables
 from .options import check_output, model_options, model_path
 
 NAME, HELP = "profile", "calibrate a model once and save its profile"
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> dict:
     seconds = time.perf_counter() - started
     path = made.save(args.output or cached_profile_path(made.shape))
     if not args.json:
-        print(made.summary())
+        tables.print_profile(made)
         print(f"  Saved {path} ({path.stat().st_size:,} bytes) after {seconds:.0f} s")
     return {
         "profile": str(path),
