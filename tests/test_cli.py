@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,11 +18,13 @@ pytest.importorskip("torch")
 from safetensors.numpy import load_file, save_file
 from tiny_checkpoint import save_tiny_checkpoint
 
+from spectral_kv_core.cache.prompt_cache_file import DEFAULT_FILE_METHOD
 from spectral_kv_core.cli import main as cli
-from spectral_kv_core.cli import output, tables
+from spectral_kv_core.cli import methods, output, tables
 from spectral_kv_core.files.container import METADATA_KEY
 from spectral_kv_core.hosts import backends
 from spectral_kv_core.profile.profile import Profile
+from spectral_kv_core.profile.store import cached_profile_path
 
 TEXT = "In the beginning there was a table, and on the table stood 23 cups; nobody knew whose they were. " * 30
 GENERATE_KEYS = {
@@ -189,11 +193,7 @@ def test_cache_prompt_reports_bytes(capsys, model, profile, tmp_path):
     path = tmp_path / "new folder" / "cache.safetensors"
     result = json_of(capsys, *cache_prompt(model, profile, path))
     assert result["file_bytes"] == path.stat().st_size and result["output"] == str(path)
-    assert (
-        result["method"] == cli.cache_prompt.DEFAULT_FILE_METHOD
-        and result["backend"] == "torch"
-        and result["seconds"] > 0
-    )
+    assert result["method"] == DEFAULT_FILE_METHOD and result["backend"] == "torch" and result["seconds"] > 0
     assert result["cache_bytes"] == sum(result["bytes_by_part"].values()) < result["file_bytes"]
     assert (
         result["dense_bytes"] == result["prompt_tokens"] * 3 * 2 * 2 * 16 * 2
@@ -255,7 +255,7 @@ def test_wrong_use_of_stored_prompts(capsys, folder, model, profile, tmp_path, o
 
 
 def test_profile_is_found_by_itself(capsys, model, profile):
-    cached = cli.profile.cached_profile_path(Profile.load(profile).shape)
+    cached = cached_profile_path(Profile.load(profile).shape)
     Profile.load(profile).save(cached)
     arguments = ["--backend", "torch", "--prompt", TEXT, "--max-tokens", "2", "--bits", "3"]
     assert json_of(capsys, "generate", "--model", model, *arguments)["method"] == "spectral"
@@ -428,6 +428,55 @@ def test_an_answer_moves_no_cursor(capsys):
     show.token(0)
     show.end()
     assert capsys.readouterr().out == "a\\x1b[2Jb\\r\n\tc\\x07\n"
+
+
+def test_a_terminal_of_ascii_gets_the_answer(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(methods, "run", lambda args: print("23 Tassen für 5 €") or {})
+    assert cli.main(["methods"]) == 0
+    assert stream.buffer.getvalue() == b"23 Tassen f?r 5 ?\n"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
+@pytest.mark.parametrize(
+    "script",
+    [
+        '"$@" >/dev/full',
+        '"$@" --json >/dev/full',
+        '( sleep 0.2; exec "$@" ) | true',
+        '( sleep 0.2; exec "$@" --json ) | true',
+        '"$@" --json >&-',  # whoever closes it without --json wants no text
+    ],
+)
+@pytest.mark.parametrize("answer", ["short", "long"])
+def test_an_answer_that_nobody_takes_is_one_line(answer, script):
+    """A short one fails when it is written out, which the interpreter tries again when it ends; a long one at once."""
+    code = "import sys; from spectral_kv_core.cli import main, methods; "
+    code += "methods.run = lambda args: print(23) or {}; " * (answer == "short") + "sys.exit(main.main())"
+    command = ["bash", "-c", f"set -o pipefail; {script}", "bash", sys.executable, "-c", code, "methods"]
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    ended = subprocess.run(command, capture_output=True, text=True, env=buffered)
+    (line,) = ended.stderr.splitlines()
+    assert ended.returncode == 1 and not ended.stdout
+    assert line.startswith(("spectralkv: Expected standard output", "spectralkv: [Errno 28] No space left")), line
+
+
+def test_control_c_ends_quietly(capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(methods, "run", interrupted)
+        assert run(capsys, "methods", "--debug") == (130, "", "")
+    monkeypatch.setattr(cli, "command_modules", interrupted)  # which imports everything
+    assert run(capsys, "methods") == (130, "", "")
+
+
+def test_nothing_that_takes_long_is_imported_before_main_waits_for_control_c():
+    code = "import sys, spectral_kv_core.cli.main; sys.exit(bool({'numpy', 'rich', 'tqdm', 'yaml'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_the_command_is_installed():

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
+from types import ModuleType
 
 from .. import __version__
-from . import bench, cache_prompt, evaluate, fit, generate, inspect, methods, plot, profile
-from .options import common_options
-from .output import in_options, printable, to_plain
+from .output import drop_stdout, in_options, prepare_stdout, print_all, print_json, printable
 
-LONGEST_LINE = 2000  # characters of an error
-# each has NAME, HELP, PARENTS (parsers of shared options), add_arguments(parser) and run(args)
-COMMANDS = (profile, generate, cache_prompt, evaluate, bench, inspect, methods, fit, plot)
+LONGEST_LINE = 2000  # characters of an error or a warning
+
+
+def command_modules() -> tuple[ModuleType, ...]:
+    """The commands: each has NAME, HELP, PARENTS (parsers of shared options), add_arguments(parser) and run(args).
+
+    They are imported here, where `main` waits for Ctrl-C: what they need takes a while to load.
+    """
+    from . import bench, cache_prompt, evaluate, fit, generate, inspect, methods, plot, profile
+
+    return profile, generate, cache_prompt, evaluate, bench, inspect, methods, fit, plot
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Parser of all commands; wrong use exits with 2 and one line."""
+    commands = command_modules()
+    from .options import common_options
+
     parser = argparse.ArgumentParser(prog="spectralkv", description="KV-cache compression: real bytes, honest quality.")
     parser.add_argument("--version", action="version", version=f"spectralkv {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in COMMANDS:
+    for command in commands:
         parents = [options() for options in (*command.PARENTS, common_options)]
         sub = subparsers.add_parser(command.NAME, help=command.HELP, description=command.HELP, parents=parents)
         command.add_arguments(sub)
@@ -32,22 +41,45 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command: 0 done, 2 wrong use, 1 anything else; errors are one line on stderr."""
-    args = build_parser().parse_args(arguments)
-    # the hosts' own chatter would drown the one line that matters
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="spectralkv: %(message)s")
+    """Run one command: 0 done, 2 wrong use, 1 anything else; errors are one line on stderr, Ctrl-C is 130."""
+    args = None
     try:
+        args = build_parser().parse_args(arguments)
+        prepare_stdout(args.json)
+        _quiet_hosts()
         result = args.run(args)
+        if args.json:
+            print_json(result)
+        print_all()
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if args.debug:
+        drop_stdout()
+        if args is not None and args.debug:
             raise
-        text = printable(in_options(str(error), args), LONGEST_LINE) or type(error).__name__
-        print(f"spectralkv: {text}", file=sys.stderr)
-        return 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
-    if args.json:
-        print(json.dumps(result, default=to_plain))
+        return _report(error, args)
     return 0
+
+
+def _quiet_hosts() -> None:
+    """The hosts' own chatter would drown the one line that matters."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine("spectralkv: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+
+
+class _OneLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), LONGEST_LINE)
+
+
+def _report(error: Exception, args: argparse.Namespace | None) -> int:
+    """Print the one line of `error`; returns the exit code."""
+    text = printable(in_options(str(error), args), LONGEST_LINE) or type(error).__name__
+    if isinstance(error, BrokenPipeError):
+        text = "Expected standard output to take all that is printed, its reader has gone."
+    if sys.stderr is not None:
+        print(f"spectralkv: {text}", file=sys.stderr)
+    return 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1

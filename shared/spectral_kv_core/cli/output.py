@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import io
+import json
+import os
 import re
+import sys
+from contextlib import suppress
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 # fields of the library whose option has another name
@@ -25,6 +30,44 @@ def without_control(text: str) -> str:
 
 def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
+
+
+def prepare_stdout(json_wanted: bool) -> None:
+    """Let an ASCII terminal show `?` for what it lacks; raises OSError where the JSON has nowhere to go."""
+    if sys.stdout is None and json_wanted:
+        raise OSError("Expected standard output for --json, it is closed.")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def print_json(result: dict) -> None:
+    """Print `result` as the one JSON object on standard output."""
+    print_all(json.dumps(result, default=to_plain))
+
+
+def print_all(*lines: str) -> None:
+    """Print `lines` and all that was printed before; raises OSError where standard output does not take it."""
+    if sys.stdout is None:
+        return
+    try:
+        for line in lines:
+            print(line)
+        sys.stdout.flush()
+    except OSError as error:
+        raise OSError(f"Expected standard output to take all that is printed, received: {error.strerror}.") from error
+
+
+def drop_stdout() -> None:
+    """Send what standard output does not take nowhere: the interpreter would fail on it once more when it ends."""
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError):  # what is no file has no number
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
 
 
 def in_options(message: str, args: argparse.Namespace | None) -> str:
