@@ -44,7 +44,7 @@ test-core: $(VENV)/.installed-all ## run the tests of the core, the command line
 	$(PYTEST) $(QUICK) --ignore-glob='*test_mlx*'
 
 test-mlx: $(VENV)/.installed-all ## run the tests of MLX
-	LD_PRELOAD=$(OPENBLAS) $(PYTEST) $(QUICK) tests/test_mlx*.py
+	LD_PRELOAD=$(OPENBLAS) $(PYTEST) $(QUICK) tests/backends/test_mlx*.py
 
 test-quick: $(VENV)/.installed-all ## run one case of every test that is not slow, in two processes
 	$(MAKE) --no-print-directory -j2 test-core test-mlx QUICK=--quick
@@ -54,7 +54,7 @@ test-metal: $(VENV)/.installed-all ## run the tests that need a Metal device, on
 
 coverage: $(VENV)/.installed-all $(VENV)/.installed-coverage ## run make test, print the share of lines that ran, write coverage.xml
 	$(PYTEST) --cov --cov-report= --ignore-glob='*test_mlx*'
-	LD_PRELOAD=$(OPENBLAS) $(PYTEST) --cov --cov-append --cov-report=term --cov-report=xml tests/test_mlx*.py
+	LD_PRELOAD=$(OPENBLAS) $(PYTEST) --cov --cov-append --cov-report=term --cov-report=xml tests/backends/test_mlx*.py
 
 coverage-report: ## print what make coverage found as a table in Markdown
 	@$(PYTHON) -m coverage report --format=markdown
@@ -93,11 +93,14 @@ docs: $(VENV)/.installed-docs ## build the site of docs/ in build/docs
 	$(VENV)/bin/zensical build --clean --strict
 
 docs-test: $(VENV)/.installed-all ## check the pages: links, sentences, generated pages and examples
-	$(PYTEST) tests/test_docs.py tests/test_readme.py
+	$(PYTEST) tests/project/test_docs.py tests/project/test_readme.py
 
 # --- releases: CONTRIBUTING.md says how one is made -------------------------------------------------------------------
 
-.PHONY: release-check system-packages
+.PHONY: wheels release-check system-packages
+
+wheels: ## build the wheel of Linux on x86-64 with the C kernels inside, and try it without a compiler; TORCH=1: with torch
+	python3 .ci/wheels.py $(if $(TORCH),--torch)
 
 release-check: $(VENV)/.installed-release ## check versions, the source archive and the wheel; TAG=v1.2.3 for a release
 	$(PYTHON) tools/release_check.py "$$TAG"
@@ -113,7 +116,7 @@ system-packages: ## install what makes the tests faster on Debian and Ubuntu (as
 # --- the virtual environment ------------------------------------------------------------------------------------------
 
 clean: ## delete the virtual environment and what was built
-	rm -rf $(VENV) build *.egg-info .coverage coverage.xml
+	rm -rf $(VENV) build dist *.egg-info .coverage coverage.xml
 
 $(VENV)/.installed-all: EXTRAS := mlx,torch,dev
 $(VENV)/.installed-bench: EXTRAS := $(BACKEND),bench

@@ -31,9 +31,8 @@ def table(head: list[str], body: list[list[str]]) -> str:
 
 
 def codec() -> str:
-    """KL on text and copies, and how often the likeliest token stays; how much smaller the whole cache is in bfloat16."""
+    """KL on text and copies, and how often the most likely token stays; how much smaller the whole cache is in bfloat16."""
     names = ("spectral", "spectral-trellis", "spectral-dense", "spectral-stored")
-    head = ["bits", "times smaller", "`spectral`: live, attended as codes", "`spectral-trellis`: so too, slower"]
     body = []
     for bits in (4, 3, 2, 1.5, 1, 0.5):
         (size,) = rows("codec_smollm2_sizes", bits=bits, method="spectral", task="text")
@@ -43,7 +42,7 @@ def codec() -> str:
             (copy,) = rows("codec_smollm2_1024", bits=bits, method=name, task="copy")
             cells.append(f"{text['kl']:.4f} / {copy['kl']:.4f} ({text['top1']:.1%})")
         body.append(cells)
-    return table([*head, "`spectral-dense`: live, decoded by tile", "`spectral-stored`: files"], body)
+    return table(["bits", "times smaller", *(f"`{name}`" for name in names)], body)
 
 
 def methods(name: str) -> str:

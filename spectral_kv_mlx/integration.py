@@ -32,7 +32,7 @@ from spectral_kv_core.cache.prompt_cache_file import ExactLayer
 from spectral_kv_core.compat.engine import check_quantize
 from spectral_kv_core.errors import UsageError, first_line
 from spectral_kv_core.files import paths
-from spectral_kv_core.profile.profile import ModelShape
+from spectral_kv_core.profile.model_shape import ModelShape
 
 from .handles import ATTENTION, is_dispatcher, make_dispatcher
 from .ops import to_numpy

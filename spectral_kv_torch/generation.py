@@ -29,6 +29,7 @@ from .integration import (
     plain_cache,
     weights_digest,
 )
+from .kernels.build import prepare
 from .ops import to_numpy
 from .profiler import SpectralProfiler
 from .prompt_cache import decode_cache, encode_cache, load_prompt_cache, save_prompt_cache, sealed_bits
@@ -126,6 +127,7 @@ def make_prompt_cache(
         other_bytes=other,
     )
     install(model)
+    prepare(model.device)
     return SpectralCache(
         window=window, sinks=sinks, plan=plan, layers=layers, eviction=eviction, working_set=working_set
     )

@@ -9,7 +9,7 @@ import torch
 
 from spectral_kv_core.calibration.layer_probing import LogProbabilities
 from spectral_kv_core.calibration.profiler import ProfilerBase
-from spectral_kv_core.profile.profile import ModelShape
+from spectral_kv_core.profile.model_shape import ModelShape
 
 from .capture import capture, probed_log_probabilities, score_gradients
 from .integration import load_model, max_context, model_name, model_shape, weights_digest

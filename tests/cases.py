@@ -12,14 +12,18 @@ import pytest
 
 from spectral_kv_core.arrays import ops
 from spectral_kv_core.arrays.rope import Rope, rotate
-from spectral_kv_core.calibration.basis_fit import Spool, fit_basis_set
+from spectral_kv_core.calibration.basis_fit import fit_basis_set
 from spectral_kv_core.calibration.model_basis import fit_joint_set
 from spectral_kv_core.calibration.moments import QueryMoments
+from spectral_kv_core.calibration.spool import Spool
+from spectral_kv_core.codecs.registry import make_plan
 from spectral_kv_core.planning.methods import Method
-from spectral_kv_core.planning.plan import Plan, make_plan
-from spectral_kv_core.profile.profile import ModelShape, Profile, QueryStatistics
+from spectral_kv_core.planning.plan import Plan
+from spectral_kv_core.profile.model_shape import ModelShape
+from spectral_kv_core.profile.profile import Profile, QueryStatistics
 from spectral_kv_core.quantization import trellis
-from spectral_kv_core.quantization.quantizer import BIT_WIDTHS, unpack_rows
+from spectral_kv_core.quantization.packing import unpack_rows
+from spectral_kv_core.quantization.quantizer import BIT_WIDTHS
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from operator import or_
 import mlx.core as mx
 import numpy as np
 
-from spectral_kv_core.quantization.quantizer import UNIT, dequantize, lowest_bits, planes, unpack
+from spectral_kv_core.quantization.packing import UNIT, lowest_bits, planes, unpack
+from spectral_kv_core.quantization.quantizer import dequantize
 from spectral_kv_core.quantization.trellis import curve
 
 MULTIPLIED = (1, 2, 4, 8)  # widths that are packed as `mx.quantized_matmul` has them
@@ -194,7 +195,7 @@ def has_even_levels(levels: mx.array) -> bool:
 
 @cache
 def path_bits(bits: int):
-    """Makes the function `quantizer.lowest_bits` of units of `bits` bits, in one operation."""
+    """Makes the function `packing.lowest_bits` of units of `bits` bits, in one operation."""
     return mx.compile(partial(lowest_bits, bits=bits))
 
 

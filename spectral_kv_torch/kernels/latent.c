@@ -3,7 +3,7 @@
 // Codes are read once, as they are stored, and never rebuilt as keys or values: a query is projected on the basis and
 // scaled row by row (a row is one component at one frequency), a row of codes is looked up in its quantizer's levels in
 // registers and multiplied with all query rows of its KV head; the time transform is applied to scores and to
-// probabilities. All arithmetic is float32. Layout of codes: quantizer.pack_rows; formulas: codec.SpectralCodec.attend.
+// probabilities. All arithmetic is float32. Layout of codes: packing.pack_rows; formulas: codec.SpectralCodec.attend.
 //
 // Work is split over (sequence, KV head) and groups of chunks, whose softmaxes are partial and merged at the end.
 //
@@ -11,6 +11,7 @@
 // So the path bits of some chunks are laid out first, one *path row* for every such row of the layer, and a row's labels
 // are made of path rows when it is decoded.
 
+#include "threads.h"
 #include "vectors.h"
 
 #if USE_AVX512
@@ -106,14 +107,15 @@ INLINE vec reduce(vec a, vec b, vec c, vec d) {
 
 // ---------------------------------------------------------------------------------------------------- codes
 
+INLINE uint32_t short_word(const uint8_t *p) { return p[0] | (uint32_t)p[1] << 8; }
+
 // Eight codes of one unit as bytes, the first in the lowest.
 INLINE uint64_t unpack_unit(const int bits, const uint8_t *p) {
   if (bits == 8) return *(const long_word *)p;
   uint64_t codes = 0;
-  for (int width = 4, shift = 0; width; width >>= 1) {  // planes: quantizer.planes
+  for (int width = 4, shift = 0; width; width >>= 1) {  // planes: packing.planes
     if (!(bits & width)) continue;
-    uint64_t plane = 0;
-    memcpy(&plane, p, width);
+    uint64_t plane = width == 4 ? *(const word *)p : width == 2 ? short_word(p) : *p;
 #if USE_AVX512 || USE_AVX2
     const uint64_t mask = width == 4 ? 0x0f0f0f0f0f0f0f0full : width == 2 ? 0x0303030303030303ull : 0x0101010101010101ull;
     plane = _pdep_u64(plane, mask);
@@ -149,8 +151,6 @@ INLINE uint64_t scatter_bits(uint64_t x, uint64_t mask) {
   return out;
 #endif
 }
-
-__attribute__((unused)) INLINE uint32_t short_word(const uint8_t *p) { return p[0] | (uint32_t)p[1] << 8; }
 
 #if USE_AVX512
 typedef struct {
@@ -850,73 +850,114 @@ static void merge(const Codec *codec, const Call *call, int head, int spans, con
 
 static void *allocate(size_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
 
+// One call as its threads see it.
+typedef struct {
+  const Codec *codec;
+  const Call *call;
+  int spans, wave;  // partial softmaxes over chunks of a sequence; (sequence, span)s whose path rows there is room for
+  long laid;        // bytes of a chunk's path rows, 0 for none
+  float *store;     // queries on the basis [batch * kv_heads][rows][rank], their offsets [...][rows], then what `parts` holds
+  Partial *parts;   // [batch * kv_heads][spans + 1], the last over exact tokens
+  uint8_t *paths;
+  long *next;       // items taken of every loop, in their order
+  int failed;
+} Work;
+
+typedef struct {
+  Scratch *scratch;
+  vec *pooled;
+  v4 *scaled;
+  float *buffer;  // [rows][exact + rank] and two rows of the wider of rank and dim
+  uint8_t *bytes;
+} Memory;  // of one thread
+
+static long widest(const Work *w) { return w->codec->rank > w->codec->dim ? w->codec->rank : w->codec->dim; }
+
+static long heads_of(const Work *w) { return (long)w->call->batch * w->codec->kv_heads; }
+
+static float *latent_of(const Work *w, long head) { return w->store + head * w->call->rows * w->codec->rank; }
+
+static float *offset_of(const Work *w, long head) { return latent_of(w, heads_of(w)) + head * w->call->rows; }
+
+// Item `i` of a wave that starts at (sequence, span) `first`: a part of the path rows of a chunk.
+static void lay_item(const Work *w, int first, int i) {
+  int pair = first + i / (SPAN * PARTS), sequence = pair / w->spans, at = i / PARTS % SPAN, chunk = pair % w->spans * SPAN + at;
+  if (chunk < w->call->chunks) lay_part(w->codec, w->call, chunk, sequence, i % PARTS, w->paths + i / PARTS * w->laid);
+}
+
+// Likewise: one KV head of one span.
+static void attend_item(const Work *w, const Memory *m, int first, int i) {
+  const Codec *codec = w->codec;
+  const Call *call = w->call;
+  int pair = first + i / codec->kv_heads, sequence = pair / w->spans, span = pair % w->spans, rows = call->rows;
+  long head = (long)sequence * codec->kv_heads + i % codec->kv_heads;
+  Projected query = {latent_of(w, head), offset_of(w, head)};
+  int stop = (span + 1) * SPAN < call->chunks ? (span + 1) * SPAN : call->chunks;
+  for (int from = 0; from < rows; from += ROWS)
+    attend_chunks(codec, call, sequence, i % codec->kv_heads, span * SPAN, stop, from, rows - from < ROWS ? rows - from : ROWS,
+                  query, w->parts[head * (w->spans + 1) + span], m->scratch, m->scaled, m->pooled, m->bytes,
+                  w->laid ? w->paths + (long)(i / codec->kv_heads) * SPAN * w->laid : 0);
+}
+
+// All loops of a call, shared with the other threads; a loop that reads what another writes waits for it.
+static void run_loops(Work *w, const Memory *m) {
+  const Codec *codec = w->codec;
+  const Call *call = w->call;
+  const long heads = heads_of(w), all = (long)call->batch * w->spans;
+  long *next = w->next, i;
+  for (; (i = take(next, 1)) < heads;) project(codec, call, i, latent_of(w, i), offset_of(w, i));
+  next++, wait_for_all();
+  for (long first = 0; first < all; first += w->wave) {
+    long held = first + w->wave < all ? w->wave : all - first;
+    if (w->laid) {
+      if (first) wait_for_all();  // until nobody reads the path rows before
+      for (; (i = take(next, 1)) < held * SPAN * PARTS;) lay_item(w, first, i);
+      next++, wait_for_all();
+    }
+    for (; (i = take(next, 1)) < held * codec->kv_heads;) attend_item(w, m, first, i);
+    next++;
+  }
+  float *row = m->buffer + (long)call->rows * (call->exact + codec->rank) + widest(w);
+  for (; (i = take(next, 1)) < heads;) attend_exact(codec, call, i, w->parts[i * (w->spans + 1) + w->spans], m->buffer, row);
+  next++, wait_for_all();
+  for (; (i = take(next, 1)) < heads;) merge(codec, call, i, w->spans, w->parts + i * (w->spans + 1), m->buffer);
+}
+
+static void attend_on_thread(void *data) {
+  Work *w = data;
+  const long rank = w->codec->rank, rows = w->call->rows;
+  Memory m = {
+      allocate(sizeof *m.scratch),
+      allocate(sizeof *m.pooled * rank),
+      allocate(sizeof *m.scaled * rank * FREQUENCIES),
+      allocate(sizeof(float) * (rows * (w->call->exact + rank) + 2 * widest(w))),
+      allocate(rank * UNIT + 4 * UNIT),
+  };
+  if (!m.scratch || !m.pooled || !m.scaled || !m.buffer || !m.bytes) __atomic_store_n(&w->failed, 1, __ATOMIC_RELAXED);
+  wait_for_all();
+  if (!__atomic_load_n(&w->failed, __ATOMIC_RELAXED)) run_loops(w, &m);
+  free(m.scratch), free(m.pooled), free(m.scaled), free(m.buffer), free(m.bytes);
+}
+
 // Returns 0, or 1 when memory is short.
 int spectralkv_attend(const Codec *codec, const Call *call) {
-  const int heads = call->batch * codec->kv_heads, rank = codec->rank, dim = codec->dim, rows = call->rows;
-  const int spans = (call->chunks + SPAN - 1) / SPAN, items = spans + 1, wide = rank > dim ? rank : dim;
-  const int all = call->batch * spans, enough = (WAVE * call->threads + codec->kv_heads - 1) / codec->kv_heads;
-  const int wave = codec->coupled && enough < all ? enough : all;  // (sequence, span)s whose path rows there is room for
-  const long laid = codec->coupled ? path_bytes(codec) : 0;
-  const size_t projected = (size_t)heads * rows * (rank + 1), partial = (size_t)rows * (wide + 2);
-  float *store = allocate(sizeof(float) * (projected + heads * items * partial));
-  Partial *parts = allocate(sizeof(Partial) * heads * items);
-  uint8_t *paths = laid ? allocate((size_t)wave * SPAN * laid) : 0;
-  int failed = !store || !parts || (laid && !paths);
-  for (int i = 0; i < heads * items && !failed; i++) {
-    float *at = store + projected + i * partial;
-    parts[i] = (Partial){at + 2 * rows, at, at + rows};
+  Work w = {codec, call, .spans = (call->chunks + SPAN - 1) / SPAN};
+  const long heads = heads_of(&w), rows = call->rows, items = w.spans + 1, all = (long)call->batch * w.spans;
+  const long enough = (WAVE * call->threads + codec->kv_heads - 1) / codec->kv_heads;
+  const long partial = rows * (widest(&w) + 2), queries = heads * rows * (codec->rank + 1);
+  w.wave = codec->coupled && enough < all ? enough : all;
+  w.laid = codec->coupled ? path_bytes(codec) : 0;
+  const size_t loops = 3 + 2 * (w.wave ? (all + w.wave - 1) / w.wave : 0);
+  w.store = allocate(sizeof(float) * (queries + heads * items * partial));
+  w.parts = allocate(sizeof(Partial) * heads * items);
+  w.paths = w.laid ? allocate((size_t)w.wave * SPAN * w.laid) : 0;
+  w.next = calloc(loops, sizeof *w.next);
+  w.failed = !w.store || !w.parts || !w.next || (w.laid && !w.paths);
+  for (long i = 0; i < heads * items && !w.failed; i++) {
+    float *at = w.store + queries + i * partial;
+    w.parts[i] = (Partial){at + 2 * rows, at, at + rows};
   }
-  const size_t floats = (size_t)rows * (call->exact + rank) + 2 * (size_t)wide;
-  if (!failed) {
-#pragma omp parallel num_threads(call->threads)
-    {
-      Scratch *scratch = allocate(sizeof *scratch);
-      vec *pooled = allocate(sizeof *pooled * rank);
-      v4 *scaled = allocate(sizeof *scaled * rank * FREQUENCIES);
-      float *buffer = allocate(sizeof(float) * floats);
-      uint8_t *bytes = allocate((size_t)rank * UNIT + 4 * UNIT);
-      int short_of_memory = !scratch || !pooled || !scaled || !buffer || !bytes;
-      if (short_of_memory) {
-#pragma omp atomic write
-        failed = 1;
-      }
-#pragma omp barrier
-      if (!failed) {
-#pragma omp for schedule(static)
-        for (int head = 0; head < heads; head++)
-          project(codec, call, head, store + (size_t)head * rows * rank, store + (size_t)heads * rows * rank + head * rows);
-        for (int first = 0; first < all; first += wave) {
-          int held = first + wave < all ? wave : all - first;
-          if (laid) {
-#pragma omp barrier
-#pragma omp for schedule(dynamic)
-            for (int i = 0; i < held * SPAN * PARTS; i++) {
-              int pair = first + i / (SPAN * PARTS), sequence = pair / spans, at = i / PARTS % SPAN;
-              int chunk = pair % spans * SPAN + at;
-              if (chunk < call->chunks) lay_part(codec, call, chunk, sequence, i % PARTS, paths + i / PARTS * laid);
-            }
-          }
-#pragma omp for schedule(dynamic) nowait
-          for (int i = 0; i < held * codec->kv_heads; i++) {
-            int pair = first + i / codec->kv_heads, sequence = pair / spans, span = pair % spans;
-            int head = sequence * codec->kv_heads + i % codec->kv_heads;
-            Projected query = {store + (size_t)head * rows * rank, store + (size_t)heads * rows * rank + head * rows};
-            int stop = (span + 1) * SPAN < call->chunks ? (span + 1) * SPAN : call->chunks;
-            for (int from = 0; from < rows; from += ROWS)
-              attend_chunks(codec, call, sequence, i % codec->kv_heads, span * SPAN, stop, from,
-                            rows - from < ROWS ? rows - from : ROWS, query, parts[head * items + span], scratch, scaled, pooled,
-                            bytes, laid ? paths + (long)(i / codec->kv_heads) * SPAN * laid : 0);
-          }
-        }
-#pragma omp for schedule(dynamic)
-        for (int head = 0; head < heads; head++)
-          attend_exact(codec, call, head, parts[head * items + spans], buffer, buffer + floats - wide);
-#pragma omp for schedule(static)
-        for (int head = 0; head < heads; head++) merge(codec, call, head, spans, parts + head * items, buffer);
-      }
-      free(scratch), free(pooled), free(scaled), free(buffer), free(bytes);
-    }
-  }
-  free(store), free(parts), free(paths);
-  return failed;
+  if (!w.failed) in_parallel(attend_on_thread, &w, call->threads);
+  free(w.store), free(w.parts), free(w.paths), free(w.next);
+  return w.failed;
 }

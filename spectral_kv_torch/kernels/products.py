@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from spectral_kv_core.codecs.spectral import SpectralCodec
-from spectral_kv_core.quantization.quantizer import planes
+from spectral_kv_core.quantization.packing import planes
 
 from .tiles import Tile
 

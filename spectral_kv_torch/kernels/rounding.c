@@ -1,5 +1,9 @@
 // Rounding in time, rounding.round_in_time, on the CPU: the codes of one block of one group at a time.
+//
+// flags: -ffp-contract=off
+// Without multiply-add, codes are the same to the bit on every processor.
 
+#include "threads.h"
 #include "vectors.h"
 
 #define CELLS 256  // per standard deviation, quantizer.CELLS
@@ -65,29 +69,45 @@ static void round_rest(const Rounding *c, const float *z, const float *gain, con
   for (long f = 0; f < FREQUENCIES; f++) memcpy(output + f * c->rank, codes + f * LANES, count);
 }
 
-void spectralkv_round(const Rounding *c) {
-  const long block = (long)FREQUENCIES * c->rank, all = (long)c->batch * c->groups * c->blocks;
+#define BLOCKS 16  // that a thread takes at a time
+
+typedef struct {
+  const Rounding *call;
   float turned[FREQUENCIES][FREQUENCIES];  // [token][frequency]
+  long next;                               // block that nobody has taken
+} Work;
+
+static void round_block(const Rounding *c, const float turned[FREQUENCIES][FREQUENCIES], long n) {
+  const long block = (long)FREQUENCIES * c->rank;
+  const float *z = c->z + n * block, *gain = c->gain + n / c->blocks % c->groups * block, *w = c->weights + n * FREQUENCIES;
+  const int32_t *slots = c->slots + n / c->blocks % c->groups * block;
+  uint8_t *output = c->output + n * block;
+  float metric[FREQUENCIES][FREQUENCIES];
   for (int f = 0; f < FREQUENCIES; f++)
-    for (int t = 0; t < FREQUENCIES; t++) turned[t][f] = c->time[f * FREQUENCIES + t];
-#pragma omp parallel for num_threads(c->threads) schedule(static)
-  for (long n = 0; n < all; n++) {
-    const float *z = c->z + n * block, *gain = c->gain + n / c->blocks % c->groups * block, *w = c->weights + n * FREQUENCIES;
-    const int32_t *slots = c->slots + n / c->blocks % c->groups * block;
-    uint8_t *output = c->output + n * block;
-    float metric[FREQUENCIES][FREQUENCIES];
-    for (int f = 0; f < FREQUENCIES; f++)
-      for (int v = 0; v < LINES; v++) {
-        vec line = {0};
-        for (int t = 0; t < FREQUENCIES; t++) line += turned[t][f] * w[t] * load(&turned[t][v * LANES]);
-        memcpy(&metric[f][v * LANES], &line, sizeof line);
-      }
-    for (int f = 0; f < FREQUENCIES; f++) {
-      const float diagonal = metric[f][f];
-      for (int j = 0; j < FREQUENCIES; j++) metric[f][j] /= diagonal;
+    for (int v = 0; v < LINES; v++) {
+      vec line = {0};
+      for (int t = 0; t < FREQUENCIES; t++) line += turned[t][f] * w[t] * load(&turned[t][v * LANES]);
+      memcpy(&metric[f][v * LANES], &line, sizeof line);
     }
-    int r = 0;
-    for (; r + LANES <= c->rank; r += LANES) round_lanes(c, z + r, gain + r, slots + r, c->rank, metric, output + r);
-    if (r < c->rank) round_rest(c, z + r, gain + r, slots + r, c->rank - r, metric, output + r);
+  for (int f = 0; f < FREQUENCIES; f++) {
+    const float diagonal = metric[f][f];
+    for (int j = 0; j < FREQUENCIES; j++) metric[f][j] /= diagonal;
   }
+  int r = 0;
+  for (; r + LANES <= c->rank; r += LANES) round_lanes(c, z + r, gain + r, slots + r, c->rank, metric, output + r);
+  if (r < c->rank) round_rest(c, z + r, gain + r, slots + r, c->rank - r, metric, output + r);
+}
+
+static void round_blocks(void *data) {
+  Work *work = data;
+  const long all = (long)work->call->batch * work->call->groups * work->call->blocks;
+  for (long first; (first = take(&work->next, BLOCKS)) < all;)
+    for (long n = first; n < first + BLOCKS && n < all; n++) round_block(work->call, work->turned, n);
+}
+
+void spectralkv_round(const Rounding *c) {
+  Work work = {.call = c};
+  for (int f = 0; f < FREQUENCIES; f++)
+    for (int t = 0; t < FREQUENCIES; t++) work.turned[t][f] = c->time[f * FREQUENCIES + t];
+  in_parallel(round_blocks, &work, c->threads);
 }

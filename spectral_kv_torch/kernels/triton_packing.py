@@ -1,4 +1,4 @@
-"""Bit packing of chunks that grow, in one launch: `quantizer.pack_rows` and `append_rows` for all widths of a codec.
+"""Bit packing of chunks that grow, in one launch: `packing.pack_rows` and `append_rows` for all widths of a codec.
 
 A chunk that was packed here is one buffer, of which its arrays are views.
 """
@@ -12,8 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
-from spectral_kv_core.codecs.spectral import CHUNK_TOKENS, Chunk, SpectralCodec
-from spectral_kv_core.quantization.quantizer import BIT_WIDTHS, UNIT
+from spectral_kv_core.codecs.chunk import Chunk
+from spectral_kv_core.codecs.spectral import SpectralCodec
+from spectral_kv_core.planning.budget import CHUNK_TOKENS
+from spectral_kv_core.quantization.packing import UNIT
+from spectral_kv_core.quantization.quantizer import BIT_WIDTHS
 
 ROWS = tl.constexpr(32)  # of a program, all of one width
 
@@ -22,7 +25,7 @@ ROWS = tl.constexpr(32)  # of a program, all of one width
 def _load_plane(unit, at, held, BITS: tl.constexpr, WIDTH: tl.constexpr):
     """What the plane of WIDTH bits has for codes number `at`, whose units begin at `unit`."""
     PER_BYTE: tl.constexpr = 8 // WIDTH
-    START: tl.constexpr = BITS & 7 & (8 - 2 * WIDTH)  # quantizer.planes: wider ones come first, and lower in the code
+    START: tl.constexpr = BITS & 7 & (8 - 2 * WIDTH)  # packing.planes: wider ones come first, and lower in the code
     byte = tl.load(unit + START + at % 8 // PER_BYTE, mask=held, other=0).to(tl.int32)
     return ((byte >> (at % PER_BYTE * WIDTH)) & ((1 << WIDTH) - 1)) << START
 

@@ -20,14 +20,14 @@ from itertools import cycle, islice
 import numpy as np
 from tqdm import tqdm
 
-from ..cache.layer_cache import SEAL
 from ..errors import UsageError
 from ..evaluation import run as evaluation
 from ..evaluation.text import default_texts
 from ..hosts.backends import load_backend
+from ..planning.budget import SEAL
 from ..planning.methods import get_live_method
 from ..planning.plan import Plan
-from ..profile.profile import ModelShape
+from ..profile.model_shape import ModelShape
 from .machine import cpu_cores, cpu_name
 from .synthetic import kept_share, synthetic_plan, synthetic_profile, synthetic_shape, synthetic_vectors
 

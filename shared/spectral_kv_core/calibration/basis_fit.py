@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -15,92 +14,14 @@ from ..arrays.rope import shift, unrotate
 from ..arrays.transform import band_sizes, octave_bands, time_matrix, to_frequency
 from ..errors import UsageError
 from ..planning.methods import GROUPS
-from ..profile.profile import BasisSet, ModelShape
+from ..profile.basis_set import HISTOGRAM_BINS, HISTOGRAM_LIMIT, BasisSet
+from ..profile.model_shape import ModelShape
 from ..quantization.quantizer import BIT_WIDTHS, empirical_tables, thresholds
 from .moments import Moments
+from .spool import Spool
 
 SKIP = 4  # attention sinks of a document: outliers that the cache keeps exactly
 SPREAD = 4  # places that a document is moved to, for post-RoPE keys
-HISTOGRAM_LIMIT, HISTOGRAM_BINS = 12.0, 1500  # of |coefficient| / sigma
-
-
-def split_documents(
-    texts: Iterable[str], encode: Callable[[str], list[int]], length: int, total: int
-) -> list[list[int]]:
-    """Token documents of at most `length` tokens, `total` tokens in all: first pieces of every text, then second ones.
-
-    Raises UsageError when the texts give fewer than 64 tokens.
-    """
-    pieces = []
-    for text in texts:
-        tokens = list(encode(text))
-        cut = [tokens[i : i + length] for i in range(0, len(tokens), length)]
-        pieces.append([c for i, c in enumerate(cut) if len(c) >= min(length // 2, 512) or i == 0])
-    documents, count = [], 0
-    for depth in range(max(map(len, pieces), default=0)):
-        for piece in pieces:
-            if depth < len(piece) and len(piece[depth]) >= 64 and count < total:
-                documents.append(piece[depth][: max(total - count, 64)])
-                count += len(documents[-1])
-    if not documents:
-        raise UsageError("Expected calibration texts of at least 64 tokens, received less. Give longer `texts`.")
-    return documents
-
-
-class Spool:
-    """Captured vectors of every layer and document, on disk in float16 around each document's mean.
-
-    Use as a context manager; the folder goes away at the end. A document adds, per compressible layer, post-RoPE keys
-    and values [H, T, D] and their score gradients [S, H, T, D] for S label samples.
-    """
-
-    def __init__(self, folder: str | None = None):
-        self._folder = tempfile.TemporaryDirectory(prefix="spectralkv-", dir=folder)
-        self.documents = 0
-
-    def __enter__(self) -> Spool:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._folder.cleanup()
-
-    def add(self, row: int, document: int, keys, values, key_gradients, value_gradients) -> None:
-        """Store layer number `row` of one document; raises UsageError on NaN or infinity."""
-        x = np.concatenate([keys, values]).astype(np.float32)
-        gradients = np.concatenate([key_gradients, value_gradients], axis=1).astype(np.float32)
-        if not (np.isfinite(x).all() and np.isfinite(gradients).all()):
-            raise UsageError(
-                f"Expected finite activations, compressible layer {row} has NaN or infinity: check the weights and the dtype."
-            )
-        mean = x.mean(1, keepdims=True)
-        spread = max(float(np.abs(x - mean).max()), 1e-30)
-        peak = max(float(np.abs(gradients).max()), 1e-30)
-        np.savez(
-            self._path(row, document),
-            mean=mean,
-            x=((x - mean) / spread).astype(np.float16),
-            spread=np.float32(spread),
-            gradients=(gradients / peak).astype(np.float16),
-            peak=np.float32(peak),
-        )
-        self.documents = max(self.documents, document + 1)
-
-    def read(self, *rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Vectors [2H, T, D] and gradients [S, 2H, T, D] of layers number `rows`, document by document.
-
-        The keys of all of these layers come first, layer by layer; H counts the heads of all of them.
-        """
-        for document in range(self.documents):
-            layers = [self._load(row, document) for row in rows]
-            yield tuple(_keys_first(arrays) for arrays in zip(*layers))
-
-    def _load(self, row: int, document: int) -> tuple[np.ndarray, np.ndarray]:
-        with np.load(self._path(row, document)) as arrays:
-            x = arrays["x"].astype(np.float32) * arrays["spread"] + arrays["mean"]
-            return x, arrays["gradients"].astype(np.float32) * arrays["peak"]
-
-    def _path(self, row: int, document: int) -> Path:
-        return Path(self._folder.name) / f"{row}-{document}.npz"
 
 
 def fit_basis_set(
@@ -116,7 +37,7 @@ def fit_basis_set(
     """Means, bases, spectra, sensitivities and measured quantization costs of one way of grouping vectors.
 
     The basis is the PCA of mean-removed vectors; in a shared basis every (side, head) is scaled by the root of its mean
-    squared gradient first, so that what matters more is better resolved (RATE_DISTORTION_2.md, section 1).
+    squared gradient first, so that what matters more is better resolved (docs/decisions/rate-distortion-2.md, section 1).
 
     Post-RoPE keys turn with their position, slow pairs by less than a turn over a document: a basis fitted to the first
     positions misses what comes later. Every document is therefore taken `SPREAD` times, moved to places spread over
@@ -161,12 +82,6 @@ def fit_basis_set(
             rank = weighted.shape[1]
             result.cost[row, :, :rank] = (weighted @ errors) * result.variance[row, :, :rank, :, None]
     return result.rounded()
-
-
-def _keys_first(layers: tuple[np.ndarray, ...]) -> np.ndarray:
-    """Arrays [..., 2H, T, D] of several layers, each with its keys first -> the keys of all, then the values of all."""
-    sides = zip(*(np.split(x, 2, axis=-3) for x in layers))
-    return np.concatenate([x for side in sides for x in side], axis=-3)
 
 
 @dataclass(frozen=True)

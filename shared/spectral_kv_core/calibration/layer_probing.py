@@ -2,7 +2,8 @@
 
 Costs of coefficients come from gradients as if errors were independent of each other. Within a layer that is a matter of
 degree; between layers it is off by factors: tokens that are the same word have the same keys in the first layer, and the
-same error. So the sum of a layer's costs is set to the divergence that was measured (RATE_DISTORTION.md, section 5).
+same error. So the sum of a layer's costs is set to the divergence that was measured
+(docs/decisions/rate-distortion.md, section 5).
 
 Bases per head alone: where keys and values share one, the layers' costs are right within what can be measured
 (results/experiments.md).
@@ -17,10 +18,11 @@ import numpy as np
 
 from ..arrays import ops
 from ..arrays.divergence import divergence
-from ..codecs.spectral import make_codec
+from ..codecs.registry import make_codec
+from ..codecs.spectral import SpectralPlan
 from ..planning.methods import DEFAULT_METHOD, METHODS
-from ..planning.plan import make_plan, planned_loss
-from ..profile.profile import ModelShape, Profile
+from ..profile.model_shape import ModelShape
+from ..profile.profile import Profile
 
 PROBED = METHODS[DEFAULT_METHOD].basis_set
 DOCUMENTS = 9  # of a calibration, evenly spaced
@@ -42,7 +44,7 @@ def probed(shape: ModelShape, profile: Profile, documents: Iterable[tuple[list, 
     factor being 1.
     """
     basis_set = profile.basis_set(PROBED)
-    plan = make_plan(shape, profile, replace(METHODS[DEFAULT_METHOD], quantizer="scalar"), BITS)
+    plan = SpectralPlan.make(shape, profile, replace(METHODS[DEFAULT_METHOD], quantizer="scalar"), BITS)
     codecs = [make_codec(ops, plan, row) for row in range(len(shape.layers))]
     measured = np.zeros((len(codecs), 2))
     for held, log_p in documents:
@@ -53,7 +55,7 @@ def probed(shape: ModelShape, profile: Profile, documents: Iterable[tuple[list, 
             for side in (0, 1):
                 changed = tuple(coded[i] if i == side else exact[i] for i in (0, 1))
                 measured[n, side] += max(divergence(reference, log_p({n: changed})) - noise[n], 0.0)
-    expected = planned_loss(plan).reshape(*measured.shape, -1).sum(-1)
+    expected = plan.planned_loss().reshape(*measured.shape, -1).sum(-1)
     factors = measured / np.maximum(expected, np.finfo(np.float64).tiny)
     if not factors.any():
         return

@@ -8,9 +8,11 @@ import numpy as np
 
 from ..arrays import ops
 from ..arrays.rope import unrotate
-from ..profile.profile import BasisSet, ModelShape
+from ..profile.basis_set import BasisSet
+from ..profile.model_shape import ModelShape
 from ..quantization.quantizer import BIT_WIDTHS, gaussian_tables
-from .basis_fit import SKIP, Spool
+from .basis_fit import SKIP
+from .spool import Spool
 
 RANK = 2048  # components at most
 SAMPLE = 2**26  # numbers of keys, or of values, that are in memory at a time

@@ -12,15 +12,18 @@ from tqdm import tqdm
 
 from ..errors import UsageError
 from ..hosts.demo_model import demo_model_path
-from ..planning.methods import BASIS_SETS, JOINT, PAIRS, Method
-from ..profile.profile import ModelShape, Profile, QueryStatistics
+from ..planning.methods import BASIS_SETS, Method
+from ..profile.basis_set import JOINT, PAIRS
+from ..profile.model_shape import ModelShape
+from ..profile.profile import Profile, QueryStatistics
 from ..profile.store import auto_profile, name_passed_layers, warn_if_other_weights
-from .basis_fit import Spool, fit_basis_set, split_documents
+from .basis_fit import fit_basis_set
 from .layer_probing import DOCUMENTS, PROBED, LogProbabilities, probed
 from .local_gradients import local_gradients
 from .model_basis import fit_joint_set
 from .moments import QueryMoments
-from .text import TEXT_NAME, load_default_texts, text_digest
+from .spool import Spool
+from .text import TEXT_NAME, load_default_texts, split_documents, text_digest
 
 MAX_POSITIONS = 32768
 SCORED_SHARE = 16  # the last sixteenth of a document is scored: its gradients reach the tokens before it
@@ -80,7 +83,7 @@ class ProfilerBase(ABC):
 
     @abstractmethod
     def probe(self, model, shape: ModelShape, tokens: list[int], scored: int) -> tuple[list, LogProbabilities]:
-        """A document as `probing.probed` takes it, whose last `scored` tokens are predicted."""
+        """A document as `layer_probing.probed` takes it, whose last `scored` tokens are predicted."""
 
     @abstractmethod
     def vectors(self, model, shape: ModelShape, tokens: list[int], scored: int, seed: int) -> Iterator[tuple]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.resources import files
 from itertools import cycle
 from pathlib import Path
@@ -78,3 +78,26 @@ def text_digest(texts: Iterable[str]) -> str:
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
     return digest.hexdigest()
+
+
+def split_documents(
+    texts: Iterable[str], encode: Callable[[str], list[int]], length: int, total: int
+) -> list[list[int]]:
+    """Token documents of at most `length` tokens, `total` tokens in all: first pieces of every text, then second ones.
+
+    Raises UsageError when the texts give fewer than 64 tokens.
+    """
+    pieces = []
+    for text in texts:
+        tokens = list(encode(text))
+        cut = [tokens[i : i + length] for i in range(0, len(tokens), length)]
+        pieces.append([c for i, c in enumerate(cut) if len(c) >= min(length // 2, 512) or i == 0])
+    documents, count = [], 0
+    for depth in range(max(map(len, pieces), default=0)):
+        for piece in pieces:
+            if depth < len(piece) and len(piece[depth]) >= 64 and count < total:
+                documents.append(piece[depth][: max(total - count, 64)])
+                count += len(documents[-1])
+    if not documents:
+        raise UsageError("Expected calibration texts of at least 64 tokens, received less. Give longer `texts`.")
+    return documents

@@ -6,10 +6,10 @@ import argparse
 import time
 
 from ..cache.prompt_cache_file import DEFAULT_FILE_METHOD, PromptFile
+from ..codecs.registry import plan_for
 from ..hosts.backends import load_backend
 from ..hosts.chat_template import encode_opening, has_template
 from ..planning.methods import get_keeping_method
-from ..planning.plan import plan_for
 from ..profile.profile import Profile
 from . import tables
 from .options import (

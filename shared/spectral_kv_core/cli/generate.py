@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import native
 from ..arrays.divergence import compare_logits
 from ..cache.eviction import EVERY
 from ..cache.prompt_cache_file import PromptFile
@@ -106,6 +107,7 @@ def run(args: argparse.Namespace) -> dict:
     job = _prepare(args)
     cache = job.new_cache()  # raises for a wrong budget or profile before anything long runs
     backend, compare = job.backend, args.compare or args.score_file is not None
+    native.library()  # what must be built on this machine is built now, before anything is timed
     backend.generate(
         job.model, job.tokenizer, job.prompt[:WARM_UP], backend.plain_cache(job.model), 2, True, lambda token: None
     )

@@ -7,9 +7,9 @@ import os
 
 from ..cache.prompt_cache_file import FORMAT as PROMPT_FORMAT
 from ..cache.prompt_cache_file import PromptFile
+from ..codecs.registry import make_plan
 from ..files.container import format_name
 from ..planning.methods import DEFAULT_METHOD
-from ..planning.plan import make_plan
 from ..profile.profile import Profile
 from . import tables
 

@@ -16,9 +16,9 @@ import numpy as np
 from ..arrays.basis import fit_basis
 from ..arrays.rope import rotate, unrotate
 from ..planning.methods import Method
-from ..planning.plan import check_bits
 from ..profile.derived import head_moments, query_moment
-from ..profile.profile import ModelShape, Profile
+from ..profile.model_shape import ModelShape
+from ..profile.profile import Profile
 from .base import ArrayCodec, ArrayPlan, ranks_within
 
 
@@ -56,21 +56,25 @@ class EigenPlan(ArrayPlan):
         return 9.6  # 60 % of the cache, as the paper reaches
 
     @classmethod
-    def range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
+    def bits_range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
         return 16 / shape.head_dim, 16.0
 
     @classmethod
     def make(cls, shape: ModelShape, profile: Profile, method: Method, bits: float) -> EigenPlan:
-        check_bits(method, shape, bits)
+        cls.check_bits(shape, method, bits)
         variance = np.stack([_bases(profile, row)[1] for row in range(len(shape.layers))])  # [L, 2H, D]
         singular = np.sqrt(variance).reshape(len(variance), 2, -1, shape.head_dim)
         ranks = ranks_within(singular, bits / 16 * shape.head_dim, range(1, shape.head_dim + 1))
         return cls(method, bits, shape, profile=profile, ranks=ranks)
 
-    def decides(self) -> list:
+    def decides(self) -> dict:
         basis_set, queries = self.profile.basis_set(self.method.basis_set), self.profile.queries
-        arrays = basis_set.mean, basis_set.weight, basis_set.basis, basis_set.variance
-        return [self.ranks, *arrays, queries.mean, queries.root]
+        return {
+            "ranks": self.ranks,
+            **{name: getattr(basis_set, name) for name in ("mean", "weight", "basis", "variance")},
+            "query_mean": queries.mean,
+            "query_root": queries.root,
+        }
 
     def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
         return [((batch, self.shape.kv_heads, tokens, rank), "float16") for rank in self.ranks[row].tolist()]

@@ -16,8 +16,8 @@ import numpy as np
 from ..arrays.basis import orthonormalize
 from ..arrays.hadamard import random_rotation
 from ..planning.methods import Method
-from ..planning.plan import check_bits
-from ..profile.profile import ModelShape, Profile
+from ..profile.model_shape import ModelShape
+from ..profile.profile import Profile
 from .base import ArrayPlan, LatentCodec, pack_tokens, ranks_within, unpack_tokens
 
 CODE_BITS = (2, 3, 4, 5, 6, 7)  # without the sign bit
@@ -75,14 +75,14 @@ class JarvisPlan(ArrayPlan):
         return 4.0
 
     @classmethod
-    def range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
+    def bits_range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
         dim = shape.head_dim
         low, high = (r * (b + 1) / dim for r, b in ((_ranks(dim)[0], CODE_BITS[0]), (dim, CODE_BITS[-1])))
         return low + 32 / dim, high + 32 / dim
 
     @classmethod
     def make(cls, shape: ModelShape, profile: Profile, method: Method, bits: float) -> JarvisPlan:
-        check_bits(method, shape, bits)
+        cls.check_bits(shape, method, bits)
         variance = profile.basis_set(method.basis_set).channel_variance()
         variance = variance.reshape(len(variance), 2, -1, shape.head_dim)  # [L, 2, H, D]
         plans = []
@@ -94,9 +94,9 @@ class JarvisPlan(ArrayPlan):
         _, b, ranks = min(plans, key=lambda plan: plan[:2])
         return cls(method, bits, shape, profile=profile, ranks=ranks, code_bits=b)
 
-    def decides(self) -> list:
+    def decides(self) -> dict:
         basis_set = self.profile.basis_set(self.method.basis_set)
-        return [[self.code_bits], self.ranks, basis_set.mean, basis_set.basis]
+        return {"code_bits": self.code_bits, "ranks": self.ranks, "mean": basis_set.mean, "basis": basis_set.basis}
 
     def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
         lead, arrays = (batch, self.shape.kv_heads), []

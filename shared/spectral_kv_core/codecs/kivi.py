@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..planning.methods import Method
-from ..planning.plan import AFFINE_WIDTHS
-from ..profile.profile import ModelShape, Profile
-from ..quantization.quantizer import UNIT, dequantize_affine, pack, quantize_affine, unpack
+from ..profile.model_shape import ModelShape
+from ..profile.profile import Profile
+from ..quantization.packing import UNIT, pack, unpack
+from ..quantization.quantizer import AFFINE_WIDTHS, dequantize_affine, quantize_affine
 from .base import ArrayCodec, ArrayPlan, highest_within
 
 
@@ -52,7 +53,7 @@ class KiviPlan(ArrayPlan):
         return cls._options(method)[0][0]
 
     @classmethod
-    def range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
+    def bits_range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
         options = cls._options(method)
         return options[0][0], options[-1][0]
 
@@ -69,8 +70,8 @@ class KiviPlan(ArrayPlan):
     def _options(method: Method) -> list[tuple[float, int]]:
         return [(b + 16 / method.block + 16 / method.group_size, b) for b in AFFINE_WIDTHS]
 
-    def decides(self) -> list:
-        return [[self.code_bits]]
+    def decides(self) -> dict:
+        return {"code_bits": self.code_bits}
 
     def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
         dim, block, group = self.shape.head_dim, self.method.block, self.method.group_size

@@ -19,11 +19,13 @@ import numpy as np
 from ..arrays.basis import orthonormalize
 from ..arrays.rope import rotate, unrotate
 from ..planning.methods import Method
-from ..planning.plan import check_bits
-from ..profile.profile import BasisSet, ModelShape, Profile
-from ..quantization.quantizer import UNIT, dequantize_affine, pack, quantize_affine, unpack
+from ..profile.basis_set import BasisSet
+from ..profile.model_shape import ModelShape
+from ..profile.profile import Profile
+from ..quantization.packing import UNIT, pack, unpack
+from ..quantization.quantizer import dequantize_affine, quantize_affine
 from .base import ArrayPlan, FileCodec
-from .spectral import Chunk, check_finite
+from .chunk import Chunk, check_finite
 
 SIZES = {
     1: 0.0,
@@ -121,20 +123,21 @@ class KvtcPlan(ArrayPlan):
         return 1.0
 
     @classmethod
-    def range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
+    def bits_range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
         return 0.02, 8.0
 
     @classmethod
     def make(cls, shape: ModelShape, profile: Profile, method: Method, bits: float) -> KvtcPlan:
-        check_bits(method, shape, bits)
+        cls.check_bits(shape, method, bits)
         variance = profile.basis_set(method.basis_set).variance[0, :, :, 0].astype(np.float64)
         budget = bits * len(shape.layers) * shape.kv_heads * shape.head_dim
         runs = tuple(_runs(best_groups(v / v.sum(), budget)) for v in variance)
         return cls(method, bits, shape, profile=profile, runs=runs)
 
-    def decides(self) -> list:
+    def decides(self) -> dict:
         basis_set = self.profile.basis_set(self.method.basis_set)
-        return [*(np.array(runs) for runs in self.runs), basis_set.mean, basis_set.basis]
+        runs = {f"{side}_runs": np.array(runs) for side, runs in zip(("key", "value"), self.runs)}
+        return runs | {"mean": basis_set.mean, "basis": basis_set.basis}
 
     def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
         return [(None, "uint8")]

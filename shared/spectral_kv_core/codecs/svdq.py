@@ -18,9 +18,9 @@ from ..arrays.basis import fit_basis
 from ..arrays.rope import rotate, unrotate
 from ..planning.allocation import allocate_bits
 from ..planning.methods import Method
-from ..planning.plan import check_bits
 from ..profile.derived import covariance, means
-from ..profile.profile import ModelShape, Profile
+from ..profile.model_shape import ModelShape
+from ..profile.profile import Profile
 from ..quantization.quantizer import BIT_WIDTHS
 from .base import ArrayCodec, ArrayPlan, pack_tokens, unpack_tokens
 
@@ -119,12 +119,12 @@ class SvdqPlan(ArrayPlan):
         return 9.1  # 2 bits for keys, as (8, 4, 2, 1, 1, 0, 0, 0) has
 
     @classmethod
-    def range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
+    def bits_range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
         return _bits((1,) + 7 * (0,), method), _bits(8 * (8,), method)
 
     @classmethod
     def make(cls, shape: ModelShape, profile: Profile, method: Method, bits: float) -> SvdqPlan:
-        check_bits(method, shape, bits)
+        cls.check_bits(shape, method, bits)
         check_groups(shape)
         spectra = []
         for row in range(len(shape.layers)):
@@ -140,9 +140,10 @@ class SvdqPlan(ArrayPlan):
         widths = (max(widths[0], 1), *widths[1:])  # the lowest bits of `range`
         return cls(method, bits, shape, profile=profile, widths=widths)
 
-    def decides(self) -> list:
+    def decides(self) -> dict:
         basis_set = self.profile.basis_set(self.method.basis_set)
-        return [self.widths, basis_set.mean, basis_set.weight, basis_set.basis, basis_set.variance]
+        names = "mean", "weight", "basis", "variance"
+        return {"widths": self.widths, **{name: getattr(basis_set, name) for name in names}}
 
     def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
         heads, dim = self.shape.kv_heads, self.shape.head_dim

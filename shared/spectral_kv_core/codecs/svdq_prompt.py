@@ -17,10 +17,11 @@ from ..arrays.basis import fit_basis
 from ..arrays.rope import rotate, unrotate
 from ..planning.allocation import allocate_bits
 from ..planning.methods import Method
-from ..profile.profile import ModelShape, Profile
+from ..profile.model_shape import ModelShape
+from ..profile.profile import Profile
 from ..quantization.quantizer import BIT_WIDTHS
 from .base import FileCodec, PromptPlan
-from .spectral import Chunk, check_finite
+from .chunk import Chunk, check_finite
 from .svdq import (
     GROUPS,
     SvdqPlan,
@@ -107,9 +108,9 @@ class SvdqPromptPlan(PromptPlan):
         return 10.0  # the 9.1 of svdq and five groups of axes, for five or six tokens per key channel
 
     @classmethod
-    def range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
+    def bits_range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
         """A bit in one group of a prompt without end; all there is of a prompt of one block."""
-        low, high = SvdqPlan.range(shape, method)
+        low, high = SvdqPlan.bits_range(shape, method)
         return low, high + 8 * (shape.kv_heads * shape.head_dim + 1) / method.block
 
     @classmethod

@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..arrays import attention
-from ..cache.layer_cache import CHUNK_TOKENS
+from ..planning.budget import CHUNK_TOKENS
 from ..planning.methods import Method
-from ..planning.plan import check_bits
 from ..profile.derived import query_moment, rotated_energy
-from ..profile.profile import ModelShape, Profile
-from ..quantization.quantizer import UNIT, pack, unpack
+from ..profile.model_shape import ModelShape
+from ..profile.profile import Profile
+from ..quantization.packing import UNIT, pack, unpack
 from .base import ArrayCodec, ArrayPlan
 
 
@@ -42,7 +42,7 @@ class ThinkCodec(ArrayCodec):
         kept = self._take(keys, self._channels(mask))
         return xp.astype(kept, xp.float16), xp.astype(values, xp.float16), pack(xp, mask, 1)
 
-    def append(self, chunk, keys, values):
+    def append(self, chunk, keys, values, positions=None):
         """`chunk` with T more tokens behind its own, of the same channels."""
         xp = self.xp
         keys = self._take(xp.astype(keys, xp.float32), self._channels(self._mask(chunk)))
@@ -97,18 +97,18 @@ class ThinkPlan(ArrayPlan):
         return 12.8  # 40 % of the channels of keys go
 
     @classmethod
-    def range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
+    def bits_range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
         return _bits(1, shape), _bits(shape.head_dim, shape)
 
     @classmethod
     def make(cls, shape: ModelShape, profile: Profile, method: Method, bits: float) -> ThinkPlan:
-        check_bits(method, shape, bits)
+        cls.check_bits(shape, method, bits)
         query_moment(profile, 0)  # raises for a profile without it
         channels = max(c for c in range(1, shape.head_dim + 1) if _bits(c, shape) <= bits)
         return cls(method, bits, shape, profile=profile, channels=channels)
 
-    def decides(self) -> list:
-        return [[self.channels]]
+    def decides(self) -> dict:
+        return {"channels": self.channels}
 
     def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
         lead, dim = (batch, self.shape.kv_heads), self.shape.head_dim

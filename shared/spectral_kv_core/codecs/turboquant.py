@@ -15,7 +15,8 @@ import numpy as np
 
 from ..arrays.hadamard import random_rotation
 from ..planning.methods import Method
-from ..profile.profile import ModelShape, Profile
+from ..profile.model_shape import ModelShape
+from ..profile.profile import Profile
 from ..quantization.quantizer import BIT_WIDTHS, RowTables, flat_tables, gaussian_tables
 from .base import ArrayPlan, LatentCodec, highest_within, pack_tokens, unpack_tokens
 
@@ -101,7 +102,7 @@ class TurboQuantPlan(ArrayPlan):
         return {b: cost for cost, b in cls._options(shape, method)}[4]
 
     @classmethod
-    def range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
+    def bits_range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
         options = cls._options(shape, method)
         return options[0][0], options[-1][0]
 
@@ -115,8 +116,8 @@ class TurboQuantPlan(ArrayPlan):
         widths = [b for b in BIT_WIDTHS if b and b - sketched in BIT_WIDTHS]
         return [(b + (24 if sketched else 16) / shape.head_dim, b) for b in widths]
 
-    def decides(self) -> list:
-        return [[self.code_bits]]
+    def decides(self) -> dict:
+        return {"code_bits": self.code_bits}
 
     def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
         lead, arrays = (batch, self.shape.kv_heads), []

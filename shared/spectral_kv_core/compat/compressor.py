@@ -11,19 +11,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..codecs.spectral import check_finite
+from ..codecs.chunk import check_finite
 from ..errors import UsageError
 from ..planning.allocation import allocate_bits
-from ..planning.plan import _distortions
+from ..planning.loss import distortions
 from ..profile.projection import Projection
-from ..quantization.quantizer import BIT_WIDTHS, RowTables, dequantize, flat_tables, pack_rows, unpack_rows
+from ..quantization.packing import pack_rows, unpack_rows
+from ..quantization.quantizer import BIT_WIDTHS, RowTables, dequantize, flat_tables
 
 HALF = 16  # bits of an element that is not compressed
 
 
 @dataclass(frozen=True, eq=False)
 class CompressedKV:
-    """Packed codes of `tokens` tokens of one head, width by width (`quantizer.pack_rows`).
+    """Packed codes of `tokens` tokens of one head, width by width (`packing.pack_rows`).
 
     dtype: of what went in; made_by: what a compressor must agree in to read them.
     """
@@ -61,7 +62,7 @@ class Compressor:
                 f"Expected bits between {1 / projection.rank:.2g} and {BIT_WIDTHS[-1]} per component, received {bits!r}."
             )
         self.projection, self.bits = projection, bits
-        cost = projection.variance[:, None] * np.array(_distortions(projection))
+        cost = projection.variance[:, None] * np.array(distortions(projection.levels))
         self.widths = allocate_bits(cost, np.ones(projection.rank, np.int64), math.floor(bits * projection.rank))
         self._made: dict[str, dict] = {}
 

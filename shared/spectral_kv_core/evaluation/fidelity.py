@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..cache.layer_cache import SEAL
 from ..errors import UsageError
+from ..planning.budget import SEAL
 
 
 def output_errors(exact: np.ndarray, outputs: np.ndarray) -> np.ndarray:

@@ -1,4 +1,7 @@
 // The search of trellis.py: codes of blocks of 16 tokens, `LANES` blocks side by side.
+//
+// flags: -ffp-contract=off
+// Without multiply-add, codes are the same to the bit on every processor.
 
 #include "vectors.h"
 

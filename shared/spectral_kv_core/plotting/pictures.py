@@ -13,8 +13,9 @@ import numpy as np
 
 from ..arrays.basis import rank_for_energy
 from ..arrays.transform import band_sizes
+from ..codecs.registry import make_plan
+from ..codecs.transform import TransformPlan
 from ..planning.methods import METHODS
-from ..planning.plan import Plan, make_plan
 from ..profile.profile import Profile
 from .results import Result, Skip, budget_name, by_place, curve_names, variant, variant_name, variants
 
@@ -306,12 +307,12 @@ def _plan_name(result: Result) -> str:
 def _map_method(profile: Profile):
     """The method whose groups are heads; raises Skip for a profile that has none."""
     for method in METHODS.values():
-        if method.codec == "spectral" and method.group == "head" and method.basis_set in profile.basis_sets:
+        if method.transforms and method.group == "head" and method.basis_set in profile.basis_sets:
             return method
     raise Skip("the profile has no basis per head")
 
 
-def _bits_by_head(plan: Plan) -> np.ndarray:
+def _bits_by_head(plan: TransformPlan) -> np.ndarray:
     """Stored bits per element [L, G] of every head."""
     block = plan.basis_set.block
     return (plan.rates * band_sizes(block)).sum((-1, -2)) / (block * plan.shape.head_dim)

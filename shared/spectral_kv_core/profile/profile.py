@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,173 +9,17 @@ from pathlib import Path
 import numpy as np
 
 from .. import __version__
-from ..arrays.basis import effective_rank, rank_for_energy
-from ..arrays.rope import Rope
+from ..arrays.basis import effective_rank, orthonormalize, rank_for_energy
 from ..arrays.transform import band_sizes
 from ..errors import UsageError
 from ..files.container import FileFormat
-from ..planning.methods import JOINT, PAIRS
 from ..quantization.quantizer import BIT_WIDTHS
-from .projection import Projection, get_projection
+from .basis_set import ON_REQUEST, BasisSet
+from .model_shape import ModelShape
+from .projection import SIDES, Projection
 
-ON_REQUEST = {PAIRS: " --pairs", JOINT: " --joint"}  # options of basis sets that a profile has only when asked for
 FORMAT_VERSION = 2
 FORMAT = FileFormat("spectralkv-profile", FORMAT_VERSION, "profile", "spectralkv profile --model MODEL")
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """Architecture numbers of a model: what a profile must agree with, whatever the weights' precision.
-
-    layers: indices of the layers whose cache can be compressed; the others are passed through.
-    """
-
-    num_layers: int
-    hidden_size: int
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-    layers: tuple[int, ...]
-    rope: Rope | None
-
-    def layer_groups(self, group: str) -> tuple[tuple[int, ...], ...]:
-        """Indices of the layers that every row of a basis set of `group` (`methods.GROUPS`) stands for.
-
-        One; for `layer2` and `layer4` up to so many that follow each other in the model, from the first on, what finds
-        no neighbour staying alone; for `model` all. Raises UsageError for `layer2` where no two layers follow each other.
-        """
-        if group == "model":
-            return (self.layers,)
-        size = {"layer2": 2, "layer4": 4}.get(group, 1)
-        groups: list[tuple[int, ...]] = []
-        for layer_idx in self.layers:
-            if groups and len(groups[-1]) < size and groups[-1][-1] == layer_idx - 1:
-                groups[-1] += (layer_idx,)
-            else:
-                groups.append((layer_idx,))
-        if group == "layer2" and all(len(layers) == 1 for layers in groups):
-            raise UsageError(
-                f"Expected layers that follow each other to pair, received the compressible layers "
-                f"{', '.join(map(str, self.layers))}. Use spectral-dense or spectral-stored, which code every layer alone."
-            )
-        return tuple(groups)
-
-    @property
-    def fingerprint(self) -> str:
-        """File-name part: the integers of the architecture and the slowest RoPE frequency to two digits."""
-        slow = f"{self.rope.inv_freq[-1]:.1e}" if self.rope else "none"
-        text = f"{self.num_layers}/{self.hidden_size}/{self.q_heads}/{self.kv_heads}/{self.head_dim}/{slow}"
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-    def to_json(self) -> dict:
-        fields = {n: getattr(self, n) for n in ("num_layers", "hidden_size", "q_heads", "kv_heads", "head_dim")}
-        return {**fields, "layers": list(self.layers), "rope": self.rope.to_json() if self.rope else None}
-
-    @classmethod
-    def from_json(cls, fields: dict) -> ModelShape:
-        rope = Rope.from_json(fields["rope"]) if fields["rope"] else None
-        return cls(**{**fields, "layers": tuple(fields["layers"]), "rope": rope})
-
-    def mismatch(self, other: ModelShape, owner: str = "the profile") -> str | None:
-        """What differs from `other`, as words, or None; `owner` is what this shape stands in."""
-        for name in ("num_layers", "hidden_size", "q_heads", "kv_heads", "head_dim", "layers"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs:
-                return f"{name} {theirs}, {owner} has {mine}"
-        if (self.rope is None) != (other.rope is None):
-            return "no rotary embedding on one side"
-        if self.rope is not None and not self.rope.matches(other.rope):
-            return (
-                f"RoPE frequencies ending in {other.rope.inv_freq[-1]:.4g} rad/token (rotary_dim {other.rope.rotary_dim}), "
-                f"{owner} has {self.rope.inv_freq[-1]:.4g} (rotary_dim {self.rope.rotary_dim}); a checkpoint saved by "
-                "transformers 5 keeps its RoPE base where mlx-lm does not look: load it with "
-                "spectral_kv_mlx.load_model"
-            )
-        return None
-
-
-@dataclass
-class BasisSet:
-    """Bases, spectra and sensitivities for one way of grouping vectors.
-
-    L rows, one per tuple of `ModelShape.layer_groups`, G groups per row of m (side, head) members each, in the order K
-    heads then V heads, those of a row's first layer first; Dg = m * head_dim channels, R components, F time bands,
-    W = len(BIT_WIDTHS). A row of fewer layers than others fills the first members, channels and components.
-
-    mean [L, G, Dg]; weight [L, G, m] scales every member before the basis; basis [L, G, Dg, R] orthonormal columns;
-    variance, sensitivity [L, G, R, F]: E[y^2] of the coefficients and E[g^2] of the score gradient along them;
-    cost [L, G, R, F, W]: E[g^2 (y - Q_b(y))^2] at every width b; the last two of bases per head times one factor for the keys
-    and one for the values of a layer (`probing`); levels: quantizer tables in units of sigma;
-    histogram [bins] int64: counts of |y| / sigma over [0, 12), of all coefficients; None in older files.
-    """
-
-    group: str
-    rope: str
-    time: str
-    block: int
-    mean: np.ndarray
-    weight: np.ndarray
-    basis: np.ndarray
-    variance: np.ndarray
-    sensitivity: np.ndarray
-    cost: np.ndarray
-    levels: dict[int, np.ndarray]
-    histogram: np.ndarray | None = None
-
-    ARRAYS = ("mean", "weight", "basis", "variance", "sensitivity", "cost")
-    FILE_ARRAYS = (*ARRAYS, "basis_scale")
-
-    @property
-    def name(self) -> str:
-        return f"{self.group}.{self.rope}"
-
-    def rounded(self) -> BasisSet:
-        """The same with the precision of the file, so that a plan does not change when a profile is saved and loaded."""
-        return BasisSet.from_file(self.to_file(), self.levels, **self.description())
-
-    def description(self) -> dict:
-        """What names this set in a header."""
-        return {key: getattr(self, key) for key in ("group", "rope", "time", "block")}
-
-    def to_file(self) -> dict[str, np.ndarray]:
-        """Arrays as a file has them: the basis in 8 bits per entry (readers make it orthonormal again), cost as a share.
-
-        Costs span many orders of magnitude; as a share of 4^-b * sensitivity * variance they are about 1.
-        """
-        scale = np.abs(self.basis).max(-2, keepdims=True) / 127  # a column of zeros stays one
-        scale = np.where(scale > 0, scale, 1).astype(np.float32)
-        share = np.where(self._loss() > 0, self.cost / np.where(self._loss() > 0, self._loss(), 1), 0)
-        arrays = {key: np.ascontiguousarray(getattr(self, key), np.float32) for key in self.ARRAYS}
-        if self.histogram is not None:
-            arrays["histogram"] = np.ascontiguousarray(self.histogram, np.int64)
-        return arrays | {
-            "basis": np.round(self.basis / scale).astype(np.int8),
-            "basis_scale": scale,
-            "cost": np.clip(share, 0, 6e4).astype(np.float16),
-        }
-
-    @classmethod
-    def from_file(cls, arrays: dict[str, np.ndarray], levels: dict[int, np.ndarray], **description) -> BasisSet:
-        """Inverse of `to_file`."""
-        fields = {key: arrays[key] for key in cls.ARRAYS}
-        fields["basis"] = arrays["basis"].astype(np.float32) * arrays["basis_scale"]
-        made = cls(**description, **fields, levels=levels, histogram=arrays.get("histogram"))
-        made.cost = (made.cost * made._loss()).astype(np.float32)
-        return made
-
-    def _loss(self) -> np.ndarray:
-        """4^-b * sensitivity * variance [L, G, R, F, W] float32: roughly what b bits cost."""
-        product = self.sensitivity.astype(np.float32) * self.variance.astype(np.float32)
-        return product[..., None] * np.float32(4.0) ** -np.array(BIT_WIDTHS, np.float32)
-
-    @property
-    def rank(self) -> int:
-        return self.basis.shape[-1]
-
-    def channel_variance(self) -> np.ndarray:
-        """Variance per component [L, G, R], averaged over the frequencies of a block."""
-        sizes = band_sizes(self.block)
-        return (self.variance * (sizes / self.block)).sum(-1)
 
 
 @dataclass
@@ -203,7 +46,7 @@ class QueryStatistics:
 
 @dataclass
 class Profile:
-    """Facts about one model from which the plan of any method and budget follows; see README, "Profile file"."""
+    """Facts about one model from which the plan of any method and budget follows; see docs/reference/profile-file.md."""
 
     shape: ModelShape
     model: str
@@ -280,7 +123,29 @@ class Profile:
         As many as hold the share `energy` of the variance (default: the profiler's target), or `rank`. Raises UsageError
         for a layer or head that the profile lacks.
         """
-        return get_projection(self, layer, head, side, rank, energy)
+        shape = self.shape
+        if layer not in shape.layers:
+            known = ", ".join(map(str, shape.layers))
+            raise UsageError(f"Expected a compressible layer of {self.model}, one of {known}, received {layer!r}.")
+        if head not in range(shape.kv_heads):
+            raise UsageError(f"Expected a KV head between 0 and {shape.kv_heads - 1}, received {head!r}.")
+        if side not in SIDES:
+            raise UsageError(f"Expected a side of {SIDES}, received {side!r}.")
+        basis_set = self.basis_set("head.post")
+        row, group = shape.layers.index(layer), head + shape.kv_heads * SIDES.index(side)
+        variance = basis_set.channel_variance()[row, group].astype(np.float64)
+        if rank is None:
+            energy = energy or self.calibration.get("target_energy", 0.95)
+            if not 0 < energy <= 1:
+                raise UsageError(f"Expected an energy in (0, 1], received {energy}.")
+            rank = int(rank_for_energy(variance, energy))
+        elif energy is not None:
+            raise UsageError("Expected rank or energy, received both.")
+        if rank not in range(1, basis_set.rank + 1):
+            raise UsageError(f"Expected a rank between 1 and {basis_set.rank}, received {rank!r}.")
+        basis = orthonormalize(basis_set.basis[row, group])[:, :rank]
+        mean = basis_set.mean[row, group].astype(np.float64)
+        return Projection(self.model, layer, head, side, mean, basis, variance[:rank], basis_set.levels)
 
     def check(self, shape: ModelShape) -> None:
         """Raise UsageError unless the profile was made for a model of this `shape`."""

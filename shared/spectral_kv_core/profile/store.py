@@ -8,7 +8,9 @@ from importlib.resources import files
 from pathlib import Path
 
 from ..files.paths import user_cache_dir
-from .profile import FORMAT_VERSION, ON_REQUEST, ModelShape, Profile
+from .basis_set import ON_REQUEST
+from .model_shape import ModelShape
+from .profile import FORMAT_VERSION, Profile
 
 log = logging.getLogger("spectralkv")
 

@@ -2,7 +2,7 @@
 
 A coefficient x, in units of its sigma, has the code sign(x) * floor(|x| / step + offset) and is decoded as the centroid
 of its cell. A model has about twenty such tables, on the lower convex hull of rate and error; every (band, channel)
-takes one of them, and all codes of a table share one frequency table (RATE_DISTORTION_2.md, section 3).
+takes one of them, and all codes of a table share one frequency table (docs/decisions/rate-distortion-2.md, section 3).
 """
 
 from __future__ import annotations

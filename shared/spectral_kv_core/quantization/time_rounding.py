@@ -1,6 +1,6 @@
 """Rounding at encode time that spends a block's quantization error on the tokens that will be attended least.
 
-The decoder does not change: only which code a coefficient gets. RATE_DISTORTION_2.md, section 2.2.
+The decoder does not change: only which code a coefficient gets. docs/decisions/rate-distortion-2.md, section 2.2.
 """
 
 from __future__ import annotations
