@@ -98,8 +98,8 @@ class Job:
     @property
     def label(self) -> str:
         """The method that the cache serves; what is for files only is decoded to use it."""
-        used = self.method or self.stored.method
-        return used.name if used != "plain" and used.live else "plain"
+        used = self.method or (self.stored and self.stored.method)
+        return used.name if isinstance(used, Method) and used.live else "plain"
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -128,12 +128,13 @@ def _prepare(args: argparse.Namespace) -> Job:
     """Check all that was given, from what is cheap to check on, and load the model."""
     stored = _open_prompt_file(args) if args.prompt_cache_file else None
     method = _live_method(args, stored)
-    protect, tiers = spans_of(args.protect), tiers_of(args.tiers)
+    protect = spans_of(args.protect)
+    tiers = tiers_of(args.tiers) if args.tiers is not None else None
     text = prompt_text(args)
     score_text = read_file(args.score_file, "--score-file") if args.score_file else None
     if args.max_tokens < 0 or (args.max_tokens == 0 and score_text is None):
         raise UsageError(f"Expected --max-tokens of at least 1, or 0 with --score-file, received {args.max_tokens}.")
-    given = args.profile != "auto" and (stored or method.profile_set)
+    given = args.profile != "auto" and (stored or (isinstance(method, Method) and method.profile_set))
     loaded = Profile.load(args.profile) if given else None
     name, backend = load_backend(args.backend)
     model, tokenizer = backend.load_model(model_path(args.model), args.dtype)
@@ -227,7 +228,7 @@ def _summary(job: Job, args: argparse.Namespace) -> dict:
 def _compare(job: Job, args: argparse.Namespace, show, result: dict) -> None:
     """Run the plain cache too, and add its figures and the divergence to `result`."""
     backend, model = job.backend, job.model
-    whole = [*np.ravel(job.stored.tokens).tolist(), *job.prompt] if job.stored else job.prompt
+    whole = [*np.ravel(np.asarray(job.stored.tokens)).tolist(), *job.prompt] if job.stored else job.prompt
     if show and args.max_tokens:
         show.title("plain cache, which reads everything" if job.stored else "plain cache")
     plain, plain_tokens = _generate(job, whole, backend.plain_cache(model), args, show)

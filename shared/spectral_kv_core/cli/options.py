@@ -128,10 +128,8 @@ def spans_of(arguments: list[str] | None) -> list[tuple[int, int]]:
     return spans
 
 
-def tiers_of(text: str | None) -> list[tuple[float, float]] | None:
+def tiers_of(text: str) -> list[tuple[float, float]]:
     """The (share, bits) pairs of `--tiers`."""
-    if text is None:
-        return None
     try:
         return [(float(share), float(bits)) for share, bits in (part.split(":") for part in text.split(","))]
     except ValueError:

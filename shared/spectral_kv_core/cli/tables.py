@@ -166,6 +166,7 @@ def print_plan(plan: Plan) -> None:
 
 def prompt_file_summary(file: PromptFile) -> dict:
     """What a stored prompt cache holds, for JSON."""
+    assert file.path is not None  # it was loaded
     size = file.size()
     return {
         "prompt_cache": file.path,
@@ -227,8 +228,8 @@ def print_bench(result: dict) -> None:
     console.print(
         f"Memory is read at {result['machine_read_gb_per_s']:.1f} GB/s. Ratios above 1: faster than that cache."
     )
-    for context, rows in groupby(result["rows"], lambda row: row["context"]):
-        rows = list(rows)
+    for context, group in groupby(result["rows"], lambda row: row["context"]):
+        rows = list(group)
         first = rows[0]
         title = f"{context:,} tokens, {first['dtype']}"
         print_table(_bench_rows(rows), ("cache", *_BENCH_COLUMNS), title, width=_BENCH_WIDTH)
@@ -301,8 +302,8 @@ def print_fit(result: dict) -> None:
         (row["method"], f"{row['bits']:g}", f"{row['max_prompt']:,}", f"{row['max_context']:,}", row["limited_by"])
         for row in result["limits"]
     ]
-    columns = ("cache", "bits", "one prompt, tokens", "in turns, tokens", "limited by")
-    print_table(limits, columns, left=("cache", "limited by"), width=_FIT_WIDTH)
+    names = ("cache", "bits", "one prompt, tokens", "in turns, tokens", "limited by")
+    print_table(limits, names, left=("cache", "limited by"), width=_FIT_WIDTH)
     columns = ("cache", "bits", "cache size", "smaller", "tables", "prompt on top", "peak", "fits")
     for context, rows in groupby(result["rows"], lambda row: row["context"]):
         console.print(Text.assemble((f"{context:,} tokens", "bold"), f": {_bits_allowed(result, context)}"))

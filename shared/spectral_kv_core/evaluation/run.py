@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -35,7 +36,7 @@ log = logging.getLogger("spectralkv")
 # score what really follows; a span of the prefix, repeated; turns on one cache; a number hidden in the prefix
 TASKS = ("text", "copy", "drift", "needle")
 METRICS = ("kl", "aop", "reconstruction")
-SUITES = {
+SUITES: dict[str, dict[str, Any]] = {
     "quick": {"prefixes": (1024,), "documents": 2, "scored": 64, "tasks": ("text", "copy"), "greedy": 32},
     "full": {"prefixes": (1024, 2048), "documents": 4, "scored": 128, "tasks": TASKS, "greedy": 128},
 }
