@@ -259,16 +259,16 @@ def test_pairs_out_of_reach_are_skipped(caplog, tmp_path):
     "change, message",
     [
         ({"methods": ("spectrel",)}, "method among"),
-        ({"methods": ()}, "at least one value for --methods"),
-        ({"tasks": ("speed",)}, "tasks among text, copy, drift, needle, received 'speed'"),
-        ({"bits": (0.0,)}, "bits above 0"),
-        ({"bits": (float("nan"),)}, "bits above 0"),
-        ({"prefixes": (60, 1)}, "--prefix of at least 2, received 1"),
-        ({"scored": 1}, "--scored of at least 2"),
-        ({"documents": 0}, "--documents of at least 1"),
-        ({"step": 0}, "--step of at least 1"),
-        ({"prefill_chunk": 0}, "--prefill-chunk of at least 1"),
-        ({"window": -1}, "--window of at least 0"),
+        ({"methods": ()}, "at least one value for `methods`"),
+        ({"tasks": ("speed",)}, "`tasks` among text, copy, drift, needle, received 'speed'"),
+        ({"bits": (0.0,)}, "`bits` above 0"),
+        ({"bits": (float("nan"),)}, "`bits` above 0"),
+        ({"prefixes": (60, 1)}, "`prefixes` of at least 2, received 1"),
+        ({"scored": 1}, "`scored` of at least 2"),
+        ({"documents": 0}, "`documents` of at least 1"),
+        ({"step": 0}, "`step` of at least 1"),
+        ({"prefill_chunk": 0}, "`prefill_chunk` of at least 1"),
+        ({"window": -1}, "`window` of at least 0"),
         ({"window": 50, "tasks": ("copy",)}, "for the task copy"),
     ],
 )
@@ -348,7 +348,7 @@ def test_default_texts_are_long_enough_and_held_out(monkeypatch):
         raise OSError("could not get source code")
 
     monkeypatch.setattr(evaluation_text.inspect, "getsource", no_source)
-    with pytest.raises(ValueError, match="--text FILE"):
+    with pytest.raises(ValueError, match="your own in `texts`"):
         default_texts()
 
 

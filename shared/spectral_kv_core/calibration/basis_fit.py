@@ -12,6 +12,7 @@ from ..arrays import ops
 from ..arrays.basis import fit_basis
 from ..arrays.rope import shift, unrotate
 from ..arrays.transform import band_sizes, octave_bands, time_matrix, to_frequency
+from ..errors import UsageError
 from ..planning.methods import GROUPS
 from ..profile.basis_set import HISTOGRAM_BINS, HISTOGRAM_LIMIT, BasisSet
 from ..profile.model_shape import ModelShape
@@ -43,7 +44,7 @@ def fit_basis_set(
     the first `positions` tokens (0: left where it is); moving is exact, RoPE being a rotation.
     """
     if group not in GROUPS:
-        raise ValueError(f"Expected a group in {GROUPS}, received {group!r}.")
+        raise UsageError(f"Expected a group in {GROUPS}, received {group!r}.")
     layer_groups = shape.layer_groups(group)
     rows, heads = len(layer_groups), 2 * shape.kv_heads * max(map(len, layer_groups))
     groups = {"head": heads, "side": 2}.get(group, 1)
