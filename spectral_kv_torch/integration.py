@@ -212,7 +212,7 @@ def read_rope(model) -> Rope | None:
     inv_freq = getattr(rotary, f"{prefix}inv_freq").detach().double().cpu().numpy()
     scaling = float(getattr(rotary, f"{prefix}attention_scaling", 1.0) or 1.0)
     rotate_half = getattr(sys.modules[type(rotary).__module__], "rotate_half", None)
-    probe = torch.arange(4.0)  # (0, 1, 2, 3) -> (-2, -3, 0, 1) when halves pair up, (-1, 0, -3, 2) when neighbours do
+    probe = torch.arange(4.0)  # (0, 1, 2, 3) -> (-2, -3, 0, 1) when halves pair up, (-1, 0, -3, 2) when neighbors do
     interleaved = rotate_half is not None and rotate_half(probe).tolist()[1] == 0.0
     return Rope(tuple(float(w) for w in inv_freq), interleaved, scaling)
 

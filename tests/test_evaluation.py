@@ -15,7 +15,7 @@ from spectral_kv_core.arrays.divergence import compare_logits
 from spectral_kv_core.cache.layer_cache import CacheSize
 from spectral_kv_core.cli import main as cli
 from spectral_kv_core.evaluation import text as evaluation_text
-from spectral_kv_core.evaluation.rows import RowFile, summarise
+from spectral_kv_core.evaluation.rows import RowFile, summarize
 from spectral_kv_core.evaluation.run import Settings, evaluate, make_documents, plan_jobs
 from spectral_kv_core.evaluation.text import (
     Text,
@@ -211,18 +211,18 @@ def test_summary_is_over_documents():
     row |= {"method": "m", "bits": 2.0, "task": "text", "text": "t", "prefix": 8, "scored_tokens": 4, "seconds": 1.0}
     row |= {"bits_per_element": 3.0, "table_bytes": 5, "sealed_bits": 2.0}
     rows = [row | {"kl": kl, "cache_bytes": size} for kl, size in ((0.1, 10), (0.3, 20), (0.2, 30))]
-    (summary,) = summarise(rows)
+    (summary,) = summarize(rows)
     assert summary["kl"] == pytest.approx(0.2) and summary["kl_worst"] == 0.3
     assert summary["kl_se"] == pytest.approx(0.1 / np.sqrt(3))
     assert summary["cache_bytes"] == 20 and summary["documents"] == 3 and summary["scored_tokens"] == 12
-    assert summarise(rows[:1])[0]["kl_se"] is None and "low_ppl" not in summary
-    assert len(summarise([*rows, rows[0] | {"prefix": 9}])) == 2
+    assert summarize(rows[:1])[0]["kl_se"] is None and "low_ppl" not in summary
+    assert len(summarize([*rows, rows[0] | {"prefix": 9}])) == 2
 
 
 def test_top5_is_the_share_of_the_reference_s_five():
     reference = -np.arange(10.0)[None].repeat(2, 0)  # the likeliest are 0, 1, 2, 3, 4
     test = reference.copy()
-    test[1] = -np.abs(np.arange(10.0) - 5)  # 5 and its neighbours: 3, 4, 5, 6, 7
+    test[1] = -np.abs(np.arange(10.0) - 5)  # 5 and its neighbors: 3, 4, 5, 6, 7
     result = compare_logits(reference, test, [0, 0])
     assert result["top5"] == pytest.approx((1 + 2 / 5) / 2) and result["top1"] == 0.5
     assert result["nd_ppl"] == pytest.approx(result["ppl"] / result["ppl_ref"] - 1)

@@ -122,8 +122,8 @@ def _white_set(shape: ModelShape, method: Method, rng: np.random.Generator) -> B
     members = 2 * shape.kv_heads // groups
     rank = members * shape.head_dim
     basis = np.linalg.qr(rng.standard_normal((1, groups, rank, rank)))[0]
-    centres = (np.arange(HISTOGRAM_BINS) + 0.5) * (HISTOGRAM_LIMIT / HISTOGRAM_BINS)
-    histogram = np.round(1e9 * np.exp(-(centres**2) / 2)).astype(np.int64)
+    centers = (np.arange(HISTOGRAM_BINS) + 0.5) * (HISTOGRAM_LIMIT / HISTOGRAM_BINS)
+    histogram = np.round(1e9 * np.exp(-(centers**2) / 2)).astype(np.int64)
     variance = np.ones((1, groups, rank, len(band_sizes(block))), np.float32)
     return BasisSet(
         group,

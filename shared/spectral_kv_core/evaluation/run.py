@@ -26,7 +26,7 @@ from ..profile.profile import Profile
 from ..profile.store import auto_profile
 from ..scorers import check_wavelet, get_scorer
 from .documents import Document, make_documents
-from .rows import RowFile, summarise
+from .rows import RowFile, summarize
 from .tasks import LOW_PPL, Job, Runner
 from .text import Text, copy_span
 
@@ -214,7 +214,7 @@ def evaluate(
             LOW_PPL,
         )
     return {
-        "rows": summarise(rows),
+        "rows": summarize(rows),
         "documents": rows,
         "skipped": skipped,
         "layers": list(runner.layers),

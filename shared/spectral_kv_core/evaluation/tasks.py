@@ -25,7 +25,7 @@ from ..scorers import get_scorer
 from .documents import Document
 from .fidelity import output_errors, output_perturbation, relative_error, sealed_span, spectral_fidelity
 
-LOW_PPL = 2.0  # a text this predictable was learnt by heart or repeats itself: little can go wrong on it
+LOW_PPL = 2.0  # a text this predictable was learned by heart or repeats itself: little can go wrong on it
 
 
 @dataclass(frozen=True, eq=False)  # a job is itself: plans are not compared

@@ -56,7 +56,7 @@ def detokenize(text: str) -> str:
 
 
 def read_text(name: str, raw: str) -> Text:
-    """`raw` as a text to evaluate on; WikiText's tokenised style is undone."""
+    """`raw` as a text to evaluate on; WikiText's tokenized style is undone."""
     return Text(name, detokenize(raw) if " @-@ " in raw or "<unk>" in raw else raw)
 
 

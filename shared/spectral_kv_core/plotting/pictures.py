@@ -1,6 +1,6 @@
 """The pictures of `spectralkv plot`: a function per picture, from a `Result` to a figure of matplotlib.
 
-Lines differ in marker and dash as well as in colour, so that they can be told apart in black and white.
+Lines differ in marker and dash as well as in color, so that they can be told apart in black and white.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .results import Result, Skip, budget_name, by_place, curve_names, variant, 
 COLUMNS = 3  # panels beside each other, at most
 PANEL = (4.4, 3.3)  # inches
 MOST_LINES = 8  # of a panel of (method, bits) pairs
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#8C4C96", "#B08300", "#3E9BCB", "#7F7F7F")
+COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#8C4C96", "#B08300", "#3E9BCB", "#7F7F7F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)), (0, (1, 1)), (0, (9, 3)), (0, (4, 1, 1, 1, 1, 1)), "-")
 RATIOS = {  # key of a bench row: what it is a ratio to; ratio_to_dense is to the fastest of the plain ones
@@ -225,8 +225,8 @@ def _styles(names: Iterable) -> dict:
         unique.sort(key=list(METHODS).index)  # a method looks the same in every picture of the same methods
     return {
         name: {
-            "color": COLOURS[i % len(COLOURS)],
-            "marker": MARKERS[(i + i // len(COLOURS)) % len(MARKERS)],
+            "color": COLORS[i % len(COLORS)],
+            "marker": MARKERS[(i + i // len(COLORS)) % len(MARKERS)],
             "linestyle": DASHES[i % len(DASHES)],
         }
         for i, name in enumerate(unique)

@@ -27,7 +27,7 @@ class ModelShape:
         """Indices of the layers that every row of a basis set of `group` (`methods.GROUPS`) stands for.
 
         One; for `layer2` and `layer4` up to so many that follow each other in the model, from the first on, what finds
-        no neighbour staying alone; for `model` all. Raises ValueError for `layer2` where no two layers follow each other.
+        no neighbor staying alone; for `model` all. Raises ValueError for `layer2` where no two layers follow each other.
         """
         if group == "model":
             return (self.layers,)

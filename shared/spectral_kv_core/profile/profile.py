@@ -26,7 +26,7 @@ class QueryStatistics:
     """Queries before RoPE, times the attention scale; L compressible layers.
 
     mean [L, Hq, D]; root [L, H, D, D]: symmetric root of the covariance, averaged over the query heads of a KV head;
-    amplitude [L, Hq, rotary_dim / 2]: mean length of every rotary pair (with the mean, the centres of TriAttention).
+    amplitude [L, Hq, rotary_dim / 2]: mean length of every rotary pair (with the mean, the centers of TriAttention).
     """
 
     mean: np.ndarray

@@ -104,7 +104,7 @@ def step_table(histogram: np.ndarray, limit: float, step: float, offset: float) 
     wide = levels.astype(np.float64)
     error = variance - 2 * math.fsum(wide * first) + math.fsum(np.square(wide) * mass)
 
-    # every code has a frequency of 1 and a share of the rest; the centre takes what rounding down leaves
+    # every code has a frequency of 1 and a share of the rest; the center takes what rounding down leaves
     codes = 2 * top + 1
     share = (mass[1:] / 2 + 0.5) / (whole + codes / 2)
     side = 1 + np.floor(share * (TOTAL - codes)).astype(np.int64)

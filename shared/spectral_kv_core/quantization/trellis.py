@@ -5,7 +5,7 @@ The coefficients of all components of a layer at one frequency of a block form a
 quarter of a codebook of twice as many levels the other bits choose from (`label`): Ungerboeck's code of 32 states (1982,
 table I), as Marcellin and Fischer 1990 (IEEE Trans. Comm. 38(1)) quantize with it. Which codes are best is a search over all
 paths (Viterbi); it takes the place of rounding in both passes of time rounding (`rounding.round_in_time`), whose errors
-and weights it minimises. results/experiments.md measures what it gains.
+and weights it minimizes. results/experiments.md measures what it gains.
 
 The search runs on the host, in C (`native/trellis.c`) or, slowly, in NumPy: codes are the same for every array library.
 """
