@@ -6,13 +6,14 @@ import copy
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 from tqdm import tqdm
 
 from ..hosts.demo_model import demo_model_path
 from ..planning.methods import BASIS_SETS, Method
-from ..profile.basis_set import JOINT, PAIRS
+from ..profile.basis_set import JOINT, PAIRS, BasisSet
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile, QueryStatistics
 from ..profile.store import auto_profile, name_passed_layers, warn_if_other_weights
@@ -119,52 +120,23 @@ class ProfilerBase(ABC):
         text_name = TEXT_NAME if texts is None else "own text"
         texts = load_default_texts() if texts is None else texts
         documents = split_documents(texts, tokenizer.encode, self.document, self.tokens)
-        moments = [QueryMoments(shape.kv_heads, shape.rope) for _ in shape.layers]
+        positions = self.positions or min(context or MAX_POSITIONS, MAX_POSITIONS)
         with Spool() as spool:
-            for d, tokens in enumerate(self._bar(documents, "Reading text")):
-                scored = max(len(tokens) // SCORED_SHARE, 16)
-                seed = self.seed * len(documents) + d
-                vectors = (self.vectors if self.gradients else self._local)(model, shape, tokens, scored, seed)
-                for row, (queries, *captured) in enumerate(vectors):
-                    moments[row].update(queries)
-                    spool.add(row, d, *captured)
-            positions = self.positions or min(context or MAX_POSITIONS, MAX_POSITIONS)
-            spread = max(positions - self.document, 0)  # a document starts here at the latest
-            sets = {}
-            for key in self.basis_sets:
-                if key == JOINT:
-                    sets[key] = fit_joint_set(
-                        spool, shape, self.seed, lambda steps: self._bar(steps, f"Fitting {JOINT}")
-                    )
-                    continue
-                group, rope = key.split(".")
-                sets[key] = fit_basis_set(
-                    spool,
-                    shape,
-                    group,
-                    rope,
-                    positions=spread,
-                    progress=lambda steps, key=key: self._bar(steps, f"Fitting {key}"),
-                )
+            queries = self._read_documents(model, shape, documents, spool)
+            sets = self._fit_basis_sets(shape, spool, positions)
         probes = documents[:: -(-len(documents) // DOCUMENTS)] if self.probes and PROBED in sets else []
         calibration = {
             "text": text_name,
             "text_sha256": text_digest(texts),
             "documents": len(documents),
             "tokens": sum(map(len, documents)),
-            "document": self.document,
-            "samples": self.samples,
-            "seed": self.seed,
-            "gradients": "score" if self.gradients else "local",
+            **self._describe_calibration(),
             "positions": positions,
-            "target_energy": self.target_energy,
             "probed": len(probes),
         }
-        queries = QueryStatistics(*map(np.stack, zip(*(m.result() for m in moments))))
         profile = Profile(shape, name or own_name, calibration, sets, queries, digest)
         if probes:
-            bar = self._bar(probes, "Measuring layers")
-            probed(shape, profile, (self.probe(model, shape, x, max(len(x) // SCORED_SHARE, 16)) for x in bar))
+            self._probe_layers(model, profile, probes)
         return profile
 
     def profile_for(
@@ -184,10 +156,48 @@ class ProfilerBase(ABC):
             profiler.basis_sets = tuple(dict.fromkeys((*self.basis_sets, method.profile_set)))
             profile = auto_profile(shape, method.profile_set, lambda: profiler.profile_from_model(model, tokenizer))
         name_passed_layers(passed)
-        if method.profile_set:
+        if profile is not None and method.profile_set:
             profile.check(shape)
             warn_if_other_weights(profile, digest)
         return shape, passed, profile
+
+    def _read_documents(self, model, shape: ModelShape, documents: list[list[int]], spool: Spool) -> QueryStatistics:
+        """Put what every layer makes of `documents` on the `spool`; returns the statistics of the queries."""
+        moments = [QueryMoments(shape.kv_heads, shape.rope) for _ in shape.layers]
+        for d, tokens in enumerate(self._bar(documents, "Reading text")):
+            seed = self.seed * len(documents) + d
+            made = (self.vectors if self.gradients else self._local)(model, shape, tokens, _scored(tokens), seed)
+            for row, (queries, *captured) in enumerate(made):
+                moments[row].update(queries)
+                spool.add(row, d, *captured)
+        return QueryStatistics(*map(np.stack, zip(*(m.result() for m in moments))))
+
+    def _fit_basis_sets(self, shape: ModelShape, spool: Spool, positions: int) -> dict[str, BasisSet]:
+        """All of `basis_sets` by name, post-RoPE keys for contexts of `positions` tokens."""
+        spread, sets = max(positions - self.document, 0), {}  # a document starts there at the latest
+        for key in self.basis_sets:
+            progress = partial(self._bar, what=f"Fitting {key}")
+            if key == JOINT:
+                sets[key] = fit_joint_set(spool, shape, self.seed, progress)
+                continue
+            group, rope = key.split(".")
+            sets[key] = fit_basis_set(spool, shape, group, rope, positions=spread, progress=progress)
+        return sets
+
+    def _probe_layers(self, model, profile: Profile, documents: list[list[int]]) -> None:
+        """Set the costs of `profile` to what coding a layer alone does to `documents` (`layer_probing`)."""
+        shape, bar = profile.shape, self._bar(documents, "Measuring layers")
+        probed(shape, profile, (self.probe(model, shape, tokens, _scored(tokens)) for tokens in bar))
+
+    def _describe_calibration(self) -> dict:
+        """What a profile says about the options that it was made with."""
+        return {
+            "document": self.document,
+            "samples": self.samples,
+            "seed": self.seed,
+            "gradients": "score" if self.gradients else "local",
+            "target_energy": self.target_energy,
+        }
 
     def _local(self, model, shape: ModelShape, tokens: list[int], scored: int, seed: int) -> Iterator[tuple]:
         """As `vectors`, with the gradients of every layer's own attention output."""
@@ -198,3 +208,8 @@ class ProfilerBase(ABC):
 
     def _bar(self, steps, what: str):
         return tqdm(steps, desc=what, disable=not self.progress, leave=False)
+
+
+def _scored(tokens: list[int]) -> int:
+    """How many of the last tokens of a document are scored."""
+    return max(len(tokens) // SCORED_SHARE, 16)
