@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..arrays.namespace import ArrayNamespace
 from ..codecs.spectral import check_finite
 from ..planning.allocation import allocate_bits
 from ..planning.plan import _distortions
@@ -48,7 +49,7 @@ class Compressor:
     scores' correlation.
     """
 
-    xp = None
+    xp: ArrayNamespace
 
     def __init__(self, projection: Projection, bits: float = 4):
         if not isinstance(projection, Projection):

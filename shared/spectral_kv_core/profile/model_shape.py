@@ -67,9 +67,9 @@ class ModelShape:
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 return f"{name} {theirs}, {owner} has {mine}"
-        if (self.rope is None) != (other.rope is None):
-            return "no rotary embedding on one side"
-        if self.rope is not None and not self.rope.matches(other.rope):
+        if self.rope is None or other.rope is None:
+            return None if self.rope is other.rope else "no rotary embedding on one side"
+        if not self.rope.matches(other.rope):
             return (
                 f"RoPE frequencies ending in {other.rope.inv_freq[-1]:.4g} rad/token (rotary_dim {other.rope.rotary_dim}), "
                 f"{owner} has {self.rope.inv_freq[-1]:.4g} (rotary_dim {self.rope.rotary_dim}); a checkpoint saved by "

@@ -58,7 +58,8 @@ class Profile:
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write the profile to `path` (temporary name, then rename); returns the path."""
-        arrays, sets = {}, {}
+        arrays: dict[str, np.ndarray] = {}
+        sets = {}
         for name, basis_set in self.basis_sets.items():
             arrays |= {f"{name}/{key}": array for key, array in basis_set.to_file().items()}
             for bits, levels in basis_set.levels.items():
@@ -87,8 +88,8 @@ class Profile:
         sets = {}
         for name, fields in header["basis_sets"].items():
             levels = {b: arrays[f"{name}/levels/{b}"] for b in BIT_WIDTHS if b}
-            held = {key: arrays[f"{name}/{key}"] for key in BasisSet.FILE_ARRAYS}
-            held["histogram"] = arrays.get(f"{name}/histogram")
+            keys = [*BasisSet.FILE_ARRAYS, *["histogram"] * (f"{name}/histogram" in arrays)]
+            held = {key: arrays[f"{name}/{key}"] for key in keys}
             sets[name] = BasisSet.from_file(held, levels, **fields)
             _check_sizes(sets[name], shape, path)
         return cls(

@@ -244,7 +244,7 @@ def _codes_crc(codes: list[np.ndarray]) -> int:
     """Checksum of decoded codes and of how they are split over tables."""
     crc = 0
     for c in codes:
-        crc = zlib.crc32(c.astype("<i2", copy=False), zlib.crc32(struct.pack("<Q", c.size), crc))
+        crc = zlib.crc32(c.astype("<i2", copy=False).tobytes(), zlib.crc32(struct.pack("<Q", c.size), crc))
     return crc
 
 

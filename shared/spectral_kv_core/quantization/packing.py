@@ -6,6 +6,8 @@ split into planes of 4, 2 and 1 bits so that no code straddles a byte and unpack
 
 from __future__ import annotations
 
+from typing import Any
+
 UNIT = 8  # codes per packed unit
 
 
@@ -46,7 +48,8 @@ def pack(xp, codes, bits: int):
 def unpack(xp, packed, bits: int, n: int):
     """Inverse of `pack`: [..., units, bits] uint8 -> codes [..., n] uint8."""
     *lead, units, _ = packed.shape
-    codes, start = None, 0
+    codes: Any = None
+    start = 0
     for width, shift in planes(bits):
         plane = packed[..., start : start + width]
         start += width

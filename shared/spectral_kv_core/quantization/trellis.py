@@ -152,7 +152,9 @@ class _Search(ctypes.Structure):
 
 def _native(rows: Rows, z: np.ndarray, weights: np.ndarray | None, codes: np.ndarray) -> None:
     """Fill `codes` by the kernel, some blocks per thread at a time."""
-    run = library().spectralkv_trellis
+    kernels = library()
+    assert kernels is not None, "chosen where there is a library"
+    run = kernels.spectralkv_trellis
     run.argtypes, run.restype = (POINTER(_Search),), ctypes.c_int
     batch, groups, blocks, _, rank = z.shape
     tables = rows.gain, rows.cost, rows.slots, rows.order, rows.time, rows.cells, rows.levels, rows.decoded
@@ -209,7 +211,7 @@ def _search_blocks(rows: Rows, z: np.ndarray, metric: np.ndarray | None) -> np.n
             aim, own = z[f], np.ones((groups, 1, 1), np.float32)
             if metric is not None:
                 own = metric[:, f, f, None]  # [G, 1, N]
-            if again:
+            if metric is not None and again:
                 grouped = error.reshape(frequencies, groups, rank, -1)
                 others = np.einsum("ghn,hgrn->grn", metric[:, f], grouped) / own
                 aim = z[f] + (others.reshape(z[f].shape) - error[f]) / gain[f, :, None]
