@@ -223,7 +223,7 @@ class Runner:
 
     def _empty(self, job: Job, prefix: int):
         settings, budget = self.settings, job.budget_tokens(prefix)
-        options = {} if budget is None else {"budget_tokens": budget}
+        options: dict[str, Any] = {} if budget is None else {"budget_tokens": budget}
         if job.tiers:
             options["tiers"] = job.tiers
         if job.wavelet:
@@ -280,7 +280,7 @@ class Runner:
         for exact, (*vectors, positions) in zip(self.backend.held_vectors(plain, self.layers), held):
             errors = [relative_error(x, y, positions, span) for x, y in zip(exact, vectors)]
             spectra = [spectral_fidelity(x, y, positions, span) for x, y in zip(exact, vectors)]
-            sums += *errors, np.mean(spectra)
+            sums += np.array([*errors, np.mean(spectra)])
         return dict(zip(("key_error", "value_error", "spectral_fidelity"), (sums / len(self.layers)).tolist()))
 
     def _sizes(self, job: Job, stored) -> dict:
