@@ -36,19 +36,20 @@ def synthetic_shape(name: str) -> ModelShape:
 
 def synthetic_vectors(shape: ModelShape, tokens: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Queries and keys, both after RoPE, and values [1, H, tokens, D] float32: independent normal numbers."""
-    rng = np.random.default_rng(seed)
+    rng, rope = np.random.default_rng(seed), shape.rope
+    assert rope is not None, "every shape of SHAPES has one"
 
     def draw(heads):
         return rng.standard_normal((1, heads, tokens, shape.head_dim), dtype=np.float32)
 
     queries, keys, values = draw(shape.q_heads), draw(shape.kv_heads), draw(shape.kv_heads)
-    return rotate(ops, queries, shape.rope, 0), rotate(ops, keys, shape.rope, 0), values
+    return rotate(ops, queries, rope, 0), rotate(ops, keys, rope, 0), values
 
 
 def synthetic_profile(shape: ModelShape, methods: list[Method], seed: int = 0) -> Profile:
     """Profile that fits `synthetic_vectors`: random orthogonal bases, in which every coefficient has variance 1."""
     rng = np.random.default_rng(seed)
-    sets = {m.basis_set: _white_set(shape, m, rng) for m in methods if m.basis_set}
+    sets = {name: _white_set(shape, m, name, rng) for m in methods if (name := m.basis_set)}
     scale = shape.head_dim**-0.5  # is in the statistics of queries
     queries = QueryStatistics(
         mean=np.zeros((1, shape.q_heads, shape.head_dim)),
@@ -58,7 +59,7 @@ def synthetic_profile(shape: ModelShape, methods: list[Method], seed: int = 0) -
     return Profile(shape, "synthetic", {}, sets, queries)
 
 
-def synthetic_plan(shape: ModelShape, profile: Profile, method: Method, bits: float, plan: str) -> Plan:
+def synthetic_plan(shape: ModelShape, profile: Profile, method: Method, bits: float, plan: str | None) -> Plan:
     """What `method` stores: `flat` has every coefficient at `bits`, `typical` the widths of a real plan of so many bits.
 
     The published methods have one plan for their bits. Raises ValueError for bits that are no width of a flat plan, or
@@ -73,12 +74,13 @@ def synthetic_plan(shape: ModelShape, profile: Profile, method: Method, bits: fl
         return make_plan(shape, None, method)
     if method.codec == "affine":  # its bits count the scales
         return make_plan(shape, None, method, bits + 32 / method.group_size if plan == "flat" else bits)
+    assert method.basis_set is not None, "what is left has a basis"
     basis_set = profile.basis_set(method.basis_set)
     if plan == "flat":
-        widths = np.full(basis_set.variance.shape, bits, np.uint8)
+        held = np.full(basis_set.variance.shape, bits, np.uint8)
     else:
-        widths = typical_widths(_real_plan(method, bits), *basis_set.variance.shape[1:3])
-    return Plan(method, float(bits), shape, basis_set, widths, profile=profile)
+        held = typical_widths(_real_plan(method, bits), *basis_set.variance.shape[1:3])
+    return Plan(method, float(bits), shape, basis_set, held, profile=profile)
 
 
 def typical_widths(real: Plan, groups: int, rank: int) -> np.ndarray:
@@ -88,6 +90,7 @@ def typical_widths(real: Plan, groups: int, rank: int) -> np.ndarray:
     """
     sides = 2 if groups > 1 else 1  # groups are keys then values, or all in one
     made = []
+    assert real.widths is not None, "the plan of a method with widths"
     for side in np.split(real.widths, sides, axis=1):
         entries = groups // sides * rank
         bands = [np.sort(_resample(side[..., f].reshape(-1), entries))[::-1] for f in range(side.shape[-1])]
@@ -114,8 +117,8 @@ def _resample(widths: np.ndarray, entries: int) -> np.ndarray:
     return np.sort(widths)[places]
 
 
-def _white_set(shape: ModelShape, method: Method, rng: np.random.Generator) -> BasisSet:
-    group, rope = method.basis_set.split(".")
+def _white_set(shape: ModelShape, method: Method, name: str, rng: np.random.Generator) -> BasisSet:
+    group, rope = name.split(".")
     time, block = ("dct", 16) if method.reads else (method.time, method.block)
     shape.layer_groups(group)  # raises where layers are coded together
     groups = {"head": 2 * shape.kv_heads, "side": 2, "layer": 1}[group]
