@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 TIME_TRANSFORMS = ("none", "dct", "haar")
+FREQUENCIES = 16  # of a block of tokens: those that kernels are compiled for
 
 
 def time_matrix(kind: str, block: int) -> np.ndarray:

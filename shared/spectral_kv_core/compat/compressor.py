@@ -16,7 +16,7 @@ from ..codecs.spectral import check_finite
 from ..planning.allocation import allocate_bits
 from ..planning.plan import _distortions
 from ..profile.projection import Projection
-from ..quantization.packing import pack_rows, unpack_rows
+from ..quantization.packing import interleave, pack_rows, unpack_rows
 from ..quantization.quantizer import BIT_WIDTHS, RowTables, dequantize, flat_tables
 
 HALF = 16  # bits of an element that is not compressed
@@ -79,7 +79,7 @@ class Compressor:
         check_finite(xp, z)
         codes = xp.permute_dims(made["quantizers"].quantize(z), (1, 0))[None]  # [1, R, T]
         packed = [pack_rows(xp, xp.take(codes, rows, axis=1), b) for b, rows, _, _ in made["widths"]]
-        return CompressedKV(x.shape[0], tuple(array for pair in packed for array in pair), x.dtype, self._identity)
+        return CompressedKV(x.shape[0], interleave(packed), x.dtype, self._identity)
 
     def decompress(self, compressed: CompressedKV):
         """What codes stand for, [T, D] in the dtype that went in."""

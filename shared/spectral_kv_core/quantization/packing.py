@@ -6,6 +6,7 @@ split into planes of 4, 2 and 1 bits so that no code straddles a byte and unpack
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 UNIT = 8  # codes per packed unit
@@ -83,6 +84,11 @@ def pack_rows(xp, codes, bits: int):
     whole = n // UNIT * UNIT
     rest = codes[:, :, whole:].reshape(batch, rows * (n - whole))
     return pack(xp, codes[:, :, :whole], bits), pack(xp, rest, bits)
+
+
+def interleave(pairs: Iterable[tuple]) -> tuple:
+    """The whole units and the rest of every width one after the other, as a chunk holds them; `pairs` as of `pack_rows`."""
+    return tuple(array for pair in pairs for array in pair)
 
 
 def unpack_rows(xp, packed, bits: int, n: int):

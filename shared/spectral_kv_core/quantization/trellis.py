@@ -20,6 +20,7 @@ from functools import cache
 
 import numpy as np
 
+from ..arrays.transform import FREQUENCIES
 from ..native import library
 from .quantizer import BIT_WIDTHS, CELLS, REACH, gaussian_tables
 
@@ -29,7 +30,6 @@ DISTANCES = (2, 3, 5)  # rows before a row whose path bits choose its quarter, w
 BLOCKS_AT_ONCE = 16  # of a call of the kernel, whose registers have up to so many lanes
 NUMPY_BLOCKS = 128
 MIN_COST = 1e-4  # of the mean of a sequence: a row that costs next to nothing still has a defined code
-FREQUENCIES = 16  # tokens of a block that the kernel is compiled for
 
 # Upper halves of the codebooks of 2**(bits + 1) levels for the standard normal density, by the alternation of Lloyd 1982
 # with the search in place of the nearest level.
