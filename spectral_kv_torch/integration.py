@@ -112,7 +112,18 @@ def install(model) -> None:
 
 
 def restore(model) -> None:
-    """Give `model` its host's attention back; compressed caches then decode for it."""
+    """Give `model` its host's attention back; compressed caches then decode for it.
+
+    Args:
+        model: A model that `make_prompt_cache` or `load_prompt_cache` has been called with.
+
+    Examples:
+        >>> from spectral_kv_core.hosts.demo_model import demo_model_path
+        >>> from spectral_kv_torch import load_model, make_prompt_cache, restore
+        >>> model, tokenizer = load_model(demo_model_path())
+        >>> cache = make_prompt_cache(model)
+        >>> restore(model)
+    """
     if model.config._attn_implementation == ATTENTION:
         model.set_attn_implementation("sdpa")
 
@@ -227,9 +238,26 @@ def weights_digest(model) -> str:
 
 
 def load_model(name: str | os.PathLike, dtype: str | None = None, quantize: str | None = None):
-    """Model (in evaluation mode, on CUDA where there is a card) and tokenizer of a directory or hub id.
+    """Load a model and its tokenizer as transformers does.
 
-    quantize: `4bit` or `8bit` weights by bitsandbytes, which needs CUDA: raises ValueError elsewhere.
+    Args:
+        name: A directory or a hub id.
+        dtype: Type of the weights, such as `bfloat16`; None as they are stored.
+        quantize: `4bit` or `8bit` weights by bitsandbytes, which needs CUDA; None as they are stored.
+
+    Returns:
+        The model in evaluation mode, on the first CUDA card where there is one, and its tokenizer.
+
+    Raises:
+        FileNotFoundError: There is no such directory, or the hub has no such model.
+        ValueError: `quantize` is no width that is known, or this machine cannot do it.
+
+    Examples:
+        >>> from spectral_kv_core.hosts.demo_model import demo_model_path
+        >>> from spectral_kv_torch import load_model
+        >>> model, tokenizer = load_model(demo_model_path())
+        >>> tokenizer.decode(tokenizer.encode("The sea"))
+        'The sea'
     """
     if not Path(name).exists() and str(name).startswith((".", "/", "~")):
         raise FileNotFoundError(f"Expected a model directory, found nothing at {name}.")

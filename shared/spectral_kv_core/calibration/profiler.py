@@ -32,14 +32,38 @@ SCORED_SHARE = 16  # the last sixteenth of a document is scored: its gradients r
 class ProfilerBase(ABC):
     """Makes the profile of a model from one pass over calibration text; a backend adds the abstract methods.
 
-    target_energy: what `Profile.summary` reports ranks at; tokens: calibration tokens in all; document: tokens of one
-    document, which bounds the memory needed; samples: label samples per document; seed: of the labels;
-    positions: context length that post-RoPE keys are prepared for (default: the model's own, at most 32,768);
-    gradients: False takes the gradients of every layer's own attention output in place of those of the scored tokens'
-    probability: no backward pass and a fraction of the memory, at a price in quality (results/experiments.md);
-    probes: False leaves the costs of layers as gradients have them, instead of measuring what coding each alone does;
-    basis_sets: which ways of grouping vectors the profile covers (`group.rope`; default: those of all methods but
-    the -pairs methods and kvtc); pairs, joint: that of the -pairs methods, of kvtc, too.
+    The source of the costs, and what they leave out, is docs/decisions/rate-distortion.md.
+
+    Args:
+        target_energy: Share of the variance, in (0, 1], that `SpectralProfile.summary` reports ranks at.
+        tokens: Calibration tokens in all, 64 or more.
+        document: Tokens of one document, 64 or more: it bounds the memory that is needed.
+        samples: Label samples per document.
+        seed: Seed of the labels.
+        positions: Context length in tokens that post-RoPE keys are prepared for. Default: the model's own, at most 32,768.
+        gradients: False takes the gradients of every layer's own attention output instead of those of the scored tokens'
+            probability. That needs no backward pass and a fraction of the memory, at a price in quality
+            (results/experiments.md).
+        probes: False keeps the costs of layers as gradients have them. True measures what coding each layer alone does.
+        basis_sets: Which ways of grouping vectors the profile covers, as `group.rope`. Default: those of all methods but
+            the `-pairs` methods and `kvtc`.
+        progress: Whether to show progress bars.
+        pairs: Whether to add the basis set of the `-pairs` methods.
+        joint: Whether to add the basis set of `kvtc`.
+
+    Raises:
+        ValueError: An argument is out of range. `profile_from_model` raises it for a model without layers to compress, for
+            text that is too short, and for activations that are not finite.
+
+    Examples:
+        >>> from spectral_kv_torch import SpectralProfiler, load_model  # spectral_kv_mlx has the same
+        >>> from spectral_kv_core.hosts.demo_model import demo_model_path
+        >>> model, tokenizer = load_model(demo_model_path())
+        >>> text = "The sea is a place of endless wonder. " * 9  # a real profile takes the defaults, and no text
+        >>> quick = SpectralProfiler(tokens=64, document=64, gradients=False, probes=False, basis_sets=("head.post",))
+        >>> profile = quick.profile_from_model(model, tokenizer, texts=[text])
+        >>> profile.calibration["documents"], sorted(profile.basis_sets)
+        (1, ['head.post'])
     """
 
     def __init__(

@@ -43,10 +43,19 @@ class CompressedKV:
 class Compressor:
     """Compresses tokens of one head in the space of a `Projection`; a backend adds its array library as `xp`.
 
-    bits: average stored bits of a kept component, a ceiling: components of large variance get more, none more than 8. A
-    token therefore takes at most rank * bits bits, nothing else is stored per token. How good that is depends on the
-    keys: what lies outside the components is lost, and isotropic noise at rank 4 of 128 keeps sqrt(4 / 128) of the
-    scores' correlation.
+    The interface of the first library, spectral-kv 1.0. Widths are allocated by reverse water-filling (Cover and Thomas,
+    Elements of Information Theory, section 10.3.3). How good the scores are depends on the keys: what lies outside the
+    components is lost, and isotropic noise at rank 4 of 128 keeps sqrt(4 / 128) of their correlation.
+
+    Args:
+        projection: Components of the keys or values of one head: `SpectralProfile.get_projection`.
+        bits: Average stored bits of a kept component, a ceiling, between 1 / rank and 8. Components of large variance get
+            more. A token takes at most rank * bits bits, and nothing else is stored per token.
+
+    Raises:
+        TypeError: `projection` is none.
+        ValueError: `bits` are out of range. `compress` and `approximate_attention` raise it for arrays of another shape
+            than [tokens, head_dim], for NaN, and for infinity.
     """
 
     xp: ArrayNamespace
