@@ -11,7 +11,7 @@ BACKEND := $(if $(filter Darwin-arm64,$(shell uname -sm | tr ' ' -)),mlx,torch)
 # MLX's Linux wheel brings a slow BLAS; Debian's OpenBLAS makes its tests several times faster where it is installed
 OPENBLAS := $(firstword $(wildcard /usr/lib/*/openblas-pthread/libopenblas.so.0))
 
-.PHONY: help demo bench figures clean
+.PHONY: help demo bench figures report clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ figures: $(VENV)/.installed-plots ## draw the pictures of README and results/ fr
 	$(PLOT) --only speed results/bench_llama_flat.json
 	$(PLOT) --bits 2 profiles/smollm2-135m-instruct.safetensors
 
+report: $(VENV)/.installed-plots ## make results/report.html of the JSON there and the packaged profile
+	$(VENV)/bin/spectralkv report results profiles/smollm2-135m-instruct.safetensors --output results/report.html
+
 include results/measure.mk
 
 # --- tests: MLX in a process of its own, with a BLAS of its own -------------------------------------------------------
@@ -44,7 +47,7 @@ test-core: $(VENV)/.installed-all ## run the tests of the core, the command line
 	$(PYTEST) $(QUICK) --ignore-glob='*test_mlx*'
 
 test-mlx: $(VENV)/.installed-all ## run the tests of MLX
-	LD_PRELOAD=$(OPENBLAS) $(PYTEST) $(QUICK) tests/test_mlx*.py
+	LD_PRELOAD=$(OPENBLAS) $(PYTEST) $(QUICK) tests/backends/test_mlx*.py
 
 test-quick: $(VENV)/.installed-all ## run one case of every test that is not slow, in two processes
 	$(MAKE) --no-print-directory -j2 test-core test-mlx QUICK=--quick
@@ -54,7 +57,7 @@ test-metal: $(VENV)/.installed-all ## run the tests that need a Metal device, on
 
 coverage: $(VENV)/.installed-all $(VENV)/.installed-coverage ## run make test, print the share of lines that ran, write coverage.xml
 	$(PYTEST) --cov --cov-report= --ignore-glob='*test_mlx*'
-	LD_PRELOAD=$(OPENBLAS) $(PYTEST) --cov --cov-append --cov-report=term --cov-report=xml tests/test_mlx*.py
+	LD_PRELOAD=$(OPENBLAS) $(PYTEST) --cov --cov-append --cov-report=term --cov-report=xml tests/backends/test_mlx*.py
 
 coverage-report: ## print what make coverage found as a table in Markdown
 	@$(PYTHON) -m coverage report --format=markdown
@@ -93,7 +96,7 @@ docs: $(VENV)/.installed-docs ## build the site of docs/ in build/docs
 	$(VENV)/bin/zensical build --clean --strict
 
 docs-test: $(VENV)/.installed-all ## check the pages: links, sentences, generated pages and examples
-	$(PYTEST) tests/test_docs.py tests/test_readme.py
+	$(PYTEST) tests/project/test_docs.py tests/project/test_readme.py
 
 # --- releases: CONTRIBUTING.md says how one is made -------------------------------------------------------------------
 

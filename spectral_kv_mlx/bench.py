@@ -15,7 +15,7 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from spectral_kv_core.benchmark.bench import Clock
 from spectral_kv_core.benchmark.machine import cpu_cores
-from spectral_kv_core.cache.layer_cache import SEAL
+from spectral_kv_core.planning.budget import SEAL
 from spectral_kv_core.planning.plan import Plan
 from spectral_kv_core.profile.model_shape import ModelShape
 

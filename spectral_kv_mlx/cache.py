@@ -20,8 +20,7 @@ from mlx_lm.models.cache import (
 from spectral_kv_core.cache.eviction import Eviction
 from spectral_kv_core.cache.layer_cache import LATENT_QUERIES, CacheSize, LayerCache
 from spectral_kv_core.cache.padding_group import Lane
-from spectral_kv_core.codecs.entropy_coded import codecs_of
-from spectral_kv_core.codecs.spectral import Chunk, join_layers, split_layers
+from spectral_kv_core.codecs.chunk import Chunk, join_layers, split_layers
 from spectral_kv_core.planning.plan import Plan
 
 from . import ops
@@ -51,8 +50,8 @@ class SpectralKVCache(RoutedCache):
         self.plan, self.row = plan, row
         self.taken: dict[int, tuple] = {}  # by layer of the row: tokens that nobody has attended to yet
         self.left_padding = [int(p) for p in left_padding] if left_padding is not None else None
-        staging = (lambda: codecs_of(ops, plan.staging)[row]) if plan.staging and eviction is None else None
-        self.store = LayerCache(ops, codecs_of(ops, plan)[row], sinks, window, staging, eviction, row, working_set)
+        staging = (lambda: plan.staging.codecs(ops)[row]) if plan.staging and eviction is None else None
+        self.store = LayerCache(ops, plan.codecs(ops)[row], sinks, window, staging, eviction, row, working_set)
 
     @property
     def layers(self) -> tuple[int, ...]:

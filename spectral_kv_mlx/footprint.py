@@ -12,7 +12,6 @@ from mlx_lm.utils import _download, load_config
 from mlx_lm.utils import load_model as load_mlx_model
 
 from spectral_kv_core.benchmark.footprint import Footprint
-from spectral_kv_core.codecs.entropy_coded import codec_of
 from spectral_kv_core.planning.plan import Plan
 
 from . import ops
@@ -78,8 +77,8 @@ def table_nbytes(plan: Plan) -> tuple[int, int]:
     """
     own, shared, before = 0, {}, {}
     for row in range(len(plan.layer_groups)):
-        tables = {id(x): x for x in codec_of(ops, plan, row).tables()}
-        quantizers = {id(x) for x in plan.quantizers(ops)} if plan.basis_set is not None else set()
+        tables = {id(x): x for x in plan.make_codec(ops, row).tables()}
+        quantizers = {id(x) for x in plan.shared_tables(ops)}
         shared |= {key: x for key, x in tables.items() if key in quantizers or key in before}
         own += sum(x.nbytes for key, x in tables.items() if key not in shared)
         before = tables

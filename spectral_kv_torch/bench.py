@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, DynamicLayer, HQQQuantizedLayer, Qua
 from transformers.modeling_utils import AttentionInterface
 
 from spectral_kv_core.benchmark.bench import Clock
-from spectral_kv_core.cache.layer_cache import SEAL
+from spectral_kv_core.planning.budget import SEAL
 from spectral_kv_core.planning.plan import Plan
 from spectral_kv_core.profile.model_shape import ModelShape
 

@@ -13,10 +13,10 @@ from spectral_kv_core.cache.decoded_chunks import bytes_per_layer
 from spectral_kv_core.cache.eviction import Eviction
 from spectral_kv_core.cache.layer_cache import CacheSize, LayerCache
 from spectral_kv_core.cache.padding_group import Lane
-from spectral_kv_core.codecs.entropy_coded import codecs_of
-from spectral_kv_core.codecs.spectral import join_layers, split_layers
+from spectral_kv_core.codecs.chunk import join_layers, split_layers
+from spectral_kv_core.codecs.registry import plan_for
 from spectral_kv_core.planning.methods import get_live_method
-from spectral_kv_core.planning.plan import Plan, make_plan
+from spectral_kv_core.planning.plan import Plan
 from spectral_kv_core.profile.profile import Profile
 
 from . import ops
@@ -81,10 +81,10 @@ class SpectralKVLayer(CacheLayerMixin):
 
     def open(self, device: torch.device) -> LayerCache:
         """Put the codec's tables on `device`; returns the store, empty."""
-        codec = codecs_of(ops, self.plan, device)[self.row]
+        codec = self.plan.codecs(ops, device)[self.row]
         staging = None
         if self.plan.staging and self.eviction is None:
-            staging = lambda: codecs_of(ops, self.plan.staging, device)[self.row]  # noqa: E731
+            staging = lambda: self.plan.staging.codecs(ops, device)[self.row]  # noqa: E731
         self.store = LayerCache(ops, codec, self.sinks, self.window, staging, self.eviction, self.row, self.working_set)
         self.is_initialized = True
         return self.store
@@ -309,8 +309,8 @@ class SpectralCache(Cache):
         eviction: Eviction | None = None,
         working_set: int = 0,
     ):
-        plan = plan or make_plan(profile.shape, profile, get_live_method(method), bits)
-        if plan.method.scorer is not None and eviction is None and not hasattr(plan, "CODEC"):
+        plan = plan or plan_for(profile.shape, profile, get_live_method(method), bits)
+        if plan.drops and eviction is None:
             raise ValueError(
                 f"Expected a budget for {plan.method.name}, which drops tokens, received none: "
                 "make_prompt_cache(model, method=..., budget_tokens=...)."

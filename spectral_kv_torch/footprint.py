@@ -9,7 +9,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.hub import cached_file
 
 from spectral_kv_core.benchmark.footprint import Footprint, safetensors_nbytes
-from spectral_kv_core.codecs.entropy_coded import codec_of
 from spectral_kv_core.planning.plan import Plan
 
 from . import ops
@@ -71,8 +70,8 @@ def table_nbytes(plan: Plan) -> tuple[int, int]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     own, shared, before = 0, {}, {}
     for row in range(len(plan.layer_groups)):
-        tables = {id(x): x for x in codec_of(ops, plan, row, device).tables()}
-        quantizers = {id(x) for x in plan.quantizers(ops, device)} if plan.basis_set is not None else set()
+        tables = {id(x): x for x in plan.make_codec(ops, row, device).tables()}
+        quantizers = {id(x) for x in plan.shared_tables(ops, device)}
         shared |= {key: x for key, x in tables.items() if key in quantizers or key in before}
         own += sum(x.untyped_storage().nbytes() for key, x in tables.items() if key not in shared)
         before = tables

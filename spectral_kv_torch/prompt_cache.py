@@ -13,8 +13,9 @@ from transformers.cache_utils import Cache
 from spectral_kv_core.cache import prompt_cache_file as prompt_file
 from spectral_kv_core.cache.layer_cache import LayerCache
 from spectral_kv_core.cache.prompt_cache_file import ExactLayer, PromptFile, encode_within
+from spectral_kv_core.codecs.registry import make_plan, plan_for
 from spectral_kv_core.planning.methods import Method, get_keeping_method, get_live_method
-from spectral_kv_core.planning.plan import Plan, make_plan, plan_for
+from spectral_kv_core.planning.plan import Plan
 from spectral_kv_core.profile.profile import Profile
 
 from . import ops

@@ -16,8 +16,9 @@ from spectral_kv_core.calibration.basis_fit import fit_basis_set
 from spectral_kv_core.calibration.model_basis import fit_joint_set
 from spectral_kv_core.calibration.moments import QueryMoments
 from spectral_kv_core.calibration.spool import Spool
+from spectral_kv_core.codecs.registry import make_plan
 from spectral_kv_core.planning.methods import Method
-from spectral_kv_core.planning.plan import Plan, make_plan
+from spectral_kv_core.planning.plan import Plan
 from spectral_kv_core.profile.model_shape import ModelShape
 from spectral_kv_core.profile.profile import Profile, QueryStatistics
 from spectral_kv_core.quantization import trellis

@@ -19,9 +19,8 @@ from spectral_kv_core.arrays import ops
 from spectral_kv_core.cache.layer_cache import LayerCache
 from spectral_kv_core.cache.padding_group import Lane
 from spectral_kv_core.cache.prompt_cache_file import ExactLayer, PromptFile
-from spectral_kv_core.codecs.entropy_coded import codec_of
+from spectral_kv_core.codecs.registry import make_plan
 from spectral_kv_core.planning.methods import METHODS
-from spectral_kv_core.planning.plan import make_plan
 from spectral_kv_core.profile.profile import Profile
 from spectral_kv_core.profile.store import packaged_profiles
 
@@ -69,7 +68,7 @@ def numbers(shape: tuple[int, ...], seed: int) -> np.ndarray:
 def coded(xp, profile: Profile, name: str, bits: float, row: int, tokens: int = TOKENS):
     """A chunk of layer number `row`, from coefficients that are given: what makes them may differ in the last bit."""
     plan = make_plan(profile.shape, profile if METHODS[name].profile_set else None, METHODS[name], bits)
-    codec = codec_of(xp, plan, row)
+    codec = plan.make_codec(xp, row)
     keys, values = (
         xp.asarray(numbers((1, profile.shape.kv_heads, tokens, profile.shape.head_dim), seed)) for seed in (1, 2)
     )
@@ -102,7 +101,7 @@ def stored_prompt(profile: Profile) -> dict:
     layers: list[LayerCache | ExactLayer] = []
     for row in range(len(profile.shape.layers)):
         plan, chunk = coded(ops, profile, "spectral", 2.0, row, 64)
-        store = LayerCache(ops, codec_of(ops, plan, row), 4, 64)
+        store = LayerCache(ops, plan.make_codec(ops, row), 4, 64)
         size = (1, profile.shape.kv_heads, 4 + 64, profile.shape.head_dim)
         lane = Lane([0], 0, numbers(size, 40 + row).astype(np.float16), numbers(size, 80 + row).astype(np.float16))
         lane.chunks = [chunk]

@@ -21,7 +21,8 @@ from spectral_kv_core.arrays.rope import rotate as core_rotate
 from spectral_kv_core.arrays.transform import to_time
 from spectral_kv_core.cache.layer_cache import LayerCache
 from spectral_kv_core.codecs import spectral as core_codec
-from spectral_kv_core.codecs.spectral import Chunk, make_codec
+from spectral_kv_core.codecs.chunk import Chunk
+from spectral_kv_core.codecs.registry import make_codec
 from spectral_kv_core.quantization.time_rounding import descend
 from spectral_kv_torch import ops
 from spectral_kv_torch.kernels import decoding

@@ -13,8 +13,9 @@ import mlx.core as mx
 import numpy as np
 
 from spectral_kv_core.arrays.attention import causal_rows, group_queries
-from spectral_kv_core.cache.layer_cache import CHUNK_TOKENS
-from spectral_kv_core.codecs.spectral import Chunk, SpectralCodec
+from spectral_kv_core.codecs.chunk import Chunk
+from spectral_kv_core.codecs.spectral import SpectralCodec
+from spectral_kv_core.planning.budget import CHUNK_TOKENS
 from spectral_kv_core.quantization.packing import UNIT
 
 from .rows import Rows, make_rows, on_gpu, path_bits, unpack_rest

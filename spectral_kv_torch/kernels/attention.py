@@ -9,8 +9,9 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
-from spectral_kv_core.cache.layer_cache import CHUNK_TOKENS
-from spectral_kv_core.codecs.spectral import Chunk, SpectralCodec
+from spectral_kv_core.codecs.chunk import Chunk
+from spectral_kv_core.codecs.spectral import SpectralCodec
+from spectral_kv_core.planning.budget import CHUNK_TOKENS
 from spectral_kv_core.quantization.trellis import DISTANCES
 
 from .build import library

@@ -9,7 +9,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from spectral_kv_core.arrays import attention
 from spectral_kv_core.arrays.rope import rotate as core_rotate
-from spectral_kv_core.codecs.spectral import Chunk, SpectralCodec
+from spectral_kv_core.codecs.chunk import Chunk
+from spectral_kv_core.codecs.spectral import SpectralCodec
 
 from .checked import Checked, CheckedStep
 from .device import runs_kernels

@@ -7,7 +7,8 @@ from itertools import product
 import torch
 
 from spectral_kv_core.arrays import attention
-from spectral_kv_core.codecs.spectral import Chunk, SpectralCodec
+from spectral_kv_core.codecs.chunk import Chunk
+from spectral_kv_core.codecs.spectral import SpectralCodec
 
 from .products import HALF_DIGITS, QUERY_DIGITS, WEIGHT_RANGE, make_rows
 from .tiles import Tile, Tiles

@@ -7,6 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from spectral_kv_core.arrays import attention
 
+from .. import arrays
 from .checked import Checked
 from .device import runs_kernels
 
@@ -64,8 +65,6 @@ def _on_card(queries, keys, values, scale: float, causal: bool) -> tuple:
 
 def _stock(queries, keys, values, scale: float, causal: bool) -> tuple:
     """`_on_card` by the core's operations, some queries at a time."""
-    from .. import ops
-
     total, parts = queries.shape[2], []
     at_once = max(1, ROWS_TIMES_KEYS // keys.shape[2])
     for start in range(0, total, at_once):
@@ -74,7 +73,7 @@ def _stock(queries, keys, values, scale: float, causal: bool) -> tuple:
         if causal:
             rows = torch.arange(start, start + part.shape[2], device=queries.device)
             mask = rows[:, None] >= torch.arange(keys.shape[2], device=queries.device)
-        o, m, l = attention.dense_partial(ops, part, keys.float(), values.float(), scale, mask)
+        o, m, l = attention.dense_partial(arrays, part, keys.float(), values.float(), scale, mask)
         parts.append(((o / l).to(queries.dtype), (m + l.log())[..., 0]))
     return tuple(torch.cat(x, dim=2) for x in zip(*parts))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from spectral_kv_core.codecs.spectral import Chunk, SpectralCodec
+from spectral_kv_core.codecs.chunk import Chunk
+from spectral_kv_core.codecs.spectral import SpectralCodec
 
 from .checked import Checked
 from .device import runs_kernels

@@ -9,6 +9,7 @@ import torch
 
 from spectral_kv_core.arrays.rope import Rope, rotate_at
 
+from .. import arrays
 from .checked import Checked
 from .device import runs_kernels
 
@@ -34,7 +35,5 @@ def _checked() -> Checked:
 
 
 def _stock(x, rope: Rope, start, inverse: bool, dtype: torch.dtype) -> torch.Tensor:
-    from .. import ops
-
-    positions = np.arange(start, start + x.shape[2]) if isinstance(start, int) else ops.to_numpy(start)
-    return rotate_at(ops, x, rope, positions, inverse).to(dtype)
+    positions = np.arange(start, start + x.shape[2]) if isinstance(start, int) else arrays.to_numpy(start)
+    return rotate_at(arrays, x, rope, positions, inverse).to(dtype)

@@ -10,6 +10,7 @@ import torch
 
 from spectral_kv_core.quantization.time_rounding import descend
 
+from .. import arrays
 from .build import library
 from .checked import Checked
 from .device import runs_kernels
@@ -50,6 +51,4 @@ def _on_card() -> Checked:
 
 
 def _stock(*args) -> torch.Tensor:
-    from .. import ops
-
-    return descend(ops, *args)
+    return descend(arrays, *args)

@@ -21,7 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
-from spectral_kv_core.codecs.spectral import Chunk, SpectralCodec
+from spectral_kv_core.codecs.chunk import Chunk
+from spectral_kv_core.codecs.spectral import SpectralCodec
 
 from .triton_codes import BLOCKS_AT, FREQUENCIES, LEFT_AT, WAITING, CodeTables, Spans, coefficients
 

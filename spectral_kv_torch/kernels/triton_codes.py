@@ -4,7 +4,7 @@ Chunks are cut into *spans*, up to so many time blocks of one chunk, or its code
 one frequency of one group of a span at a time, as a tile of blocks by components in which every component has its own width:
 widths are data, so that one compilation serves every plan of a model.
 
-Codes of a trellis (spectral_kv_core.trellis) say their level together with the path bits of three other rows, which may be
+Codes of a trellis (`quantization.trellis`) say their level together with the path bits of three other rows, which may be
 of any group. Gathered from packed codes these would be more loads than the codes themselves, so `lay_paths` first lays the
 path bits of all rows of a span out, 32 blocks to a word, for the launch that follows: 1 bit per code, written and read once.
 """
@@ -18,7 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from spectral_kv_core.codecs.spectral import Chunk, SpectralCodec
+from spectral_kv_core.codecs.chunk import Chunk
+from spectral_kv_core.codecs.spectral import SpectralCodec
 from spectral_kv_core.quantization.packing import UNIT
 from spectral_kv_core.quantization.quantizer import BIT_WIDTHS
 from spectral_kv_core.quantization.trellis import WIDTHS, curve

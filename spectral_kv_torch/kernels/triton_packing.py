@@ -12,7 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from spectral_kv_core.codecs.spectral import CHUNK_TOKENS, Chunk, SpectralCodec
+from spectral_kv_core.codecs.chunk import Chunk
+from spectral_kv_core.codecs.spectral import SpectralCodec
+from spectral_kv_core.planning.budget import CHUNK_TOKENS
 from spectral_kv_core.quantization.packing import UNIT
 from spectral_kv_core.quantization.quantizer import BIT_WIDTHS
 

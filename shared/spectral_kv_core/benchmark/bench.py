@@ -20,10 +20,10 @@ from itertools import cycle, islice
 import numpy as np
 from tqdm import tqdm
 
-from ..cache.layer_cache import SEAL
 from ..evaluation import run as evaluation
 from ..evaluation.text import default_texts
 from ..hosts.backends import load_backend
+from ..planning.budget import SEAL
 from ..planning.methods import get_live_method
 from ..planning.plan import Plan
 from ..profile.model_shape import ModelShape

@@ -6,6 +6,7 @@ alive at a time. What the process itself takes (interpreter and libraries) is no
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -16,22 +17,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..arrays.transform import band_sizes
-from ..codecs.registry import plan_class
-from ..codecs.spectral import CHUNK_TOKENS
+from ..codecs.registry import bits_range, family_of, make_plan
+from ..codecs.spectral import STAGING_BITS
+from ..planning.budget import CHUNK_TOKENS, SEAL, elements_per_token
 from ..planning.methods import METHODS, Method
-from ..planning.plan import (
-    AFFINE_WIDTHS,
-    SEAL,
-    STAGING_BITS,
-    Plan,
-    bits_range,
-    check_bits,
-    elements_per_token,
-    make_plan,
-)
+from ..planning.plan import Plan
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
-from ..quantization.packing import UNIT
 from ..quantization.quantizer import BIT_WIDTHS
 from .synthetic import synthetic_plan, synthetic_profile
 
@@ -131,38 +123,15 @@ class Stored:
         plan = self.plan.staging
         return None if plan is None else Stored(plan, self._tables, None if self.copies == 1 else self.copies)
 
-    @cached_property
-    def _rows(self) -> np.ndarray:
-        """(width, coefficients of a block that have it) of every layer [layers, widths, 2]."""
-        held, sizes = self.plan.widths, band_sizes(self._block)
-        assert held is not None, "asked of plans with widths alone"
-        widths = [w for w in np.unique(held) if w]
-        counts = [[(w, ((layer == w) * sizes).sum()) for w in widths] for layer in held]
-        return np.array(counts, np.int64).reshape(len(held), -1, 2)
-
-    @property
-    def _block(self) -> int:
-        assert self.plan.basis_set is not None, "asked of plans with a basis set alone"
-        return self.plan.basis_set.block
-
     def nbytes(self, tokens: int) -> int:
         """Bytes of the codes of `tokens` sealed tokens, to the byte: chunks are padded one by one."""
         whole, rest = divmod(tokens, CHUNK_TOKENS)
-        if self.plan.method.codec == "affine":
-            shape, method = self.plan.shape, self.plan.method
-            codes = -(-shape.head_dim // UNIT) * self.plan.affine_bits
-            scales = 2 * 2 * shape.head_dim // method.group_size
-            return tokens * 2 * len(shape.layers) * shape.kv_heads * (codes + scales)
         return self.copies * (whole * self._chunk(CHUNK_TOKENS) + self._chunk(rest))
 
     def _chunk(self, tokens: int) -> int:
-        if hasattr(self.plan, "chunk_arrays"):  # a codec of the published methods
-            rows = range(len(self.plan.layer_groups)) if tokens else ()
-            arrays = [array for row in rows for array in self.plan.chunk_arrays(row, 1, tokens)]
-            return sum(int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in arrays)
-        units, left = divmod(tokens // self._block, UNIT)
-        width, count = self._rows[..., 0], self._rows[..., 1]
-        return int((width * (count * units + -(-count * left // UNIT))).sum())
+        rows = range(len(self.plan.layer_groups)) if tokens else ()
+        arrays = [array for row in rows for array in self.plan.chunk_arrays(row, 1, tokens)]
+        return sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind in arrays)
 
 
 class Ceiling:
@@ -272,7 +241,7 @@ def fit(
     _check_request(model, memory, method)
     contexts = tuple(dict.fromkeys(contexts)) or _default_contexts(model.context)
     _check_contexts(model, contexts)
-    if method.codec == "none" and bits:
+    if not method.compresses and bits:
         raise ValueError(f"Expected no --bits for {method.name}, which stores what the plain cache does.")
     made = {
         b: _stored(model, method, profile, tables, b)
@@ -330,21 +299,20 @@ def _default_contexts(limit: int | None) -> tuple[int, ...]:
 
 
 def _default_bits(shape: ModelShape, method: Method) -> tuple[float, ...]:
-    if method.codec == "affine":
-        return tuple(w + 32 / method.group_size for w in reversed(AFFINE_WIDTHS))
-    if method.codec == "none":
+    if not method.compresses:
         return ()
-    (low, high), family = bits_range(method, shape), plan_class(method.codec)
-    own = [family.default_bits(shape, method)] if family else []
+    family = family_of(method)
+    if options := family.bits_options(shape, method):
+        return tuple(sorted(options, reverse=True))
+    low, high = family.bits_range(shape, method)
+    own = [family.default_bits(shape, method)] if family.bits_by_shape else []
     return tuple(sorted({*own, *(b for b in DEFAULT_BITS if low <= b <= high)}, reverse=True))
 
 
 def _stored(model: Footprint, method: Method, profile: Profile | None, tables, bits: float) -> Stored:
-    if method.codec == "affine":
-        return Stored(make_plan(model.shape, None, method, bits), lambda plan: (0, 0))
-    if method.codec != "spectral" or profile is not None:  # raises for a method that cannot do without its profile
+    if not method.transforms or profile is not None:  # raises for a method that cannot do without its profile
         return Stored(make_plan(model.shape, profile, method, bits), tables)
-    check_bits(method, model.shape, bits)
+    family_of(method).check_bits(model.shape, method, bits)
     one = replace(model.shape, num_layers=1, layers=(0,))
     plan = synthetic_plan(one, synthetic_profile(one, [method]), method, bits, "typical")
     return Stored(plan, tables, len(model.shape.layers))
@@ -406,12 +374,12 @@ def _highest_bits(
     if Budget(model, None, 0, 0, model.element_bytes).peak_bytes(context, turns) <= memory:
         return 8.0 * model.element_bytes
     options = list(_default_bits(model.shape, method))
-    if method.codec not in ("affine", "none"):
+    if method.compresses and not family_of(method).bits_options(model.shape, method):
         low, high = bits_range(method, model.shape)
         steps = np.arange(np.ceil(low / BITS_STEP - 1e-9), np.floor(high / BITS_STEP + 1e-9) + 1)
         options = (steps * BITS_STEP).tolist()
     for bits in sorted(options, reverse=True):
-        staged = method.codec == "spectral"
+        staged = method.transforms
         stored = Ceiling(bits, model.elements, table_bytes, staged, max(SEAL, method.block))
         if Budget(model, stored, *sizes).peak_bytes(context, turns) <= memory:
             return round(bits, 2)

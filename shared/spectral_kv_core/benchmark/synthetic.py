@@ -7,9 +7,11 @@ import numpy as np
 from ..arrays import ops
 from ..arrays.rope import Rope, rotate
 from ..arrays.transform import band_sizes
-from ..codecs.registry import plan_class
+from ..codecs.registry import family_of, make_plan, usable_method
+from ..codecs.spectral import SpectralPlan
+from ..codecs.transform import TransformPlan
 from ..planning.methods import Method
-from ..planning.plan import Plan, make_plan
+from ..planning.plan import Plan
 from ..profile.basis_set import HISTOGRAM_BINS, HISTOGRAM_LIMIT, BasisSet
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile, QueryStatistics
@@ -65,32 +67,38 @@ def synthetic_plan(shape: ModelShape, profile: Profile, method: Method, bits: fl
     The published methods have one plan for their bits. Raises ValueError for bits that are no width of a flat plan, or
     that the method cannot reach.
     """
-    if plan_class(method.codec):
-        return make_plan(shape, profile, method, bits)
-    if plan == "flat" and bits not in BIT_WIDTHS[1:] and method.codec != "none":
-        widths = ", ".join(map(str, BIT_WIDTHS[1:]))
-        raise ValueError(f"Expected --bits of {widths} for a flat plan, received {bits:g}. Or take --plan typical.")
-    if method.codec == "none":
+    method = usable_method(method)
+    family = family_of(method)
+    if not method.compresses:
         return make_plan(shape, None, method)
-    if method.codec == "affine":  # its bits count the scales
-        return make_plan(shape, None, method, bits + 32 / method.group_size if plan == "flat" else bits)
-    assert method.basis_set is not None, "what is left has a basis"
+    if family.bits_by_shape:
+        return make_plan(shape, profile, method, bits)
+    if plan == "flat":
+        _check_flat(bits)
+    if not method.transforms:
+        return make_plan(shape, None, method, family.flat_bits(method, bits) if plan == "flat" else bits)
+    assert issubclass(family, SpectralPlan) and method.basis_set is not None, "what transforms has widths and a basis"
     basis_set = profile.basis_set(method.basis_set)
     if plan == "flat":
         held = np.full(basis_set.variance.shape, bits, np.uint8)
     else:
         held = typical_widths(_real_plan(method, bits), *basis_set.variance.shape[1:3])
-    return Plan(method, float(bits), shape, basis_set, held, profile=profile)
+    return family(method, float(bits), shape, profile, basis_set, held)
 
 
-def typical_widths(real: Plan, groups: int, rank: int) -> np.ndarray:
+def _check_flat(bits: float) -> None:
+    if bits not in BIT_WIDTHS[1:]:
+        widths = ", ".join(map(str, BIT_WIDTHS[1:]))
+        raise ValueError(f"Expected --bits of {widths} for a flat plan, received {bits:g}. Or take --plan typical.")
+
+
+def typical_widths(real: SpectralPlan, groups: int, rank: int) -> np.ndarray:
     """Widths [1, groups, rank, F] with the share of each width per band that plan `real` has, keys and values apart.
 
     As in a real plan, early components have the larger widths, in every band.
     """
     sides = 2 if groups > 1 else 1  # groups are keys then values, or all in one
     made = []
-    assert real.widths is not None, "the plan of a method with widths"
     for side in np.split(real.widths, sides, axis=1):
         entries = groups // sides * rank
         bands = [np.sort(_resample(side[..., f].reshape(-1), entries))[::-1] for f in range(side.shape[-1])]
@@ -100,15 +108,17 @@ def typical_widths(real: Plan, groups: int, rank: int) -> np.ndarray:
 
 def kept_share(plan: Plan) -> float:
     """Share of the coefficients that have any bits."""
-    if plan.basis_set is None:
+    if not isinstance(plan, TransformPlan):
         return 1.0
     sizes = band_sizes(plan.basis_set.block)
     return float((plan.coded * sizes).sum() / (plan.coded[..., 0].size * sizes.sum()))
 
 
-def _real_plan(method: Method, bits: float) -> Plan:
+def _real_plan(method: Method, bits: float) -> SpectralPlan:
     real = Profile.load(packaged_profiles()[0])
-    return make_plan(real.shape, real, method, bits)
+    plan = make_plan(real.shape, real, method, bits)
+    assert isinstance(plan, SpectralPlan), "asked of methods that transform alone"
+    return plan
 
 
 def _resample(widths: np.ndarray, entries: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from ..planning.plan import Plan
 
 def bytes_per_layer(plan: Plan, limit: int) -> int:
     """What every row of the plan's tables may keep of `limit` bytes; raises ValueError for a method that decodes nothing."""
-    if limit < 0 or (limit and (plan.method.codec == "none" or plan.method.latent)):
+    if limit < 0 or (limit and not plan.method.decodes_history):
         raise ValueError(
             f"Expected working_set of 0 bytes or more, 0 for a method that never decodes its history, received {limit:,} for "
             f"{plan.method.name}. Choose another method, such as spectral-dense."

@@ -14,10 +14,12 @@ from functools import cached_property
 
 import numpy as np
 
-from ..codecs.spectral import CHUNK_TOKENS, Chunk
+from ..codecs.chunk import Chunk
+from ..codecs.registry import plan_for, usable_method
 from ..codecs.tiers import check_tiers, make_tiered_plan
-from ..planning.methods import DROPPING, Method
-from ..planning.plan import Plan, elements_per_token, plan_for, whole_number
+from ..planning.budget import CHUNK_TOKENS, elements_per_token, whole_number
+from ..planning.methods import Method
+from ..planning.plan import Plan
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
 from ..scorers import Scorer, Tokens, check_wavelet, get_scorer
@@ -78,7 +80,7 @@ class Eviction:
 
     @property
     def coded(self) -> bool:
-        return self.plan.method.codec != "none"
+        return self.plan.method.compresses
 
     @property
     def target(self) -> int:
@@ -92,8 +94,7 @@ class Eviction:
     @property
     def joint(self) -> bool:
         """Whether the heads of a layer keep the same tokens, because they are coded together."""
-        method = self.plan.method
-        return method.codec == "spectral" and (method.group != "head" or method.quantizer == "trellis")
+        return self.plan.method.shares_tokens
 
     def spans(self, seen: int) -> list[tuple[int, int]]:
         """The protected spans in a text of `seen` tokens."""
@@ -222,7 +223,7 @@ def check_request(
             if value is not None:
                 raise ValueError(
                     f"Expected a method that drops tokens for {name}, {method.name} keeps every token. Take for example "
-                    f"wavelettriattention{'+' + method.name if method.codec in DROPPING else ''}."
+                    f"wavelettriattention{'+' + method.name if method.can_drop else ''}."
                 )
         return
     if (budget_tokens is None) == (budget_bytes is None):
@@ -283,6 +284,7 @@ def plan_and_eviction(
         wavelet=wavelet,
         tiers=tiers,
     )
+    method = usable_method(method)
     if tiers is not None:
         return make_tiered_plan(shape, profile, method, tiers), None
     if method.scorer is None:
@@ -306,7 +308,7 @@ def _tokens_for_bytes(
     elements = elements_per_token(plan.shape)
     places = 4 * len(plan.shape.layers) * plan.shape.kv_heads
     exact = elements * element_bytes + places
-    if plan.method.codec == "none":
+    if not plan.method.compresses:
         return max(int((budget_bytes - other_bytes) // exact), 1)
     whole = sinks + window + 15  # of which up to 15 wait for their block to fill
     left = budget_bytes - other_bytes - whole * exact

@@ -14,8 +14,8 @@ from dataclasses import replace
 import numpy as np
 
 from ..arrays import attention
-from ..codecs.spectral import CHUNK_TOKENS, Chunk, decoded, join_layers, select_rows, split_layers
-from ..planning.plan import SEAL
+from ..codecs.chunk import Chunk, decoded, join_layers, select_rows, split_layers
+from ..planning.budget import SEAL
 from . import decoded_chunks as working_set
 from .eviction import Eviction
 from .padding_group import Lane
@@ -76,7 +76,7 @@ class LayerCache:
         self.xp, self.codec, self.sinks, self.window, self._make_staging = xp, codec, sinks, window, staging
         self.eviction, self.row, self.working_set = eviction, row, working_set
         self._staging = None
-        self.layers = getattr(codec, "layers", 1)
+        self.layers = 1 if codec is None else codec.layers
         self._arrived: list[tuple] = []  # keys and values of the row's first layers, until those of its last are there
         self.seal = SEAL if codec is None else max(SEAL, codec.block)  # tokens are sealed in multiples of this
         self.lanes: list[Lane] = []
@@ -343,7 +343,7 @@ class LayerCache:
             return fused(q, *joined, scale), joined
         codec = self._of_layer(self.codec, layer)
         if q.shape[2] > LATENT_QUERIES:
-            at_once = getattr(codec, "decoder", None) and lane.sealed <= DENSE_TOKENS
+            at_once = codec.decoder and lane.sealed <= DENSE_TOKENS
             if not at_once and xp.kernels and xp.kernels.supports_partial_attention(q):
                 return self._attend_blocks(lane, q, k, v, scale, layer), None
             return fused(q, *self.lane_dense(lane, k.dtype, (k, v), layer), scale), None
@@ -438,8 +438,8 @@ class LayerCache:
     @staticmethod
     def _sealed(codec, chunks: list[Chunk], k, v, position) -> list[Chunk]:
         """`chunks` with the tokens of `k`, `v` [B, H, T, D] at `position` (see `Chunk`) behind them; the old list stays."""
-        chunks, full = list(chunks), getattr(codec, "chunk_tokens", CHUNK_TOKENS)
-        contiguous, tokens, at_once = isinstance(position, int), k.shape[2], getattr(codec, "at_once", 0)
+        chunks, full = list(chunks), codec.chunk_tokens
+        contiguous, tokens, at_once = isinstance(position, int), k.shape[2], codec.at_once
 
         def places(start: int, stop: int):
             return position + start if contiguous else codec.xp.copy(position[:, :, start:stop])
@@ -463,7 +463,7 @@ class LayerCache:
             for last, start, end in filled(run, stop):
                 part = k[:, :, start:end], v[:, :, start:end]
                 if last:
-                    chunks.append(codec.append(last, *part, *(() if contiguous else (places(start, end),))))
+                    chunks.append(codec.append(last, *part, None if contiguous else places(start, end)))
                 else:
                     chunks.append(codec.encode(*part, places(start, end)))
         return chunks

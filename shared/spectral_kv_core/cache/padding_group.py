@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..codecs.spectral import Chunk, positions_of
+from ..codecs.chunk import Chunk, positions_of
 
 
 @dataclass

@@ -16,17 +16,15 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
-from ..arrays.transform import band_sizes
+from ..codecs.chunk import Chunk
 from ..codecs.entropy_coded import fit_bits
-from ..codecs.registry import plan_class
-from ..codecs.spectral import Chunk
+from ..codecs.registry import bits_range, make_plan
 from ..files.container import FileFormat
 from ..planning.methods import METHODS, Method
-from ..planning.plan import Plan, bits_range, make_plan
+from ..planning.plan import Plan
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
 from ..profile.store import find_profile
-from ..quantization.packing import UNIT
 from .layer_cache import CacheSize, LayerCache
 from .padding_group import Lane
 
@@ -269,32 +267,13 @@ class PromptFile:
                     if start != self.sinks + sealed:
                         raise ValueError(f"Expected chunks without gaps, {self._name} has one. Make it again.")
                     sealed += tokens
-                    parts = chunk_arrays(plan, row, batch, tokens)
+                    parts = plan.chunk_arrays(row, batch, tokens)
                     for i, (size, kind) in enumerate(parts):
                         array = f"{name}/lanes/{number}/chunks/{place}/{i}"
                         yield array, (size or self.arrays[array].shape, kind)
                 if self.seen > lane["pad"]:
                     size = batch, heads, self.seen - lane["pad"] - sealed, shape.head_dim
                     yield from ((f"{name}/lanes/{number}/{side}", (size, dtype)) for side in ("keys", "values"))
-
-
-def chunk_arrays(plan: Plan, row: int, batch: int, tokens: int) -> list[tuple]:
-    """(shape, dtype) of every array of a chunk under `plan`; shape None for entropy-coded bytes."""
-    method, shape = plan.method, plan.shape
-    if plan_class(method.codec):
-        return plan.chunk_arrays(row, batch, tokens)
-    if method.codec == "entropy-coded":
-        return [(None, "uint8")]
-    if method.codec == "affine":
-        lead = batch, shape.kv_heads, tokens
-        scales = ((*lead, shape.head_dim // method.group_size), "float16")
-        return 2 * [((*lead, -(-shape.head_dim // UNIT), plan.affine_bits), "uint8"), scales, scales]
-    blocks, arrays = tokens // method.block, []
-    for bits in sorted({*plan.widths[row].flatten().tolist()} - {0}):
-        rows = int(((plan.widths[row] == bits) * band_sizes(method.block)).sum())
-        units, rest = divmod(blocks, UNIT)
-        arrays += [((batch, rows, units, bits), "uint8"), ((batch, -(-rows * rest // UNIT), bits), "uint8")]
-    return arrays
 
 
 def sealed_bits(stores: Sequence[LayerCache]) -> float:

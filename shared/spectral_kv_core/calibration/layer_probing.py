@@ -18,9 +18,9 @@ import numpy as np
 
 from ..arrays import ops
 from ..arrays.divergence import divergence
-from ..codecs.spectral import make_codec
+from ..codecs.registry import make_codec
+from ..codecs.spectral import SpectralPlan
 from ..planning.methods import DEFAULT_METHOD, METHODS
-from ..planning.plan import make_plan, planned_loss
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
 
@@ -44,7 +44,7 @@ def probed(shape: ModelShape, profile: Profile, documents: Iterable[tuple[list, 
     factor being 1.
     """
     basis_set = profile.basis_set(PROBED)
-    plan = make_plan(shape, profile, replace(METHODS[DEFAULT_METHOD], quantizer="scalar"), BITS)
+    plan = SpectralPlan.make(shape, profile, replace(METHODS[DEFAULT_METHOD], quantizer="scalar"), BITS)
     codecs = [make_codec(ops, plan, row) for row in range(len(shape.layers))]
     measured = np.zeros((len(codecs), 2))
     for held, log_p in documents:
@@ -55,7 +55,7 @@ def probed(shape: ModelShape, profile: Profile, documents: Iterable[tuple[list, 
             for side in (0, 1):
                 changed = tuple(coded[i] if i == side else exact[i] for i in (0, 1))
                 measured[n, side] += max(divergence(reference, log_p({n: changed})) - noise[n], 0.0)
-    expected = planned_loss(plan).reshape(*measured.shape, -1).sum(-1)
+    expected = plan.planned_loss().reshape(*measured.shape, -1).sum(-1)
     factors = measured / np.maximum(expected, np.finfo(np.float64).tiny)
     if not factors.any():
         return

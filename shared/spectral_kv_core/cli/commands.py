@@ -19,6 +19,7 @@ from ..benchmark import footprint as fitting
 from ..cache.prompt_cache_file import FORMAT as PROMPT_FORMAT
 from ..cache.prompt_cache_file import PromptFile
 from ..calibration.text import load_texts
+from ..codecs.registry import make_plan, plan_for
 from ..evaluation import report as evaluation_report
 from ..evaluation import run as evaluation
 from ..evaluation.text import Text, default_texts, read_text
@@ -27,7 +28,6 @@ from ..hosts.backends import load_backend
 from ..hosts.chat_template import encode_opening, encode_prompt, encode_rest, has_template, system_tokens
 from ..hosts.demo_model import demo_model_path
 from ..planning.methods import DEFAULT_METHOD, METHODS, Method, get_keeping_method, get_live_method
-from ..planning.plan import make_plan, plan_for
 from ..plotting import draw as plots
 from ..plotting.results import read_results
 from ..profile.profile import Profile

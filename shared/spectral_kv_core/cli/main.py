@@ -17,7 +17,7 @@ from ..planning.methods import DEFAULT_METHOD, ROUNDINGS
 from ..plotting import draw as plots
 from ..scorers.selection import MODES
 from ..scorers.waveletkv import WAVELET
-from . import commands
+from . import commands, report
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -221,6 +221,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--format", metavar="A,B", help=f"{', '.join(plots.FORMATS)} (default png)")
     sub.add_argument("--only", metavar="A,B", help=f"of {', '.join(plots.PICTURES)} (default: all that can be drawn)")
     sub.add_argument("--bits", type=float, help="budget of the plan that a profile's bits are shown for (default 3)")
+
+    report.add_arguments(command(report.NAME, report.run, report.HELP))
     return parser
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from ..arrays.basis import effective_rank, rank_for_energy
 from ..arrays.transform import band_sizes
 from ..cache.prompt_cache_file import PromptFile
+from ..codecs.transform import TransformPlan
 from ..planning.plan import Plan
 from ..profile.basis_set import BasisSet
 
@@ -88,7 +89,7 @@ def plan_summary(plan: Plan) -> dict:
         "bits_per_element": plan.bits_per_element,
         "hash": plan.hash,
     }
-    if plan.basis_set is None:
+    if not isinstance(plan, TransformPlan):
         return summary
     sizes = band_sizes(plan.basis_set.block)
     heads = 2 * plan.shape.kv_heads * np.array([[len(layers)] for layers in plan.layer_groups])

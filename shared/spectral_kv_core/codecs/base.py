@@ -1,64 +1,92 @@
-"""What the published methods share: plans that count the arrays of a chunk, and chunks that grow along time."""
+"""What a codec is, and what the published methods share: plans that count arrays, and chunks that grow along time."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, Protocol
 
 import numpy as np
 
 from ..arrays import attention
 from ..arrays.basis import rank_for_energy
-from ..cache.layer_cache import CHUNK_TOKENS
+from ..planning.budget import CHUNK_TOKENS
 from ..planning.methods import Method
-from ..planning.plan import Plan, check_bits, elements_per_token
+from ..planning.plan import Plan
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
 from ..quantization.packing import UNIT, pack, unpack
-from .spectral import Chunk, check_finite
+from .chunk import Chunk, check_finite
+
+
+class Codec(Protocol):
+    """Keys and values [B, H, T, D] of sealed tokens <-> chunks, for a row of a plan; H counts the heads of its layers.
+
+    block: tokens that are coded together. layers: how many layers the row stands for. chunk_tokens: of a full chunk.
+    at_once: tokens whose codes are chosen together, by `choose` and `seal`; 0: those of one chunk, by `encode` and
+    `append`. decoder: decodes several chunks at a time where the array library has a way, else None.
+    """
+
+    xp: Any
+    block: int = UNIT
+    layers: int = 1
+    chunk_tokens: int = CHUNK_TOKENS
+
+    @property
+    def at_once(self) -> int:
+        return 0
+
+    @property
+    def decoder(self) -> Callable | None:
+        return None
+
+    @property
+    def of_layers(self) -> list:
+        """For every layer of the row a codec that decodes and attends to that layer's heads alone."""
+        return [self]
+
+    def encode(self, keys, values, start) -> Chunk:
+        """A new chunk from T tokens at `start` (see `Chunk`), T a multiple of `block`; raises ValueError on NaN, infinity."""
+        ...
+
+    def append(self, chunk: Chunk, keys, values, positions=None) -> Chunk:
+        """`chunk` with T more tokens behind its own; `positions` [B, H, T] of a chunk that has those of all tokens."""
+        ...
+
+    def cut(self, chunk: Chunk, tokens: int) -> Chunk:
+        """The first `tokens` tokens of `chunk`, a multiple of `block`; codes are copied, not decoded."""
+        ...
+
+    def decode(self, chunk: Chunk) -> tuple:
+        """Keys and values [B, H, T, D] float32 of a chunk; keys are rotated as the model had them."""
+        ...
+
+    def attend(self, chunk: Chunk, queries, scale: float) -> tuple:
+        """Partial softmax (o, m, l) of grouped `queries` [B, H, M, D] float32 over a chunk, decoded for this call only."""
+        keys, values = self.decode(chunk)
+        return attention.dense_partial(self.xp, queries, keys, values, scale)
+
+    def decode_step(self, chunks, queries, keys, values, scale: float):
+        """`attention.decode_step`."""
+        return attention.decode_step(self.xp, self, chunks, queries, keys, values, scale)
+
+    def tables(self) -> list:
+        """Every array that all sequences share."""
+        return []
 
 
 @dataclass(frozen=True)
 class ArrayPlan(Plan):
     """Plan of a codec whose arrays have known shapes; a subclass adds what it decides and names its `CODEC`."""
 
-    CODEC: ClassVar[type]
-
-    @classmethod
-    def default_bits(cls, shape: ModelShape, method: Method) -> float:
-        """What the paper recommends, in stored bits per element."""
-        raise NotImplementedError
-
-    @classmethod
-    def range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
-        """Lowest and highest stored bits per element."""
-        raise NotImplementedError
-
-    @classmethod
-    def make(cls, shape: ModelShape, profile: Profile | None, method: Method, bits: float) -> ArrayPlan:
-        """The plan of most bits within `bits`; raises ValueError that says what can be reached."""
-        raise NotImplementedError
-
-    def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
-        """(shape, dtype name) of every array of a chunk."""
-        raise NotImplementedError
-
-    @property
-    def bits_per_element(self) -> float:
-        """Average bits per element in full chunks: the bytes of `chunk_arrays`."""
-        sizes = [size for row in range(len(self.layer_groups)) for size in self.chunk_arrays(row, 1, CHUNK_TOKENS)]
-        stored = sum(int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in sizes)
-        return 8 * stored / (CHUNK_TOKENS * elements_per_token(self.shape))
+    bits_by_shape = True
 
 
-class ArrayCodec:
+class ArrayCodec(Codec):
     """Tokens <-> arrays whose third axis is time; decoded for attention unless a subclass knows better.
 
-    A subclass gives `store(keys, values, start)` -> arrays, and `decode`. block: tokens that are coded together.
+    A subclass gives `store(keys, values, start)` -> arrays, and `decode`.
     """
-
-    block = UNIT
 
     def __init__(self, xp, plan: ArrayPlan, row: int, like=None):
         self.xp, self.like, self.method, self.rope = xp, like, plan.method, plan.shape.rope
@@ -74,37 +102,22 @@ class ArrayCodec:
         """Arrays [B, ., T / n, ...] of [B, H, T, D] float32 keys and values of tokens from position `start` on."""
         raise NotImplementedError
 
-    def encode(self, keys, values, start: int) -> Chunk:
-        """A new chunk from T tokens, T a multiple of `block`; raises ValueError on NaN or infinity."""
+    def encode(self, keys, values, start) -> Chunk:
         xp = self.xp
         arrays = self.store(xp.astype(keys, xp.float32), xp.astype(values, xp.float32), start)
         return Chunk(keys.shape[0], start, keys.shape[2], self._checked(*arrays))
 
-    def append(self, chunk: Chunk, keys, values) -> Chunk:
-        """`chunk` with T more tokens behind its own, whose codes stay."""
+    def append(self, chunk: Chunk, keys, values, positions=None) -> Chunk:
+        """`chunk` with T more tokens behind its own, whose codes stay; tokens of such chunks are not dropped."""
         new = self.encode(keys, values, chunk.start + chunk.tokens)
         arrays = tuple(self.xp.concat([a, b], axis=2) for a, b in zip(chunk.arrays, new.arrays))
         return replace(chunk, tokens=chunk.tokens + new.tokens, arrays=arrays)
 
     def cut(self, chunk: Chunk, tokens: int) -> Chunk:
-        """The first `tokens` tokens of `chunk`, a multiple of `block`."""
         arrays = tuple(self.xp.copy(a[:, :, : a.shape[2] * tokens // chunk.tokens]) for a in chunk.arrays)
         return replace(chunk, tokens=tokens, arrays=arrays)
 
-    def decode(self, chunk: Chunk) -> tuple:
-        """Keys and values [B, H, T, D] float32 of a chunk; keys are rotated as the model had them."""
-        raise NotImplementedError
-
-    def attend(self, chunk: Chunk, queries, scale: float) -> tuple:
-        """Partial softmax of grouped `queries` [B, H, M, D] float32 over a chunk, decoded for this call only."""
-        return attention.dense_partial(self.xp, queries, *self.decode(chunk), scale)
-
-    def decode_step(self, chunks, queries, keys, values, scale: float):
-        """`attention.decode_step`."""
-        return attention.decode_step(self.xp, self, chunks, queries, keys, values, scale)
-
     def tables(self) -> list:
-        """Every array that all sequences share."""
         return self._tables
 
     def flatten(self, x):
@@ -126,7 +139,7 @@ class ArrayCodec:
 class FileCodec(ArrayCodec):
     """Tokens <-> arrays of a file: a chunk cannot grow."""
 
-    def append(self, chunk: Chunk, keys, values) -> Chunk:
+    def append(self, chunk: Chunk, keys, values, positions=None) -> Chunk:
         raise ValueError(
             f"Expected a cache for files, which is filled at once, received further tokens: method {self.method.name}."
         )
@@ -143,7 +156,7 @@ class PromptPlan(ArrayPlan):
 
     @classmethod
     def make(cls, shape: ModelShape, profile: Profile | None, method: Method, bits: float) -> PromptPlan:
-        check_bits(method, shape, bits)
+        cls.check_bits(shape, method, bits)
         return cls(method, bits, shape)
 
     def decides(self) -> dict:
@@ -221,10 +234,10 @@ def ranks_within(spectrum: np.ndarray, budget: float, steps: Sequence[int]) -> n
 
     The rank of a layer's keys or values is that of the head that needs most for the share; one share for the model.
     """
-    steps = np.array(steps)
+    allowed = np.array(steps)
 
     def ranks(share: float) -> np.ndarray:
-        return steps[np.searchsorted(steps, rank_for_energy(spectrum, share).max(-1))]
+        return allowed[np.searchsorted(allowed, rank_for_energy(spectrum, share).max(-1))]
 
     low, high = 0.0, 1.0
     if ranks(high).mean() <= budget:

@@ -1,4 +1,4 @@
-"""The codec of files: the coefficients of the live codecs, with uniform steps and an entropy coder.
+"""The entropy-coded family: the coefficients of the live codecs, with uniform steps and an entropy coder, for files.
 
 docs/decisions/rate-distortion-2.md, section 3. A chunk is one stream of bytes: it cannot be appended to, and it is
 decoded as a whole.
@@ -6,18 +6,101 @@ decoded as a whole.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
-from ..planning.plan import STORED_BITS, Plan
-from ..quantization.entropy import decode_streams, dequantize_steps, encode_streams, quantize_steps
+from ..arrays.transform import band_sizes
+from ..planning.allocation import allocate_bits
+from ..planning.budget import elements_per_token
+from ..planning.loss import MEASURED_SHARE, coherent_cost, distortions, expansion
+from ..planning.methods import Method
+from ..planning.plan import needed
+from ..profile.basis_set import HISTOGRAM_LIMIT, BasisSet
+from ..profile.model_shape import ModelShape
+from ..profile.profile import Profile
+from ..quantization.entropy import (
+    StepTable,
+    decode_streams,
+    dequantize_steps,
+    encode_streams,
+    quantize_steps,
+    step_tables,
+)
 from ..quantization.time_rounding import round_in_time
-from .registry import plan_class
-from .spectral import Chunk, TransformCodec, by_frequency, check_finite, deviations, kept_components, make_codec
+from .chunk import Chunk, check_finite
+from .transform import TransformCodec, TransformPlan, by_frequency, deviations, kept_components
 
+ENTROPY_BITS = (0.1, 7.0)  # the range of entropy-coded plans
+DEFAULT_BITS = 1.0
+RATE_UNIT = 2**-16  # of the rates of tables, in bits: sums of integers are the same on every machine
 FIT_ROUNDS = 6  # of the search for a plan whose files are as large as asked
 FIT_SLACK = 0.01  # share of the bits that may stay unused
+
+
+@dataclass(frozen=True)
+class EntropyCodedPlan(TransformPlan):
+    """tables: the quantizers, from the one that drops a coefficient to the finest; choices [L, G, R, F] uint8: which of
+    them a coefficient has."""
+
+    tables: tuple[StepTable, ...] = ()
+    choices: np.ndarray = None  # type: ignore[assignment]  # a field behind those with defaults
+
+    @classmethod
+    def default_bits(cls, shape: ModelShape, method: Method) -> float:
+        return DEFAULT_BITS
+
+    @classmethod
+    def bits_range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
+        return ENTROPY_BITS
+
+    @classmethod
+    def make(cls, shape: ModelShape, profile: Profile | None, method: Method, bits: float) -> EntropyCodedPlan:
+        """One Lagrangian over all coefficients and tables, with the rates that the tables have on calibration text."""
+        cls.check_bits(shape, method, bits)
+        basis_set = cls.fitting_basis_set(profile, method)
+        if basis_set.histogram is None:
+            known = needed(profile)
+            raise ValueError(
+                f"Expected a profile with the histogram that {method.name} codes by, {known.path or 'this one'} is older. "
+                f"Calibrate again: spectralkv profile --model {known.model}"
+            )
+        tables = _step_tables(basis_set.histogram.tobytes())
+        tables = tuple(replace(t, levels=(t.levels * expansion(t.mse)).astype(np.float32)) for t in tables)
+        sizes, rates = band_sizes(basis_set.block), _table_rates(tables)
+        budget = int(bits * elements_per_token(shape) * basis_set.block / RATE_UNIT)
+        copies = np.broadcast_to(sizes, basis_set.variance.shape).reshape(-1)
+        cost = (_table_costs(basis_set, tables) * sizes[:, None]).reshape(len(copies), -1)
+        choices = allocate_bits(cost, copies, budget, rates)
+        return cls(method, bits, shape, profile, basis_set, tables, choices.reshape(basis_set.variance.shape))
+
+    @property
+    def codec_class(self) -> type[EntropyCodec]:
+        return EntropyCodec
+
+    @property
+    def coded(self) -> np.ndarray:
+        return self.choices > 0
+
+    @property
+    def rates(self) -> np.ndarray:
+        """Of entropy codes on calibration text, before time rounding."""
+        return (_table_rates(self.tables) * RATE_UNIT)[self.choices]
+
+    def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
+        return [(None, "uint8")]
+
+    def decides(self) -> dict[str, Any]:
+        arrays = super().decides() | {"choices": self.choices}
+        for i, table in enumerate(self.tables):
+            arrays[f"tables/{i}/levels"] = table.levels
+            arrays[f"tables/{i}/steps"] = np.array([table.step, table.offset])
+            arrays[f"tables/{i}/frequencies"] = table.frequencies
+        return arrays
 
 
 class StepRows:
@@ -26,7 +109,7 @@ class StepRows:
     `choices` [..., F, R]: which of the plan's tables every row has.
     """
 
-    def __init__(self, xp, plan: Plan, choices: np.ndarray, like=None):
+    def __init__(self, xp, plan: EntropyCodedPlan, choices: np.ndarray, like=None):
         def array(x, dtype=np.float32):
             return xp.asarray(np.ascontiguousarray(x, dtype), like=like)
 
@@ -55,13 +138,13 @@ class StepRows:
         return x if f is None else x[..., f, :]
 
 
-class StoredCodec(TransformCodec):
+class EntropyCodec(TransformCodec):
     """Entropy-coded coefficients of one row. A chunk holds one array: uint8 [bytes] of `encode_streams`.
 
     Codes are ordered table by table, and in a table by batch row, (group, frequency, component) and block.
     """
 
-    def __init__(self, xp, plan: Plan, row: int, like=None):
+    def __init__(self, xp, plan: EntropyCodedPlan, row: int, like=None):
         super().__init__(xp, plan, row, like)
         kept = kept_components(plan.coded[row])
         choices = by_frequency(plan.choices[row], kept, self.block)
@@ -102,28 +185,39 @@ class StoredCodec(TransformCodec):
         return self.vectors(xp.permute_dims(z, (0, 1, 3, 4, 2)) * self.scale, chunk.start)
 
 
-def codec_of(xp, plan: Plan, row: int, like=None):
-    """Codec of row `row` of the plan, of a live cache or of one that is only the contents of a file."""
-    if plan.method.live:
-        return make_codec(xp, plan, row, like)
-    family = plan_class(plan.method.codec)
-    return (family.CODEC if family else StoredCodec)(xp, plan, row, like)
+@lru_cache(maxsize=4)
+def _step_tables(histogram: bytes) -> tuple[StepTable, ...]:
+    return tuple(step_tables(np.frombuffer(histogram, np.int64), HISTOGRAM_LIMIT))
 
 
-def codecs_of(xp, plan: Plan, like=None) -> list:
-    """`codec_of` for every row, made once on every device and shared by all caches of `plan`.
+def _table_rates(tables: tuple[StepTable, ...]) -> np.ndarray:
+    """Rates [tables] int64 in `RATE_UNIT`."""
+    return np.array([round(t.rate / RATE_UNIT) for t in tables], np.int64)
 
-    All at a time: arrays that stay, made among those of a forward pass, leave the memory of a process in pieces.
+
+def _table_costs(basis_set: BasisSet, tables: tuple[StepTable, ...]) -> np.ndarray:
+    """`loss.costs` for entropy-coded tables, [L, G, R, F, tables].
+
+    What was measured at a fixed width b is taken over as a ratio to the product model, E[g^2 (y - Q_b(y))^2] /
+    (E[g^2] E[y^2] D(b)), and interpolated linearly in log D.
     """
-    made = plan.__dict__.setdefault("_codecs", {})
-    key = (xp.__name__, str(getattr(like, "device", like)))
-    if key not in made:
-        made[key] = [codec_of(xp, plan, row, like) for row in range(len(plan.layer_groups))]
-    return made[key]
+    product = basis_set.sensitivity.astype(np.float64) * basis_set.variance
+    safe = np.where(product > 0, product, 1.0)
+    distortion = distortions(basis_set.levels)
+    known = [-math.log(d) for d in distortion]  # ascending
+    columns = []
+    for t in tables:
+        at = min(max(-math.log(t.mse), known[0]), known[-1])
+        i = min(int(np.searchsorted(known, at, side="right")), len(known) - 1)
+        share = float(f"{(at - known[i - 1]) / (known[i] - known[i - 1]):.9g}")  # logarithms differ between machines
+        low, high = (basis_set.cost[..., j] / safe / distortion[j] for j in (i - 1, i))
+        ratio = low * (1 - share) + high * share
+        columns.append((MEASURED_SHARE * ratio + (1 - MEASURED_SHARE)) * product * t.mse * coherent_cost(t.mse))
+    return np.stack(columns, axis=-1)
 
 
 def fit_bits(
-    make: Callable[[float], tuple[object, float]], bits: float, allowed: tuple[float, float] = STORED_BITS
+    make: Callable[[float], tuple[object, float]], bits: float, allowed: tuple[float, float] = ENTROPY_BITS
 ) -> object:
     """What `make(planned)` -> (cache, real bits) gives for the most planned bits whose real ones stay within `bits`.
 

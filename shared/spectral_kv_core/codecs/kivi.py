@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..planning.methods import Method
-from ..planning.plan import AFFINE_WIDTHS
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
 from ..quantization.packing import UNIT, pack, unpack
-from ..quantization.quantizer import dequantize_affine, quantize_affine
+from ..quantization.quantizer import AFFINE_WIDTHS, dequantize_affine, quantize_affine
 from .base import ArrayCodec, ArrayPlan, highest_within
 
 
@@ -54,7 +53,7 @@ class KiviPlan(ArrayPlan):
         return cls._options(method)[0][0]
 
     @classmethod
-    def range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
+    def bits_range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
         options = cls._options(method)
         return options[0][0], options[-1][0]
 

@@ -1,26 +1,146 @@
-"""Codecs of the methods that the field names, one family a file; spectral, affine and stored are the core's own."""
+"""The codec families, and what asks them: plans and codecs of any method."""
 
 from __future__ import annotations
 
-from importlib import import_module
+import warnings
+from dataclasses import replace
+from functools import cache
 
-FAMILIES = {  # codec of a method -> file, class of its plan
-    "kivi": ("kivi", "KiviPlan"),
-    "turboquant": ("turboquant", "TurboQuantPlan"),
-    "turboquant-qjl": ("turboquant", "TurboQuantPlan"),
-    "jarviskv": ("jarviskv", "JarvisPlan"),
-    "svdq": ("svdq", "SvdqPlan"),
-    "svdq-prompt": ("svdq_prompt", "SvdqPromptPlan"),
-    "eigen-attention": ("eigen_attention", "EigenPlan"),
-    "think": ("think", "ThinkPlan"),
-    "xkv": ("xkv", "XkvPlan"),
-    "kvtc": ("kvtc", "KvtcPlan"),
+from ..native import disabled
+from ..planning.budget import SEAL, bits_for_bytes, whole_number
+from ..planning.methods import Method, get_live_method, get_method
+from ..planning.plan import Plan
+from ..profile.model_shape import ModelShape
+from ..profile.profile import Profile
+from ..quantization import trellis
+from .affine import AffinePlan
+from .eigen_attention import EigenPlan
+from .entropy_coded import EntropyCodedPlan
+from .jarviskv import JarvisPlan
+from .kivi import KiviPlan
+from .kvtc import KvtcPlan
+from .none import PlainPlan
+from .spectral import SpectralPlan
+from .svdq import SvdqPlan
+from .svdq_prompt import SvdqPromptPlan
+from .think import ThinkPlan
+from .trellis_coded import TrellisPlan
+from .turboquant import TurboQuantPlan
+from .xkv import XkvPlan
+
+FAMILIES: dict[tuple[str, str], type[Plan]] = {  # codec and quantizer of a method -> its plans
+    ("none", "scalar"): PlainPlan,
+    ("affine", "scalar"): AffinePlan,
+    ("spectral", "scalar"): SpectralPlan,
+    ("spectral", "trellis"): TrellisPlan,
+    ("entropy-coded", "scalar"): EntropyCodedPlan,
+    ("kivi", "scalar"): KiviPlan,
+    ("turboquant", "scalar"): TurboQuantPlan,
+    ("turboquant-qjl", "scalar"): TurboQuantPlan,
+    ("jarviskv", "scalar"): JarvisPlan,
+    ("svdq", "scalar"): SvdqPlan,
+    ("svdq-prompt", "scalar"): SvdqPromptPlan,
+    ("eigen-attention", "scalar"): EigenPlan,
+    ("think", "scalar"): ThinkPlan,
+    ("xkv", "scalar"): XkvPlan,
+    ("kvtc", "scalar"): KvtcPlan,
 }
+NO_SHAPE = ModelShape(0, 0, 0, 0, 0, (), None)  # for families whose range does not depend on the model
+ANY_BITS = 0.0, 16.0  # bounds where the range of a family depends on the model
 
 
-def plan_class(codec: str):
-    """The `ArrayPlan` of a method's codec, None for the core's own; imported when it is first asked for."""
-    if codec not in FAMILIES:
-        return None
-    file, name = FAMILIES[codec]
-    return getattr(import_module(f".{file}", __package__), name)
+def family_of(method: Method) -> type[Plan]:
+    """The plans of the family that codes for `method`; raises ValueError for a codec without such a quantizer."""
+    key = method.codec, method.quantizer
+    if key not in FAMILIES:
+        raise ValueError(f"Expected a codec that has the quantizer {method.quantizer}, received {method.codec}.")
+    return FAMILIES[key]
+
+
+def make_plan(
+    shape: ModelShape, profile: Profile | None, method: str | Method = "spectral", bits: float | None = None
+) -> Plan:
+    """Allocate `bits` per sealed element for a model of `shape`; None: what the family takes by itself.
+
+    Raises ValueError for a budget out of range (with the possible one), a profile of another model, or a head_dim that
+    the method's groups do not divide.
+    """
+    method = get_method(method)
+    family = family_of(method)
+    if bits is None:
+        bits = family.default_bits(shape, method)
+    if method.profile_set and profile is not None:
+        profile.check(shape)
+    if method.basis_set and profile is None:
+        if not family.bits_by_shape:
+            family.check_bits(shape, method, bits)
+        raise ValueError(
+            f"Expected a profile for the method {method.name}, received none. Make one: spectralkv profile"
+        )
+    return family.make(shape, profile if method.profile_set else None, method, bits)
+
+
+def plan_for(
+    shape: ModelShape,
+    profile: Profile | None,
+    method: str | Method = "spectral",
+    bits: float | None = None,
+    budget_bytes: int | None = None,
+    max_context: int | None = None,
+    window: int = 64,
+    sinks: int = 4,
+    element_bytes: int = 2,
+    other_bytes: int = 0,
+) -> Plan:
+    """`make_plan` for a new cache from `bits`, or from `budget_bytes` for a cache of `max_context` tokens.
+
+    `element_bytes`: size of an exact element; `other_bytes`: what the layers that pass through need at that length.
+    """
+    whole_number("window", window, 0)
+    whole_number("sinks", sinks, 0)
+    method = usable_method(method)
+    if budget_bytes is None:
+        return make_plan(shape, profile, method, bits)
+    if bits is not None:
+        raise ValueError("Expected bits or budget_bytes, received both.")
+    if max_context is None:
+        raise ValueError("Expected max_context, the tokens that budget_bytes must hold, received none.")
+    allowed, block = bits_range(method, shape), max(SEAL, method.block)
+    bits = bits_for_bytes(shape, budget_bytes, max_context, window, sinks, element_bytes, other_bytes, allowed, block)
+    return make_plan(shape, profile, method, bits)
+
+
+def make_codec(xp, plan: Plan, row: int, like=None):
+    """Codec of row `row` for a live cache, or None for a plan that compresses nothing.
+
+    Raises ValueError for a method that makes files only.
+    """
+    get_live_method(plan.method)
+    return plan.make_codec(xp, row, like)
+
+
+def bits_range(method: Method, shape: ModelShape | None = None) -> tuple[float, float]:
+    """Lowest and highest `bits` that a method can reach; without a `shape`, bounds where they depend on it."""
+    family = family_of(method)
+    if shape is None:
+        return ANY_BITS if family.bits_by_shape else family.bits_range(NO_SHAPE, method)
+    return family.bits_range(shape, method)
+
+
+def usable_method(method: str | Method) -> Method:
+    """`get_method` for a cache that is new: with the scalar quantizer, said once, where no trellis can be searched fast."""
+    method = get_method(method)
+    if method.quantizer != "trellis" or trellis.is_fast():
+        return method
+    _say_scalar()
+    return replace(method, quantizer="scalar")
+
+
+@cache
+def _say_scalar() -> None:
+    if not disabled():
+        warnings.warn(
+            "spectralkv found no C compiler, which its trellis codes need: codes are chosen one by one, at some 1.4 times the "
+            "divergence for the same bytes. Install one (cc, gcc or clang; on a Mac: xcode-select --install).",
+            stacklevel=4,
+        )

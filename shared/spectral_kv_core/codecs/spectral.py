@@ -1,184 +1,139 @@
-"""Codecs: keys and values of sealed tokens <-> packed codes, written once for every array library.
-
-A codec turns blocks of tokens into a `Chunk` and back; chunks grow by whole blocks until they are full and are never
-re-quantized. `xp` is `spectral_kv_core.arrays.ops` or a backend's module of the same names.
-"""
+"""The spectral family: coefficients in a basis over channels and blocks of time, as packed codes of a table each."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import cached_property, partial, reduce
-from operator import add
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, ClassVar
 
 import numpy as np
 
 from ..arrays import attention
-from ..arrays.basis import orthonormalize
-from ..arrays.rope import rotate, unrotate
-from ..arrays.transform import octave_bands, time_matrix, to_frequency, to_time
-from ..planning.methods import get_live_method
+from ..arrays.rope import rotate
+from ..arrays.transform import band_sizes, to_time
+from ..planning.allocation import allocate_bits
+from ..planning.budget import CHUNK_TOKENS, elements_per_token
+from ..planning.loss import costs, distortions, expansion
+from ..planning.methods import Method
 from ..planning.plan import Plan
-from ..profile.basis_set import BasisSet
-from ..quantization import trellis
-from ..quantization.packing import append_rows, pack, pack_rows, unpack, unpack_rows
-from ..quantization.quantizer import RowTables, dequantize, dequantize_affine, quantize_affine
-from ..quantization.time_rounding import TokenWeights, round_in_time
+from ..profile.model_shape import ModelShape
+from ..profile.profile import Profile
+from ..quantization.packing import UNIT, append_rows, pack_rows, unpack_rows
+from ..quantization.quantizer import BIT_WIDTHS, RowTables, dequantize, flat_levels, flat_tables
+from ..quantization.time_rounding import round_in_time
+from .chunk import TILE_CHUNKS, Chunk, check_finite, extended, kept_positions, next_start
+from .transform import TransformCodec, TransformPlan, by_frequency, deviations, kept_components
 
-CHUNK_TOKENS = 1024  # tokens of a full chunk: the unit that is decoded at a time
-TILE_CHUNKS = 8  # chunks that are coded at a time where small operations cost more than memory
-
-
-@dataclass(frozen=True, eq=False)
-class Chunk:
-    """Packed codes of `tokens` tokens; arrays have the batch first.
-
-    start: position of the first token, those of the others follow; or, where tokens in between were dropped, the
-    positions of all, int32 [B, H, tokens], with one head for all where the codec keeps heads together.
-    """
-
-    batch: int
-    start: Any
-    tokens: int
-    arrays: tuple
-
-    @property
-    def held(self) -> tuple:
-        """Every array, positions included."""
-        return self.arrays if isinstance(self.start, int) else (*self.arrays, self.start)
+MIN_BITS, MAX_BITS = 0.25, 8.0
+DEFAULT_BITS = 3.0
+PADDING = 1 / 1024  # share of the budget kept for codes that do not fill a byte, so that `bits` stays a ceiling;
+FULL_PADDING = 0.5  # below so many bits more, as the bytes that they waste stay the same
+STAGING_BITS = 4.0  # of a prompt that is still coming in
 
 
-@dataclass
-class Axes:
-    """Keys and values of one layer's `heads` <-> latents, in `groups` that share a basis.
+@dataclass(frozen=True)
+class SpectralPlan(TransformPlan):
+    """widths [L, G, R, F] uint8: bits of every coefficient."""
 
-    mean, weight: [G, 1, Dg], the latter None for 1 everywhere; basis: [G, Dg, R].
-    """
+    widths: np.ndarray = None  # type: ignore[assignment]  # a field behind those with defaults
 
-    xp: Any
-    heads: int
-    mean: Any
-    basis: Any
-    weight: Any
+    ERROR_RATIOS: ClassVar[Mapping[int, float]] = {}  # of scalar quantizers to themselves
 
-    def latents(self, keys, values):
-        """Latents [B, G, T, R] of keys and values [B, H, T, D]."""
-        xp, (groups, channels, _) = self.xp, self.basis.shape
-        x = xp.concat([keys, values], axis=1)
-        batch, _, tokens, dim = x.shape
-        x = x.reshape(batch, groups, -1, tokens, dim)
-        x = xp.permute_dims(x, (0, 1, 3, 2, 4)).reshape(batch, groups, tokens, channels)
-        x = x - self.mean if self.weight is None else (x - self.mean) * self.weight
-        return xp.matmul(x, self.basis)
+    @classmethod
+    def default_bits(cls, shape: ModelShape, method: Method) -> float:
+        return DEFAULT_BITS
 
-    def vectors(self, z):
-        """Keys and values [B, H, T, D] of latents [B, G, T, R]."""
-        xp, (batch, groups, tokens, _) = self.xp, z.shape
-        x = xp.matmul(z, xp.permute_dims(self.basis, (0, 2, 1)))
-        x = x + self.mean if self.weight is None else x / self.weight + self.mean
-        x = x.reshape(batch, groups, tokens, 2 * self.heads // groups, -1)
-        x = xp.permute_dims(x, (0, 1, 3, 2, 4)).reshape(batch, 2 * self.heads, tokens, -1)
-        return x[:, : self.heads], x[:, self.heads :]
+    @classmethod
+    def bits_range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
+        return MIN_BITS, MAX_BITS
 
-    def arrays(self) -> list:
-        return [x for x in (self.mean, self.basis, self.weight) if x is not None]
-
-
-class TransformCodec:
-    """Keys and values of a row's layers <-> coefficients: basis across channels, transform over blocks of time.
-
-    H counts the heads of all layers that the row stands for, its first layer's first; `axes` has those of each layer.
-    Components of which the plan stores no coefficient are never computed.
-    """
-
-    def __init__(self, xp, plan: Plan, row: int, like=None):
-        basis_set, method = plan.basis_set, plan.method
-        self.xp, self.method, self.block = xp, method, basis_set.block
-        self.rope = plan.shape.rope
-        self.layers = len(plan.layer_groups[row])
-        self.kv_heads, self.head_dim = plan.shape.kv_heads * self.layers, plan.shape.head_dim
-        self.groups = basis_set.mean.shape[1]
-        members = 2 * self.kv_heads // self.groups  # the first ones of a row that has fewer layers than others
-
-        def table(x, dtype=np.float32):
-            return xp.asarray(np.ascontiguousarray(x, dtype), like=like)
-
-        kept = kept_components(plan.coded[row])  # [G, R]
-        self.rank = kept.shape[1]
-        basis = np.take_along_axis(orthonormalize(basis_set.basis[row]), kept[:, None], -1)  # [G, Dg, R]
-        weight = np.repeat(basis_set.weight[row, :, :members], self.head_dim, axis=-1)[:, None]  # [G, 1, Dg]
-        mean = basis_set.mean[row][:, None]
-        channels = np.arange(members * self.head_dim)  # keys of all layers, then values
-        if self.layers > 1:
-            channels = channels.reshape(2, self.layers, -1).swapaxes(0, 1)
-        self.axes = [
-            Axes(
-                xp,
-                plan.shape.kv_heads,
-                table(mean[..., own]),
-                table(basis[:, own]),
-                None if np.all(weight[..., own] == 1) else table(weight[..., own]),
-            )
-            for own in channels.reshape(self.layers, -1)
-        ]
-        self.time = table(time_matrix(basis_set.time, basis_set.block))
-
-        self.normalize = table(1 / deviations(basis_set, row, kept)[:, None])  # [G, 1, F, R]
-        self.weigh = TokenWeights(xp, plan, row, table) if plan.rounds else None
-        self.gain = self.weigh and table(by_frequency(plan.gain(row), kept, self.block)[:, None])
+    @classmethod
+    def make(cls, shape: ModelShape, profile: Profile | None, method: Method, bits: float) -> SpectralPlan:
+        """One Lagrangian over all coefficients of the model."""
+        cls.check_bits(shape, method, bits)
+        basis_set = cls.fitting_basis_set(profile, method)
+        sizes = band_sizes(basis_set.block)
+        padding = PADDING * max(1.0, FULL_PADDING / bits)
+        budget = int(np.floor(bits * (1 - padding) * elements_per_token(shape) * basis_set.block))
+        copies = np.broadcast_to(sizes, basis_set.variance.shape).reshape(-1)
+        cost = costs(basis_set, cls.ERROR_RATIOS) * sizes[:, None]
+        widths = allocate_bits(cost.reshape(len(copies), -1), copies, budget)
+        return cls(method, bits, shape, profile, basis_set, widths.reshape(basis_set.variance.shape))
 
     @property
-    def mean(self):
-        """[G, 1, Dg] of a row of one layer; basis [G, Dg, R] and weight, None or [G, 1, Dg], likewise."""
-        (axes,) = self.axes
-        return axes.mean
+    def codec_class(self) -> type[SpectralCodec]:
+        return SpectralCodec
 
     @property
-    def basis(self):
-        (axes,) = self.axes
-        return axes.basis
+    def coded(self) -> np.ndarray:
+        return self.widths > 0
 
     @property
-    def weight(self):
-        (axes,) = self.axes
-        return axes.weight
+    def rates(self) -> np.ndarray:
+        return self.widths.astype(np.float64)
 
-    def coefficients(self, keys, values, start):
-        """Transform [B, H, T, D] keys and values (T a multiple of `block`) of tokens at `start` (see `Chunk`).
+    @cached_property
+    def staging(self) -> Plan | None:
+        """What holds a prompt until it ends: the same recipe at `STAGING_BITS`; None for a plan of as many bits.
 
-        Returns coefficients [B, G, T / block, block, R] in standard deviations, and what a token weighs in every group,
-        [B, G, T / block, block], or None for plain rounding.
+        Later calls of a prompt attend to what earlier ones left; at few bits the error of every call would build up
+        through the layers (docs/decisions/rate-distortion-2.md, section 4).
         """
-        xp, pre = self.xp, self.method.rope == "pre"
-        keys, values = xp.astype(keys, xp.float32), xp.astype(values, xp.float32)
-        turned = unrotate(xp, keys, self.rope, start) if self.rope and (pre or self.weigh) else keys
-        layers = split_layers(turned if pre else keys, values, self.layers)
-        z = reduce(add, (axes.latents(*layer) for axes, layer in zip(self.axes, layers)))
-        z = to_frequency(xp, z, self.time) * self.normalize
-        if self.weigh is None:
-            return z, None
-        weights = self.weigh(turned, values)
-        weights = xp.concat([weights, weights], axis=1).reshape(keys.shape[0], self.groups, -1, keys.shape[2])
-        return z, xp.mean(weights, axis=2).reshape(*z.shape[:4])
+        if self.profile is None or self.bits >= STAGING_BITS:
+            return None
+        plain = replace(self.method, rounding="nearest", quantizer="scalar")
+        return SpectralPlan.make(self.shape, self.profile, plain, STAGING_BITS)
 
-    def vectors(self, spectrum, start):
-        """Keys and values [B, H, T, D] float32 of coefficients [B, G, block, R, T / block], which have their scale.
+    @cached_property
+    def levels(self) -> dict[int, np.ndarray]:
+        """What codes are decoded to by width, in standard deviations: `nearest_levels`, expanded (`loss.expansion`)."""
+        factors = expansion(np.array(distortions(self.basis_set.levels, self.ERROR_RATIOS)))
+        return {b: (self.nearest_levels[b] * e).astype(np.float32) for b, e in zip(BIT_WIDTHS, factors) if b}
 
-        Keys are rotated as the model had them, at `start` (see `Chunk`).
-        """
-        xp = self.xp
-        z = to_time(xp, spectrum, self.time)  # [B, G, T, R]
-        keys, values = join_layers(xp, [axes.vectors(z) for axes in self.axes])
-        return (rotate(xp, keys, self.rope, start) if self.rope and self.method.rope == "pre" else keys), values
+    @property
+    def nearest_levels(self) -> dict[int, np.ndarray]:
+        """What codes stand for when they are chosen, by width: the profile's levels."""
+        return self.basis_set.levels
 
-    def tables(self) -> list:
-        """Every array that all sequences share."""
-        arrays = [self.time, self.normalize, *(x for axes in self.axes for x in axes.arrays())]
-        if self.weigh is not None:
-            arrays += [*self.weigh.tables, self.gain]
+    def shared_tables(self, xp, like=None) -> tuple:
+        """`quantizer.flat_tables` as arrays of `xp` on the device of `like`."""
+        make = lambda: tuple(xp.asarray(table, like=like) for table in self._flat_tables)  # noqa: E731
+        return self.made.once("quantizers", xp, like, make)
+
+    @cached_property
+    def search_tables(self) -> tuple[np.ndarray, ...]:
+        """`quantizer.flat_tables`, and the levels that a trellis search takes codes for, laid out in the same way."""
+        return *self._flat_tables, flat_levels(self.nearest_levels)
+
+    @cached_property
+    def _flat_tables(self) -> tuple[np.ndarray, np.ndarray]:
+        return flat_tables(self.basis_set.levels, self.levels)
+
+    @cached_property
+    def rows_by_width(self) -> list[dict[int, int]]:
+        """Of every row of the plan, how many coefficients of a block have each width that it stores."""
+        sizes = band_sizes(self.basis_set.block)
+        return [{int(b): int(((widths == b) * sizes).sum()) for b in np.unique(widths) if b} for widths in self.widths]
+
+    def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
+        arrays: list[tuple] = []
+        units, rest = divmod(tokens // self.method.block, UNIT)
+        for bits, rows in self.rows_by_width[row].items():
+            arrays += [((batch, rows, units, bits), "uint8"), ((batch, -(-rows * rest // UNIT), bits), "uint8")]
         return arrays
+
+    def decides(self) -> dict[str, Any]:
+        arrays = super().decides() | {"widths": self.widths}
+        arrays |= {f"nearest_levels/{b}": x for b, x in self.basis_set.levels.items()}
+        return arrays | {f"levels/{b}": x for b, x in self.levels.items()}
+
+    def planned_loss(self) -> np.ndarray:
+        """What the codes cost by the plan's own reckoning, [L, G] float64 per block, up to one factor."""
+        cost = costs(self.basis_set, self.ERROR_RATIOS) * band_sizes(self.basis_set.block)[:, None]
+        places = np.searchsorted(BIT_WIDTHS, self.widths)[..., None]
+        return np.take_along_axis(cost, places, -1)[..., 0].sum((-1, -2))
 
 
 class SpectralCodec(TransformCodec):
@@ -191,7 +146,7 @@ class SpectralCodec(TransformCodec):
 
     coupled = 0  # widths whose codes are those of a trellis, the first ones
 
-    def __init__(self, xp, plan: Plan, row: int, like=None):
+    def __init__(self, xp, plan: SpectralPlan, row: int, like=None):
         super().__init__(xp, plan, row, like)
 
         def table(x, dtype=np.float32):
@@ -199,7 +154,7 @@ class SpectralCodec(TransformCodec):
 
         kept = kept_components(plan.coded[row])
         widths, sigma = by_frequency(plan.widths[row], kept, self.block), deviations(plan.basis_set, row, kept)
-        self.quantizers = RowTables(xp, plan.quantizers(xp, like), widths[:, None])
+        self.quantizers = RowTables(xp, plan.shared_tables(xp, like), widths[:, None])
         widths, sigma = widths.reshape(-1), sigma.reshape(-1)  # rows in the order (group, frequency, component)
         self.bits = [int(b) for b in np.unique(widths) if b]
         rows = [np.flatnonzero(widths == b) for b in self.bits]
@@ -408,207 +363,9 @@ class SpectralCodec(TransformCodec):
         return super().tables() + rows + self.quantizers.arrays() + faster + views
 
 
-class TrellisCodec(SpectralCodec):
-    """The codec with codes of `trellis`: stored as those of `SpectralCodec`, chosen and decoded together."""
-
-    def __init__(self, xp, plan: Plan, row: int, like=None):
-        super().__init__(xp, plan, row, like)
-        kept = kept_components(plan.coded[row])
-        widths, gain, cost = (
-            by_frequency(x, kept, self.block) for x in (plan.widths[row], plan.gain(row), plan.loss(row))
-        )
-        self.search = trellis.Rows(widths, gain, cost, xp.to_numpy(self.time), plan.search_tables)
-        self.coupled = sum(b in trellis.WIDTHS for b in self.bits)
-        stored = [xp.to_numpy(rows) for rows in self.rows[: self.coupled]]
-        if self.coupled:
-            numbers = np.concatenate(stored)
-            sequences = self.search.sequences()
-            self.paths = trellis.Paths(xp, sequences, numbers, widths.reshape(-1)[numbers], plan.levels, like)
-            self.paths_scale = xp.concat(self.scale[: self.coupled], axis=0)
-
-    def quantize(self, z, weights=None):
-        """As `SpectralCodec.quantize`; the host searches, wherever `z` is."""
-        xp = self.xp
-        held = [x if x is None else xp.to_numpy(x) for x in (z, weights)]
-        return xp.asarray(self.search.search(*held), like=self.time)
-
-    def _dequantized(self, codes: list) -> list:
-        """Coefficients [B, rows, n] of codes width by width."""
-        xp, n = self.xp, self.coupled
-        alone = [dequantize(xp, *x) * scale for *x, scale in zip(codes[n:], self.levels[n:], self.scale[n:])]
-        if not n:
-            return alone
-        return [self.paths.levels_of(xp.concat(codes[:n], axis=1)) * self.paths_scale, *alone]
-
-    def tables(self) -> list:
-        """Every array that all sequences share."""
-        return super().tables() + ([*self.paths.arrays(), self.paths_scale] if self.coupled else [])
-
-
-class AffineCodec:
-    """Grouped affine quantization per token: codes [B, H, T, D / 8, bits], scale and bias [B, H, T, D / group]."""
-
-    block = 1
-
-    def __init__(self, xp, plan: Plan, row: int, like=None):
-        self.xp, self.bits, self.group_size = xp, plan.affine_bits, plan.method.group_size
-
-    def encode(self, keys, values, start) -> Chunk:
-        """A new chunk from T tokens at `start`; raises ValueError on NaN or infinity."""
-        xp, arrays = self.xp, []
-        for x in (keys, values):
-            codes, scale, bias = quantize_affine(xp, x, self.bits, self.group_size)
-            check_finite(xp, xp.concat([scale, bias], axis=-1))  # NaN, infinity, and what float16 cannot hold
-            arrays += [pack(xp, codes, self.bits), scale, bias]
-        return Chunk(keys.shape[0], start, keys.shape[2], tuple(arrays))
-
-    def append(self, chunk: Chunk, keys, values, positions=None) -> Chunk:
-        """`chunk` with T more tokens behind its own; `positions` [B, H, T] of a chunk that has those of all tokens."""
-        new = self.encode(keys, values, next_start(chunk, positions))
-        arrays = tuple(self.xp.concat([a, b], axis=2) for a, b in zip(chunk.arrays, new.arrays))
-        return extended(self.xp, chunk, new.tokens, arrays, positions)
-
-    def keep(self, chunks: list[Chunk], blocks, size: int) -> list[Chunk]:
-        """`chunks` of `size` tokens with the tokens `blocks` of all of them, int32 [B, H, m] ascending; nothing is decoded."""
-        xp, total = self.xp, blocks.shape[2]
-        arrays = []
-        for parts in zip(*(chunk.arrays for chunk in chunks)):
-            index = blocks.reshape(*blocks.shape, *(1,) * (len(parts[0].shape) - 3))
-            arrays.append(xp.take_along_axis(xp.concat(list(parts), axis=2), index, axis=2))
-        starts = kept_positions(xp, chunks, blocks, 1)
-        return [
-            Chunk(
-                blocks.shape[0],
-                xp.copy(starts[:, :, i : i + size]),
-                min(size, total - i),
-                tuple(xp.copy(a[:, :, i : i + size]) for a in arrays),
-            )
-            for i in range(0, total, size)
-        ]
-
-    def cut(self, chunk: Chunk, tokens: int) -> Chunk:
-        """The first `tokens` tokens of `chunk`."""
-        return replace(chunk, tokens=tokens, arrays=tuple(self.xp.copy(a[:, :, :tokens]) for a in chunk.arrays))
-
-    def decode(self, chunk: Chunk):
-        """Keys and values [B, H, T, D] float32 of a chunk."""
-        xp, sides = self.xp, []
-        for packed, scale, bias in (chunk.arrays[:3], chunk.arrays[3:]):
-            codes = unpack(xp, packed, self.bits, scale.shape[-1] * self.group_size)
-            sides.append(dequantize_affine(xp, codes, scale, bias))
-        return tuple(sides)
-
-    def attend(self, chunk: Chunk, queries, scale: float):
-        """Partial softmax of grouped `queries` [B, H, M, D] float32 over a chunk, decoded for this call only."""
-        keys, values = self.decode(chunk)
-        return attention.dense_partial(self.xp, queries, keys, values, scale)
-
-    def decode_step(self, chunks, queries, keys, values, scale: float):
-        """`attention.decode_step`."""
-        return attention.decode_step(self.xp, self, chunks, queries, keys, values, scale)
-
-    def tables(self) -> list:
-        """No array is shared."""
-        return []
-
-
-def decoded(xp, codec, chunks: list[Chunk], dtype):
-    """Keys and values [B, H, T, D] in `dtype` of `chunks`, in their order: of as many at a time as the array library has a
-    faster way for, else one by one."""
-    many = getattr(codec, "decoder", None)
-    if many:
-        yield from many(chunks, dtype)
-        return
-    for chunk in chunks:
-        yield tuple(xp.astype(x, dtype) for x in codec.decode(chunk))
-
-
-def make_codec(xp, plan: Plan, row: int, like=None):
-    """Codec of compressible layer number `row`, or None for a plan that compresses nothing."""
-    name = get_live_method(plan.method).codec
-    if hasattr(plan, "CODEC"):
-        return plan.CODEC(xp, plan, row, like)
-    kind = {"spectral": TrellisCodec if plan.trellis else SpectralCodec, "affine": AffineCodec, "none": None}[name]
-    return kind(xp, plan, row, like) if kind else None
-
-
-def kept_components(coded: np.ndarray) -> np.ndarray:
-    """Components [G, R] with anything stored in `coded` [G, R, F], ascending; as many in every group, others fill up."""
-    used = coded.any(-1)
-    rank = max(int(used.sum(-1).max()), 1)
-    return np.sort(np.argsort(~used, axis=-1, kind="stable")[:, :rank], axis=-1)
-
-
-def by_frequency(x: np.ndarray, kept: np.ndarray, block: int) -> np.ndarray:
-    """`x` [G, R, bands] of all components -> [G, block, R] of the components `kept` [G, R]."""
-    return np.take_along_axis(x, kept[..., None], 1)[..., octave_bands(block)].transpose(0, 2, 1)
-
-
-def deviations(basis_set: BasisSet, row: int, kept: np.ndarray) -> np.ndarray:
-    """Standard deviations [G, block, R] of the components `kept` [G, R]; 1 for a coefficient that never moved."""
-    sigma = np.sqrt(by_frequency(basis_set.variance[row], kept, basis_set.block))
-    return np.where(sigma > 0, sigma, np.float32(1))
-
-
-def join_layers(xp, layers: Sequence[tuple]) -> tuple:
-    """Keys and values [B, H, T, D] of the layers of a row -> [B, layers * H, T, D], as its codec takes them."""
-    if len(layers) == 1:
-        return layers[0]
-    return tuple(xp.concat(list(side), axis=1) for side in zip(*layers))
-
-
-def split_layers(keys, values, layers: int) -> list[tuple]:
-    """Inverse of `join_layers`."""
-    heads = keys.shape[1] // layers
-    return [tuple(x[:, i * heads : (i + 1) * heads] for x in (keys, values)) for i in range(layers)]
-
-
-def select_rows(xp, chunk: Chunk, rows) -> Chunk:
-    """The batch rows `rows` (int32 array) of a chunk."""
-    start = chunk.start if isinstance(chunk.start, int) else xp.take(chunk.start, rows, axis=0)
-    arrays = tuple(xp.take(a, rows, axis=0) for a in chunk.arrays)
-    return replace(chunk, batch=rows.shape[0], start=start, arrays=arrays)
-
-
-def positions_of(xp, chunk: Chunk, like):
-    """Positions int32 [B, H, tokens] of a chunk, [1, 1, tokens] where nothing was dropped."""
-    if not isinstance(chunk.start, int):
-        return chunk.start
-    return xp.asarray(np.arange(chunk.start, chunk.start + chunk.tokens, dtype=np.int32)[None, None], like=like)
-
-
-def next_start(chunk: Chunk, positions):
-    """Where tokens behind those of `chunk` stand: see `Chunk.start`."""
-    return chunk.start + chunk.tokens if positions is None else positions
-
-
-def extended(xp, chunk: Chunk, tokens: int, arrays: tuple, positions) -> Chunk:
-    """`chunk` with `tokens` more, and now these `arrays`."""
-    start = chunk.start
-    if positions is not None:
-        blank = xp.zeros((*positions.shape[:2], 1), dtype=xp.int32, like=positions)
-        start = xp.concat([positions_of(xp, chunk, positions) + blank, positions], axis=2)
-    return replace(chunk, start=start, tokens=chunk.tokens + tokens, arrays=arrays)
-
-
-def kept_positions(xp, chunks: list[Chunk], blocks, block: int):
-    """Positions int32 [B, H, m * block] of the tokens of `blocks` [B, H, m] of all `chunks`."""
-    held = [positions_of(xp, chunk, blocks) for chunk in chunks]
-    shape = max(x.shape[:2] for x in held)
-    places = xp.concat([x + xp.zeros((*shape, 1), dtype=xp.int32, like=blocks) for x in held], axis=2)
-    offsets = xp.asarray(np.arange(block, dtype=np.int32), like=blocks)
-    index = (blocks[..., None] * block + offsets).reshape(*blocks.shape[:2], -1)
-    return xp.take_along_axis(places, index, axis=2)
-
-
 def _pairs(arrays: tuple) -> list[tuple]:
     return list(zip(arrays[0::2], arrays[1::2]))
 
 
 def _flatten(pairs: list[tuple]) -> tuple:
     return tuple(array for pair in pairs for array in pair)
-
-
-def check_finite(xp, x) -> None:
-    if not xp.all_finite(x):
-        raise ValueError("Expected finite keys and values, received NaN or infinity: check the weights and the dtype.")

@@ -21,7 +21,7 @@ from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
 from ..quantization.quantizer import BIT_WIDTHS
 from .base import FileCodec, PromptPlan
-from .spectral import Chunk, check_finite
+from .chunk import Chunk, check_finite
 from .svdq import (
     GROUPS,
     SvdqPlan,
@@ -92,7 +92,7 @@ def schedule(bits: float, channels: int, tokens: int, block: int) -> tuple[int, 
     rates = [width * tokens + 32 * tokens // block + 16 * channels if width else 0 for width in BIT_WIDTHS]
     budget = int(GROUPS * ((2 * bits - 16) * tokens - 16))
     cost = ENERGY ** np.arange(GROUPS)[:, None] * np.array(width_errors())
-    choices = allocate_bits(cost, np.ones(GROUPS, int), budget, rates)
+    choices = allocate_bits(cost, np.ones(GROUPS, int), budget, np.array(rates))
     widths = sorted((BIT_WIDTHS[i] for i in choices), reverse=True)
     return max(widths[0], 1), *widths[1:]
 
@@ -108,15 +108,16 @@ class SvdqPromptPlan(PromptPlan):
         return 10.0  # the 9.1 of svdq and five groups of axes, for five or six tokens per key channel
 
     @classmethod
-    def range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
+    def bits_range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
         """A bit in one group of a prompt without end; all there is of a prompt of one block."""
-        low, high = SvdqPlan.range(shape, method)
+        low, high = SvdqPlan.bits_range(shape, method)
         return low, high + 8 * (shape.kv_heads * shape.head_dim + 1) / method.block
 
     @classmethod
     def make(cls, shape: ModelShape, profile: Profile | None, method: Method, bits: float) -> SvdqPromptPlan:
         check_groups(shape)
-        return super().make(shape, profile, method, bits)
+        cls.check_bits(shape, method, bits)
+        return cls(method, bits, shape)
 
     def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
         heads, dim, block = self.shape.kv_heads, self.shape.head_dim, self.method.block

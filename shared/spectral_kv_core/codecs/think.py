@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..arrays import attention
-from ..cache.layer_cache import CHUNK_TOKENS
+from ..planning.budget import CHUNK_TOKENS
 from ..planning.methods import Method
-from ..planning.plan import check_bits
+from ..planning.plan import needed
 from ..profile.derived import query_moment, rotated_energy
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
@@ -29,8 +29,9 @@ class ThinkCodec(ArrayCodec):
     def __init__(self, xp, plan: ThinkPlan, row: int, like=None):
         super().__init__(xp, plan, row, like)
         self.kept = plan.channels
-        positions = plan.profile.calibration.get("positions", 2048)
-        energy = rotated_energy(query_moment(plan.profile, row), self.rope, positions)
+        profile = needed(plan.profile)
+        positions = profile.calibration.get("positions", 2048)
+        energy = rotated_energy(query_moment(profile, row), self.rope, positions)
         self.energy = self.table(energy / energy.mean(-1, keepdims=True))  # [H, D]
         self.order = self.table(np.arange(self.head_dim), np.int32)
 
@@ -43,7 +44,7 @@ class ThinkCodec(ArrayCodec):
         kept = self._take(keys, self._channels(mask))
         return xp.astype(kept, xp.float16), xp.astype(values, xp.float16), pack(xp, mask, 1)
 
-    def append(self, chunk, keys, values):
+    def append(self, chunk, keys, values, positions=None):
         """`chunk` with T more tokens behind its own, of the same channels."""
         xp = self.xp
         keys = self._take(xp.astype(keys, xp.float32), self._channels(self._mask(chunk)))
@@ -98,13 +99,13 @@ class ThinkPlan(ArrayPlan):
         return 12.8  # 40 % of the channels of keys go
 
     @classmethod
-    def range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
+    def bits_range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
         return _bits(1, shape), _bits(shape.head_dim, shape)
 
     @classmethod
-    def make(cls, shape: ModelShape, profile: Profile, method: Method, bits: float) -> ThinkPlan:
-        check_bits(method, shape, bits)
-        query_moment(profile, 0)  # raises for a profile without it
+    def make(cls, shape: ModelShape, profile: Profile | None, method: Method, bits: float) -> ThinkPlan:
+        cls.check_bits(shape, method, bits)
+        query_moment(needed(profile), 0)  # raises for a profile without it
         channels = max(c for c in range(1, shape.head_dim + 1) if _bits(c, shape) <= bits)
         return cls(method, bits, shape, profile=profile, channels=channels)
 

@@ -16,27 +16,30 @@ import numpy as np
 from ..arrays import attention
 from ..arrays.rope import unrotate
 from ..planning.methods import Method
-from ..planning.plan import STAGING_BITS, Plan, make_plan
+from ..planning.plan import Plan, needed
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
 from ..quantization.packing import pack, unpack
 from ..quantization.time_rounding import BlockScores
 from ..scorers import get_scorer
-from .spectral import Chunk, make_codec
+from .base import Codec
+from .chunk import Chunk
+from .registry import make_plan
+from .spectral import STAGING_BITS
 
 GROUP = 64  # tokens that are ranked together
 
 
-class TieredCodec:
+class TieredCodec(Codec):
     """Tokens <-> chunks of all tiers: packed tiers [B, H or 1, T / 8, bits], then the arrays of every tier's chunk."""
 
     block = GROUP
 
     def __init__(self, xp, plan: TieredPlan, row: int, like=None):
         self.xp, self.shape, self.bits = xp, plan.shape, max(len(plan.tiers) - 1, 1).bit_length()
-        self.codecs = [make_codec(xp, tier, row, like) for tier in plan.tiers]
+        self.codecs = [tier.make_codec(xp, row, like) for tier in plan.tiers]
         self.counts = [round(share * GROUP) for share in plan.shares]
-        self.scores = BlockScores(xp, plan, row, plan.method.scorer, GROUP)
+        self.scores = BlockScores(xp, plan, row, needed(plan.method.scorer), GROUP)
         self.joint = plan.method.group != "head"
 
     def encode(self, keys, values, start: int) -> Chunk:
@@ -83,10 +86,6 @@ class TieredCodec:
         for partial in partials[1:]:
             total = attention.add_partials(self.xp, total, partial)
         return total
-
-    def decode_step(self, chunks, queries, keys, values, scale: float):
-        """`attention.decode_step`."""
-        return attention.decode_step(self.xp, self, chunks, queries, keys, values, scale)
 
     def tables(self) -> list:
         """Every array that all sequences share."""
@@ -142,6 +141,11 @@ class TieredPlan(Plan):
     shares: tuple[float, ...] = ()
 
     @property
+    def drops(self) -> bool:
+        """Never: a scorer says bits."""
+        return False
+
+    @property
     def bits_per_element(self) -> float:
         """Average bits per element, which tier a token is in included."""
         heads = 1 if self.method.group != "head" else self.shape.kv_heads
@@ -184,7 +188,7 @@ def name_tiers(tiers: Sequence[tuple[float, float]]) -> str:
 
 def check_tiers(method: Method, tiers: Sequence[tuple[float, float]]) -> None:
     """Raise ValueError for a method without a scorer of keys or without latents, and shares that are no quarters of 1."""
-    if method.scorer is None or method.codec != "spectral":
+    if method.scorer is None or not method.transforms:
         raise ValueError(
             f"Expected a scorer with spectral or spectral-dense for tiers, such as triattention+spectral, received "
             f"{method.name}."

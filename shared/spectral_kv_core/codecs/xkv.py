@@ -16,7 +16,7 @@ from ..arrays.rope import rotate, unrotate
 from ..planning.methods import Method
 from ..profile.model_shape import ModelShape
 from .base import FileCodec, PromptPlan
-from .spectral import Chunk
+from .chunk import Chunk
 
 KEY_SHARE = 0.4
 
@@ -84,7 +84,7 @@ class XkvPlan(PromptPlan):
         return 4.0
 
     @classmethod
-    def range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
+    def bits_range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
         return 0.1, 32.0  # both factors of a square matrix at full rank
 
     def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..arrays.namespace import ArrayNamespace
-from ..codecs.spectral import check_finite
+from ..codecs.chunk import check_finite
 from ..planning.allocation import allocate_bits
-from ..planning.plan import _distortions
+from ..planning.loss import distortions
 from ..profile.projection import Projection
 from ..quantization.packing import interleave, pack_rows, unpack_rows
 from ..quantization.quantizer import BIT_WIDTHS, RowTables, dequantize, flat_tables
@@ -71,7 +71,7 @@ class Compressor:
                 f"Expected bits between {1 / projection.rank:.2g} and {BIT_WIDTHS[-1]} per component, received {bits!r}."
             )
         self.projection, self.bits = projection, bits
-        cost = projection.variance[:, None] * np.array(_distortions(projection))
+        cost = projection.variance[:, None] * np.array(distortions(projection.levels))
         self.widths = allocate_bits(cost, np.ones(projection.rank, np.int64), math.floor(bits * projection.rank))
         self._made: dict[str, dict] = {}
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..cache.layer_cache import SEAL
+from ..planning.budget import SEAL
 
 
 def output_errors(exact: np.ndarray, outputs: np.ndarray) -> np.ndarray:

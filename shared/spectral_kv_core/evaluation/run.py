@@ -20,10 +20,10 @@ import numpy as np
 from tqdm import tqdm
 
 from .. import __version__
-from ..cache.layer_cache import SEAL
+from ..codecs.registry import bits_range, make_plan, usable_method
 from ..codecs.tiers import check_tiers, make_tiered_plan, mean_bits, name_tiers
+from ..planning.budget import SEAL
 from ..planning.methods import ROUNDINGS, Method, get_method, rounded_by
-from ..planning.plan import bits_range, make_plan
 from ..profile.basis_set import JOINT, PAIRS
 from ..profile.profile import Profile
 from ..profile.store import auto_profile
@@ -147,7 +147,7 @@ class Settings:
         for keep in self.shares if dropping else ():
             if not 0 < keep <= 1:
                 raise ValueError(f"Expected shares above 0, at most 1, for --keep, received {keep:g}.")
-            waits = SEAL - 1 if any(method.codec != "none" for method in dropping) else 0
+            waits = SEAL - 1 if any(method.compresses for method in dropping) else 0
             for prefix in self.prefixes:
                 if round(keep * prefix) <= self.sinks + self.window + waits:
                     raise ValueError(
@@ -262,7 +262,7 @@ def plan_jobs(
             f"Expected full-attention layers to compress, received only: {', '.join(set(passed.values()))}."
         )
     jobs, skipped = [], []
-    for method in dict.fromkeys(map(get_method, settings.methods)):
+    for method in dict.fromkeys(usable_method(get_method(name)) for name in settings.methods):
         found = None
         if method.profile_set:
             found = profile or auto_profile(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 
-from ..planning.plan import SEAL
+from ..planning.budget import SEAL
 
 _TITLE = re.compile(r"^ ?= (?:[^=\n]+ )?= ?$", re.MULTILINE)  # top-level heading of WikiText, empty when all was <unk>
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, replace
-from functools import cache
 
-from ..codecs.registry import FAMILIES
-from ..native import disabled
-from ..quantization import trellis
+from ..profile.basis_set import JOINT, PAIRS
 from ..scorers import SCORERS, get_scorer
 
 # vectors that share one basis: one head; all K heads or all V heads; all of both; of two or four layers that follow each
@@ -18,7 +14,10 @@ QUANTIZERS = ("scalar", "trellis")
 ROUNDINGS = ("nearest", *(scorer.name for scorer in SCORERS.values() if not scorer.needs_recent))
 # chunks that cannot grow: a file fills a plain cache, or a live one of another method
 FILE_CODECS = ("entropy-coded", "svdq-prompt", "xkv", "kvtc")
-CODECS = ("none", "affine", "spectral", "entropy-coded", *FAMILIES)
+CODECS = (
+    "none", "affine", "spectral", "entropy-coded", "kivi", "turboquant", "turboquant-qjl", "jarviskv", "svdq", "svdq-prompt",
+    "eigen-attention", "think", "xkv", "kvtc",
+)  # fmt: skip
 LATENT_CODECS = ("turboquant", "turboquant-qjl", "jarviskv")  # attention runs on what they code, per head after RoPE
 DROPPING = ("affine", "spectral")  # codecs whose sealed tokens can be dropped
 
@@ -90,6 +89,31 @@ class Method:
         return self.basis_set or (METHODS[DEFAULT_METHOD].basis_set if queries else None)
 
     @property
+    def compresses(self) -> bool:
+        """Whether anything is coded; a method that does not may still drop tokens."""
+        return self.codec != "none"
+
+    @property
+    def transforms(self) -> bool:
+        """Whether it is of the project's own codec, which a cache can also have by tiers of tokens."""
+        return self.codec == "spectral"
+
+    @property
+    def can_drop(self) -> bool:
+        """Whether tokens that it has sealed can be dropped."""
+        return self.codec in DROPPING
+
+    @property
+    def shares_tokens(self) -> bool:
+        """Whether the heads of a layer keep the same tokens, because they are coded together."""
+        return self.transforms and (self.group != "head" or self.quantizer == "trellis")
+
+    @property
+    def decodes_history(self) -> bool:
+        """Whether a step decodes what was sealed before."""
+        return self.compresses and not self.latent
+
+    @property
     def live(self) -> bool:
         """Whether tokens can be appended and attended to; a method that is not live makes files only."""
         return self.codec not in FILE_CODECS
@@ -97,7 +121,7 @@ class Method:
     @property
     def latent(self) -> bool:
         """Whether attention can run on the latents: a rotation after the codec, or a shared basis, rules it out."""
-        return self.codec in ("spectral", *LATENT_CODECS) and self.rope == "post" and self.group == "head"
+        return (self.transforms or self.codec in LATENT_CODECS) and self.rope == "post" and self.group == "head"
 
 
 METHODS = {
@@ -260,43 +284,24 @@ METHODS = {
     )
 }
 DEFAULT_METHOD = "spectral"
-PAIRS = METHODS["spectral-stored-pairs"].basis_set  # in a profile on request only: larger than all others together
-JOINT = METHODS["kvtc"].basis_set  # likewise
 BASIS_SETS = tuple(dict.fromkeys(m.basis_set for m in METHODS.values() if m.basis_set not in (None, PAIRS, JOINT)))
 
 
 def get_method(name: str | Method) -> Method:
     """The row called `name`, or of `SCORER+METHOD` the method that drops tokens by that scorer.
 
-    With the scalar quantizer in place of the trellis where that could not be searched fast enough (`without_trellis`).
     Raises ValueError that lists the names there are.
     """
     if isinstance(name, Method):
         return name
     if name in METHODS:
-        return METHODS[name] if METHODS[name].quantizer == "scalar" or trellis.is_fast() else without_trellis(name)
+        return METHODS[name]
     scorer, plus, codec = name.partition("+")
-    if plus and scorer in SCORERS and codec in METHODS and METHODS[codec].codec in DROPPING:
+    if plus and scorer in SCORERS and codec in METHODS and METHODS[codec].can_drop:
         return replace(METHODS[codec], name=name, scorer=scorer, summary=f"{METHODS[codec].summary}; drops tokens")
     raise ValueError(
         f"Expected a method among {', '.join(METHODS)}, or SCORER+METHOD such as triattention+spectral, received {name!r}."
     )
-
-
-def without_trellis(name: str) -> Method:
-    """The row called `name` with the scalar quantizer; says so once."""
-    _say_scalar()
-    return replace(METHODS[name], quantizer="scalar")
-
-
-@cache
-def _say_scalar() -> None:
-    if not disabled():
-        warnings.warn(
-            "spectralkv found no C compiler, which its trellis codes need: codes are chosen one by one, at some 1.4 times the "
-            "divergence for the same bytes. Install one (cc, gcc or clang; on a Mac: xcode-select --install).",
-            stacklevel=4,
-        )
 
 
 def rounded_by(method: Method, scorer: str | None) -> Method:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 BIT_WIDTHS = (0, 1, 2, 3, 4, 5, 6, 8)  # widths that the allocation may choose; 7 buys nothing over 6 and 8
+AFFINE_WIDTHS = (2, 3, 4, 5, 6, 8)  # of grouped affine codes
 CELLS, REACH = 256, 16  # thresholds lie on a grid of 1/256 standard deviation that covers 16 to either side
 
 

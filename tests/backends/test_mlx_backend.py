@@ -1,0 +1,686 @@
+"""The MLX backend against mlx-lm's own caches, and against the torch backend on the same weights."""
+
+# ruff: noqa: E402 (without MLX the whole file is skipped before its imports)
+from __future__ import annotations
+
+import copy
+import gc
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+mx = pytest.importorskip("mlx.core")
+pytest.importorskip("mlx_lm")
+
+import mlx.nn as nn
+import mlx_lm
+from mlx_lm.generate import generate_step
+from mlx_lm.models import base, llama
+from mlx_lm.models import cache as host_cache
+from mlx_lm.models.rope_utils import initialize_rope
+from mlx_models import MODELS, make_model, make_tokens, save_llama
+from tolerances import assert_close, relative_rms
+
+from spectral_kv_core.arrays.rope import rotate
+from spectral_kv_core.cache.layer_cache import LayerCache
+from spectral_kv_core.codecs.transform import TransformCodec
+from spectral_kv_mlx import SpectralProfiler, cache_nbytes, capture, load_model, make_prompt_cache, ops, restore
+from spectral_kv_mlx.cache import SpectralKVCache
+from spectral_kv_mlx.capture import label_gradients, score_gradients
+from spectral_kv_mlx.generation import generate, plain_cache, score
+from spectral_kv_mlx.integration import _fused, _read_rope, install, measure_rope, model_shape, weights_digest
+
+SMALL = {"window": 16, "sinks": 4}
+
+
+class CharacterTokenizer:
+    def encode(self, text):
+        return [ord(c) for c in text]
+
+
+def calibrate(model):
+    texts = ["".join(map(chr, make_tokens(512, seed=100 + n))) for n in range(4)]
+    profiler = SpectralProfiler(tokens=2048, document=512, progress=False)
+    return profiler.profile_from_model(model, CharacterTokenizer(), texts)
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def family(request):
+    model = make_model(request.param)
+    return SimpleNamespace(name=request.param, model=model, profile=calibrate(model))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    model = make_model("llama")
+    return SimpleNamespace(model=model, profile=calibrate(model))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The same tiny Llama on disk, in transformers, and through our `load_model`; its RoPE base is not the default."""
+    pytest.importorskip("torch")
+    path = tmp_path_factory.mktemp("llama")
+    theirs = save_llama(path, rope_parameters={"rope_type": "default", "rope_theta": 100000.0})
+    ours, tokenizer = load_model(path)
+    return SimpleNamespace(path=path, torch=theirs, mlx=ours, tokenizer=tokenizer)
+
+
+def feed(model, cache, tokens, chunk=None):
+    """Logits of all tokens, fed `chunk` at a time."""
+    chunk = chunk or len(tokens)
+    parts = [model(mx.array([tokens[i : i + chunk]]), cache=cache) for i in range(0, len(tokens), chunk)]
+    return np.array(mx.concatenate(parts, axis=1))[0]
+
+
+def close(a, b, tolerance):
+    np.testing.assert_allclose(np.array(a), np.array(b), atol=tolerance, rtol=tolerance)
+
+
+def greedy(model, tokens, cache, count=12):
+    return generate(model, None, tokens, cache, count, True, lambda token: None).tokens
+
+
+def test_identity_equals_the_plain_cache_however_it_is_fed(family):
+    tokens = make_tokens(70)
+    reference = feed(family.model, plain_cache(family.model), tokens)
+    for chunk in (None, 33, 1):
+        cache = make_prompt_cache(family.model, method="identity", **SMALL)
+        close(feed(family.model, cache, tokens, chunk), reference, 2e-4)
+    prompt = make_tokens(40, seed=5)
+    expected = greedy(family.model, prompt, plain_cache(family.model))
+    assert greedy(family.model, prompt, make_prompt_cache(family.model, method="identity")) == expected
+    assert len(set(expected)) > 2
+
+
+def test_codes_are_attended_as_the_decoded_cache_would_be(family):
+    """Latent attention equals mlx-lm's own attention over what the cache decodes to, also in blocks of queries."""
+    tokens = make_tokens(120)
+    cache = make_prompt_cache(family.model, family.profile, 3.0, **SMALL)
+    dense = make_prompt_cache(family.model, family.profile, 3.0, **SMALL)
+    feed(family.model, cache, tokens, 40)
+    restore(family.model)
+    try:
+        feed(family.model, dense, tokens, 40)
+        assert llama.scaled_dot_product_attention is base.scaled_dot_product_attention
+    finally:
+        install(family.model)
+    i = model_shape(family.model)[0].layers[0]
+    assert cache[i].store.lanes[0].sealed > 0
+    for a, b in zip(cache[i].keys_and_values(), dense[i].keys_and_values()):
+        close(a, b, 1e-3)
+    tail = make_tokens(5, seed=3)
+    routed = feed(family.model, copy.deepcopy(cache), tail)
+    one_by_one = feed(family.model, copy.deepcopy(cache), tail, 1)
+    restore(family.model)
+    try:
+        unrouted = feed(family.model, cache, tail)
+    finally:
+        install(family.model)
+    close(routed, unrouted, 2e-3)
+    close(routed, one_by_one, 2e-3)
+
+
+def test_error_shrinks_with_bits(family):
+    tokens, continuation = make_tokens(200), make_tokens(8, seed=2)
+    reference = score(family.model, tokens, continuation, plain_cache(family.model))
+    errors = []
+    for bits in (1.0, 3.0, 8.0):
+        cache = make_prompt_cache(family.model, family.profile, bits, **SMALL)
+        errors.append(np.square(score(family.model, tokens, continuation, cache) - reference).mean())
+    assert errors[0] > errors[1] > errors[2] > 0
+    assert errors[2] < 0.05 * np.square(reference).mean()
+
+
+def test_left_padding_leaves_every_row_as_if_alone(family):
+    """A coefficient on a threshold may get the code beside it, which must stay small against the error of all codes."""
+    i = model_shape(family.model)[0].layers[0]
+    rows = [make_tokens(n, seed=n) for n in (60, 41, 60, 12)]
+    padding = [60 - len(row) for row in rows]
+    batch = mx.array([[0] * p + row for p, row in zip(padding, rows)])
+    steps, exact = make_tokens(4, seed=9), []
+    for options in ({"method": "identity"}, {"profile": family.profile, "bits": 4.0}):
+        cache = make_prompt_cache(family.model, left_padding=padding, **options, **SMALL)
+        assert cache[i].offset.tolist() == [-p for p in padding]
+        logits = [family.model(batch[:, n : n + 20], cache=cache) for n in range(0, 60, 20)][-1]
+        logits = [logits[:, -1:]] + [family.model(mx.array([[t]] * 4), cache=cache) for t in steps]
+        assert cache[i].offset.tolist() == [64 - p for p in padding]
+        for r, row in enumerate(rows):
+            alone = make_prompt_cache(family.model, **options, **SMALL)
+            # the same chunks as in the batch, since a prefill chunk sees its own tokens exactly
+            cuts = [c for c in (20 - padding[r], 40 - padding[r], len(row)) if c > 0]
+            parts = [family.model(mx.array([row[a:b]]), cache=alone) for a, b in zip([0, *cuts], cuts)]
+            expected = [parts[-1][:, -1:]] + [family.model(mx.array([[t]]), cache=alone) for t in steps]
+            got, expected = mx.concatenate(logits, axis=1)[r], mx.concatenate(expected, axis=1)[0]
+            coded = "profile" in options
+            if not coded:
+                exact.append(expected)
+            pairs = [zip(cache[n].keys_and_values(), alone[n].keys_and_values()) for n in family.profile.shape.layers]
+            if coded and any(np.abs(np.array(a[r, :, padding[r] :] - b[0])).max() > 1e-3 for p in pairs for a, b in p):
+                assert relative_rms(got, expected) < relative_rms(expected, exact[r]) / 4
+            else:
+                close(got, expected, 2e-4)
+
+
+def test_padded_cache_without_dispatcher(tiny):
+    rows = [make_tokens(30), make_tokens(9, seed=4)]
+    batch = mx.array([rows[0], [0] * 21 + rows[1]])
+    cache = make_prompt_cache(tiny.model, method="identity", left_padding=[0, 21])
+    restore(tiny.model)
+    try:
+        logits = [tiny.model(batch[:, i : i + 10], cache=cache) for i in (0, 10, 20)][-1]
+        alone = feed(tiny.model, plain_cache(tiny.model), rows[1])
+    finally:
+        install(tiny.model)
+    close(logits[1, -9:], alone, 2e-4)
+
+
+def test_a_mask_that_is_not_causal_is_refused(tiny):
+    cache = make_prompt_cache(tiny.model, method="identity")
+    install(tiny.model)
+    attention = tiny.model.layers[0].self_attn
+    x = mx.zeros((1, 6, 64))
+    attention(x, mx.tril(mx.ones((6, 6), dtype=mx.bool_)), cache[0])
+    with pytest.raises(ValueError, match="causal"):
+        attention(x, mx.ones((6, 12), dtype=mx.bool_), cache[0])
+
+
+@pytest.mark.parametrize("cut", [1, 10, 30, 75, 119])
+def test_trim_then_continue(tiny, cut):
+    """Trimming into the window loses nothing; into a chunk, what is decoded stays what it was."""
+    tokens = make_tokens(120)
+    cache = make_prompt_cache(tiny.model, tiny.profile, 4.0, **SMALL)
+    feed(tiny.model, cache, tokens)
+    before = cache[0].keys_and_values()
+    assert host_cache.trim_prompt_cache(cache, cut) == cut
+    assert cache[0].offset == cache[0].size() == 120 - cut
+    for old, new in zip(before, cache[0].keys_and_values()):
+        close(old[:, :, : 120 - cut], new, 1e-4)
+    feed(tiny.model, cache, tokens[120 - cut :])
+    assert cache[1].offset == 120
+    exact = make_prompt_cache(tiny.model, method="identity", **SMALL)
+    expected = feed(tiny.model, exact, tokens)
+    host_cache.trim_prompt_cache(exact, cut)
+    close(feed(tiny.model, exact, tokens[120 - cut :]), expected[120 - cut :], 2e-4)
+
+
+def test_trim_everything_and_more(tiny):
+    cache = make_prompt_cache(tiny.model, tiny.profile, 4.0, **SMALL)
+    feed(tiny.model, cache, make_tokens(50))
+    assert host_cache.trim_prompt_cache(cache, 80) == 50
+    assert cache[0].empty() and cache[0].nbytes == 0 and cache[0].keys_and_values() == (None, None)
+    assert feed(tiny.model, cache, make_tokens(5)).shape == (5, 256)
+
+
+def test_mlx_lm_generate_and_several_turns(checkpoint):
+    model, tokenizer = checkpoint.mlx, checkpoint.tokenizer
+    for turn in ("one text", " and another one"):
+        cache, plain = make_prompt_cache(model, method="identity"), plain_cache(model)
+        for _ in range(2):
+            text = mlx_lm.generate(model, tokenizer, turn, prompt_cache=cache, max_tokens=9)
+            assert text == mlx_lm.generate(model, tokenizer, turn, prompt_cache=plain, max_tokens=9)
+            assert cache[0].offset == plain[0].offset
+    cache = make_prompt_cache(model, calibrate(model), 3.0, **SMALL)
+    parts = list(mlx_lm.stream_generate(model, tokenizer, "once more " * 8, prompt_cache=cache, max_tokens=20))
+    assert len(parts) >= 1 and cache[0].offset > 80
+    assert cache[0].store.lanes[0].sealed > 0
+
+
+def test_plain_caches_are_untouched_while_installed(tiny):
+    tokens = make_tokens(40)
+    restore(tiny.model)
+    expected = feed(tiny.model, plain_cache(tiny.model), tokens, 13)
+    install(tiny.model)
+    assert llama.scaled_dot_product_attention is not base.scaled_dot_product_attention
+    assert np.array_equal(feed(tiny.model, plain_cache(tiny.model), tokens, 13), expected)
+    close(feed(tiny.model, None, tokens), expected, 1e-4)
+    for other in (host_cache.QuantizedKVCache(group_size=32, bits=8), host_cache.RotatingKVCache(max_size=64)):
+        layers = [other, copy.deepcopy(other)]
+        assert feed(tiny.model, layers, tokens).shape == expected.shape
+
+
+def test_restore_counts_models_of_a_family():
+    a, b = make_model("qwen2"), make_model("qwen2", seed=1)
+    module = pytest.importorskip("mlx_lm.models.qwen2")
+    for model in (a, b, a):
+        install(model)
+    restore(a)
+    assert module.scaled_dot_product_attention is not base.scaled_dot_product_attention
+    restore(b)
+    restore(b)
+    assert module.scaled_dot_product_attention is base.scaled_dot_product_attention
+    install(a)
+    install(b)
+    del a, model
+    gc.collect()
+    restore(b)
+    assert module.scaled_dot_product_attention is base.scaled_dot_product_attention
+
+
+def test_custom_loop_gets_dense_keys_and_values(tiny):
+    cache = make_prompt_cache(tiny.model, method="identity")[0]
+    first, second = mx.random.normal((2, 1, 2, 7, 32), key=mx.random.key(0))
+    cache.update_and_fetch(first, first)
+    keys, values = cache.update_and_fetch(second, second)
+    assert mx.array_equal(keys, mx.concatenate([first, second], axis=2)) and mx.array_equal(keys, values)
+    assert cache.offset == 14
+    install(tiny.model)
+    routed = eval("lambda cache, x: cache.update_and_fetch(x, x)", vars(llama))
+    for _ in range(2):  # nobody attends to these
+        assert routed(cache, first)[0] is first
+    assert cache.offset == 28 and cache.keys_and_values()[0].shape == (1, 2, 28, 32) and cache.offset == 28
+    with pytest.raises(ValueError, match="another model"):
+        cache.update_and_fetch(first[..., :16], first[..., :16])
+
+
+def test_host_protocol(tiny):
+    cache = make_prompt_cache(tiny.model, tiny.profile, 3.0, **SMALL)[0]
+    for name in ("bits", "merge", "to_quantized"):
+        assert not hasattr(cache, name)
+    assert host_cache.can_trim_prompt_cache([cache]) and cache.empty() and cache.offset == 0
+    assert cache.make_mask(1) is None and cache.make_mask(4) == "causal"
+    assert cache.make_mask(4, return_array=True).shape == (4, 4)
+    mx.eval([cache.state])
+
+
+def test_state_round_trip_and_deep_copy(tiny):
+    cache = make_prompt_cache(tiny.model, tiny.profile, 3.0, **SMALL)
+    feed(tiny.model, cache, make_tokens(100))
+    copies = copy.deepcopy(cache)
+    restored = make_prompt_cache(tiny.model, tiny.profile, 3.0, **SMALL)
+    for new, old in zip(restored, cache):
+        new.state = old.state
+    tail = make_tokens(30, seed=8)
+    expected = feed(tiny.model, cache, tail)
+    assert [c.offset for c in copies] == [100, 100] and [c.offset for c in cache] == [130, 130]
+    assert np.array_equal(feed(tiny.model, copies, tail), expected)
+    assert np.array_equal(feed(tiny.model, restored, tail), expected)
+    other = make_prompt_cache(tiny.model, tiny.profile, 2.0, **SMALL)
+    with pytest.raises(ValueError, match="plan"):
+        other[0].state = cache[0].state
+    with pytest.raises(ValueError, match="make_prompt_cache"):
+        SpectralKVCache.from_state(cache[0].state)
+
+
+def test_reading_the_state_leaves_a_prompt_open(tiny):
+    """mlx-lm evaluates it after every piece of a prompt."""
+    prompt, tail = make_tokens(150), make_tokens(4, seed=8)
+    expected, cache, restored = (make_prompt_cache(tiny.model, tiny.profile, 2.0, **SMALL) for _ in range(3))
+    feed(tiny.model, expected, prompt, 50)
+    for start in range(0, 150, 50):
+        feed(tiny.model, cache, prompt[start : start + 50])
+        mx.eval([c.state for c in cache])
+    assert all(c.store.is_staged for c in cache)
+    for new, old in zip(restored, cache):
+        new.state = old.state
+    expected = feed(tiny.model, expected, tail, 1)
+    for other in (cache, restored):
+        assert np.array_equal(feed(tiny.model, other, tail, 1), expected) and not other[0].store.is_staged
+
+
+def test_mlx_lm_reads_a_prompt_in_pieces_as_one_prompt(tiny):
+    prompt, options = mx.array(make_tokens(150)), {"max_tokens": 3, "prefill_step_size": 50}
+    caches = [make_prompt_cache(tiny.model, tiny.profile, 2.0, **SMALL) for _ in range(2)]
+    list(generate_step(prompt, tiny.model, prompt_cache=caches[0], **options))
+    feed(tiny.model, caches[1], prompt.tolist()[:149], 50)
+    feed(tiny.model, caches[1], make_tokens(1), 1)
+    for ours, theirs in zip(*caches):
+        assert theirs.store.lanes[0].sealed == 128
+        for a, b in zip(ours.store.dense(), theirs.store.dense()):
+            assert mx.array_equal(a[:, :, 4:132], b[:, :, 4:132])
+
+
+def test_bytes_of_every_array(family):
+    model, tokens = family.model, make_tokens(300)
+    plain, cache = plain_cache(model), make_prompt_cache(model, family.profile, 3.0, **SMALL)
+    for c in (plain, cache):
+        feed(model, c, tokens)
+    shape, passed = model_shape(model)
+    full = 300 * len(shape.layers) * 2 * shape.kv_heads * shape.head_dim
+    sliding = cache_nbytes([plain[i] for i in passed])
+    assert cache_nbytes(plain).dense_nbytes == cache_nbytes(cache).dense_nbytes == 2 * full + sliding.dense_nbytes
+    assert cache_nbytes(plain) - sliding == 4 * full * 512 // 300  # float32, allocated in steps of 256
+    held = [a for i in shape.layers for a in cache[i].state[1:]]
+    assert cache_nbytes(cache) == sum(a.nbytes for a in held) + cache_nbytes([cache[i] for i in passed])
+    ours = [cache[i] for i in shape.layers]
+    sealed = ours[0].store.lanes[0].sealed
+    codes = sum(a.nbytes for c in ours for chunk in c.store.lanes[0].chunks for a in chunk.arrays)
+    assert sealed >= 256 and 2.5 < codes * 8 / (full * sealed / 300) <= 3.01  # rows end in whole bytes
+    assert cache_nbytes(cache).table_nbytes > 0 and cache_nbytes(make_prompt_cache(model, method="identity")) == 0
+
+
+def test_decoded_chunks_stay_where_they_may(tiny):
+    model, prompt = tiny.model, make_tokens(700)
+    with pytest.raises(ValueError, match="spectral-dense"):
+        make_prompt_cache(model, tiny.profile, 3.0, working_set=10**6)
+    caches = [make_prompt_cache(model, tiny.profile, 3.0, method="spectral-dense", working_set=n) for n in (0, 10**6)]
+    outputs = [(feed(model, c, prompt), feed(model, c, make_tokens(2, seed=1))) for c in caches]
+    assert np.array_equal(outputs[0][0], outputs[1][0])
+    assert_close("logits", outputs[1][1], outputs[0][1], "float16")  # what chunks are kept in
+    none, held = map(cache_nbytes, caches)
+    shape, _ = model_shape(model)
+    sealed = caches[0][0].store.lanes[0].sealed
+    assert held - none == len(shape.layers) * sealed * 2 * 2 * shape.kv_heads * shape.head_dim
+    restored = make_prompt_cache(model, tiny.profile, 3.0, method="spectral-dense", working_set=10**6)
+    for new, old in zip(restored, caches[1]):
+        new.state = old.state
+    tail = make_tokens(3, seed=2)
+    assert_close("logits", feed(model, restored, tail), feed(model, caches[1], tail), "float16")
+
+
+def test_passed_layers():
+    shape, passed = model_shape(make_model("gemma3"))
+    assert passed == {0: "sliding window", 2: "sliding window"} and shape.layers == (1, 3)
+    assert shape.rope.inv_freq[-1] == pytest.approx(1e6 ** (-30 / 32))
+    softcapped = make_model("llama")
+    softcapped.args.attn_logit_softcapping = 50.0
+    with pytest.raises(ValueError, match="soft-capped"):
+        make_prompt_cache(softcapped, method="identity")
+
+
+ROPES = {
+    "plain": nn.RoPE(32, base=5e5),
+    "partial": nn.RoPE(16),
+    "traditional": nn.RoPE(32, traditional=True),
+    "partial traditional": nn.RoPE(8, traditional=True, base=100.0),
+    "linear": initialize_rope(32, 1e4, False, {"rope_type": "linear", "factor": 4.0}),
+    "llama3": initialize_rope(
+        32, 5e5, False, {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}
+    ),
+    "yarn": initialize_rope(
+        32, 1e4, False, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+    ),
+    "longrope": initialize_rope(
+        32,
+        1e4,
+        False,
+        {
+            "rope_type": "longrope",
+            "original_max_position_embeddings": 64,
+            "short_factor": [1.0] * 16,
+            "long_factor": [1.0 + i / 4 for i in range(16)],
+        },
+        512,
+    ),
+    "proportional": initialize_rope(32, 1e4, False, {"rope_type": "proportional", "partial_rotary_factor": 0.5}),
+    "dynamic": initialize_rope(32, 1e4, False, {"rope_type": "dynamic", "factor": 2.0}, 4096),
+}
+
+
+READ = [(name, reader) for name in ROPES for reader in (_read_rope, measure_rope)]
+READ.remove(("proportional", measure_rope))  # pairs that stand still cannot be told from channels that are not rotated
+
+
+@pytest.mark.parametrize("name, reader", READ)
+def test_rope_is_read_from_the_module(name, reader):
+    module = ROPES[name]
+    rope = reader(module, 32)
+    x = mx.random.normal((1, 2, 9, 32), key=mx.random.key(0))
+    for offset in (0, 3, 700):
+        close(rotate(ops, x, rope, offset), module(x, offset=offset), 2e-3 if reader is measure_rope else 2e-4)
+
+
+def test_fused_kernel_is_aligned_to_the_last_key():
+    q, k = mx.random.normal((1, 4, 5, 16), key=mx.random.key(0)), mx.random.normal((1, 2, 12, 16), key=mx.random.key(1))
+    together = _fused(q, k, k, 0.25)
+    for i in range(5):
+        close(together[:, :, i : i + 1], _fused(q[:, :, i : i + 1], k[:, :, : 8 + i], k[:, :, : 8 + i], 0.25), 1e-5)
+
+
+def test_capture_holds_what_attention_saw(family):
+    tokens = make_tokens(50)
+    restore(family.model)
+    cache = capture(family.model, tokens)
+    shape, _ = model_shape(family.model)
+    plain = plain_cache(family.model)
+    feed(family.model, plain, tokens)
+    for i in shape.layers:
+        assert cache[i].queries.shape == (1, 4, 50, shape.head_dim)
+        for a, b in zip((cache[i].keys, cache[i].values), plain[i].keys_and_values()):
+            close(a, b, 2e-4)
+    module = type(family.model.layers[0].self_attn).__module__
+    assert pytest.importorskip(module).scaled_dot_product_attention is base.scaled_dot_product_attention
+
+
+def test_score_gradients_are_derivatives(family):
+    cache = capture(family.model, make_tokens(40))
+    i = model_shape(family.model)[0].layers[0]
+    follow, labels = make_tokens(6, seed=3), mx.array(make_tokens(6, seed=4))
+    gradient = label_gradients(family.model, cache, follow, labels)[i]
+
+    def log_p(keys, values):
+        held = [copy.copy(c) if hasattr(c, "leaves") else copy.deepcopy(c) for c in cache]
+        held[i].keys, held[i].values = keys, values
+        for c in held:
+            if hasattr(c, "leaves"):
+                c.leaves = True
+        logits = family.model(mx.array([follow]), cache=held)[0]
+        logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        return mx.take_along_axis(logits, labels[:, None], axis=-1).sum().item()
+
+    for side in (0, 1):
+        held = [cache[i].keys, cache[i].values]
+        direction = gradient[side][None] / mx.linalg.norm(gradient[side])
+        high, low = ([x + s * 0.03 * direction if n == side else x for n, x in enumerate(held)] for s in (1, -1))
+        slope = (log_p(*high) - log_p(*low)) / 0.06
+        assert slope == pytest.approx(mx.linalg.norm(gradient[side]).item(), rel=0.05)
+
+
+def test_score_gradients_depend_on_their_key_only(tiny):
+    cache = capture(tiny.model, make_tokens(40))
+
+    def draw(key, globally):
+        mx.random.seed(globally)
+        return score_gradients(tiny.model, cache, make_tokens(8, seed=3), 2, mx.random.key(key))
+
+    first, again, other = draw(0, 1), draw(0, 2), draw(1, 1)
+    assert mx.array_equal(first[0][0][0], again[0][0][0])
+    assert not mx.allclose(first[0][0][0], first[1][0][0]) and not mx.allclose(first[0][0][0], other[0][0][0])
+
+
+def test_load_model_reads_the_rope_base_where_transformers_5_writes_it(checkpoint):
+    torch = pytest.importorskip("torch")
+    assert "rope_theta" not in json.loads((checkpoint.path / "config.json").read_text())
+    tokens = make_tokens(300)
+    with torch.no_grad():
+        expected = checkpoint.torch(torch.tensor([tokens])).logits[0].numpy()
+    close(feed(checkpoint.mlx, None, tokens), expected, 1e-3)
+
+
+@pytest.mark.parametrize("family_name", ["gemma3", "llama3", "yarn", "qwen3"])
+def test_load_model_understands_configurations_of_transformers_5(tmp_path, family_name):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    from mlx_models import SIZES
+
+    sizes = {**SIZES, "num_hidden_layers": 3, "bos_token_id": None, "eos_token_id": 0}
+    if family_name == "gemma3":
+        ropes = {
+            "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+        }
+        types = ["sliding_attention", "full_attention", "sliding_attention"]
+        config = transformers.Gemma3TextConfig(
+            **sizes, sliding_window=32, layer_types=types, rope_parameters=ropes, query_pre_attn_scalar=32
+        )
+        kind = transformers.Gemma3ForCausalLM
+    elif family_name == "qwen3":
+        config = transformers.Qwen3Config(**sizes, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+        kind = transformers.Qwen3ForCausalLM
+    else:
+        scaling = {"rope_type": family_name, "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 5e5}
+        if family_name == "llama3":
+            scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        config, kind = transformers.LlamaConfig(**sizes, rope_parameters=scaling), transformers.LlamaForCausalLM
+    save_llama(tmp_path)  # for the tokenizer
+    torch.manual_seed(0)
+    theirs = kind(config).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.ndim > 1:
+                p.copy_(torch.randn(p.shape) * 1.5 * p.shape[-1] ** -0.5)
+    theirs.save_pretrained(tmp_path)
+    ours, _ = load_model(tmp_path)
+    tokens = make_tokens(150)
+    with torch.no_grad():
+        expected = theirs(torch.tensor([tokens])).logits[0].numpy()
+    close(feed(ours, None, tokens), expected, 2e-3)
+    from spectral_kv_torch.integration import model_shape as torch_shape
+
+    shape, expected_shape = model_shape(ours)[0], torch_shape(theirs)[0]
+    assert expected_shape.mismatch(shape) is None and shape.fingerprint == expected_shape.fingerprint
+
+
+def test_load_model_of_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in (tmp_path / "none", "nobody/no-such-model", tmp_path):
+        with pytest.raises(FileNotFoundError, match="Expected a model directory") as caught:
+            load_model(name)
+        assert "\n" not in str(caught.value)
+
+
+def test_backends_agree_on_one_model(checkpoint):
+    torch = pytest.importorskip("torch")
+    import spectral_kv_torch
+    from spectral_kv_torch.capture import capture as torch_capture
+    from spectral_kv_torch.capture import score_gradients as torch_gradients
+    from spectral_kv_torch.integration import model_shape as torch_shape
+    from spectral_kv_torch.integration import weights_digest as torch_digest
+
+    shape, theirs = model_shape(checkpoint.mlx)[0], torch_shape(checkpoint.torch)[0]
+    assert theirs.mismatch(shape) is None and shape.fingerprint == theirs.fingerprint
+    assert weights_digest(checkpoint.mlx) == torch_digest(checkpoint.torch) != ""
+    tokens, follow = make_tokens(80), make_tokens(10, seed=2)
+    ours, expected = capture(checkpoint.mlx, tokens), torch_capture(checkpoint.torch, tokens)
+    for i in shape.layers:
+        for name in ("queries", "keys", "values"):
+            close(getattr(ours[i], name), getattr(expected.layers[i], name).numpy(), 1e-4)
+    with torch.no_grad():
+        p = checkpoint.torch(torch.tensor([tokens + follow])).logits[0, -len(follow) :].softmax(-1)
+    labels = torch.multinomial(p, 1, generator=torch.Generator().manual_seed(3))[:, 0]
+    expected = torch_gradients(checkpoint.torch, expected, follow, 1, torch.Generator().manual_seed(3))[0]
+    gradients = label_gradients(checkpoint.mlx, ours, follow, mx.array(labels.numpy()))
+    for i in shape.layers:
+        for mine, other in zip(gradients[i], expected[i]):
+            error = np.linalg.norm(np.array(mine) - other.numpy()) / np.linalg.norm(other.numpy())
+            assert error < 1e-3, (i, error)
+    assert set(spectral_kv_torch.__all__) - set(__import__("spectral_kv_mlx").__all__) == {"SpectralCache"}
+
+
+def test_a_probe_changes_one_layer_and_keeps_nothing(family):
+    shape, ids = family.profile.shape, make_tokens(120)
+    held, log_p = SpectralProfiler().probe(family.model, shape, ids, 10)
+    logits = mx.array(feed(family.model, plain_cache(family.model), ids)[-10:])
+    expected = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    close(log_p({}), expected, 5e-4)
+    assert [x.shape for x in held[0]] == [(1, shape.kv_heads, 110, shape.head_dim)] * 2
+    keys, values = held[1]
+    assert np.abs(log_p({1: (keys, 0.5 * values)}) - np.array(expected)).max() > 1e-2
+    close(log_p({1: (keys, values)}), log_p({}), 0)
+    close(log_p({}), expected, 5e-4)
+
+
+def test_a_probe_runs_no_layer_below_the_one_that_it_changes(family, monkeypatch):
+    shape, ids, layer = family.profile.shape, make_tokens(120), type(family.model.layers[0])
+    (held, log_p), (_, without) = (SpectralProfiler().probe(family.model, shape, ids, 10) for _ in range(2))
+    log_p({})
+    runs, run = [], layer.__call__
+    monkeypatch.setattr(
+        layer, "__call__", lambda self, *args, **options: runs.append(self) or run(self, *args, **options)
+    )
+    for n, i in enumerate(shape.layers):
+        changed = {n: (held[n][0], 0.5 * held[n][1])}
+        runs.clear()
+        close(log_p(changed), without(changed), 1e-5)
+        assert len(runs) == 2 * len(family.model.layers) - i
+    assert all(type(x) is layer for x in family.model.layers)
+
+
+def test_a_profile_serves_both_backends(checkpoint, tmp_path):
+    pytest.importorskip("torch")
+    import spectral_kv_torch
+    from spectral_kv_torch.generation import score as torch_score
+
+    prompt, continuation = make_tokens(150), make_tokens(6, seed=5)
+    settings = {"tokens": 640, "document": 256, "progress": False}
+    texts = ["Some text, and then some more text. " * 12, "Other text: 1, 2, 3, 5, 8, 13, 21, 34, 55. " * 12]
+    by_mlx = SpectralProfiler(**settings).profile_from_model(checkpoint.mlx, checkpoint.tokenizer, texts)
+    by_torch = spectral_kv_torch.SpectralProfiler(**settings).profile_from_model(
+        checkpoint.torch, checkpoint.tokenizer, texts
+    )
+    close(by_mlx.queries.mean, by_torch.queries.mean, 1e-3)
+    for profile in (by_mlx, by_torch):
+        profile = type(profile).load(profile.save(tmp_path / "p.safetensors"))
+        ours = make_prompt_cache(checkpoint.mlx, profile, 4.0, **SMALL)
+        theirs = spectral_kv_torch.make_prompt_cache(checkpoint.torch, profile, 4.0, **SMALL)
+        mine = score(checkpoint.mlx, prompt, continuation, ours)
+        # mlx-lm feeds the last token of a prompt alone, so that it sees the sealed tokens; torch is fed alike here
+        other = torch_score(checkpoint.torch, prompt[:-1], [prompt[-1], *continuation], theirs)[1:]
+        assert np.square(mine - other).mean() < 1e-4 * np.square(other).mean()
+        assert cache_nbytes(ours) == spectral_kv_torch.cache_nbytes(theirs)
+        mine, other = (
+            sum(x.nbytes for layer in layers for x in TransformCodec.tables(layer.store.codec))
+            for layers in (ours, theirs.layers)
+        )
+        assert mine == other
+
+
+def test_quantized_weights(checkpoint, tmp_path):
+    profile = calibrate(checkpoint.mlx)
+    mlx_lm.convert(str(checkpoint.path), str(tmp_path / "q"), quantize=True, q_bits=4, q_group_size=32)
+    quantized, _ = load_model(tmp_path / "q")
+    assert isinstance(quantized.layers[0].self_attn.q_proj, nn.QuantizedLinear)
+    assert weights_digest(quantized) == profile.weights_digest
+    prompt, continuation = make_tokens(120), make_tokens(5, seed=5)
+    reference = score(quantized, prompt, continuation, plain_cache(quantized))
+    for p in (profile, calibrate(quantized)):
+        got = score(quantized, prompt, continuation, make_prompt_cache(quantized, p, 6.0, **SMALL))
+        assert np.square(got - reference).mean() < 0.05 * np.square(reference).mean()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision(dtype):
+    model = make_model("llama")
+    profile = calibrate(model)
+    model.set_dtype(getattr(mx, dtype))
+    cache = make_prompt_cache(model, profile, 4.0, **SMALL)
+    out = model(mx.array([make_tokens(100)]), cache=cache)
+    out = model(mx.array([[3]]), cache=cache)
+    assert out.dtype == getattr(mx, dtype) and mx.isfinite(out).all()
+    assert {a.dtype for a in cache[0].state[1:]} == {getattr(mx, dtype), mx.uint8}
+
+
+def test_generate_counts_tokens_and_stops(tiny):
+    prompt = make_tokens(30)
+    seen = []
+    out = generate(tiny.model, None, prompt, plain_cache(tiny.model), 6, True, seen.append)
+    assert out.tokens == seen and len(out.times) == 7 and sorted(out.times) == out.times
+    tokenizer = SimpleNamespace(eos_token_ids={out.tokens[2]})
+    stop = out.tokens.index(out.tokens[2]) + 1
+    assert generate(tiny.model, tokenizer, prompt, plain_cache(tiny.model), 6, False, seen.append).tokens == seen[:stop]
+
+
+def test_store_without_codec_matches_numpy_reference():
+    from spectral_kv_core.arrays import ops as reference
+
+    x = np.random.default_rng(0).normal(size=(1, 2, 40, 8)).astype(np.float32)
+    caches = LayerCache(ops, None, 4, 16), LayerCache(reference, None, 4, 16)
+    caches[0].append(mx.array(x), mx.array(x))
+    caches[1].append(x, x)
+    close(caches[0].dense()[0], caches[1].dense()[0], 0)
+
+
+@pytest.mark.slow
+def test_backends_agree_on_the_demo_model():
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    from spectral_kv_core.hosts.demo_model import demo_model_path
+
+    path = demo_model_path()
+    ours, tokenizer = load_model(path)
+    tokens = tokenizer.encode("The tides are caused by the Moon, whose gravity pulls the oceans. " * 2)[:24]
+    assert len(tokens) == 24
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.no_grad():
+        expected = theirs(torch.tensor([tokens])).logits[0].numpy()
+    close(feed(ours, None, tokens), expected, 1e-3)

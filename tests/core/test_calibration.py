@@ -1,0 +1,66 @@
+"""Calibration: documents, the spool, and bases that hold at positions where no document stood."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cases import ToyModel
+
+from spectral_kv_core.arrays import ops
+from spectral_kv_core.arrays.rope import shift
+from spectral_kv_core.calibration.basis_fit import fit_basis_set
+from spectral_kv_core.calibration.spool import Spool
+from spectral_kv_core.calibration.text import split_documents
+from spectral_kv_core.codecs.registry import make_codec, make_plan
+from spectral_kv_core.profile.profile import Profile
+
+MODEL = ToyModel(rotated=True)
+
+
+def profile(positions: int) -> Profile:
+    with Spool() as spool:
+        for d in range(4):
+            for row in range(MODEL.layers):
+                keys, values = MODEL.sample(d, 400, layer=row)
+                gradients = np.random.default_rng(d).standard_normal((2, 1, *keys.shape[1:])).astype(np.float32)
+                spool.add(row, d, keys[0], values[0], gradients[0], gradients[1])
+        basis_set = fit_basis_set(spool, MODEL.shape, positions=positions)
+    return Profile(MODEL.shape, "toy", {}, {basis_set.name: basis_set})
+
+
+def key_error(fitted: Profile, place: int) -> float:
+    """Relative RMS error of decoded keys of an unseen document that starts at `place`, 3 bits."""
+    codec = make_codec(ops, make_plan(MODEL.shape, fitted, "spectral", 3.0), 0)
+    keys, values = MODEL.sample(77, 320)
+    keys = shift(ops, keys, MODEL.rope, place)
+    decoded, _ = codec.decode(codec.encode(keys, values, place))
+    return float(np.sqrt(np.square(decoded - keys).mean() / np.square(keys).mean()))
+
+
+def test_bases_hold_at_positions_where_no_document_stood():
+    near, spread = profile(0), profile(16_000)
+    assert key_error(spread, 12_000) < 0.8 * key_error(near, 12_000)
+    assert key_error(spread, 12_000) < 1.3 * key_error(spread, 0)
+
+
+def test_documents_are_mixed_and_bounded():
+    texts = ["a" * 1000, "b" * 3000, "c" * 500]
+    documents = split_documents(texts, lambda t: [ord(c) for c in t], 600, 2000)
+    assert [(chr(d[0]), len(d)) for d in documents] == [("a", 600), ("b", 600), ("c", 500), ("a", 300)]
+    with pytest.raises(ValueError, match="at least 64 tokens"):
+        split_documents(["too short"], lambda t: [1, 2, 3], 600, 2000)
+
+
+def test_spool_keeps_small_changes_around_a_large_mean():
+    """Strongly biased keys (Qwen2): float16 of the raw values would lose what varies."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1, 50, 8)).astype(np.float32) + 1000
+    gradients = rng.standard_normal((2, 1, 50, 8)).astype(np.float32) * 1e-9
+    with Spool() as spool:
+        spool.add(0, 0, x, -x, gradients, gradients)
+        ((got, slopes),) = spool.read(0)
+        with pytest.raises(ValueError, match="NaN"):
+            spool.add(0, 1, x * np.nan, x, gradients, gradients)
+    np.testing.assert_allclose(got[0], x[0], atol=2e-3)
+    np.testing.assert_allclose(slopes[:, 0], gradients[:, 0], atol=2e-12)
+    assert not spool._path(0, 0).exists()
