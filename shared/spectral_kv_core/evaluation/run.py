@@ -84,6 +84,7 @@ class Settings:
             if not values:
                 raise ValueError(f"Expected at least one value for --{name}, received none.")
         methods = [get_method(name) for name in self.methods]
+        value: str | int
         for name, values, known in (("tasks", self.tasks, TASKS), ("metrics", self.metrics, METRICS)):
             for value in values:
                 if value not in known:
@@ -124,14 +125,14 @@ class Settings:
             raise ValueError(
                 f"Expected a method that rounds by scores for --rounding-scores, {', '.join(self.methods)} do not."
             )
-        wavy = [method for method in methods if _has_wavelet(method)]
+        wavy = [named for method in methods if (named := method.scorer) and _has_wavelet(method)]
         if self.wavelets and not (wavy and self.shares):
             raise ValueError(
                 f"Expected a method that drops tokens by a wavelet scorer for --wavelet, {', '.join(self.methods)} "
                 f"{'drop none with --tiers alone' if wavy else 'do not'}."
             )
         for wavelet in self.wavelets:
-            check_wavelet(get_scorer(wavy[0].scorer), wavelet)
+            check_wavelet(get_scorer(wavy[0]), wavelet)
         self._check_keep([method for method in methods if _drops_tokens(method)])
 
     @property
