@@ -12,6 +12,8 @@ import numpy as np
 from mlx_lm.models import base
 from mlx_lm.models.cache import create_attention_mask
 
+from spectral_kv_core.errors import UsageError
+
 from .handles import RoutedCache, routing
 from .integration import dispatcher, host_layers, model_shape, replaced_attention, routed
 from .ops import all_finite, to_numpy
@@ -31,7 +33,7 @@ class CaptureCache(RoutedCache):
         if self.leaves:
             return mx.concatenate([self.keys, keys], axis=2), mx.concatenate([self.values, values], axis=2)
         if not self.find_route():
-            raise ValueError("Expected a model whose attention is routed through ours, received another caller.")
+            raise UsageError("Expected a model whose attention is routed through ours, received another caller.")
         self.pending = keys, values
         return self.pending
 
@@ -64,7 +66,24 @@ class CaptureCache(RoutedCache):
 
 
 def capture(model, tokens: list[int]) -> list:
-    """Run `tokens` through `model`; the layers that can be compressed hold `queries`, `keys` and `values`, post-RoPE."""
+    """Run `tokens` through `model` and keep what its layers attend with.
+
+    Args:
+        model: A model of mlx-lm.
+        tokens: Token ids of one sequence, T of them.
+
+    Returns:
+        A list of the host with one entry per layer. Layers that can be compressed hold `queries` [1, q_heads, T, head_dim],
+        `keys` and `values` [1, kv_heads, T, head_dim], all after RoPE; the others are the host's own.
+
+    Examples:
+        >>> from spectral_kv_core.hosts.demo_model import demo_model_path
+        >>> from spectral_kv_mlx import capture, load_model
+        >>> model, tokenizer = load_model(demo_model_path())
+        >>> layer = capture(model, tokenizer.encode("The sea is a place of endless wonder."))[8]
+        >>> tuple(layer.queries.shape), tuple(layer.keys.shape)
+        ((1, 9, 9, 64), (1, 3, 9, 64))
+    """
     cache = host_layers(model)
     for i in model_shape(model)[0].layers:
         cache[i] = CaptureCache()
@@ -135,7 +154,7 @@ def score_gradients(model, cache: list, tokens: list[int], samples: int, seed: i
     """
     log_p = log_probabilities(model, cache, tokens)
     if not all_finite(log_p):
-        raise ValueError("Expected finite logits, received NaN or infinity: check the weights and the dtype.")
+        raise UsageError("Expected finite logits, received NaN or infinity: check the weights and the dtype.")
     draws = [mx.random.categorical(log_p, key=k) for k in mx.random.split(mx.random.key(seed), samples)]
     return [label_gradients(model, cache, tokens, labels) for labels in draws]
 

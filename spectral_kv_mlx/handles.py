@@ -15,6 +15,8 @@ from contextvars import ContextVar
 import mlx.core as mx
 from mlx_lm.models.cache import _BaseCache
 
+from spectral_kv_core.errors import UsageError
+
 
 class Route:
     """From a cache that took tokens in to the dispatcher, within one call of a module."""
@@ -61,14 +63,14 @@ def make_dispatcher(host: Callable, fused: Callable, check_mask: Callable) -> Ca
         if route is not None and route.cache is not None:
             cache, route.cache = route.cache, None  # what a model is given may be a wrapper around ours
             if cache.pending is None or cache.pending[0] is not keys:
-                raise ValueError(
+                raise UsageError(
                     "Expected the keys that update_and_fetch gave back, received others. Give the model caches that hand on "
                     "what ours return."
                 )
         elif not (isinstance(cache, RoutedCache) and cache.pending is not None and cache.pending[0] is keys):
             return host(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
         if sinks is not None:
-            raise ValueError(
+            raise UsageError(
                 "Expected attention without sink logits, received some: such layers cannot be compressed. Pass them through."
             )
         check_mask(mask, cache, queries.shape[2])

@@ -31,6 +31,7 @@ from mlx_lm.utils import _download, load_config
 from spectral_kv_core.arrays.rope import Rope
 from spectral_kv_core.cache.prompt_cache_file import ExactLayer
 from spectral_kv_core.compat.engine import check_quantize
+from spectral_kv_core.errors import UsageError, first_line
 from spectral_kv_core.files import paths
 from spectral_kv_core.hosts.weights import digest_weights
 from spectral_kv_core.profile.model_shape import ModelShape
@@ -60,6 +61,16 @@ def restore(model) -> None:
     """Give `model` its host's attention back; compressed caches then decode for it.
 
     Models of one family share their attention: it is given back when the last of them is restored.
+
+    Args:
+        model: A model that `make_prompt_cache` or `load_prompt_cache` has been called with.
+
+    Examples:
+        >>> from spectral_kv_core.hosts.demo_model import demo_model_path
+        >>> from spectral_kv_mlx import load_model, make_prompt_cache, restore
+        >>> model, tokenizer = load_model(demo_model_path())
+        >>> cache = make_prompt_cache(model)
+        >>> restore(model)
     """
     for owner, name, _ in _places(model):
         function = getattr(owner, name)
@@ -149,7 +160,7 @@ class MaskCheck:
         self._last: Callable = lambda: None
 
     def __call__(self, mask, cache, length: int) -> None:
-        """Raise ValueError unless `mask` is causal, with the left padding of `cache` where it has some."""
+        """Raise UsageError unless `mask` is causal, with the left padding of `cache` where it has some."""
         padding = getattr(cache, "left_padding", None)
         if not isinstance(mask, mx.array) or mask is self._last() or (length == 1 and padding is not None):
             return
@@ -157,7 +168,7 @@ class MaskCheck:
         expected = create_causal_mask(length, seen, left_padding=mx.array(padding) if padding is not None else None)
         visible = mask if mask.dtype == mx.bool_ else mask >= 0
         if not mx.array_equal(*mx.broadcast_arrays(visible, expected[..., -mask.shape[-1] :])).item():
-            raise ValueError(
+            raise UsageError(
                 "Expected a causal mask with padding on the left only, received another mask. Pad on the left and give "
                 "left_padding to make_prompt_cache."
             )
@@ -181,7 +192,7 @@ def _field(model, *names: str):
 def host_layers(model, left_padding: list[int] | None = None) -> list:
     """The cache layers that mlx-lm would use for `model`, whatever `make_cache` the instance was given.
 
-    left_padding: slots before every sequence of a batch; raises ValueError where mlx-lm has no layers for it.
+    left_padding: slots before every sequence of a batch; raises UsageError where mlx-lm has no layers for it.
     """
     own = hasattr(type(model), "make_cache")
     layers = type(model).make_cache(model) if own else [KVCache() for _ in model.layers]
@@ -189,14 +200,14 @@ def host_layers(model, left_padding: list[int] | None = None) -> list:
 
 
 def padded(cache, left_padding: list[int]):
-    """The host's counterpart of `cache` for a batch with left padding; raises ValueError where mlx-lm has none."""
+    """The host's counterpart of `cache` for a batch with left padding; raises UsageError where mlx-lm has none."""
     if type(cache) is KVCache:
         return BatchKVCache(left_padding)
     if type(cache) is RotatingKVCache and not cache.keep:
         return BatchRotatingKVCache(cache.max_size, left_padding)
     if type(cache) is ArraysCache:
         return ArraysCache(len(cache.cache), left_padding)
-    raise ValueError(
+    raise UsageError(
         f"Expected layers that mlx-lm can pad, received a {type(cache).__name__} with left_padding. Generate row by row."
     )
 
@@ -212,15 +223,15 @@ def cache_of(layers: list) -> list:
 
 
 def exact_layer(layer) -> ExactLayer:
-    """What a layer of the host's own holds; raises ValueError for a kind that is no list of keys and values."""
+    """What a layer of the host's own holds; raises UsageError for a kind that is no list of keys and values."""
     rotating = type(layer) in (RotatingKVCache, BatchRotatingKVCache)
     if not (rotating or type(layer) in (KVCache, BatchKVCache)) or getattr(layer, "keep", 0):
-        raise ValueError(
+        raise UsageError(
             f"Expected layers that keep keys and values in their order, received a {type(layer).__name__}, which cannot be "
             "stored yet. Keep the prompt itself."
         )
     if layer.empty():
-        raise ValueError("Expected a cache that has read a prompt, received an empty one.")
+        raise UsageError("Expected a cache that has read a prompt, received an empty one.")
     if not rotating:
         padding = layer.left_padding.tolist() if isinstance(layer, BatchKVCache) else None
         return ExactLayer(*layer.keys_and_values(), layer.size(), padding)
@@ -235,10 +246,10 @@ def exact_layer(layer) -> ExactLayer:
 
 
 def set_exact_layer(layer, held: ExactLayer) -> None:
-    """Let an empty layer of the host's own hold the arrays of `held`; raises ValueError when they are too few."""
+    """Let an empty layer of the host's own hold the arrays of `held`; raises UsageError when they are too few."""
     seen, received, window = held.seen, held.keys.shape[2], getattr(layer, "max_size", held.seen + 1)
     if received < min(seen, window - 1):
-        raise ValueError(
+        raise UsageError(
             f"Expected the last {min(seen, window - 1):,} tokens for a window of {window:,}, received {received:,}: the cache "
             "is of a model with another window. Make it again."
         )
@@ -359,9 +370,26 @@ def weights_digest(model) -> str:
 
 
 def load_model(name: str | os.PathLike, dtype: str | None = None, quantize: str | None = None):
-    """Model and tokenizer of a directory or hub id; float32 on the CPU unless `dtype` says otherwise.
+    """Load a model and its tokenizer as mlx-lm does.
 
-    quantize: `4bit` or `8bit` weights by MLX; weights that are stored quantized stay as they are.
+    Args:
+        name: A directory or a hub id.
+        dtype: Type of the weights, such as `bfloat16`; None as they are stored, on the CPU float32.
+        quantize: `4bit` or `8bit` weights by MLX; None as they are stored. Weights that are stored quantized stay so.
+
+    Returns:
+        The model with its weights in memory, and its tokenizer.
+
+    Raises:
+        FileNotFoundError: There is no such directory, or the hub has no such model.
+        ValueError: `quantize` is no width that is known.
+
+    Examples:
+        >>> from spectral_kv_core.hosts.demo_model import demo_model_path
+        >>> from spectral_kv_mlx import load_model
+        >>> model, tokenizer = load_model(demo_model_path())
+        >>> tokenizer.decode(tokenizer.encode("The sea"))
+        'The sea'
     """
     check_quantize(quantize)
     if not Path(name).exists() and str(name).startswith((".", "/", "~")):
@@ -371,10 +399,13 @@ def load_model(name: str | os.PathLike, dtype: str | None = None, quantize: str 
         config = load_config(path)
         model, tokenizer = mlx_lm.load(str(path), model_config=_config_corrections(config), lazy=True)
     except OSError as error:
-        reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"Expected a model directory, a hub id or demo, cannot load {str(name)!r}: {reason}"
+            f"Expected a model directory, a hub id or demo, cannot load {str(name)!r}: {first_line(error)}"
         ) from None
+    except ValueError as error:
+        raise UsageError(
+            f"Expected a model that mlx-lm knows, cannot load {str(name)!r}: {first_line(error)}"
+        ) from error
     if dtype is None and mx.default_device() == mx.Device(mx.cpu):  # half precision is emulated there
         dtype = "float32"
     if dtype is not None:

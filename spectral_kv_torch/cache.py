@@ -173,9 +173,30 @@ class SpectralKVFollower(FollowingLayer, CacheLayerMixin):
 
 
 class SpectralCache(Cache):
-    """A transformers `Cache` made of a plan, or of a profile and a budget.
+    """A transformers `Cache` that holds codes, made of a profile and a budget or of a plan.
 
-    layers: what the host would use for every layer of the model; the compressible ones are replaced.
+    `make_prompt_cache` makes one for a model, and lets the model attend to its codes.
+
+    Args:
+        profile: A profile of the model.
+        bits: Average stored bits per sealed key or value element. Default: the method's own.
+        method: Name of a method with a live cache.
+        window: The last tokens, kept exactly.
+        sinks: The first tokens, kept exactly.
+        plan: What is stored, in place of `profile`, `bits` and `method`.
+        layers: What the host would use for every layer of the model; those that can be compressed are replaced.
+        eviction: How tokens are dropped, for a method that drops some.
+        working_set: Bytes that decoded chunks may take in all, as in `make_prompt_cache`.
+
+    Raises:
+        ValueError: The bits are out of range, or the method drops tokens and has no `eviction`.
+
+    Examples:
+        >>> from spectral_kv_core.profile.store import packaged_profiles
+        >>> from spectral_kv_torch import SpectralCache, SpectralProfile
+        >>> cache = SpectralCache(SpectralProfile.load(packaged_profiles()[0]), bits=2)
+        >>> len(cache.layers), cache.get_seq_length()
+        (30, 0)
     """
 
     def __init__(

@@ -7,7 +7,9 @@ import inspect
 import numpy as np
 import pytest
 
+from spectral_kv_core.arrays import ops as core_ops
 from spectral_kv_core.arrays.kernels import Kernels
+from spectral_kv_core.arrays.namespace import ArrayNamespace
 
 X = np.random.default_rng(0).standard_normal((2, 3, 21, 4)).astype(np.float32)
 
@@ -62,3 +64,8 @@ def test_kernels_are_those_of_the_protocol(xp, name):
     found = list(inspect.signature(getattr(xp.kernels, name)).parameters.values())
     assert [(p.name, p.default) for p in found[: len(expected)]] == [(p.name, p.default) for p in expected]
     assert all(p.default is not p.empty for p in found[len(expected) :])
+
+
+def test_the_protocol_of_a_namespace_names_what_every_library_gives(xp):
+    assert sorted(ArrayNamespace.__annotations__) == sorted(core_ops.__all__)
+    assert [name for name in ArrayNamespace.__annotations__ if not hasattr(xp, name)] == []

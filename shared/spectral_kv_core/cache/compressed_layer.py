@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+from ..errors import UsageError
 from ..planning.plan import Plan
 from .eviction import Eviction
 from .layer_cache import LayerCache
@@ -71,11 +72,11 @@ class CompressedLayer:
         return self.store
 
     def check(self, keys, layers: int = 1) -> None:
-        """Raise ValueError unless `keys` are those of `layers` layers of the plan's model."""
+        """Raise UsageError unless `keys` are those of `layers` layers of the plan's model."""
         expected = layers * self.plan.shape.kv_heads, self.plan.shape.head_dim
         received = keys.shape[1], keys.shape[3]
         if expected != received:
-            raise ValueError(
+            raise UsageError(
                 f"Expected keys with (kv_heads, head_dim) {expected}, received {received}: the profile is of another model."
             )
 

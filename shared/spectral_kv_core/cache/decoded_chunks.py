@@ -10,22 +10,23 @@ from math import prod
 from numbers import Integral
 
 from ..arrays import attention
+from ..errors import UsageError
 from ..planning.methods import Method
 from ..planning.plan import Plan
 
 
 def check_working_set(method: Method, limit: int) -> None:
-    """Raise ValueError unless caches of `method` have a use for `limit` bytes of decoded chunks."""
+    """Raise UsageError unless caches of `method` have a use for `limit` bytes of decoded chunks."""
     whole = isinstance(limit, Integral) and not isinstance(limit, bool)
     if not whole or limit < 0 or (limit and not method.decodes_history):
-        raise ValueError(
+        raise UsageError(
             f"Expected working_set of 0 bytes or more, 0 for a method that never decodes its history, received {limit!r} for "
             f"{method.name}. Choose another method, such as spectral-dense."
         )
 
 
 def bytes_per_layer(plan: Plan, limit: int) -> int:
-    """What every row of the plan's tables may keep of `limit` bytes; raises ValueError for a method that decodes nothing."""
+    """What every row of the plan's tables may keep of `limit` bytes; raises UsageError for a method that decodes nothing."""
     check_working_set(plan.method, limit)
     return limit // len(plan.layer_groups)
 

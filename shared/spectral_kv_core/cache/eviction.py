@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from ..codecs.chunk import Chunk
+from ..errors import UsageError
 from ..planning.budget import CHUNK_TOKENS
 from ..planning.plan import Plan
 from ..scorers import Scorer, Tokens, get_scorer
@@ -46,9 +47,9 @@ class Eviction:
 
     def __post_init__(self):
         if self.mode not in MODES:
-            raise ValueError(f"Expected a selection among {', '.join(MODES)}, received {self.mode!r}.")
+            raise UsageError(f"Expected a selection among {', '.join(MODES)}, received {self.mode!r}.")
         if self.budget <= self.fixed:
-            raise ValueError(
+            raise UsageError(
                 f"Expected budget_tokens above {self.fixed}, which {self.sinks} sinks, a window of {self.window} and what is "
                 f"protected take, received {self.budget}."
             )

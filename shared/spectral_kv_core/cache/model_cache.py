@@ -26,7 +26,7 @@ def build_cache(
     """An empty compressed cache for `model`, which attends to it as codes from now on.
 
     profile None looks for one, and calibrates (with `tokenizer`) if there is none. left_padding: slots before every
-    sequence of a batch, for a host that is told them here. Raises ValueError for a profile of another model, a budget out of
+    sequence of a batch, for a host that is told them here. Raises UsageError for a profile of another model, a budget out of
     range, or nothing to compress.
     """
     shape, passed, profile = host.profile_for(model, request.recipe, profile, tokenizer)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..codecs.registry import make_plan, plan_for
+from ..errors import UsageError
 from ..hosts.protocol import Host
 from ..planning.budget import SINKS, WINDOW
 from ..planning.methods import Method, get_keeping_method, get_live_method
@@ -38,18 +39,18 @@ def save_prompt_cache(
         method = "identity"
     if method is not None:
         if model is None:
-            raise ValueError("Expected the model of a cache that is to be encoded, received none. Give model=.")
+            raise UsageError("Expected the model of a cache that is to be encoded, received none. Give model=.")
         method = get_keeping_method(method)
         shape, _, profile = host.profile_for(model, method, profile)
         plan = plan_for(shape, profile, method, bits, window=window, sinks=sinks)
         cache = encode_cache(host, plan, cache, sinks, window)
     elif bits is not None:
-        raise ValueError(f"Expected a method that has {bits:g} bits, received bits alone. Give method= too.")
+        raise UsageError(f"Expected a method that has {bits:g} bits, received bits alone. Give method= too.")
     ours = leading_layers(host.layers(cache))
     for layer in ours:
         layer.finalize()
         if layer.store is None or not layer.store.seen:
-            raise ValueError("Expected a cache that has read a prompt, received an empty one.")
+            raise UsageError("Expected a cache that has read a prompt, received an empty one.")
     file = PromptFile.of(
         host.xp,
         ours[0].plan,
@@ -75,7 +76,7 @@ def load_prompt_cache(
     file = path if isinstance(path, PromptFile) else PromptFile.load(path)
     plain = method == "plain"
     if bits is not None and (method is None or plain):
-        raise ValueError(f"Expected a method that has {bits:g} bits, received {method}.")
+        raise UsageError(f"Expected a method that has {bits:g} bits, received {method}.")
     target = None if method is None or plain else get_live_method(get_keeping_method(method))
     file.check(host.models.model_shape(model)[0], host.models.weights_digest(model))
     plan = file.plan(profile)

@@ -11,6 +11,7 @@ from numbers import Real
 
 from ..codecs.registry import plan_for, usable_method
 from ..codecs.tiers import check_tiers, make_tiered_plan
+from ..errors import UsageError
 from ..planning.budget import SINKS, WINDOW, elements_per_token, whole_number
 from ..planning.methods import DEFAULT_METHOD, Method, get_live_method, rounded_by
 from ..planning.plan import Plan
@@ -41,7 +42,7 @@ class CacheRequest:
     rounding_scores: the scorer that weighs tokens when codes are rounded, or `nearest`.
     working_set: bytes that decoded chunks may take in all, for a method that decodes its history.
 
-    None leaves a choice to the method. Raises ValueError or TypeError for options that are wrong or do not go together.
+    None leaves a choice to the method. Raises UsageError, or TypeError for options that are wrong or do not go together.
     """
 
     method: str | Method = DEFAULT_METHOD
@@ -70,7 +71,7 @@ class CacheRequest:
         object.__setattr__(self, "protect", _spans(self.protect))
         check_working_set(self.recipe, self.working_set)
         if self.selection is not None and self.selection not in MODES:
-            raise ValueError(f"Expected a selection among {', '.join(MODES)}, received {self.selection!r}.")
+            raise UsageError(f"Expected a selection among {', '.join(MODES)}, received {self.selection!r}.")
         if self.tiers is not None:
             self._check_tiers(self.tiers)
         elif self.recipe.scorer is None:
@@ -90,7 +91,7 @@ class CacheRequest:
     ) -> tuple[Plan, Eviction | None]:
         """What a cache of a model of this `shape` stores, and what it drops; None for a method that keeps every token.
 
-        element_bytes: size of an exact element. other_bytes: what the layers that pass through need. Raises ValueError
+        element_bytes: size of an exact element. other_bytes: what the layers that pass through need. Raises UsageError
         for bits out of range, a budget that is too small for what must stay, and a profile that does not fit.
         """
         method, exact = usable_method(self.recipe), (self.window, self.sinks, element_bytes, other_bytes)
@@ -113,7 +114,7 @@ class CacheRequest:
 
     def _check_tiers(self, tiers) -> None:
         for name in self._given("bits", "budget_bytes", "max_context", *DROPS):
-            raise ValueError(f"Expected tiers alone, which say bits and drop no token, received {name} too.")
+            raise UsageError(f"Expected tiers alone, which say bits and drop no token, received {name} too.")
         check_tiers(self.recipe, tiers)
         object.__setattr__(self, "tiers", tuple((float(share), float(bits)) for share, bits in tiers))
 
@@ -121,21 +122,21 @@ class CacheRequest:
         method = self.recipe
         for name in self._given(*DROPS):
             codec = f"+{method.name}" if method.can_drop else ""
-            raise ValueError(
+            raise UsageError(
                 f"Expected a method that drops tokens for {name}, {method.name} keeps every token. Take for example "
                 f"wavelettriattention{codec}."
             )
         if self.budget_bytes is None:
             return
         if self.bits is not None:
-            raise ValueError("Expected bits or budget_bytes, received both.")
+            raise UsageError("Expected bits or budget_bytes, received both.")
         if self.max_context is None:
-            raise ValueError("Expected max_context, the tokens that budget_bytes must hold, received none.")
+            raise UsageError("Expected max_context, the tokens that budget_bytes must hold, received none.")
 
     def _check_dropping(self, scorer: str) -> None:
         method = self.recipe
         if (self.budget_tokens is None) == (self.budget_bytes is None):
-            raise ValueError(
+            raise UsageError(
                 f"Expected either budget_tokens or budget_bytes for {method.name}, which drops tokens, received "
                 f"{'none' if self.budget_tokens is None else 'both'}."
             )
@@ -144,20 +145,20 @@ class CacheRequest:
 
 
 def _check_number(name: str, value) -> None:
-    """Raise ValueError unless `value` is None or a number above 0."""
+    """Raise UsageError unless `value` is None or a number above 0."""
     number = isinstance(value, Real) and not isinstance(value, bool)
     if value is not None and not (number and math.isfinite(value) and value > 0):
-        raise ValueError(f"Expected {name} to be a number above 0, received {value!r}.")
+        raise UsageError(f"Expected {name} to be a number above 0, received {value!r}.")
 
 
 def _spans(protect) -> tuple[tuple[int, int], ...]:
-    """`protect` as a tuple of pairs of ints; raises ValueError for spans that are none."""
+    """`protect` as a tuple of pairs of ints; raises UsageError for spans that are none."""
     try:
         spans = tuple((operator.index(start), operator.index(end)) for start, end in protect or ())
     except (TypeError, ValueError):
         spans = ((0, 0),)
     if not all(0 <= start < end for start, end in spans):
-        raise ValueError(f"Expected protected spans (start, end) of positions with start < end, received {protect!r}.")
+        raise UsageError(f"Expected protected spans (start, end) of positions with start < end, received {protect!r}.")
     return spans
 
 

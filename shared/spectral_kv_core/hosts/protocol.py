@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..arrays.namespace import ArrayNamespace
+
 Array = Any  # of the host's array library
 ModelShape = Any  # as all that follow, of a package that stands above this one
 Profile = Any
@@ -96,7 +98,7 @@ class Captures:
 class Host(Protocol):
     """What caches of whole models are made of: a backend's module `host`. `xp` has the names of `arrays.ops`."""
 
-    xp: Any
+    xp: ArrayNamespace
     models: Models
 
     def profile_for(
