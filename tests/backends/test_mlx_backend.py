@@ -286,7 +286,7 @@ def test_custom_loop_gets_dense_keys_and_values(tiny):
 
 
 class Wrapper:
-    """A cache around another, as loggers and servers have them."""
+    """A cache around another with what a model calls and no more, as loggers and servers have them."""
 
     def __init__(self, inner):
         self.inner = inner
@@ -294,8 +294,16 @@ class Wrapper:
     def update_and_fetch(self, keys, values):
         return self.inner.update_and_fetch(keys, values)
 
-    def __getattr__(self, name):
-        return getattr(self.inner, name)
+    def make_mask(self, *args, **options):
+        return self.inner.make_mask(*args, **options)
+
+    @property
+    def offset(self):
+        return self.inner.offset
+
+    @property
+    def state(self):
+        return self.inner.state
 
 
 def test_a_wrapped_cache_is_attended_as_codes(tiny, monkeypatch):
