@@ -11,7 +11,7 @@ BACKEND := $(if $(filter Darwin-arm64,$(shell uname -sm | tr ' ' -)),mlx,torch)
 # MLX's Linux wheel brings a slow BLAS; Debian's OpenBLAS makes its tests several times faster where it is installed
 OPENBLAS := $(firstword $(wildcard /usr/lib/*/openblas-pthread/libopenblas.so.0))
 
-.PHONY: help demo bench figures clean
+.PHONY: help demo bench figures report clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ figures: $(VENV)/.installed-plots ## draw the pictures of README and results/ fr
 	$(PLOT) --only needle results/needle_smollm2.json
 	$(PLOT) --only speed results/bench_llama_flat.json
 	$(PLOT) --bits 2 profiles/smollm2-135m-instruct.safetensors
+
+report: $(VENV)/.installed-plots ## make results/report.html of the JSON there and the packaged profile
+	$(VENV)/bin/spectralkv report results profiles/smollm2-135m-instruct.safetensors --output results/report.html
 
 include results/measure.mk
 

@@ -175,7 +175,7 @@ class LatentStep:
             tile = replace(chunks[0], tokens=CHUNK_TOKENS * len(chunks), arrays=_flat(units, chunks[0].arrays[1::2]))
             self._tiles[chunks[-1]] = tile
             for chunk, *parts in zip(chunks, *(mx.split(x, len(chunks), axis=2) for x in units)):
-                object.__setattr__(chunk, "arrays", _flat(parts, chunk.arrays[1::2]))  # the same codes, held elsewhere
+                chunk.move(_flat(parts, chunk.arrays[1::2]))
         return [tile]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from itertools import combinations, pairwise
@@ -15,6 +16,7 @@ from cases import ToyModel, toy_profile_of  # noqa: E402
 from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: E402
 
 from spectral_kv_core.cli import main as cli  # noqa: E402
+from spectral_kv_core.codecs.registry import make_plan  # noqa: E402
 from spectral_kv_core.planning.methods import METHODS  # noqa: E402
 from spectral_kv_core.plotting import draw as plots  # noqa: E402
 from spectral_kv_core.plotting import pictures  # noqa: E402
@@ -235,7 +237,7 @@ def test_speed_shows_the_ratios():
 
 def test_maps_of_a_profile_are_those_of_its_plan():
     result = profile_result(2.0)
-    plan = pictures.make_plan(result.content.shape, result.content, METHODS["spectral"], 2.0)
+    plan = make_plan(result.content.shape, result.content, METHODS["spectral"], 2.0)
     keys, values = (axis.images[0].get_array() for axis in pictures.bit_map(result).axes[:2])
     assert keys.shape == values.shape == (2, 2)  # layers, heads
     assert np.mean([keys, values]) == pytest.approx(plan.bits_per_element)
@@ -338,3 +340,64 @@ def test_reading_results_needs_no_matplotlib():
 def test_draw_needs_a_known_picture(evaluation, tmp_path):
     with pytest.raises(ValueError, match="only speed"):
         draw([evaluation], tmp_path, only=("speed",))
+
+
+def test_four_panels_leave_no_gap(evaluation):
+    extra = [row | {"text": f"{row['text']} again"} for row in evaluation.content["rows"] if row["task"] == "text"]
+    evaluation.content["rows"] += extra
+    places = [axis.get_subplotspec() for axis in pictures.rate_distortion(evaluation).axes]
+    assert len(places) == 4 and {place.get_gridspec().get_geometry() for place in places} == {(2, 2)}
+
+
+def test_dollar_signs_are_no_mathematics(evaluation, tmp_path):
+    """Between two of them matplotlib reads TeX, and fails on what is none."""
+    name = r"a$\nothing{b$c"
+    for row in evaluation.content["rows"]:
+        row["text"] = name
+    evaluation.content["model"] = name
+    profile = profile_result()
+    named = Result("toy", dataclasses.replace(profile.content, model=name), 2.0)
+    for _, _, figure in plots.figures([evaluation, named]):
+        assert figure._suptitle.get_text().startswith(r"a\$\nothing{b\$c")
+        plots.render(figure, "svg")
+
+
+def test_rows_without_bits_or_errors_are_named(evaluation):
+    for row in evaluation.content["rows"]:
+        row["bits_per_element"] = row["sealed_bits"] = None
+        if "aop_layers" in row:
+            row["aop_layers"] = [0.0, 0.0]
+    with pytest.raises(Skip, match="bits_per_element"):
+        pictures.rate_distortion(evaluation)
+    with pytest.raises(Skip, match="above 0"):
+        pictures.aop_by_layer(evaluation)
+
+
+def test_fields_of_the_wrong_kind_are_wrong_use(capsys, tmp_path, made_file):
+    evaluation = json.loads(made_file.read_text())
+    bench = published("bench_demo").content
+    for change, content, message in (
+        ({"method": 3}, evaluation, "a name as method"),
+        ({"bits": None}, evaluation, "a number as bits"),
+        ({"kl": "low"}, evaluation, "a number as kl"),
+        ({"prefix": [1024]}, evaluation, "a number as prefix"),
+        ({"kl": 10**400}, evaluation, "a number as kl"),
+        ({"aop_layers": 3}, evaluation, "a list as aop_layers"),
+        ({"aop_layers": ["x"]}, evaluation, "numbers as aop_layers"),
+        ({"context": None}, bench, "a context in tokens"),
+        ({"ratio_to_host": "x"}, bench, "a number as ratio_to_host"),
+    ):
+        rows = [*content["rows"][:-1], content["rows"][-1] | change]
+        (tmp_path / "wrong.json").write_text(json.dumps(content | {"rows": rows}))
+        assert cli.main(["plot", str(tmp_path / "wrong.json"), "--output", str(tmp_path / "out")]) == 2
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1, err
+    for change, message in (
+        ({"machine": {}}, "the machine"),
+        ({"bits": "2"}, "backend, bits"),
+        ({"documents": 3}, "documents"),
+    ):
+        (tmp_path / "wrong.json").write_text(json.dumps(bench | change))
+        assert cli.main(["plot", str(tmp_path / "wrong.json"), "--output", str(tmp_path / "out")]) == 2
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1, err

@@ -19,9 +19,9 @@ def command_modules() -> tuple[ModuleType, ...]:
 
     They are imported here, where `main` waits for Ctrl-C: what they need takes a while to load.
     """
-    from . import bench, cache_prompt, evaluate, fit, generate, inspect, methods, plot, profile
+    from . import bench, cache_prompt, evaluate, fit, generate, inspect, methods, plot, profile, report
 
-    return profile, generate, cache_prompt, evaluate, bench, inspect, methods, fit, plot
+    return profile, generate, cache_prompt, evaluate, bench, inspect, methods, fit, plot, report
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -63,7 +63,8 @@ class Codec(Protocol):
 
     def attend(self, chunk: Chunk, queries, scale: float) -> tuple:
         """Partial softmax (o, m, l) of grouped `queries` [B, H, M, D] float32 over a chunk, decoded for this call only."""
-        return attention.dense_partial(self.xp, queries, *self.decode(chunk), scale)
+        keys, values = self.decode(chunk)
+        return attention.dense_partial(self.xp, queries, keys, values, scale)
 
     def decode_step(self, chunks, queries, keys, values, scale: float):
         """`attention.decode_step`."""
@@ -233,10 +234,10 @@ def ranks_within(spectrum: np.ndarray, budget: float, steps: Sequence[int]) -> n
 
     The rank of a layer's keys or values is that of the head that needs most for the share; one share for the model.
     """
-    steps = np.array(steps)
+    allowed = np.array(steps)
 
     def ranks(share: float) -> np.ndarray:
-        return steps[np.searchsorted(steps, rank_for_energy(spectrum, share).max(-1))]
+        return allowed[np.searchsorted(allowed, rank_for_energy(spectrum, share).max(-1))]
 
     low, high = 0.0, 1.0
     if ranks(high).mean() <= budget:

@@ -16,6 +16,7 @@ import numpy as np
 from ..arrays.basis import fit_basis
 from ..arrays.rope import rotate, unrotate
 from ..planning.methods import Method
+from ..planning.plan import needed
 from ..profile.derived import head_moments, query_moment
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
@@ -27,7 +28,7 @@ class EigenCodec(ArrayCodec):
 
     def __init__(self, xp, plan: EigenPlan, row: int, like=None):
         super().__init__(xp, plan, row, like)
-        bases = np.split(_bases(plan.profile, row)[0], 2)
+        bases = np.split(_bases(needed(plan.profile), row)[0], 2)
         self.bases = [self.table(u[..., :r]) for u, r in zip(bases, plan.ranks[row].tolist())]  # [H, D, R]
 
     def store(self, keys, values, start: int) -> tuple:
@@ -60,15 +61,15 @@ class EigenPlan(ArrayPlan):
         return 16 / shape.head_dim, 16.0
 
     @classmethod
-    def make(cls, shape: ModelShape, profile: Profile, method: Method, bits: float) -> EigenPlan:
+    def make(cls, shape: ModelShape, profile: Profile | None, method: Method, bits: float) -> EigenPlan:
         cls.check_bits(shape, method, bits)
-        variance = np.stack([_bases(profile, row)[1] for row in range(len(shape.layers))])  # [L, 2H, D]
+        variance = np.stack([_bases(needed(profile), row)[1] for row in range(len(shape.layers))])  # [L, 2H, D]
         singular = np.sqrt(variance).reshape(len(variance), 2, -1, shape.head_dim)
         ranks = ranks_within(singular, bits / 16 * shape.head_dim, range(1, shape.head_dim + 1))
         return cls(method, bits, shape, profile=profile, ranks=ranks)
 
     def decides(self) -> dict:
-        basis_set, queries = self.profile.basis_set(self.method.basis_set), self.profile.queries
+        basis_set, queries = self.read_set, needed(needed(self.profile).queries)
         return {
             "ranks": self.ranks,
             **{name: getattr(basis_set, name) for name in ("mean", "weight", "basis", "variance")},

@@ -19,6 +19,7 @@ from ..planning.allocation import allocate_bits
 from ..planning.budget import elements_per_token
 from ..planning.loss import MEASURED_SHARE, coherent_cost, distortions, expansion
 from ..planning.methods import Method
+from ..planning.plan import needed
 from ..profile.basis_set import HISTOGRAM_LIMIT, BasisSet
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
@@ -58,14 +59,15 @@ class EntropyCodedPlan(TransformPlan):
         return ENTROPY_BITS
 
     @classmethod
-    def make(cls, shape: ModelShape, profile: Profile, method: Method, bits: float) -> EntropyCodedPlan:
+    def make(cls, shape: ModelShape, profile: Profile | None, method: Method, bits: float) -> EntropyCodedPlan:
         """One Lagrangian over all coefficients and tables, with the rates that the tables have on calibration text."""
         cls.check_bits(shape, method, bits)
         basis_set = cls.fitting_basis_set(profile, method)
         if basis_set.histogram is None:
+            known = needed(profile)
             raise ValueError(
-                f"Expected a profile with the histogram that {method.name} codes by, {profile.path or 'this one'} is older. "
-                f"Calibrate again: spectralkv profile --model {profile.model}"
+                f"Expected a profile with the histogram that {method.name} codes by, {known.path or 'this one'} is older. "
+                f"Calibrate again: spectralkv profile --model {known.model}"
             )
         tables = _step_tables(basis_set.histogram.tobytes())
         tables = tuple(replace(t, levels=(t.levels * expansion(t.mse)).astype(np.float32)) for t in tables)

@@ -16,6 +16,7 @@ import numpy as np
 from ..arrays.basis import orthonormalize
 from ..arrays.hadamard import random_rotation
 from ..planning.methods import Method
+from ..planning.plan import read_set
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
 from .base import ArrayPlan, LatentCodec, pack_tokens, ranks_within, unpack_tokens
@@ -30,7 +31,7 @@ class JarvisCodec(LatentCodec):
     def __init__(self, xp, plan: JarvisPlan, row: int, like=None):
         super().__init__(xp, plan, row, like)
         self.bits = plan.code_bits
-        basis_set = plan.profile.basis_set(plan.method.basis_set)
+        basis_set = plan.read_set
         basis = orthonormalize(basis_set.basis[row])
         bases = np.split(basis, 2)
         self.set_bases(
@@ -81,9 +82,9 @@ class JarvisPlan(ArrayPlan):
         return low + 32 / dim, high + 32 / dim
 
     @classmethod
-    def make(cls, shape: ModelShape, profile: Profile, method: Method, bits: float) -> JarvisPlan:
+    def make(cls, shape: ModelShape, profile: Profile | None, method: Method, bits: float) -> JarvisPlan:
         cls.check_bits(shape, method, bits)
-        variance = profile.basis_set(method.basis_set).channel_variance()
+        variance = read_set(profile, method).channel_variance()
         variance = variance.reshape(len(variance), 2, -1, shape.head_dim)  # [L, 2, H, D]
         plans = []
         for b in CODE_BITS:
@@ -95,11 +96,12 @@ class JarvisPlan(ArrayPlan):
         return cls(method, bits, shape, profile=profile, ranks=ranks, code_bits=b)
 
     def decides(self) -> dict:
-        basis_set = self.profile.basis_set(self.method.basis_set)
+        basis_set = self.read_set
         return {"code_bits": self.code_bits, "ranks": self.ranks, "mean": basis_set.mean, "basis": basis_set.basis}
 
     def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
-        lead, arrays = (batch, self.shape.kv_heads), []
+        lead = batch, self.shape.kv_heads
+        arrays: list[tuple] = []
         for rank in self.ranks[row].tolist():
             arrays += [((*lead, tokens // 8, rank, b), "uint8") for b in (self.code_bits, 1)]
             arrays += 2 * [((*lead, tokens), "float16")]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -19,7 +20,7 @@ import numpy as np
 from ..arrays.basis import orthonormalize
 from ..arrays.rope import rotate, unrotate
 from ..planning.methods import Method
-from ..profile.basis_set import BasisSet
+from ..planning.plan import read_set
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
 from ..quantization.packing import UNIT, pack, unpack
@@ -43,9 +44,9 @@ class KvtcCodec(FileCodec):
 
     def __init__(self, xp, plan: KvtcPlan, row: int, like=None):
         super().__init__(xp, plan, row, like)
-        basis_set = plan.profile.basis_set(plan.method.basis_set)
+        basis_set = plan.read_set
         self.runs = plan.runs
-        basis = [u[:, : sum(s * n for s, _, n in runs)] for u, runs in zip(_orthonormal(basis_set), self.runs)]
+        basis = [u[:, : sum(s * n for s, _, n in runs)] for u, runs in zip(plan.axes, self.runs)]
         self.bases, self.means = [self.table(u) for u in basis], [self.table(m) for m in basis_set.mean[0]]
 
     def store(self, keys, values, start: int) -> tuple:
@@ -112,6 +113,11 @@ class KvtcPlan(ArrayPlan):
     runs: tuple[tuple[tuple[int, int, int], ...], ...] = ((), ())
     CODEC = KvtcCodec
 
+    @cached_property
+    def axes(self) -> list[np.ndarray]:
+        """Bases [p, R] float32 of keys and of values, orthonormal again after the file's 8 bits."""
+        return [orthonormalize(u).astype(np.float32) for u in self.read_set.basis[0]]
+
     @property
     def bits_per_element(self) -> float:
         """Before DEFLATE."""
@@ -127,15 +133,15 @@ class KvtcPlan(ArrayPlan):
         return 0.02, 8.0
 
     @classmethod
-    def make(cls, shape: ModelShape, profile: Profile, method: Method, bits: float) -> KvtcPlan:
+    def make(cls, shape: ModelShape, profile: Profile | None, method: Method, bits: float) -> KvtcPlan:
         cls.check_bits(shape, method, bits)
-        variance = profile.basis_set(method.basis_set).variance[0, :, :, 0].astype(np.float64)
+        variance = read_set(profile, method).variance[0, :, :, 0].astype(np.float64)
         budget = bits * len(shape.layers) * shape.kv_heads * shape.head_dim
         runs = tuple(_runs(best_groups(v / v.sum(), budget)) for v in variance)
         return cls(method, bits, shape, profile=profile, runs=runs)
 
     def decides(self) -> dict:
-        basis_set = self.profile.basis_set(self.method.basis_set)
+        basis_set = self.read_set
         runs = {f"{side}_runs": np.array(runs) for side, runs in zip(("key", "value"), self.runs)}
         return runs | {"mean": basis_set.mean, "basis": basis_set.basis}
 
@@ -184,7 +190,7 @@ def _groups_at(tail: list[float], options: list[tuple], price: float) -> list[tu
     rank = len(tail) - 1
     # per width allowed at most: (value, option taken) from every component on; the last entry drops everything
     value = {bits: [0.0] * (rank + 1) for bits in (*WIDTHS, 0)}
-    taken = {bits: [None] * (rank + 1) for bits in (*WIDTHS, 0)}
+    taken: dict[int, list[tuple[int, int] | None]] = {bits: [None] * (rank + 1) for bits in (*WIDTHS, 0)}
     value[0] = tail
     for at in range(rank - 1, -1, -1):
         for below, allowed in pairwise((0, *WIDTHS[::-1])):
@@ -195,7 +201,8 @@ def _groups_at(tail: list[float], options: list[tuple], price: float) -> list[tu
                     if total < least:
                         least, choice = total, (size, bits)
             value[allowed][at], taken[allowed][at] = least, choice
-    groups, at, allowed = [], 0, WIDTHS[0]
+    groups: list[tuple[int, int]] = []
+    at, allowed = 0, WIDTHS[0]
     while at < rank and (choice := taken[allowed][at]) is not None:
         groups.append(choice)
         at, allowed = at + choice[0], choice[1]
@@ -215,11 +222,4 @@ def _runs(groups: list[tuple[int, int]]) -> tuple[tuple[int, int, int], ...]:
             runs[-1][2] += 1
         else:
             runs.append([size, bits, 1])
-    return tuple(map(tuple, runs))
-
-
-def _orthonormal(basis_set: BasisSet) -> list[np.ndarray]:
-    """Bases [p, R] float32 of keys and of values, orthonormal again after the file's 8 bits; made once."""
-    if "_orthonormal" not in vars(basis_set):
-        basis_set._orthonormal = [orthonormalize(u).astype(np.float32) for u in basis_set.basis[0]]
-    return basis_set._orthonormal
+    return tuple((size, bits, count) for size, bits, count in runs)

@@ -45,6 +45,7 @@ FAMILIES: dict[tuple[str, str], type[Plan]] = {  # codec and quantizer of a meth
     ("xkv", "scalar"): XkvPlan,
     ("kvtc", "scalar"): KvtcPlan,
 }
+NO_SHAPE = ModelShape(0, 0, 0, 0, 0, (), None)  # for families whose range does not depend on the model
 ANY_BITS = 0.0, 16.0  # bounds where the range of a family depends on the model
 
 
@@ -121,8 +122,8 @@ def make_codec(xp, plan: Plan, row: int, like=None):
 def bits_range(method: Method, shape: ModelShape | None = None) -> tuple[float, float]:
     """Lowest and highest `bits` that a method can reach; without a `shape`, bounds where they depend on it."""
     family = family_of(method)
-    if shape is None and family.bits_by_shape:
-        return ANY_BITS
+    if shape is None:
+        return ANY_BITS if family.bits_by_shape else family.bits_range(NO_SHAPE, method)
     return family.bits_range(shape, method)
 
 

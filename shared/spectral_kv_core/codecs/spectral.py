@@ -50,7 +50,7 @@ class SpectralPlan(TransformPlan):
         return MIN_BITS, MAX_BITS
 
     @classmethod
-    def make(cls, shape: ModelShape, profile: Profile, method: Method, bits: float) -> SpectralPlan:
+    def make(cls, shape: ModelShape, profile: Profile | None, method: Method, bits: float) -> SpectralPlan:
         """One Lagrangian over all coefficients of the model."""
         cls.check_bits(shape, method, bits)
         basis_set = cls.fitting_basis_set(profile, method)

@@ -18,6 +18,7 @@ from ..arrays.basis import fit_basis
 from ..arrays.rope import rotate, unrotate
 from ..planning.allocation import allocate_bits
 from ..planning.methods import Method
+from ..planning.plan import needed
 from ..profile.derived import covariance, means
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
@@ -34,9 +35,9 @@ class SvdqCodec(ArrayCodec):
     def __init__(self, xp, plan: SvdqPlan, row: int, like=None):
         super().__init__(xp, plan, row, like)
         self.block, self.widths = plan.method.block, plan.widths
-        basis, _ = fit_basis(covariance(plan.profile, row, 0, self.kv_heads))
+        basis, _ = fit_basis(covariance(needed(plan.profile), row, 0, self.kv_heads))
         self.basis = self.table(basis[:, : coded_channels(plan.widths, len(basis))])  # [H D, R]
-        self.mean = self.table(means(plan.profile, row)[: self.kv_heads].reshape(-1))
+        self.mean = self.table(means(needed(plan.profile), row)[: self.kv_heads].reshape(-1))
 
     def store(self, keys, values, start: int) -> tuple:
         xp = self.xp
@@ -123,25 +124,26 @@ class SvdqPlan(ArrayPlan):
         return _bits((1,) + 7 * (0,), method), _bits(8 * (8,), method)
 
     @classmethod
-    def make(cls, shape: ModelShape, profile: Profile, method: Method, bits: float) -> SvdqPlan:
+    def make(cls, shape: ModelShape, profile: Profile | None, method: Method, bits: float) -> SvdqPlan:
         cls.check_bits(shape, method, bits)
         check_groups(shape)
         spectra = []
         for row in range(len(shape.layers)):
-            _, variance = fit_basis(covariance(profile, row, 0, shape.kv_heads))
+            _, variance = fit_basis(covariance(needed(profile), row, 0, shape.kv_heads))
             spectra.append(variance.reshape(GROUPS, -1).sum(-1) / variance.sum())
         cost = np.mean(spectra, axis=0)[:, None] * np.array(width_errors())
         cost = np.array([[float(f"{x:.9g}") for x in row] for row in cost])  # last bits differ between machines
+        widths: tuple[int, ...] = ()
         for total in range(8 * GROUPS, 0, -1):
-            widths = allocate_bits(cost, np.ones(GROUPS, int), total)
-            widths = tuple(sorted(widths.tolist(), reverse=True))
+            chosen = allocate_bits(cost, np.ones(GROUPS, int), total)
+            widths = tuple(sorted(chosen.tolist(), reverse=True))
             if _bits(widths, method) <= bits:
                 break
         widths = (max(widths[0], 1), *widths[1:])  # the lowest bits of `range`
         return cls(method, bits, shape, profile=profile, widths=widths)
 
     def decides(self) -> dict:
-        basis_set = self.profile.basis_set(self.method.basis_set)
+        basis_set = self.read_set
         names = "mean", "weight", "basis", "variance"
         return {"widths": self.widths, **{name: getattr(basis_set, name) for name in names}}
 

@@ -92,7 +92,7 @@ def schedule(bits: float, channels: int, tokens: int, block: int) -> tuple[int, 
     rates = [width * tokens + 32 * tokens // block + 16 * channels if width else 0 for width in BIT_WIDTHS]
     budget = int(GROUPS * ((2 * bits - 16) * tokens - 16))
     cost = ENERGY ** np.arange(GROUPS)[:, None] * np.array(width_errors())
-    choices = allocate_bits(cost, np.ones(GROUPS, int), budget, rates)
+    choices = allocate_bits(cost, np.ones(GROUPS, int), budget, np.array(rates))
     widths = sorted((BIT_WIDTHS[i] for i in choices), reverse=True)
     return max(widths[0], 1), *widths[1:]
 
@@ -116,7 +116,8 @@ class SvdqPromptPlan(PromptPlan):
     @classmethod
     def make(cls, shape: ModelShape, profile: Profile | None, method: Method, bits: float) -> SvdqPromptPlan:
         check_groups(shape)
-        return super().make(shape, profile, method, bits)
+        cls.check_bits(shape, method, bits)
+        return cls(method, bits, shape)
 
     def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
         heads, dim, block = self.shape.kv_heads, self.shape.head_dim, self.method.block

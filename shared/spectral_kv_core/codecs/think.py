@@ -15,6 +15,7 @@ import numpy as np
 from ..arrays import attention
 from ..planning.budget import CHUNK_TOKENS
 from ..planning.methods import Method
+from ..planning.plan import needed
 from ..profile.derived import query_moment, rotated_energy
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
@@ -28,8 +29,9 @@ class ThinkCodec(ArrayCodec):
     def __init__(self, xp, plan: ThinkPlan, row: int, like=None):
         super().__init__(xp, plan, row, like)
         self.kept = plan.channels
-        positions = plan.profile.calibration.get("positions", 2048)
-        energy = rotated_energy(query_moment(plan.profile, row), self.rope, positions)
+        profile = needed(plan.profile)
+        positions = profile.calibration.get("positions", 2048)
+        energy = rotated_energy(query_moment(profile, row), self.rope, positions)
         self.energy = self.table(energy / energy.mean(-1, keepdims=True))  # [H, D]
         self.order = self.table(np.arange(self.head_dim), np.int32)
 
@@ -101,9 +103,9 @@ class ThinkPlan(ArrayPlan):
         return _bits(1, shape), _bits(shape.head_dim, shape)
 
     @classmethod
-    def make(cls, shape: ModelShape, profile: Profile, method: Method, bits: float) -> ThinkPlan:
+    def make(cls, shape: ModelShape, profile: Profile | None, method: Method, bits: float) -> ThinkPlan:
         cls.check_bits(shape, method, bits)
-        query_moment(profile, 0)  # raises for a profile without it
+        query_moment(needed(profile), 0)  # raises for a profile without it
         channels = max(c for c in range(1, shape.head_dim + 1) if _bits(c, shape) <= bits)
         return cls(method, bits, shape, profile=profile, channels=channels)
 

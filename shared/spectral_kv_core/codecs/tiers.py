@@ -16,7 +16,7 @@ import numpy as np
 from ..arrays import attention
 from ..arrays.rope import unrotate
 from ..planning.methods import Method
-from ..planning.plan import Plan
+from ..planning.plan import Plan, needed
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
 from ..quantization.packing import pack, unpack
@@ -39,7 +39,7 @@ class TieredCodec(Codec):
         self.xp, self.shape, self.bits = xp, plan.shape, max(len(plan.tiers) - 1, 1).bit_length()
         self.codecs = [tier.make_codec(xp, row, like) for tier in plan.tiers]
         self.counts = [round(share * GROUP) for share in plan.shares]
-        self.scores = BlockScores(xp, plan, row, plan.method.scorer, GROUP)
+        self.scores = BlockScores(xp, plan, row, needed(plan.method.scorer), GROUP)
         self.joint = plan.method.group != "head"
 
     def encode(self, keys, values, start: int) -> Chunk:

@@ -15,7 +15,7 @@ from ..arrays.transform import band_sizes, octave_bands, time_matrix, to_frequen
 from ..planning.budget import elements_per_token
 from ..planning.loss import coefficient_loss, rounding_gain
 from ..planning.methods import Method
-from ..planning.plan import Plan
+from ..planning.plan import Plan, needed, read_set
 from ..profile.basis_set import BasisSet
 from ..profile.profile import Profile
 from ..quantization.time_rounding import TokenWeights
@@ -34,13 +34,13 @@ class TransformPlan(Plan):
     basis_set: BasisSet = None  # type: ignore[assignment]  # a field behind those with defaults
 
     @classmethod
-    def fitting_basis_set(cls, profile: Profile, method: Method) -> BasisSet:
+    def fitting_basis_set(cls, profile: Profile | None, method: Method) -> BasisSet:
         """The basis set of `profile` that `method` reads; raises ValueError for one of another time transform."""
-        basis_set = profile.basis_set(method.basis_set)
+        basis_set = read_set(profile, method)
         if (basis_set.time, basis_set.block) != (method.time, method.block):
             raise ValueError(
                 f"Expected the time transform {method.time} over {method.block} tokens for {method.name}, the profile has "
-                f"{basis_set.time} over {basis_set.block}. Calibrate again: spectralkv profile --model {profile.model}"
+                f"{basis_set.time} over {basis_set.block}. Calibrate again: spectralkv profile --model {needed(profile).model}"
             )
         return basis_set
 

@@ -55,8 +55,8 @@ class TrellisCodec(SpectralCodec):
     def quantize(self, z, weights=None):
         """As `SpectralCodec.quantize`; the host searches, wherever `z` is."""
         xp = self.xp
-        held = [x if x is None else xp.to_numpy(x) for x in (z, weights)]
-        return xp.asarray(self.search.search(*held), like=self.time)
+        codes = self.search.search(xp.to_numpy(z), None if weights is None else xp.to_numpy(weights))
+        return xp.asarray(codes, like=self.time)
 
     def _dequantized(self, codes: list) -> list:
         """Coefficients [B, rows, n] of codes width by width."""

@@ -32,7 +32,7 @@ class TurboQuantCodec(LatentCodec):
         self.set_bases(2 * [random_rotation(self.head_dim)[None]])
         self.sketch = self.table(random_rotation(self.head_dim, "sketch")) if plan.sketched else None
         self.bits = plan.side_bits
-        flat = [self.table(x, x.dtype) for x in _flat_tables()]
+        flat = tuple(self.table(x, x.dtype) for x in _flat_tables())
         self.quantizers = [RowTables(xp, flat, np.array([bits])) for bits in self.bits]
         self._tables += [q.slots for q in self.quantizers]
 
@@ -120,7 +120,8 @@ class TurboQuantPlan(ArrayPlan):
         return {"code_bits": self.code_bits}
 
     def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
-        lead, arrays = (batch, self.shape.kv_heads), []
+        lead = batch, self.shape.kv_heads
+        arrays: list[tuple] = []
         for side, bits in enumerate(self.side_bits):
             sketched = self.sketched and side == 0
             widths = [bits] * (bits > 0) + [1] * sketched

@@ -7,17 +7,30 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
+from ..profile.basis_set import BasisSet
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
 from .budget import CHUNK_TOKENS, elements_per_token
 from .methods import Method
 
+T = TypeVar("T")
 HASH_VERSION = 2  # of what a plan's hash is made of; 1 was the representation of Python objects
 DECIDING = ("codec", "rope", "group", "time", "block", "group_size", "quantizer", "rounding")  # fields of a method
+
+
+def needed(x: T | None) -> T:
+    """`x`, which is never None where a plan is made of it: `codecs.registry.make_plan` has asked."""
+    assert x is not None
+    return x
+
+
+def read_set(profile: Profile | None, method: Method) -> BasisSet:
+    """The basis set of `profile` that `method` reads."""
+    return needed(profile).basis_set(needed(method.basis_set))
 
 
 class Made:
@@ -132,6 +145,11 @@ class Plan:
     def staging(self) -> Plan | None:
         """What holds a prompt until it ends; None where the plan's own codec does."""
         return None
+
+    @property
+    def read_set(self) -> BasisSet:
+        """The basis set of the profile that the method reads."""
+        return read_set(self.profile, self.method)
 
     def query_statistics(self, row: int) -> dict[str, np.ndarray]:
         """What `scorers.Tokens` takes of the profile for the heads of the layers of `row`; empty where it has nothing."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import UsageError
+from ..files.paths import write_whole
+from ..profile.profile import Profile
 from . import pictures
 from .results import Result, Skip
 
@@ -46,24 +50,65 @@ def draw(
         for value in given:
             if value not in known:
                 raise UsageError(f"Expected `{name}` among {', '.join(known)}, received {value!r}.")
-    matplotlib = _matplotlib()
     drawn, skipped = [], []
-    for result in results:
-        for name, (kind, paint) in PICTURES.items():
-            if kind != result.kind or (only and name not in only):
-                continue
-            try:
-                with matplotlib.rc_context(STYLE):
-                    figure = paint(result)
-                    drawn += [_save(figure, Path(folder) / f"{result.stem}_{name}.{form}") for form in formats]
-            except Skip as reason:
-                skipped.append({"result": result.stem, "picture": name, "reason": str(reason)})
+    for result, name, figure in figures(results, only):
+        if isinstance(figure, Skip):
+            skipped.append({"result": result.stem, "picture": name, "reason": str(figure)})
+        else:
+            drawn += [_save(figure, Path(folder) / f"{result.stem}_{name}.{form}") for form in formats]
     if not drawn:
         reasons = (
             "; ".join(f"{s['picture']}: {s['reason']}" for s in skipped) or f"only {', '.join(only)} were asked for"
         )
         raise UsageError(f"Expected results to draw, found none: {reasons}.")
     return {"pictures": list(map(str, drawn)), "skipped": skipped}
+
+
+def figures(results: list[Result], only: tuple[str, ...] = ()) -> Iterator[tuple]:
+    """(result, name of `PICTURES`, figure) of every picture; in place of a figure the `Skip` that says why there is none.
+
+    Raises ImportError, which names the extra, without matplotlib.
+    """
+    matplotlib = _matplotlib()
+    for result in results:
+        for name, (kind, paint) in PICTURES.items():
+            if kind != result.kind or (only and name not in only):
+                continue
+            try:
+                with matplotlib.rc_context(STYLE):
+                    figure = paint(_literal(result))
+            except Skip as reason:
+                figure = reason
+            yield result, name, figure
+
+
+def _literal(result: Result) -> Result:
+    """`result` with text that matplotlib can draw.
+
+    It reads what stands between two dollar signs as mathematics, and cannot draw control characters and half pairs.
+    """
+
+    def escaped(x):
+        if isinstance(x, str):
+            return "".join(c if c.isprintable() else "\ufffd" for c in x).replace("$", r"\$")
+        if isinstance(x, dict):
+            return {key: escaped(value) for key, value in x.items()}
+        return [escaped(value) for value in x] if isinstance(x, list) else x
+
+    content = result.content
+    if isinstance(content, Profile):
+        return replace(result, content=replace(content, model=escaped(content.model)))
+    return replace(result, content=escaped(content))
+
+
+def render(figure, form: str, dpi: int = 120) -> bytes:
+    """`figure` as a file of the format `form`: the same numbers give the same bytes."""
+    dated = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[form]
+    smaller = {"pil_kwargs": {"optimize": True}} if form == "png" else {}
+    made = io.BytesIO()
+    with _matplotlib().rc_context(STYLE):
+        figure.savefig(made, format=form, dpi=dpi, metadata=dated, **smaller)
+    return made.getvalue()
 
 
 def _matplotlib():
@@ -75,14 +120,5 @@ def _matplotlib():
 
 def _save(figure, path: Path) -> Path:
     """Write `figure` to `path`: temporary name, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    form = path.suffix[1:]
-    dated = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[form]
-    try:
-        smaller = {"pil_kwargs": {"optimize": True}} if form == "png" else {}
-        figure.savefig(temporary, format=form, dpi=120, metadata=dated, **smaller)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, render(figure, path.suffix[1:]))
     return path

@@ -1,6 +1,6 @@
 """The pictures of `spectralkv plot`: a function per picture, from a `Result` to a figure of matplotlib.
 
-Lines differ in marker and dash as well as in colour, so that they can be told apart in black and white.
+Lines differ in marker and dash as well as in color, so that they can be told apart in black and white.
 """
 
 from __future__ import annotations
@@ -12,25 +12,16 @@ from collections.abc import Iterable
 import numpy as np
 
 from ..arrays.basis import rank_for_energy
-from ..arrays.transform import band_sizes
-from ..codecs.registry import make_plan
-from ..codecs.transform import TransformPlan
 from ..planning.methods import METHODS
-from ..profile.profile import Profile
-from .results import Result, Skip, budget_name, by_place, curve_names, variant, variant_name, variants
+from .plan_map import bits_by_head, map_basis_set, map_plan
+from .results import RATIOS, Result, Skip, budget_name, by_place, curve_names, variant, variant_name, variants
 
 COLUMNS = 3  # panels beside each other, at most
 PANEL = (4.4, 3.3)  # inches
 MOST_LINES = 8  # of a panel of (method, bits) pairs
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#8C4C96", "#B08300", "#3E9BCB", "#7F7F7F")
+COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#8C4C96", "#B08300", "#3E9BCB", "#7F7F7F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)), (0, (1, 1)), (0, (9, 3)), (0, (4, 1, 1, 1, 1, 1)), "-")
-RATIOS = {  # key of a bench row: what it is a ratio to; ratio_to_dense is to the fastest of the plain ones
-    "ratio_to_host": "plain, as the host calls it",
-    "ratio_to_gqa": "plain, kernel with enable_gqa",
-    "ratio_to_grouped": "plain, kernel with grouped rows",
-    "ratio_to_host_quantized": "host's quantized cache",
-}
 
 
 def rate_distortion(result: Result):
@@ -40,6 +31,9 @@ def rate_distortion(result: Result):
         raise Skip("no row has a KL above 0")
     whole = any(row.get("budget_tokens") or row.get("sealed_bits") is None for row in rows)
     field, where = ("bits_per_element", "whole cache") if whole else ("sealed_bits", "sealed region")
+    rows = [row for row in rows if row.get(field) is not None]
+    if not rows:
+        raise Skip(f"no row with a KL has the field {field}")
     names = curve_names(rows)
     styles = _styles(names.values())
     panels = by_place(rows)
@@ -63,6 +57,8 @@ def rate_distortion(result: Result):
 def aop_by_layer(result: Result):
     """Relative error of the attention output, layer by layer: a panel per place, and per budget where lines are many."""
     rows = result.rows("aop_layers")
+    if not any(error > 0 for row in rows for error in row["aop_layers"]):
+        raise Skip("no row has an error of the attention output above 0")
     apart = len(variants(rows)) > MOST_LINES
     names = {one: variant_name(one, budget="" if apart else None) for one in variants(rows)}
     styles = _styles(names.values())
@@ -183,8 +179,8 @@ _SPEED = "time of the other / time of ours\n(above 1 ours is faster)"
 
 def spectrum(result: Result):
     """Variance along the components, as a share of the largest, of some layers; a panel for keys and one for values."""
-    profile = result.content
-    basis_set = profile.basis_set(_map_method(profile).basis_set)
+    profile = result.profile
+    basis_set = map_basis_set(profile)
     variance = basis_set.channel_variance()  # [L, G, R]
     layers = profile.shape.layers
     chosen = sorted({round(i * (len(layers) - 1) / 4) for i in range(5)})
@@ -204,8 +200,8 @@ def spectrum(result: Result):
 
 def rank_map(result: Result):
     """Components that hold 95 % of the variance, layer by head, for keys and values."""
-    profile = result.content
-    variance = profile.basis_set(_map_method(profile).basis_set).channel_variance()
+    profile = result.profile
+    variance = map_basis_set(profile).channel_variance()
     ranks = rank_for_energy(variance, 0.95).astype(float)
     label = f"components for 95 % of the variance (of {profile.shape.head_dim})"
     return _maps(result, ranks, "ranks", label, "{:.0f}")
@@ -213,10 +209,10 @@ def rank_map(result: Result):
 
 def bit_map(result: Result):
     """Stored bits per element, layer by head, for keys and values, of the plan at `bits`."""
-    profile = result.content
-    plan = make_plan(profile.shape, profile, _map_method(profile), result.bits)
+    profile = result.profile
+    plan = map_plan(profile, result.bits)
     title = f"{plan.method.name} at {plan.bits:g} bits"
-    return _maps(result, _bits_by_head(plan), title, "stored bits per element", "{:.1f}")
+    return _maps(result, bits_by_head(plan), title, "stored bits per element", "{:.1f}")
 
 
 def _styles(names: Iterable) -> dict:
@@ -226,8 +222,8 @@ def _styles(names: Iterable) -> dict:
         unique.sort(key=list(METHODS).index)  # a method looks the same in every picture of the same methods
     return {
         name: {
-            "color": COLOURS[i % len(COLOURS)],
-            "marker": MARKERS[(i + i // len(COLOURS)) % len(MARKERS)],
+            "color": COLORS[i % len(COLORS)],
+            "marker": MARKERS[(i + i // len(COLORS)) % len(MARKERS)],
             "linestyle": DASHES[i % len(DASHES)],
         }
         for i, name in enumerate(unique)
@@ -237,7 +233,7 @@ def _styles(names: Iterable) -> dict:
 def _panels(title: str, count: int, columns: int = COLUMNS, size: tuple = PANEL, sharey: bool = False):
     """A figure with `count` axes and no empty one."""
     figure_type = importlib.import_module("matplotlib.figure").Figure
-    columns = min(columns, count)
+    columns = min(columns, 2 if (columns, count) == (COLUMNS, 4) else count)  # two lines of two leave no gap
     lines = -(-count // columns)
     figure = figure_type(figsize=(size[0] * columns, size[1] * lines + 0.6), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
@@ -301,26 +297,12 @@ def _bars(axis, row: dict, names: list[str]) -> None:
 
 
 def _plan_name(result: Result) -> str:
-    return f", {result.content['plan']} plan" if result.content.get("plan") else ""
-
-
-def _map_method(profile: Profile):
-    """The method whose groups are heads; raises Skip for a profile that has none."""
-    for method in METHODS.values():
-        if method.transforms and method.group == "head" and method.basis_set in profile.basis_sets:
-            return method
-    raise Skip("the profile has no basis per head")
-
-
-def _bits_by_head(plan: TransformPlan) -> np.ndarray:
-    """Stored bits per element [L, G] of every head."""
-    block = plan.basis_set.block
-    return (plan.rates * band_sizes(block)).sum((-1, -2)) / (block * plan.shape.head_dim)
+    return f", {result.fields['plan']} plan" if result.fields.get("plan") else ""
 
 
 def _maps(result: Result, values: np.ndarray, title: str, label: str, form: str):
     """`values` [L, 2H] as two maps, layers down and heads across, on one scale."""
-    heads, layers = values.shape[1] // 2, result.content.shape.layers
+    heads, layers = values.shape[1] // 2, result.profile.shape.layers
     size = (1.9 + 0.42 * heads, max(2.4, 0.8 + 0.2 * len(layers)))
     figure, axes = _panels(f"{result.title}: {title}", 2, size=size)
     low, high = values.min(), values.max()

@@ -11,13 +11,19 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UsageError
-from ..evaluation.rows import GROUP, PLACES, VARIANT
+from ..evaluation.rows import GROUP, MEANS, PLACES, VARIANT
 from ..files.container import format_name
 from ..files.paths import model_name
 from ..hosts.demo_model import DEMO_DIR
 from ..planning.methods import METHODS
 from ..profile.profile import FORMAT, Profile
 
+RATIOS = {  # key of a bench row: what it is a ratio to; ratio_to_dense is to the fastest of the plain ones
+    "ratio_to_host": "plain, as the host calls it",
+    "ratio_to_gqa": "plain, kernel with enable_gqa",
+    "ratio_to_grouped": "plain, kernel with grouped rows",
+    "ratio_to_host_quantized": "host's quantized cache",
+}
 PER_TASK = ("drift", "needle")  # tasks with a picture of their own
 
 
@@ -27,17 +33,30 @@ class Skip(Exception):
 
 @dataclass(frozen=True)
 class Result:
-    """A result file: the object in it, and what its pictures are named after."""
+    """A result file: the object in it, what its pictures are named after, and where it lies if it was read from there."""
 
     stem: str
     content: dict | Profile
     bits: float | None = None
+    path: Path | None = None
 
     @property
     def kind(self) -> str:
         if isinstance(self.content, Profile):
             return "profile"
         return "bench" if any("ratio_to_dense" in row for row in self.content["rows"]) else "eval"
+
+    @property
+    def profile(self) -> Profile:
+        """The content of the kind `profile`."""
+        assert isinstance(self.content, Profile)
+        return self.content
+
+    @property
+    def fields(self) -> dict:
+        """The content of the other kinds."""
+        assert isinstance(self.content, dict)
+        return self.content
 
     def rows(self, field: str, task: str | None = None) -> list[dict]:
         """Rows that have `field`, of `task` or of all without a picture of their own; else documents, averaged.
@@ -49,17 +68,17 @@ class Result:
             mine = row.get("task") == task if task else row.get("task") not in PER_TASK
             return mine and row.get(field) is not None and row.get("method") != "identity"
 
-        rows = [row for row in self.content["rows"] if wanted(row)]
-        rows = rows or _averaged([row for row in self.content.get("documents", []) if wanted(row)], field)
+        rows = [row for row in self.fields["rows"] if wanted(row)]
+        rows = rows or _averaged([row for row in self.fields.get("documents", []) if wanted(row)], field)
         if not rows:
             raise Skip(f"no row{f' of the task {task}' if task else ''} has the field {field}")
         return rows
 
     @property
     def title(self) -> str:
-        content = self.content
         if self.kind == "profile":
-            return _model(content.model)
+            return _model(self.profile.model)
+        content = self.fields
         if self.kind == "bench":
             machine = content["machine"]
             name = f"a layer of {content['synthetic']}" if "synthetic" in content else _model(content["model"])
@@ -67,7 +86,7 @@ class Result:
             threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
             return f"{name}, {content['backend']}, {content['bits']:g} bits, {device}, {threads}"
         parts = (content.get(key) for key in ("backend", "dtype"))
-        return ", ".join([_model(content.get("model", "")), *(part for part in parts if part)])
+        return ", ".join([_model(content.get("model", "")), *(str(part) for part in parts if part)])
 
 
 def read_results(paths: Iterable[str], bits: float | None = None) -> list[Result]:
@@ -159,7 +178,7 @@ def _model(name: str) -> str:
 
 def _read(path: Path, bits: float | None) -> Result:
     if path.suffix == ".safetensors" or format_name(path) == FORMAT.name:
-        return Result(path.stem, Profile.load(path), bits)
+        return Result(path.stem, Profile.load(path), bits, path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         rows = content["rows"]
@@ -169,7 +188,66 @@ def _read(path: Path, bits: float | None) -> Result:
         raise UsageError(
             f"Expected a JSON object with rows, as spectralkv eval and bench write it, or a profile, {path} is neither."
         )
-    return Result(path.resolve().parent.name if path.name == "summary.json" else path.stem, content)
+    _check_fields(content, path)
+    stem = path.resolve().parent.name if path.name == "summary.json" else path.stem
+    return Result(stem, content, bits, path)
+
+
+def _check_fields(content: dict, path: Path) -> None:
+    """Raise ValueError where pictures and tables would trip over a field of the wrong kind, or of none."""
+    documents = content.get("documents", [])
+    if not isinstance(documents, list) or not all(isinstance(row, dict) for row in documents):
+        raise UsageError(f"Expected documents to be a list of objects, {path} has something else.")
+    for row in [*content["rows"], *documents]:
+        for name, (kind, noun, needed) in _FIELDS.items():
+            value = row.get(name)
+            if (
+                (needed and value is None)
+                or not isinstance(value, (*kind, type(None)))
+                or isinstance(value, bool)
+                or _huge(value)
+            ):
+                raise UsageError(f"Expected {noun} as {name} of every row, {path} has {value!r}.")
+        if not all(isinstance(x, (int, float)) for x in row.get("aop_layers") or ()):
+            raise UsageError(f"Expected numbers as aop_layers of every row, {path} has something else.")
+    if any("ratio_to_dense" in row for row in content["rows"]):
+        _check_bench(content, path)
+
+
+def _huge(value) -> bool:
+    """Whether a number of JSON is an integer that no float holds."""
+    return isinstance(value, int) and value.bit_length() > 1023
+
+
+def _check_bench(content: dict, path: Path) -> None:
+    """`_check_fields` of what only a benchmark has."""
+    machine = content.get("machine")
+    if not (
+        isinstance(machine, dict) and {"cpu", "device"} <= set(machine) and isinstance(machine.get("threads"), int)
+    ):
+        raise UsageError(f"Expected the machine of a benchmark with its cpu, device and threads, {path} has none.")
+    if (
+        not isinstance(content.get("bits"), _NUMBER)
+        or "backend" not in content
+        or not {"synthetic", "model"} & set(content)
+    ):
+        raise UsageError(f"Expected backend, bits and the model or layer of a benchmark, {path} lacks some of them.")
+    if not all(isinstance(row.get("context"), int) for row in content["rows"]):
+        raise UsageError(f"Expected a context in tokens in every row of a benchmark, {path} has rows without.")
+
+
+_NUMBER: tuple[type, ...] = (int, float)
+_FIELDS: dict[
+    str, tuple[tuple[type, ...], str, bool]
+] = {  # name: kind, what messages call it, whether every row has it
+    "method": ((str,), "a name", True),
+    "bits": (_NUMBER, "a number", True),
+    **dict.fromkeys(("text", "task", "rounding_scores", "tiers", "wavelet"), ((str,), "a name", False)),
+    **dict.fromkeys(
+        ("prefix", *PLACES, "keep", *MEANS, "kl_se", "ratio_to_dense", *RATIOS), (_NUMBER, "a number", False)
+    ),
+    "aop_layers": ((list,), "a list", False),
+}
 
 
 def _averaged(rows: list[dict], field: str) -> list[dict]:
