@@ -378,7 +378,29 @@ def fill(cache: list, plain: list) -> None:
 
 
 def cache_nbytes(cache: list) -> CacheSize:
-    """Bytes of every array that `cache` holds for its sequences, window, sinks and passed-through layers included."""
+    """Count the bytes of every array that `cache` holds for its sequences.
+
+    The window, the sinks and the layers that pass through count too. Tables that all sequences share stand apart.
+
+    Args:
+        cache: A cache of this backend or of the host.
+
+    Returns:
+        The bytes, an int with `dense_nbytes`, what the plain cache needs for the same tokens at 16 bits, with
+        `compression`, their ratio, with `bits_per_element`, and with `table_nbytes`.
+
+    Examples:
+        >>> from spectral_kv_core.hosts.demo_model import demo_model_path
+        >>> from spectral_kv_mlx import cache_nbytes, load_model, make_prompt_cache
+        >>> model, tokenizer = load_model(demo_model_path())
+        >>> cache = make_prompt_cache(model, bits=2)
+        >>> import mlx.core as mx
+        >>> tokens = tokenizer.encode("The sea is a place of endless wonder.")
+        >>> _ = model(mx.array([tokens]), cache=cache)
+        >>> size = cache_nbytes(cache)
+        >>> size.dense_nbytes == len(tokens) * 2 * 30 * 3 * 64 * 2  # layers, KV heads, head_dim, bytes
+        True
+    """
     stored = dense = 0
     tables = {}
     for layer in rows_of(cache):  # heads may keep the same tokens in all layers

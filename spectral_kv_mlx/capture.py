@@ -67,7 +67,24 @@ class CaptureCache(RoutedCache):
 
 
 def capture(model, tokens: list[int]) -> list:
-    """Run `tokens` through `model`; the layers that can be compressed hold `queries`, `keys` and `values`, post-RoPE."""
+    """Run `tokens` through `model` and keep what its layers attend with.
+
+    Args:
+        model: A model of mlx-lm.
+        tokens: Token ids of one sequence, T of them.
+
+    Returns:
+        A list of the host with one entry per layer. Layers that can be compressed hold `queries` [1, q_heads, T, head_dim],
+        `keys` and `values` [1, kv_heads, T, head_dim], all after RoPE; the others are the host's own.
+
+    Examples:
+        >>> from spectral_kv_core.hosts.demo_model import demo_model_path
+        >>> from spectral_kv_mlx import capture, load_model
+        >>> model, tokenizer = load_model(demo_model_path())
+        >>> layer = capture(model, tokenizer.encode("The sea is a place of endless wonder."))[8]
+        >>> tuple(layer.queries.shape), tuple(layer.keys.shape)
+        ((1, 9, 9, 64), (1, 3, 9, 64))
+    """
     cache = host_layers(model)
     for i in model_shape(model)[0].layers:
         cache[i] = CaptureCache()

@@ -60,6 +60,16 @@ def restore(model) -> None:
     """Give `model` its host's attention back; compressed caches then decode for it.
 
     Models of one family share their attention: it is given back when the last of them is restored.
+
+    Args:
+        model: A model that `make_prompt_cache` or `load_prompt_cache` has been called with.
+
+    Examples:
+        >>> from spectral_kv_core.hosts.demo_model import demo_model_path
+        >>> from spectral_kv_mlx import load_model, make_prompt_cache, restore
+        >>> model, tokenizer = load_model(demo_model_path())
+        >>> cache = make_prompt_cache(model)
+        >>> restore(model)
     """
     for name in _attention_modules(model):
         _users.get(name, {}).pop(id(model), None)
@@ -319,9 +329,26 @@ def weights_digest(model) -> str:
 
 
 def load_model(name: str | os.PathLike, dtype: str | None = None, quantize: str | None = None):
-    """Model and tokenizer of a directory or hub id; float32 on the CPU unless `dtype` says otherwise.
+    """Load a model and its tokenizer as mlx-lm does.
 
-    quantize: `4bit` or `8bit` weights by MLX; weights that are stored quantized stay as they are.
+    Args:
+        name: A directory or a hub id.
+        dtype: Type of the weights, such as `bfloat16`; None as they are stored, on the CPU float32.
+        quantize: `4bit` or `8bit` weights by MLX; None as they are stored. Weights that are stored quantized stay so.
+
+    Returns:
+        The model with its weights in memory, and its tokenizer.
+
+    Raises:
+        FileNotFoundError: There is no such directory, or the hub has no such model.
+        ValueError: `quantize` is no width that is known.
+
+    Examples:
+        >>> from spectral_kv_core.hosts.demo_model import demo_model_path
+        >>> from spectral_kv_mlx import load_model
+        >>> model, tokenizer = load_model(demo_model_path())
+        >>> tokenizer.decode(tokenizer.encode("The sea"))
+        'The sea'
     """
     check_quantize(quantize)
     if not Path(name).exists() and str(name).startswith((".", "/", "~")):

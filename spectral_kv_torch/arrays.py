@@ -131,7 +131,7 @@ def _byte_table(width: int, device: torch.device) -> torch.Tensor:
 
 def split_bytes(x, width: int):
     """Fields of `width` bits of every byte, low bits first: [...] uint8 -> [..., 8 / width] uint8."""
-    # one look-up per byte: two to four times faster than shifts, which torch does not vectorise over short rows
+    # one look-up per byte: two to four times faster than shifts, which torch does not vectorize over short rows
     fields = torch.index_select(_byte_table(width, x.device), 0, x.reshape(-1).int())
     return fields.view(torch.uint8).view(*x.shape, 8 // width)
 

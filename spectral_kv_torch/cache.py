@@ -270,9 +270,30 @@ class FollowingLayer(CacheLayerMixin):
 
 
 class SpectralCache(Cache):
-    """A transformers `Cache` made of a plan, or of a profile and a budget.
+    """A transformers `Cache` that holds codes, made of a profile and a budget or of a plan.
 
-    layers: what the host would use for every layer of the model; the compressible ones are replaced.
+    `make_prompt_cache` makes one for a model, and lets the model attend to its codes.
+
+    Args:
+        profile: A profile of the model.
+        bits: Average stored bits per sealed key or value element. Default: the method's own.
+        method: Name of a method with a live cache.
+        window: The last tokens, kept exactly.
+        sinks: The first tokens, kept exactly.
+        plan: What is stored, in place of `profile`, `bits` and `method`.
+        layers: What the host would use for every layer of the model; those that can be compressed are replaced.
+        eviction: How tokens are dropped, for a method that drops some.
+        working_set: Bytes that decoded chunks may take in all, as in `make_prompt_cache`.
+
+    Raises:
+        ValueError: The bits are out of range, or the method drops tokens and has no `eviction`.
+
+    Examples:
+        >>> from spectral_kv_core.profile.store import packaged_profiles
+        >>> from spectral_kv_torch import SpectralCache, SpectralProfile
+        >>> cache = SpectralCache(SpectralProfile.load(packaged_profiles()[0]), bits=2)
+        >>> len(cache.layers), cache.get_seq_length()
+        (30, 0)
     """
 
     def __init__(
@@ -378,7 +399,30 @@ def fill(cache: Cache, plain: Cache) -> None:
 
 
 def cache_nbytes(cache: Cache) -> CacheSize:
-    """Bytes of every tensor that `cache` holds for its sequences, window, sinks and passed-through layers included."""
+    """Count the bytes of every array that `cache` holds for its sequences.
+
+    The window, the sinks and the layers that pass through count too. Tables that all sequences share stand apart.
+
+    Args:
+        cache: A cache of this backend or of the host.
+
+    Returns:
+        The bytes, an int with `dense_nbytes`, what the plain cache needs for the same tokens at 16 bits, with
+        `compression`, their ratio, with `bits_per_element`, and with `table_nbytes`.
+
+    Examples:
+        >>> from spectral_kv_core.hosts.demo_model import demo_model_path
+        >>> from spectral_kv_torch import cache_nbytes, load_model, make_prompt_cache
+        >>> model, tokenizer = load_model(demo_model_path())
+        >>> cache = make_prompt_cache(model, bits=2)
+        >>> import torch
+        >>> tokens = tokenizer.encode("The sea is a place of endless wonder.")
+        >>> with torch.no_grad():
+        ...     _ = model(torch.tensor([tokens]), past_key_values=cache)
+        >>> size = cache_nbytes(cache)
+        >>> size.dense_nbytes == len(tokens) * 2 * 30 * 3 * 64 * 2  # layers, KV heads, head_dim, bytes
+        True
+    """
     stored = dense = 0
     tables = {}
     _commit(cache.layers)

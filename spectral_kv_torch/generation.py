@@ -87,15 +87,45 @@ def make_prompt_cache(
     working_set: int = 0,
     tokenizer=None,
 ) -> SpectralCache:
-    """An empty compressed cache for `model`, to be passed as `past_key_values`.
+    """Make an empty compressed cache for `model`, and let the model attend to it.
 
-    bits: average stored bits per sealed element, a ceiling (default 3); or budget_bytes for max_context tokens.
-    window, sinks: last and first tokens kept exactly. profile None looks for one, and calibrates (with `tokenizer`) if
-    there is none. A method that drops tokens takes budget_tokens, all that stay stored, or budget_bytes; protect: spans
-    (start, end) of positions that stay; selection, evict_every, wavelet: see `Eviction`; tiers: pairs (share, bits) by rank,
-    in place of dropping. rounding_scores: the scorer that weighs tokens when codes are rounded, or `nearest`. working_set:
-    bytes that decoded chunks may take in all, in 16 bits, for a method that else decodes its history in every step; they are
-    bytes of the cache. Raises ValueError for a budget out of range, a profile of another model, or nothing to compress.
+    Args:
+        model: A model of transformers.
+        profile: A profile of it. None looks for one, and calibrates with `tokenizer` if there is none.
+        bits: Average stored bits per sealed key or value element, a ceiling. Default: the method's own, 3 for `spectral`.
+        budget_bytes: Bytes that the whole cache may take at `max_context` tokens, in place of `bits`.
+        max_context: Tokens that `budget_bytes` must hold.
+        method: Name of a method with a live cache (`spectralkv methods`), or SCORER+METHOD, which drops tokens.
+        window: The last tokens, kept exactly.
+        sinks: The first tokens, kept exactly.
+        budget_tokens: All tokens that stay stored, for a method that drops some.
+        protect: Spans (start, end) of positions that are not dropped.
+        selection: `per_layer_per_head`, where every head of every layer keeps tokens of its own, or `per_head`, where a
+            head keeps the same tokens in all layers.
+        evict_every: Tokens between two evictions while tokens are generated.
+        wavelet: Filter of a wavelet scorer, by its name in PyWavelets; the scorer's own unless told.
+        tiers: Pairs (share of the tokens, bits), best tokens first, in place of dropping any.
+        rounding_scores: Scorer that weighs tokens when codes are rounded, or `nearest`; the method's own unless told.
+        working_set: Bytes that decoded chunks may take in all, in 16 bits, for a method that decodes its history in every
+            step. They are bytes of the cache.
+        tokenizer: Of the model, for a calibration.
+
+    Returns:
+        The cache, to be passed as `past_key_values`.
+
+    Raises:
+        ValueError: The budget is out of range, arguments do not go together, the profile is of another model, or there is
+            nothing to compress.
+
+    Examples:
+        >>> from spectral_kv_core.hosts.demo_model import demo_model_path
+        >>> from spectral_kv_torch import load_model, make_prompt_cache
+        >>> model, tokenizer = load_model(demo_model_path())
+        >>> cache = make_prompt_cache(model, bits=4)
+        >>> inputs = tokenizer("The sea is a place", return_tensors="pt")
+        >>> output = model.generate(**inputs, past_key_values=cache, max_new_tokens=3, do_sample=False)
+        >>> tokenizer.decode(output[0])
+        'The sea is a place of endless wonder'
     """
     method = rounded_by(get_live_method(method), rounding_scores)
     request = {

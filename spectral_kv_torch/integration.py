@@ -113,7 +113,18 @@ def install(model) -> None:
 
 
 def restore(model) -> None:
-    """Give `model` its host's attention back; compressed caches then decode for it."""
+    """Give `model` its host's attention back; compressed caches then decode for it.
+
+    Args:
+        model: A model that `make_prompt_cache` or `load_prompt_cache` has been called with.
+
+    Examples:
+        >>> from spectral_kv_core.hosts.demo_model import demo_model_path
+        >>> from spectral_kv_torch import load_model, make_prompt_cache, restore
+        >>> model, tokenizer = load_model(demo_model_path())
+        >>> cache = make_prompt_cache(model)
+        >>> restore(model)
+    """
     if model.config._attn_implementation == ATTENTION:
         model.set_attn_implementation("sdpa")
 
@@ -213,7 +224,7 @@ def read_rope(model) -> Rope | None:
     inv_freq = getattr(rotary, f"{prefix}inv_freq").detach().double().cpu().numpy()
     scaling = float(getattr(rotary, f"{prefix}attention_scaling", 1.0) or 1.0)
     rotate_half = getattr(sys.modules[type(rotary).__module__], "rotate_half", None)
-    probe = torch.arange(4.0)  # (0, 1, 2, 3) -> (-2, -3, 0, 1) when halves pair up, (-1, 0, -3, 2) when neighbours do
+    probe = torch.arange(4.0)  # (0, 1, 2, 3) -> (-2, -3, 0, 1) when halves pair up, (-1, 0, -3, 2) when neighbors do
     interleaved = rotate_half is not None and rotate_half(probe).tolist()[1] == 0.0
     return Rope(tuple(float(w) for w in inv_freq), interleaved, scaling)
 
@@ -228,9 +239,26 @@ def weights_digest(model) -> str:
 
 
 def load_model(name: str | os.PathLike, dtype: str | None = None, quantize: str | None = None):
-    """Model (in evaluation mode, on CUDA where there is a card) and tokenizer of a directory or hub id.
+    """Load a model and its tokenizer as transformers does.
 
-    quantize: `4bit` or `8bit` weights by bitsandbytes, which needs CUDA: raises UsageError elsewhere.
+    Args:
+        name: A directory or a hub id.
+        dtype: Type of the weights, such as `bfloat16`; None as they are stored.
+        quantize: `4bit` or `8bit` weights by bitsandbytes, which needs CUDA; None as they are stored.
+
+    Returns:
+        The model in evaluation mode, on the first CUDA card where there is one, and its tokenizer.
+
+    Raises:
+        FileNotFoundError: There is no such directory, or the hub has no such model.
+        ValueError: `quantize` is no width that is known, or this machine cannot do it.
+
+    Examples:
+        >>> from spectral_kv_core.hosts.demo_model import demo_model_path
+        >>> from spectral_kv_torch import load_model
+        >>> model, tokenizer = load_model(demo_model_path())
+        >>> tokenizer.decode(tokenizer.encode("The sea"))
+        'The sea'
     """
     if not Path(name).exists() and str(name).startswith((".", "/", "~")):
         raise FileNotFoundError(f"Expected a model directory, found nothing at {name}.")

@@ -49,12 +49,38 @@ def save_prompt_cache(
     sinks: int = 4,
     metadata: dict | None = None,
 ) -> Path:
-    """Store a cache that has read a prompt, for `load_prompt_cache` of either backend; returns the path.
+    """Store a cache that has read a prompt, for `load_prompt_cache` of either backend.
 
-    method None stores a compressed cache as it is, its prompt ended, and a plain one exactly (`identity`); else what it
-    holds is encoded by `method`, with `bits`, `profile`, `window` and `sinks` as in `make_prompt_cache`. tokens: ids
-    [seen] or [B, seen] of what was read, kept in the file. model: names the file's model and its weights; needed to
-    encode. metadata: JSON that goes along. Raises ValueError for a cache or tokens that cannot be stored.
+    Args:
+        path: Where to write the file, a `.safetensors`.
+        cache: A cache of this backend, stored as it is with its prompt ended, or one of the host.
+        tokens: Ids [seen] or [B, seen] of what was read, kept in the file.
+        model: The model. Its name and the hash of its weights go into the file; needed to encode.
+        method: Encodes what the cache holds by this method. None keeps codes as they are, and a host's cache exactly.
+        bits: Average stored bits of `method`, as in `make_prompt_cache`.
+        profile: The profile for `method`, as in `make_prompt_cache`.
+        window: The last tokens, kept exactly by `method`.
+        sinks: The first tokens, kept exactly by `method`.
+        metadata: JSON that goes along.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: The cache is empty or of a kind that cannot be stored, `tokens` do not fit it, or arguments do not go
+            together.
+
+    Examples:
+        >>> from spectral_kv_core.hosts.demo_model import demo_model_path
+        >>> from spectral_kv_torch import load_model, make_prompt_cache, save_prompt_cache
+        >>> model, tokenizer = load_model(demo_model_path())
+        >>> cache = make_prompt_cache(model, bits=2)
+        >>> import torch
+        >>> tokens = tokenizer.encode("The sea is a place of endless wonder.")
+        >>> with torch.no_grad():
+        ...     _ = model(torch.tensor([tokens]), past_key_values=cache)
+        >>> save_prompt_cache("build/sea.safetensors", cache, tokens, model=model).name
+        'sea.safetensors'
     """
     if method is None and not isinstance(cache, SpectralCache):
         method = "identity"
@@ -91,12 +117,36 @@ def load_prompt_cache(
     method: str | Method | None = None,
     bits: float | None = None,
 ) -> tuple[Cache, list | None]:
-    """A cache that goes on where the stored one ended, and the token ids of its prompt, None when they are not told.
+    """Read a stored prompt cache, which goes on where it ended.
 
-    method None gives the very cache that was saved, or a plain one where its method is for files only; `plain` the
-    host's own; any other encodes the decoded cache again, at `bits`, with the file's window and sinks. profile: the one
-    that the file was made with; None looks for it. Raises FileNotFoundError, or ValueError for a file that is damaged, of
-    another model or of another profile.
+    Args:
+        path: A file of `save_prompt_cache`, by either backend.
+        model: The model that reads on: of the architecture that made the file.
+        profile: The profile that the file was made with; None looks for it.
+        method: None gives the very cache that was saved, or a plain one where its method is for files only. `plain` gives
+            the host's own. Any other encodes the decoded cache again, with the file's window and sinks.
+        bits: Average stored bits of `method`, as in `make_prompt_cache`.
+
+    Returns:
+        The cache, and the token ids of its prompt, None where the file has none.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is damaged, of another model or of another profile, or `bits` come without a method.
+
+    Examples:
+        >>> from spectral_kv_core.hosts.demo_model import demo_model_path
+        >>> from spectral_kv_torch import load_model, load_prompt_cache, make_prompt_cache, save_prompt_cache
+        >>> model, tokenizer = load_model(demo_model_path())
+        >>> cache = make_prompt_cache(model, bits=2)
+        >>> import torch
+        >>> tokens = tokenizer.encode("The sea is a place of endless wonder.")
+        >>> with torch.no_grad():
+        ...     _ = model(torch.tensor([tokens]), past_key_values=cache)
+        >>> path = save_prompt_cache("build/sea.safetensors", cache, tokens, model=model)
+        >>> cache, read = load_prompt_cache(path, model)
+        >>> read == tokens
+        True
     """
     file = path if isinstance(path, PromptFile) else PromptFile.load(path)
     plain = method == "plain"

@@ -47,7 +47,7 @@ def plane(address, bits, n, blocks, WIDTH: tl.constexpr, BLOCKS: tl.constexpr, R
     start = bits & 7 & (8 - 2 * WIDTH)  # packing.planes: wider ones come first, and lower in the code
     address += start
     present = (bits & WIDTH) != 0
-    if REST:  # code by code, since neighbours share units
+    if REST:  # code by code, since neighbors share units
         byte = address[None, :] + n // 8 * bits[None, :] + n % 8 // PER_BYTE
         held = present[None, :] & (tl.arange(0, BLOCKS)[:, None] < blocks)
         shift = n % PER_BYTE * WIDTH

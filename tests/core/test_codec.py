@@ -118,7 +118,7 @@ def test_time_rounding_gives_the_reference_codes(xp, group, rope):
 
 @every_recipe
 def test_time_rounding_lowers_the_weighted_error(group, rope):
-    """The error that it minimises, and with it the error of the tokens that weigh most; the plain error may grow."""
+    """The error that it minimizes, and with it the error of the tokens that weigh most; the plain error may grow."""
     model = ToyModel(rotated=rope == "pre")
     keys, values = model.sample(1, 2048)
     plain, weighted = (

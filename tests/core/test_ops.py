@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from spectral_kv_core.arrays import ops as core_ops
+from spectral_kv_core.arrays.namespace import ArrayNamespace
+
 X = np.random.default_rng(0).standard_normal((2, 3, 21, 4)).astype(np.float32)
 
 
@@ -46,3 +49,8 @@ def test_real_transforms(xp, count, axis):
 
 def test_zeros_are_float32(xp):
     assert xp.zeros((2, 3)).dtype == xp.float32 and xp.zeros((2,), dtype=xp.int32).dtype == xp.int32
+
+
+def test_the_protocol_of_a_namespace_names_what_every_library_gives(xp):
+    assert sorted(ArrayNamespace.__annotations__) == sorted(core_ops.__all__)
+    assert [name for name in ArrayNamespace.__annotations__ if not hasattr(xp, name)] == []

@@ -7,6 +7,7 @@ import numpy as np
 from ..errors import UsageError
 
 TIME_TRANSFORMS = ("none", "dct", "haar")
+FREQUENCIES = 16  # of a block of tokens: those that kernels are compiled for
 
 
 def time_matrix(kind: str, block: int) -> np.ndarray:

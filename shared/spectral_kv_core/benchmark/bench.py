@@ -84,6 +84,7 @@ class Settings:
 
     @property
     def shape(self) -> ModelShape:
+        assert self.synthetic is not None, "asked of a synthetic layer alone"
         return synthetic_shape(self.synthetic)
 
     @cached_property
@@ -95,7 +96,9 @@ class Settings:
 
     def within(self, limit: int | None, drop: bool) -> Settings:
         """The same for a model made for `limit` tokens; `drop` contexts that it cannot go on from, or raise UsageError."""
-        fitting = tuple(c for c in self.contexts if limit is None or c + AFTER <= limit)
+        if limit is None:
+            return self
+        fitting = tuple(c for c in self.contexts if c + AFTER <= limit)
         if not fitting or (len(fitting) < len(self.contexts) and not drop):
             raise UsageError(
                 f"Expected `contexts` of at most {limit - AFTER:,} tokens, {AFTER} below the model's context, received "
@@ -198,7 +201,11 @@ class _Runs:
 
     def __init__(self, host, bench, model, prompt: list[int]):
         self.host, self.bench, self.model, self.prompt = host, bench, model, prompt
-        self.read, self.decoded, self.attention, self.sizes, self.reason = {}, {}, {}, {}, None
+        self.read: dict[str, list[float]] = {}
+        self.decoded: dict[str, list[float]] = {}
+        self.attention: dict[str, list[float]] = {}
+        self.sizes: dict[str, int] = {}
+        self.reason: str | None = None
         self.layers = host.model_shape(model)[0].layers
 
     def go_round(self, jobs: list[evaluation.Job]) -> None:

@@ -75,10 +75,10 @@ class Footprint:
 def parse_bytes(text: str) -> int:
     """Bytes that `8GB` (decimal), `8GiB` (binary), `512MB` or a plain number of bytes stand for; raises UsageError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    unit = {name.lower(): size for name, size in UNITS.items()}.get((found[2] or "B").lower()) if found else None
-    whole = found and (found[2] or "." not in found[1])
-    size = int(float(found[1]) * unit) if unit and "." in found[1] else int(found[1]) * unit if unit else 0
-    if not (whole and size > 0):
+    number, name = (found[1], found[2]) if found else ("0", "")
+    unit = {known.lower(): size for known, size in UNITS.items()}.get((name or "B").lower(), 0)
+    size = int(float(number) * unit) if "." in number else int(number) * unit
+    if size <= 0 or ("." in number and not name):
         raise UsageError(
             f"Expected an amount of memory such as 8GB, 8GiB, 512MB or a number of bytes, received {text!r}."
         )
@@ -122,7 +122,7 @@ class Stored:
     def staging(self) -> Stored | None:
         """What holds a prompt that comes in several calls until it ends."""
         plan = self.plan.staging
-        return plan and Stored(plan, self._tables, None if self.copies == 1 else self.copies)
+        return None if plan is None else Stored(plan, self._tables, None if self.copies == 1 else self.copies)
 
     def nbytes(self, tokens: int) -> int:
         """Bytes of the codes of `tokens` sealed tokens, to the byte: chunks are padded one by one."""
@@ -165,7 +165,7 @@ class Budget:
     def cache_bytes(self, context: int) -> int:
         """Bytes of every array held for one sequence of `context` tokens."""
         sealed, model = self._sealed(context), self.model
-        codes = self.stored.nbytes(sealed) if sealed else 0
+        codes = self.stored.nbytes(sealed) if self.stored is not None and sealed else 0
         passed = sum(min(context, tokens) for tokens in model.passed_tokens.values()) * model.layer_elements
         return ((context - sealed) * model.elements + passed) * self.exact_bytes + codes
 
@@ -185,7 +185,8 @@ class Budget:
         """Bytes that all sequences share; a prompt of more than one call needs the tables of its staging too."""
         if self.stored is None:
             return 0
-        return self.stored.table_bytes + (self.stored.staging.table_bytes if self.staged(context, False) else 0)
+        staging = self.stored.staging if self.staged(context, False) else None
+        return self.stored.table_bytes + (0 if staging is None else staging.table_bytes)
 
     def prefill_bytes(self, context: int, turns: bool = False) -> int:
         """What reading needs on top of the final cache: a prompt of `context` tokens, or the last call of turns."""
@@ -200,8 +201,9 @@ class Budget:
                 layer = max(layer, 2 * context * model.layer_elements * self.exact_bytes)
             else:
                 layer += call * model.shape.q_heads * model.shape.head_dim * 4 * PARTIAL_COPIES
-        staged = self.staged(context, turns)
-        extra = self.stored.staging.nbytes(staged) - self.stored.nbytes(staged) if staged else 0
+        extra, staged, staging = 0, self.staged(context, turns), self.stored.staging
+        if staging is not None and staged:
+            extra = staging.nbytes(staged) - self.stored.nbytes(staged)
         return held + layer + max(extra, 0)
 
     def peak_bytes(self, context: int, turns: bool = False) -> int:
@@ -237,6 +239,37 @@ def fit(
     share) of a plan. Raises UsageError for bits that `method` cannot reach, contexts out of range, or memory that the
     weights alone exceed.
     """
+    _check_request(model, memory, method)
+    contexts = tuple(dict.fromkeys(contexts)) or _default_contexts(model.context)
+    _check_contexts(model, contexts)
+    if not method.compresses and bits:
+        raise UsageError(f"Expected no `bits` for {method.name}, which stores what the plain cache does.")
+    made = {
+        b: _stored(model, method, profile, tables, b)
+        for b in tuple(dict.fromkeys(bits)) or _default_bits(model.shape, method)
+    }
+    own = 8 * model.element_bytes
+    budgets = {("plain", float(b)): Budget(model, None, 0, 0, b // 8) for b in sorted({16, own}, reverse=True)}
+    profile_bytes = _profile_nbytes(model.shape, profile) if method.basis_set and model.shares_memory else 0
+    sizes = sinks, window, model.element_bytes, profile_bytes
+    budgets |= {(method.name, b): Budget(model, s, *sizes) for b, s in made.items()}
+    table_bytes = max((stored.table_bytes for stored in made.values()), default=0)
+    options = model, method, table_bytes, sizes, memory
+    return {
+        "rows": [_row(*key, budget, context, memory) for context in contexts for key, budget in budgets.items()],
+        "limits": [_limit(*key, budget, memory) for key, budget in budgets.items()],
+        "contexts": [
+            {
+                "context": c,
+                "max_bits": _highest_bits(*options, c, turns=False),
+                "max_bits_in_turns": _highest_bits(*options, c, turns=True),
+            }
+            for c in contexts
+        ],
+    }
+
+
+def _check_request(model: Footprint, memory: int, method: Method) -> None:
     if memory <= model.weights_bytes:
         raise UsageError(
             f"Expected memory for the weights, {model.weights_bytes:,} bytes, received {memory:,}. Give more `memory`, or "
@@ -251,49 +284,13 @@ def fit(
             f"Expected a method that keeps every token, received {method.name}: a cache that drops tokens has the size of its "
             "`budget_tokens` at any context."
         )
-    contexts = tuple(dict.fromkeys(contexts)) or _default_contexts(model.context)
+
+
+def _check_contexts(model: Footprint, contexts: Iterable[int]) -> None:
     for context in contexts:
         if context < 1 or (model.context and context > model.context):
             most = f" and at most {model.context:,}, the model's context" if model.context else ""
             raise UsageError(f"Expected `contexts` of at least 1 token{most}, received {context:,}.")
-    if not method.compresses and bits:
-        raise UsageError(f"Expected no `bits` for {method.name}, which stores what the plain cache does.")
-    made = {
-        b: _stored(model, method, profile, tables, b)
-        for b in tuple(dict.fromkeys(bits)) or _default_bits(model.shape, method)
-    }
-    own = 8 * model.element_bytes
-    budgets = {("plain", float(b)): Budget(model, None, 0, 0, b // 8) for b in sorted({16, own}, reverse=True)}
-    profile_bytes = _profile_nbytes(model.shape, profile) if method.basis_set and model.shares_memory else 0
-    sizes = sinks, window, model.element_bytes, profile_bytes
-    budgets |= {(method.name, b): Budget(model, s, *sizes) for b, s in made.items()}
-    rows = [_row(*key, budget, context, memory) for context in contexts for key, budget in budgets.items()]
-    limits = [
-        {
-            "method": name,
-            "bits": b,
-            "bits_per_element": budget.stored.bits_per_element if budget.stored else b,
-            "max_prompt": budget.longest(memory),
-            "max_context": budget.longest(memory, turns=True),
-        }
-        for (name, b), budget in budgets.items()
-    ]
-    for row in limits:
-        row["limited_by"] = "model" if row["max_context"] == model.context else "memory"
-    table_bytes = max((stored.table_bytes for stored in made.values()), default=0)
-    options = model, method, table_bytes, sizes, memory
-    return {
-        "rows": rows,
-        "limits": limits,
-        "contexts": [
-            {
-                "context": c,
-                "max_bits": _highest_bits(*options, c, turns=False),
-                "max_bits_in_turns": _highest_bits(*options, c, turns=True),
-            }
-            for c in contexts
-        ],
-    }
 
 
 def _default_contexts(limit: int | None) -> tuple[int, ...]:
@@ -336,6 +333,19 @@ def _profile_nbytes(shape: ModelShape, profile: Profile | None) -> int:
     return total * len(shape.layers)
 
 
+def _limit(name: str, bits: float, budget: Budget, memory: int) -> dict:
+    """How far a cache gets in `memory`, and what stops it."""
+    longest = budget.longest(memory, turns=True)
+    return {
+        "method": name,
+        "bits": bits,
+        "bits_per_element": budget.stored.bits_per_element if budget.stored else bits,
+        "max_prompt": budget.longest(memory),
+        "max_context": longest,
+        "limited_by": "model" if longest == budget.model.context else "memory",
+    }
+
+
 def _row(name: str, bits: float, budget: Budget, context: int, memory: int) -> dict:
     cache, dense = budget.cache_bytes(context), budget.dense_bytes(context)
     peak, turns = budget.peak_bytes(context), budget.peak_bytes(context, turns=True)
@@ -364,11 +374,12 @@ def _highest_bits(
     """Highest bits with which `context` fits; those of the plain cache where it does, None where nothing does."""
     if Budget(model, None, 0, 0, model.element_bytes).peak_bytes(context, turns) <= memory:
         return 8.0 * model.element_bytes
-    options = _default_bits(model.shape, method)
+    options = list(_default_bits(model.shape, method))
     if method.compresses and not family_of(method).bits_options(model.shape, method):
         low, high = bits_range(method, model.shape)
-        options = np.arange(np.ceil(low / BITS_STEP - 1e-9), np.floor(high / BITS_STEP + 1e-9) + 1) * BITS_STEP
-    for bits in sorted(map(float, options), reverse=True):
+        steps = np.arange(np.ceil(low / BITS_STEP - 1e-9), np.floor(high / BITS_STEP + 1e-9) + 1)
+        options = (steps * BITS_STEP).tolist()
+    for bits in sorted(options, reverse=True):
         staged = method.transforms
         stored = Ceiling(bits, model.elements, table_bytes, staged, max(SEAL, method.block))
         if Budget(model, stored, *sizes).peak_bytes(context, turns) <= memory:

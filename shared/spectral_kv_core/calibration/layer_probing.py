@@ -24,7 +24,7 @@ from ..planning.methods import DEFAULT_METHOD, METHODS
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
 
-PROBED = METHODS[DEFAULT_METHOD].basis_set
+PROBED = "head.post"  # the basis set of the method that is probed
 DOCUMENTS = 9  # of a calibration, evenly spaced
 BITS = 1.0  # enough of an error to show in half precision, little enough to add up over layers
 SINKS, WINDOW = 4, 64  # tokens that a cache keeps exactly

@@ -55,8 +55,8 @@ class Spool:
         The keys of all of these layers come first, layer by layer; H counts the heads of all of them.
         """
         for document in range(self.documents):
-            layers = [self._load(row, document) for row in rows]
-            yield tuple(_keys_first(arrays) for arrays in zip(*layers))
+            vectors, gradients = zip(*(self._load(row, document) for row in rows))
+            yield _keys_first(vectors), _keys_first(gradients)
 
     def _load(self, row: int, document: int) -> tuple[np.ndarray, np.ndarray]:
         with np.load(self._path(row, document)) as arrays:

@@ -31,12 +31,13 @@ def load_kind(kind: str) -> list[str]:
 def load_default_texts() -> list[str]:
     """The shipped documents, dealt out in turn: any prefix is a mixture."""
     left = {kind: load_kind(kind) for kind in KINDS}
-    texts = []
-    for kind in cycle(DEAL):
-        if not any(left.values()):
-            return texts
+    texts: list[str] = []
+    turns = cycle(DEAL)
+    while any(left.values()):
+        kind = next(turns)
         if left[kind]:
             texts.append(left[kind].pop(0))
+    return texts
 
 
 def load_texts(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[str]:

@@ -163,7 +163,7 @@ class TieredPlan(Plan):
 
 
 def make_tiered_plan(
-    shape: ModelShape, profile: Profile, method: Method, tiers: Sequence[tuple[float, float]]
+    shape: ModelShape, profile: Profile | None, method: Method, tiers: Sequence[tuple[float, float]]
 ) -> TieredPlan:
     """A plan of `tiers`, pairs (share of the tokens, bits), best tokens first, for a method SCORER+spectral or the like.
 

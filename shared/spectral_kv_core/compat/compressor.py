@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..arrays.namespace import ArrayNamespace
 from ..codecs.chunk import check_finite
 from ..errors import UsageError
 from ..planning.allocation import allocate_bits
 from ..planning.loss import distortions
 from ..profile.projection import Projection
-from ..quantization.packing import pack_rows, unpack_rows
+from ..quantization.packing import interleave, pack_rows, unpack_rows
 from ..quantization.quantizer import BIT_WIDTHS, RowTables, dequantize, flat_tables
 
 HALF = 16  # bits of an element that is not compressed
@@ -43,13 +44,22 @@ class CompressedKV:
 class Compressor:
     """Compresses tokens of one head in the space of a `Projection`; a backend adds its array library as `xp`.
 
-    bits: average stored bits of a kept component, a ceiling: components of large variance get more, none more than 8. A
-    token therefore takes at most rank * bits bits, nothing else is stored per token. How good that is depends on the
-    keys: what lies outside the components is lost, and isotropic noise at rank 4 of 128 keeps sqrt(4 / 128) of the
-    scores' correlation.
+    The interface of the first library, spectral-kv 1.0. Widths are allocated by reverse water-filling (Cover and Thomas,
+    Elements of Information Theory, section 10.3.3). How good the scores are depends on the keys: what lies outside the
+    components is lost, and isotropic noise at rank 4 of 128 keeps sqrt(4 / 128) of their correlation.
+
+    Args:
+        projection: Components of the keys or values of one head: `SpectralProfile.get_projection`.
+        bits: Average stored bits of a kept component, a ceiling, between 1 / rank and 8. Components of large variance get
+            more. A token takes at most rank * bits bits, and nothing else is stored per token.
+
+    Raises:
+        TypeError: `projection` is none.
+        ValueError: `bits` are out of range. `compress` and `approximate_attention` raise it for arrays of another shape
+            than [tokens, head_dim], for NaN, and for infinity.
     """
 
-    xp = None
+    xp: ArrayNamespace
 
     def __init__(self, projection: Projection, bits: float = 4):
         if not isinstance(projection, Projection):
@@ -79,7 +89,7 @@ class Compressor:
         check_finite(xp, z)
         codes = xp.permute_dims(made["quantizers"].quantize(z), (1, 0))[None]  # [1, R, T]
         packed = [pack_rows(xp, xp.take(codes, rows, axis=1), b) for b, rows, _, _ in made["widths"]]
-        return CompressedKV(x.shape[0], tuple(array for pair in packed for array in pair), x.dtype, self._identity)
+        return CompressedKV(x.shape[0], interleave(packed), x.dtype, self._identity)
 
     def decompress(self, compressed: CompressedKV):
         """What codes stand for, [T, D] in the dtype that went in."""

@@ -14,12 +14,29 @@ QUANTIZE = ("4bit", "8bit")  # of weights
 
 
 class Engine:
-    """Answers from compressed caches; a backend adds its module `generation` as `host`.
+    """A model with its profile that answers from compressed caches; a backend adds its module `generation` as `host`.
 
-    model_name: a directory, a hub id, or demo; quantize: `4bit`, `8bit` or None, of the weights (not of the cache);
-    bits: average stored bits per sealed key or value element; profile: a profile or its file, None finds one or
-    calibrates; dtype: of the weights, default as stored; cache_options: further arguments of `make_prompt_cache`
-    (`method`, `window`, `sinks`, `budget_tokens`, ...).
+    The interface of the first library, spectral-kv 1.0.
+
+    Args:
+        model_name: A directory, a hub id, or `demo`.
+        quantize: `4bit` or `8bit` weights, None as they are stored. The cache is compressed either way.
+        bits: Average stored bits per sealed key or value element; None takes the method's default.
+        profile: A profile or its file; None finds one, or calibrates.
+        dtype: Type of the weights, such as `bfloat16`; None as they are stored.
+        cache_options: Further arguments of `make_prompt_cache`: `method`, `window`, `sinks`, `budget_tokens` and others.
+
+    Raises:
+        ValueError: The method is unknown, `load` cannot reach the bits, or the profile is of another model; also for a
+            `quantize` that this machine cannot do.
+        RuntimeError: `generate` is called before `load`.
+
+    Examples:
+        >>> from spectral_kv_torch import InferenceEngine  # spectral_kv_mlx has the same
+        >>> engine = InferenceEngine("demo", bits=2).load()
+        >>> answer = engine.generate("Name a sea.", max_tokens=4)
+        >>> engine.cache_nbytes > 0
+        True
     """
 
     host: ModuleType

@@ -116,7 +116,7 @@ def _check_limit(settings, limit: int | None) -> None:
     if "drift" in settings.tasks:
         turn = settings.turn_tokens + settings.scored
         after[f"{settings.turns:,} turns of {turn:,}"] = settings.turns * turn
-    what = max(after, key=after.get)
+    what = max(after, key=lambda name: after[name])
     if limit and max(settings.prefixes) + after[what] > limit:
         raise UsageError(
             f"Expected at most {limit:,} tokens, the model's context, received {max(settings.prefixes):,} of prefix and "

@@ -65,7 +65,7 @@ class RowFile:
         self.rows[row_key(row)] = row
 
 
-def summarise(rows: list[dict]) -> list[dict]:
+def summarize(rows: list[dict]) -> list[dict]:
     """One row per cache (`VARIANT`), task, text and prefix, in `drift` per turn, in `needle` per depth: means over documents.
 
     Numbers that not every row of a group has are left out. Of the KL, how far documents differ: `kl_se`, the standard error

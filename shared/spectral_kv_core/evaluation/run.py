@@ -8,11 +8,13 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from tqdm import tqdm
@@ -28,7 +30,7 @@ from ..profile.profile import Profile
 from ..profile.store import auto_profile
 from ..scorers import check_wavelet, get_scorer
 from .documents import Document, make_documents
-from .rows import RowFile, summarise
+from .rows import RowFile, row_key, summarize
 from .tasks import LOW_PPL, Job, Runner
 from .text import Text, copy_span
 
@@ -42,6 +44,9 @@ SUITES: dict[str, dict[str, Any]] = {
 }
 DEFAULT_BITS = (4.0, 3.0, 2.0)
 DEFAULT_KEEP = (0.5, 0.25)
+
+Place: TypeAlias = tuple[int, str, Job]  # of a row: which document, the task and the cache
+Tiers: TypeAlias = tuple[tuple[float, float], ...]  # (share, bits) pairs
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,7 @@ class Settings:
             if not values:
                 raise UsageError(f"Expected at least one value for `{name}`, received none.")
         methods = [get_method(name) for name in self.methods]
+        value: str | int
         for name, values, known in (("tasks", self.tasks, TASKS), ("metrics", self.metrics, METRICS)):
             for value in values:
                 if value not in known:
@@ -120,14 +126,14 @@ class Settings:
             raise UsageError(
                 f"Expected a method that rounds by scores for `rounding_scores`, {', '.join(self.methods)} do not."
             )
-        wavy = [method for method in methods if _has_wavelet(method)]
+        wavy = [named for method in methods if (named := method.scorer) and _has_wavelet(method)]
         if self.wavelets and not (wavy and self.shares):
             raise UsageError(
                 f"Expected a method that drops tokens by a wavelet scorer for `wavelets`, {', '.join(self.methods)} "
                 f"{'drop none with `tiers` alone' if wavy else 'do not'}."
             )
         for wavelet in self.wavelets:
-            check_wavelet(get_scorer(wavy[0].scorer), wavelet)
+            check_wavelet(get_scorer(wavy[0]), wavelet)
         self._check_keep([method for method in methods if _drops_tokens(method)])
 
     @property
@@ -175,30 +181,55 @@ def evaluate(
     Path(output).mkdir(parents=True, exist_ok=True)
     finished = RowFile(Path(output) / "rows.jsonl")
     jobs, skipped = plan_jobs(backend, model, tokenizer, settings, profile)
-    for job in jobs:
-        for task in settings.tasks:
-            if not _runs(task, job):
-                reason = f"{job.method.name} is for files, the task {task} needs a live cache"
-                log.warning("Skipped %s at %g bits in the task %s: %s.", job.method.name, job.bits, task, reason)
-                skipped.append({"method": job.method.name, "bits": job.bits, "task": task, "reason": reason})
     common = {
         **names,
         "weights": backend.weights_digest(model),
         "dtype": str(backend.model_dtype(model)).rpartition(".")[2],
         "library_version": __version__,
     }
+    keys, unfit = _plan_rows(documents, jobs, settings, common)
+    runner = Runner(backend, model, settings)
+    rows = _run_rows(runner, documents, jobs, keys, finished)
+    _warn_of_low_perplexity(rows)
+    return {
+        "rows": summarize(rows),
+        "documents": rows,
+        "skipped": skipped + unfit,
+        "layers": list(runner.layers),
+        **{key: value for key, value in common.items() if key != "library_version"},
+        "versions": versions(backend),
+        "settings": asdict(settings) | {"texts": {text.name: text.digest for text in texts}},
+    }
+
+
+def _plan_rows(
+    documents: list[Document], jobs: list[Job], settings: Settings, common: dict
+) -> tuple[dict[Place, list[dict]], list[dict]]:
+    """What identifies the rows at every place, and the pairs of job and task that are not for each other, which are named."""
+    skipped = []
+    for job, task in product(jobs, settings.tasks):
+        if not _runs(task, job):
+            reason = f"{job.method.name} is for files, the task {task} needs a live cache"
+            log.warning("Skipped %s at %g bits in the task %s: %s.", job.method.name, job.bits, task, reason)
+            skipped.append({"method": job.method.name, "bits": job.bits, "task": task, "reason": reason})
     keys = {
         (d, task, job): _keys(document, task, job, settings, common)
         for d, document in enumerate(documents)
-        for task in document.scored
-        for job in jobs
+        for task, job in product(document.scored, jobs)
         if _runs(task, job)
     }
+    return keys, skipped
 
-    def missing(place) -> list[dict]:
+
+def _run_rows(
+    runner: Runner, documents: list[Document], jobs: list[Job], keys: dict[Place, list[dict]], finished: RowFile
+) -> list[dict]:
+    """The row of every key, in their order; what `finished` lacks is measured now and added to it."""
+
+    def missing(place: Place) -> list[dict]:
         return [key for key in keys.get(place, ()) if finished.find(key) is None]
 
-    total, runner = sum(map(len, keys.values())), Runner(backend, model, settings)
+    total = sum(map(len, keys.values()))
     with tqdm(total=total, initial=total - sum(len(missing(place)) for place in keys), desc="eval", unit="row") as bar:
         for d, document in enumerate(documents):
             todo = {task: [job for job in jobs if missing((d, task, job))] for task in document.scored}
@@ -207,7 +238,10 @@ def evaluate(
                 if finished.find(key) is None:  # turns are run again from the first on
                     finished.append(key | numbers)
                     bar.update()
-    rows = [finished.find(key) for group in keys.values() for key in group]
+    return [finished.rows[row_key(key)] for group in keys.values() for key in group]
+
+
+def _warn_of_low_perplexity(rows: list[dict]) -> None:
     low = sorted({row["text"] for row in rows if row.get("low_ppl")})
     if low:
         log.warning(
@@ -215,15 +249,6 @@ def evaluate(
             ", ".join(low),
             LOW_PPL,
         )
-    return {
-        "rows": summarise(rows),
-        "documents": rows,
-        "skipped": skipped,
-        "layers": list(runner.layers),
-        **{key: value for key, value in common.items() if key != "library_version"},
-        "versions": versions(backend),
-        "settings": asdict(settings) | {"texts": {text.name: text.digest for text in texts}},
-    }
 
 
 def plan_jobs(
@@ -247,24 +272,13 @@ def plan_jobs(
             )
             found.check(shape)
             found.basis_set(method.profile_set)
-        keeps = settings.shares if _drops_tokens(method) else (None,)
-        low, high = bits_range(method)
-        grid = dict.fromkeys(settings.bits) if low < high else [low]
-        scorers = settings.rounding_scores or (None,) if _rounds(method) else (None,)
-        wavelets = settings.wavelets or (None,) if _has_wavelet(method) else (None,)
-        wanted = [(bits, scorer, None) for bits in (grid if keeps else ()) for scorer in scorers]
-        wanted += [(mean_bits(t), s, t) for t in (settings.tiers if _drops_tokens(method) else ()) for s in scorers]
-        for bits, scorer, tiers in wanted:
+        for bits, scorer, tiers in _plans_of(method, settings):
             try:
                 made = rounded_by(method, scorer)
                 plan = make_tiered_plan(shape, found, made, tiers) if tiers else make_plan(shape, found, made, bits)
-                if tiers:
-                    jobs.append(Job(made, bits, plan, plan.hash, None, scorer, tiers))
-                    continue
                 jobs += [
-                    Job(made, bits, plan, plan.hash, keep, scorer, None, wavelet)
-                    for keep in keeps
-                    for wavelet in wavelets
+                    Job(made, bits, plan, plan.hash, keep, scorer, tiers, wavelet)
+                    for keep, wavelet in _caches_of(method, settings, tiers)
                 ]
             except ValueError as error:
                 log.warning("Skipped %s at %g bits: %s", method.name, bits, error)
@@ -275,6 +289,27 @@ def plan_jobs(
             f"{', '.join(f'{b:g}' for b in settings.bits)}: {skipped[-1]['reason']}"
         )
     return jobs, skipped
+
+
+def _plans_of(method: Method, settings: Settings) -> list[tuple[float, str | None, Tiers | None]]:
+    """(bits, rounding scores, tiers) of every plan of `method` that `settings` ask for; bits alone first, then tiers."""
+    drops, (low, high) = _drops_tokens(method), bits_range(method)
+    bits = dict.fromkeys(settings.bits) if low < high else (low,)
+    scorers = settings.rounding_scores or (None,) if _rounds(method) else (None,)
+    plans: list[tuple[float, str | None, Tiers | None]] = []
+    if settings.shares or not drops:
+        plans += [(b, scorer, None) for b, scorer in product(bits, scorers)]
+    if drops:
+        plans += [(mean_bits(tiers), scorer, tiers) for tiers, scorer in product(settings.tiers, scorers)]
+    return plans
+
+
+def _caches_of(method: Method, settings: Settings, tiers: Tiers | None) -> Iterable[tuple[float | None, str | None]]:
+    """(share of the tokens kept, wavelet) of every cache that a plan with `tiers`, or without, is measured in."""
+    if tiers:
+        return [(None, None)]
+    shares = settings.shares if _drops_tokens(method) else (None,)
+    return product(shares, settings.wavelets or (None,) if _has_wavelet(method) else (None,))
 
 
 def _calibrated(backend, model, tokenizer, basis_set: str) -> Profile:
@@ -288,7 +323,7 @@ def _drops_tokens(method: Method) -> bool:
 
 
 def _has_wavelet(method: Method) -> bool:
-    return _drops_tokens(method) and "wavelet" in get_scorer(method.scorer).options
+    return method.scorer is not None and "wavelet" in get_scorer(method.scorer).options
 
 
 def _rounds(method: Method) -> bool:

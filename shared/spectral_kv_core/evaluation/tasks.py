@@ -25,7 +25,7 @@ from ..scorers import get_scorer
 from .documents import Document
 from .fidelity import output_errors, output_perturbation, relative_error, sealed_span, spectral_fidelity
 
-LOW_PPL = 2.0  # a text this predictable was learnt by heart or repeats itself: little can go wrong on it
+LOW_PPL = 2.0  # a text this predictable was learned by heart or repeats itself: little can go wrong on it
 
 
 @dataclass(frozen=True, eq=False)  # a job is itself: plans are not compared
@@ -223,7 +223,7 @@ class Runner:
 
     def _empty(self, job: Job, prefix: int):
         settings, budget = self.settings, job.budget_tokens(prefix)
-        options = {} if budget is None else {"budget_tokens": budget}
+        options: dict[str, Any] = {} if budget is None else {"budget_tokens": budget}
         if job.tiers:
             options["tiers"] = job.tiers
         if job.wavelet:
@@ -280,7 +280,7 @@ class Runner:
         for exact, (*vectors, positions) in zip(self.backend.held_vectors(plain, self.layers), held):
             errors = [relative_error(x, y, positions, span) for x, y in zip(exact, vectors)]
             spectra = [spectral_fidelity(x, y, positions, span) for x, y in zip(exact, vectors)]
-            sums += *errors, np.mean(spectra)
+            sums += np.array([*errors, np.mean(spectra)])
         return dict(zip(("key_error", "value_error", "spectral_fidelity"), (sums / len(self.layers)).tolist()))
 
     def _sizes(self, job: Job, stored) -> dict:

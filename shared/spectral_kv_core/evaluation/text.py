@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
-import inspect
 import re
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 
 from ..errors import UsageError
+from ..planning.budget import SEAL
 
-CODE_MODULES = ("tarfile", "subprocess", "argparse")  # in no calibration text; long, and on every machine
 _TITLE = re.compile(r"^ ?= (?:[^=\n]+ )?= ?$", re.MULTILINE)  # top-level heading of WikiText, empty when all was <unk>
 
 
@@ -29,16 +27,9 @@ class Text:
 
 
 def default_texts() -> list[Text]:
-    """`prose`, which ships, and `code`, the source of standard-library modules of the Python that runs."""
-    prose = (files("spectral_kv_core") / "data" / "evaluation" / "prose.txt").read_text(encoding="utf-8")
-    try:
-        code = "\n\n".join(inspect.getsource(importlib.import_module(name)) for name in CODE_MODULES)
-    except OSError as error:
-        raise UsageError(
-            f"Expected the source of Python's standard library for the text code, received none ({error}). Give texts "
-            "of your own in `texts`."
-        ) from None
-    return [Text("prose", prose), Text("code", code)]
+    """`prose` and `code`, which ship (data/README.md): in no calibration text, and the same on every machine."""
+    folder = files("spectral_kv_core") / "data" / "evaluation"
+    return [Text(name, (folder / f"{name}.txt").read_bytes().decode("utf-8")) for name in ("prose", "code")]
 
 
 def detokenize(text: str) -> str:
@@ -58,7 +49,7 @@ def detokenize(text: str) -> str:
 
 
 def read_text(name: str, raw: str) -> Text:
-    """`raw` as a text to evaluate on; WikiText's tokenised style is undone."""
+    """`raw` as a text to evaluate on; WikiText's tokenized style is undone."""
     return Text(name, detokenize(raw) if " @-@ " in raw or "<unk>" in raw else raw)
 
 
@@ -113,7 +104,7 @@ def copy_span(prefix: int, scored: int, sinks: int, window: int) -> tuple[int, i
         return max(prefix * 10 // 31, sinks)
 
     def fits(prefix: int) -> bool:
-        return start(prefix) + scored <= prefix - window - 15  # up to 15 tokens wait for their block to fill
+        return start(prefix) + scored <= prefix - window - (SEAL - 1)  # as many may wait for their block to fill
 
     if not fits(prefix):
         needed = prefix

@@ -57,8 +57,7 @@ class FileFormat:
             )
         try:
             with safe_open(path, framework="numpy") as file:
-                header = _header(file)
-                self._check_kind(header, path)
+                header = self._checked(_header(file), path)
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, json.JSONDecodeError) as error:
             raise UsageError(
@@ -68,7 +67,8 @@ class FileFormat:
             raise UsageError(f"Expected the contents that the header's hash names, {path} was altered. Make it again.")
         return arrays, header
 
-    def _check_kind(self, header: dict | None, path: Path) -> None:
+    def _checked(self, header: dict | None, path: Path) -> dict:
+        """The header of a file of this kind and version."""
         if header is None:
             raise UsageError(f"Expected a spectralkv {self.noun}, received another safetensors file: {path}.")
         if header.get("format") != self.name:
@@ -78,6 +78,7 @@ class FileFormat:
             newer = isinstance(version, int) and version > self.version
             todo = "Upgrade: pip install -U spectralkv" if newer else f"Make it again: {self.command}"
             raise UsageError(f"Expected {self.noun} version {self.version}, received {version} from {path}. {todo}")
+        return header
 
 
 def format_name(path: str | os.PathLike) -> str | None:

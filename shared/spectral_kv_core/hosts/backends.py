@@ -44,6 +44,7 @@ def load_backend(name: str = "auto", module: str = "generation") -> tuple[str, M
         if missing:
             log.warning("%s Using %s instead.", missing, candidate)
         return candidate, found
+    assert missing is not None, "no name was tried"
     raise missing
 
 

@@ -27,7 +27,7 @@ class QueryStatistics:
     """Queries before RoPE, times the attention scale; L compressible layers.
 
     mean [L, Hq, D]; root [L, H, D, D]: symmetric root of the covariance, averaged over the query heads of a KV head;
-    amplitude [L, Hq, rotary_dim / 2]: mean length of every rotary pair (with the mean, the centres of TriAttention).
+    amplitude [L, Hq, rotary_dim / 2]: mean length of every rotary pair (with the mean, the centers of TriAttention).
     """
 
     mean: np.ndarray
@@ -46,7 +46,32 @@ class QueryStatistics:
 
 @dataclass
 class Profile:
-    """Facts about one model from which the plan of any method and budget follows; see docs/reference/profile-file.md."""
+    """Facts about one model from which the plan of any method and budget follows: one file, read by both backends.
+
+    Args:
+        shape: Architecture numbers, which a model must agree with.
+        model: Name of the model, for messages.
+        calibration: The text, the tokens and the options that the profile was made with.
+        basis_sets: Bases, spectra and costs by name, such as `head.post`. `BasisSet` gives the shapes.
+        queries: Statistics of the queries before RoPE; None in older files. `QueryStatistics` gives the shapes.
+        weights_digest: Hash of the weights that were read; empty where it is not known.
+        library_version: The version of spectralkv that made the profile.
+        path: The file that it came from; None for one in memory.
+
+    Raises:
+        FileNotFoundError: `load` finds no file.
+        ValueError: `load` finds a file that is damaged or of another version, `check` a model of another shape,
+            `basis_set` and `get_projection` something that the profile does not have.
+
+    Examples:
+        >>> from spectral_kv_torch import SpectralProfile  # spectral_kv_mlx has the same
+        >>> from spectral_kv_core.profile.store import packaged_profiles
+        >>> profile = SpectralProfile.load(packaged_profiles()[0])
+        >>> profile.shape.num_layers, profile.shape.kv_heads, profile.shape.head_dim
+        (30, 3, 64)
+        >>> profile.get_projection(layer=8, head=0, energy=0.9).basis.shape  # [head_dim, rank]
+        (64, 50)
+    """
 
     shape: ModelShape
     model: str
@@ -59,7 +84,8 @@ class Profile:
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write the profile to `path` (temporary name, then rename); returns the path."""
-        arrays, sets = {}, {}
+        arrays: dict[str, np.ndarray] = {}
+        sets = {}
         for name, basis_set in self.basis_sets.items():
             arrays |= {f"{name}/{key}": array for key, array in basis_set.to_file().items()}
             for bits, levels in basis_set.levels.items():
@@ -88,8 +114,8 @@ class Profile:
         sets = {}
         for name, fields in header["basis_sets"].items():
             levels = {b: arrays[f"{name}/levels/{b}"] for b in BIT_WIDTHS if b}
-            held = {key: arrays[f"{name}/{key}"] for key in BasisSet.FILE_ARRAYS}
-            held["histogram"] = arrays.get(f"{name}/histogram")
+            keys = [*BasisSet.FILE_ARRAYS, *["histogram"] * (f"{name}/histogram" in arrays)]
+            held = {key: arrays[f"{name}/{key}"] for key in keys}
             sets[name] = BasisSet.from_file(held, levels, **fields)
             _check_sizes(sets[name], shape, path)
         return cls(

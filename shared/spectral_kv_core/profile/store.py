@@ -26,7 +26,7 @@ def cached_profile_path(shape: ModelShape, basis_set: str | None = None) -> Path
 
     Stored prompts need the very profile that they were made with.
     """
-    extra = ON_REQUEST.get(basis_set, "").replace(" --", "-")
+    extra = ON_REQUEST.get(basis_set or "", "").replace(" --", "-")
     return user_cache_dir() / "profiles" / f"{shape.fingerprint}-v{FORMAT_VERSION}{extra}.safetensors"
 
 

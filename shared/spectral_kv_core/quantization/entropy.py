@@ -106,7 +106,7 @@ def step_table(histogram: np.ndarray, limit: float, step: float, offset: float) 
     wide = levels.astype(np.float64)
     error = variance - 2 * math.fsum(wide * first) + math.fsum(np.square(wide) * mass)
 
-    # every code has a frequency of 1 and a share of the rest; the centre takes what rounding down leaves
+    # every code has a frequency of 1 and a share of the rest; the center takes what rounding down leaves
     codes = 2 * top + 1
     share = (mass[1:] / 2 + 0.5) / (whole + codes / 2)
     side = 1 + np.floor(share * (TOTAL - codes)).astype(np.int64)
@@ -246,7 +246,7 @@ def _codes_crc(codes: list[np.ndarray]) -> int:
     """Checksum of decoded codes and of how they are split over tables."""
     crc = 0
     for c in codes:
-        crc = zlib.crc32(c.astype("<i2", copy=False), zlib.crc32(struct.pack("<Q", c.size), crc))
+        crc = zlib.crc32(c.astype("<i2", copy=False).tobytes(), zlib.crc32(struct.pack("<Q", c.size), crc))
     return crc
 
 

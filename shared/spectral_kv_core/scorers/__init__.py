@@ -86,7 +86,7 @@ SCORERS = {
             "waveletkv",
             waveletkv.scores,
             ("pre_rope",),
-            "departure from the neighbours at every scale of time",
+            "departure from the neighbors at every scale of time",
             "undecimated wavelets over time (Holschneider et al. 1989); derived, no paper",
         ),
         Scorer(

@@ -7,7 +7,7 @@ from ..errors import UsageError
 
 
 def scores(xp, post_rope, recent, kernel=5):
-    """Mean attention of the last queries, pooled over neighbours, to `post_rope` [B, H, T, D] -> [B, H, T] float32.
+    """Mean attention of the last queries, pooled over neighbors, to `post_rope` [B, H, T, D] -> [B, H, T] float32.
 
     Li et al. 2024 (arXiv 2404.14469), listing 1, and its code: average pooling with `kernel` (odd) tokens. `recent`
     [B, Hq, L, D]: queries of the last L stored tokens after RoPE, times the attention scale. The L tokens of this

@@ -1,4 +1,4 @@
-"""What scorers share: normalisation over the tokens that compete, and the terms for recency and key norm."""
+"""What scorers share: normalization over the tokens that compete, and the terms for recency and key norm."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ FLAT = 1e-6  # a spread below this share of the scores' size is rounding: such s
 
 def zscore(xp, scores, axis: int = -1):
     """`scores` minus their mean, over their standard deviation along `axis`."""
-    centred = scores - xp.mean(scores, axis=axis, keepdims=True)
-    spread = xp.sqrt(xp.mean(xp.square(centred), axis=axis, keepdims=True))
+    centered = scores - xp.mean(scores, axis=axis, keepdims=True)
+    spread = xp.sqrt(xp.mean(xp.square(centered), axis=axis, keepdims=True))
     size = xp.sqrt(xp.mean(xp.square(scores), axis=axis, keepdims=True))
-    return centred / xp.maximum(spread, FLAT * size + 1e-18)  # 1e-18: so small that squares underflow
+    return centered / xp.maximum(spread, FLAT * size + 1e-18)  # 1e-18: so small that squares underflow
 
 
 def ranks(xp, scores):

@@ -72,7 +72,7 @@ def bands(xp, x, wavelet: str) -> Iterator:
     """Undecimated transform of `x` [B, H, T, D] over time: details of level 1 to J, then the approximation, each [B, H, T, D].
 
     A trous (Shensa 1992, IEEE Trans. Signal Processing 40): filters of level j are spread by 2^(j - 1), nothing is left
-    out, so a token keeps its coefficients when the text is longer by one. Filters are centred on the token; first and
+    out, so a token keeps its coefficients when the text is longer by one. Filters are centered on the token; first and
     last token are repeated outwards. Scaled so that the approximation is a weighted mean.
     """
     (low, high), tokens = filter_bank(wavelet), x.shape[2]
