@@ -107,7 +107,7 @@ class Profile:
     def load(cls, path: str | os.PathLike) -> Profile:
         """Read and check a profile file.
 
-        Raises FileNotFoundError, or ValueError for a file that is truncated, altered, of another kind or too new.
+        Raises FileNotFoundError, or UsageError for a file that is truncated, altered, of another kind or too new.
         """
         arrays, header = FORMAT.load(path)
         shape = ModelShape.from_json(header["shape"])
