@@ -15,6 +15,7 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from spectral_kv_core.benchmark.bench import Clock
 from spectral_kv_core.benchmark.machine import cpu_cores
+from spectral_kv_core.errors import UsageError
 from spectral_kv_core.planning.budget import SEAL
 from spectral_kv_core.planning.plan import Plan
 from spectral_kv_core.profile.model_shape import ModelShape
@@ -134,11 +135,11 @@ def layer_reader(shape: ModelShape, plan: Plan | None, sinks: int, window: int, 
 
 
 def quantized_cache(model, plain: list) -> list:
-    """mlx-lm's quantized cache with the tokens of `plain`; raises ValueError for layers that it cannot hold."""
+    """mlx-lm's quantized cache with the tokens of `plain`; raises UsageError for layers that it cannot hold."""
     made = []
     for host in plain:
         if type(host) is not KVCache:
-            raise ValueError(f"Expected layers that mlx-lm can quantize, received a {type(host).__name__}.")
+            raise UsageError(f"Expected layers that mlx-lm can quantize, received a {type(host).__name__}.")
         held, cache = exact_layer(host), QuantizedKVCache(**QUANTIZED)
         cache.update_and_fetch(held.keys, held.values)
         mx.eval(cache.keys, cache.values)

@@ -12,6 +12,8 @@ import numpy as np
 from mlx_lm.models import base
 from mlx_lm.models.cache import create_attention_mask
 
+from spectral_kv_core.errors import UsageError
+
 from .handles import RoutedCache, caller_is_routed
 from .integration import dispatcher, host_layers, model_shape, replaced_attention, routed
 from .ops import all_finite, to_numpy
@@ -32,7 +34,7 @@ class CaptureCache(RoutedCache):
         if self.leaves:
             return mx.concatenate([self.keys, keys], axis=2), mx.concatenate([self.values, values], axis=2)
         if not caller_is_routed():
-            raise ValueError("Expected a model whose attention is routed through ours, received another caller.")
+            raise UsageError("Expected a model whose attention is routed through ours, received another caller.")
         self.pending = keys, values
         return self.pending
 
@@ -148,7 +150,7 @@ def score_gradients(model, cache: list, tokens: list[int], samples: int, key: mx
     """
     log_p = log_probabilities(model, cache, tokens)
     if not all_finite(log_p):
-        raise ValueError("Expected finite logits, received NaN or infinity: check the weights and the dtype.")
+        raise UsageError("Expected finite logits, received NaN or infinity: check the weights and the dtype.")
     draws = [mx.random.categorical(log_p, key=k) for k in mx.random.split(key, samples)]
     return [label_gradients(model, cache, tokens, labels) for labels in draws]
 

@@ -12,6 +12,7 @@ from mlx_lm.utils import _download, load_config
 from mlx_lm.utils import load_model as load_mlx_model
 
 from spectral_kv_core.benchmark.footprint import Footprint
+from spectral_kv_core.errors import UsageError, first_line
 from spectral_kv_core.planning.plan import Plan
 
 from . import ops
@@ -34,10 +35,13 @@ def skeleton(name: str, dtype: str | None = None):
         whole = any(path.glob("model*.safetensors"))
         model, _ = load_mlx_model(path, lazy=True, strict=whole, model_config=_config_corrections(config))
     except OSError as error:
-        reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"Expected a model directory, a hub id or demo, cannot read the config.json of {str(name)!r}: {reason}"
+            f"Expected a model directory, a hub id or demo, cannot read the config.json of {str(name)!r}: {first_line(error)}"
         ) from None
+    except ValueError as error:
+        raise UsageError(
+            f"Expected a model that mlx-lm knows, cannot load {str(name)!r}: {first_line(error)}"
+        ) from error
     if not whole:
         _as_stored(model, config)
     if dtype is None and mx.default_device() == mx.Device(mx.cpu):  # as load_model
@@ -94,7 +98,7 @@ def _as_stored(model: nn.Module, config: dict) -> None:
     if not quantization:
         return
     if not {"group_size", "bits"} <= set(quantization):
-        raise ValueError(
+        raise UsageError(
             f"Expected weights beside config.json for a model quantized by {quantization.get('quant_method', 'others')}, "
             "found none: their size is not known. Download the model first."
         )

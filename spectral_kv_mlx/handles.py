@@ -13,6 +13,8 @@ from collections.abc import Callable
 import mlx.core as mx
 from mlx_lm.models.cache import _BaseCache
 
+from spectral_kv_core.errors import UsageError
+
 ATTENTION = "scaled_dot_product_attention"
 
 
@@ -33,7 +35,7 @@ def make_dispatcher(host: Callable, fused: Callable, check_mask: Callable) -> Ca
         if not (isinstance(cache, RoutedCache) and cache.pending is not None and cache.pending[0] is keys):
             return host(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
         if sinks is not None:
-            raise ValueError(
+            raise UsageError(
                 "Expected attention without sink logits, received some: such layers cannot be compressed. Pass them through."
             )
         check_mask(mask, cache, queries.shape[2])

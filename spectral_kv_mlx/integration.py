@@ -30,6 +30,7 @@ from mlx_lm.utils import _download, load_config
 from spectral_kv_core.arrays.rope import Rope
 from spectral_kv_core.cache.prompt_cache_file import ExactLayer
 from spectral_kv_core.compat.engine import check_quantize
+from spectral_kv_core.errors import UsageError, first_line
 from spectral_kv_core.files import paths
 from spectral_kv_core.profile.model_shape import ModelShape
 
@@ -124,7 +125,7 @@ _last_checked: list = [None]  # the mask that all layers of a forward pass share
 
 
 def _check_mask(mask, cache, length: int) -> None:
-    """Raise ValueError unless `mask` is causal, with the left padding of `cache` where it has some."""
+    """Raise UsageError unless `mask` is causal, with the left padding of `cache` where it has some."""
     padding = getattr(cache, "left_padding", None)
     if not isinstance(mask, mx.array) or mask is _last_checked[0] or (length == 1 and padding is not None):
         return
@@ -132,7 +133,7 @@ def _check_mask(mask, cache, length: int) -> None:
     expected = create_causal_mask(length, seen, left_padding=mx.array(padding) if padding is not None else None)
     visible = mask if mask.dtype == mx.bool_ else mask >= 0
     if not mx.array_equal(*mx.broadcast_arrays(visible, expected[..., -mask.shape[-1] :])).item():
-        raise ValueError(
+        raise UsageError(
             "Expected a causal mask with padding on the left only, received another mask. Pad on the left and give "
             "left_padding to make_prompt_cache."
         )
@@ -161,14 +162,14 @@ def host_layers(model) -> list:
 
 
 def padded(cache, left_padding: list[int]):
-    """The host's counterpart of `cache` for a batch with left padding; raises ValueError where mlx-lm has none."""
+    """The host's counterpart of `cache` for a batch with left padding; raises UsageError where mlx-lm has none."""
     if type(cache) is KVCache:
         return BatchKVCache(left_padding)
     if type(cache) is RotatingKVCache and not cache.keep:
         return BatchRotatingKVCache(cache.max_size, left_padding)
     if type(cache) is ArraysCache:
         return ArraysCache(len(cache.cache), left_padding)
-    raise ValueError(
+    raise UsageError(
         f"Expected layers that mlx-lm can pad, received a {type(cache).__name__} with left_padding. Generate row by row."
     )
 
@@ -179,15 +180,15 @@ def plain_cache(model) -> list:
 
 
 def exact_layer(cache) -> ExactLayer:
-    """What a layer of the host's own holds; raises ValueError for a kind that is no list of keys and values."""
+    """What a layer of the host's own holds; raises UsageError for a kind that is no list of keys and values."""
     rotating = type(cache) in (RotatingKVCache, BatchRotatingKVCache)
     if not (rotating or type(cache) in (KVCache, BatchKVCache)) or getattr(cache, "keep", 0):
-        raise ValueError(
+        raise UsageError(
             f"Expected layers that keep keys and values in their order, received a {type(cache).__name__}, which cannot be "
             "stored yet. Keep the prompt itself."
         )
     if cache.empty():
-        raise ValueError("Expected a cache that has read a prompt, received an empty one.")
+        raise UsageError("Expected a cache that has read a prompt, received an empty one.")
     if not rotating:
         return ExactLayer(*cache.keys_and_values(), cache.size())
     if isinstance(cache, BatchRotatingKVCache):
@@ -201,10 +202,10 @@ def exact_layer(cache) -> ExactLayer:
 
 
 def set_exact_layer(cache, held: ExactLayer) -> None:
-    """Let an empty layer of the host's own hold the arrays of `held`; raises ValueError when they are too few."""
+    """Let an empty layer of the host's own hold the arrays of `held`; raises UsageError when they are too few."""
     seen, received, window = held.seen, held.keys.shape[2], getattr(cache, "max_size", held.seen + 1)
     if received < min(seen, window - 1):
-        raise ValueError(
+        raise UsageError(
             f"Expected the last {min(seen, window - 1):,} tokens for a window of {window:,}, received {received:,}: the cache "
             "is of a model with another window. Make it again."
         )
@@ -357,10 +358,13 @@ def load_model(name: str | os.PathLike, dtype: str | None = None, quantize: str 
         config = load_config(path)
         model, tokenizer = mlx_lm.load(str(path), model_config=_config_corrections(config), lazy=True)
     except OSError as error:
-        reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"Expected a model directory, a hub id or demo, cannot load {str(name)!r}: {reason}"
+            f"Expected a model directory, a hub id or demo, cannot load {str(name)!r}: {first_line(error)}"
         ) from None
+    except ValueError as error:
+        raise UsageError(
+            f"Expected a model that mlx-lm knows, cannot load {str(name)!r}: {first_line(error)}"
+        ) from error
     if dtype is None and mx.default_device() == mx.Device(mx.cpu):  # half precision is emulated there
         dtype = "float32"
     if dtype is not None:

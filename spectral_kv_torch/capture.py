@@ -12,6 +12,8 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_utils import AttentionInterface
 
+from spectral_kv_core.errors import UsageError
+
 from . import ops
 from .handles import Pending
 from .integration import ATTENTION, attention_forward, host_layers, install, model_shape, register
@@ -172,7 +174,7 @@ def score_gradients(model, cache: Cache, tokens: list[int], samples: int, genera
         logits = model(_batch(model, tokens), past_key_values=cache, use_cache=True).logits[0].float()
         log_p = torch.log_softmax(logits, dim=-1)
         if not torch.isfinite(log_p).all():
-            raise ValueError("Expected finite logits, received NaN or infinity: check the weights and the dtype.")
+            raise UsageError("Expected finite logits, received NaN or infinity: check the weights and the dtype.")
         for sample in range(samples):
             labels = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
             gradients = torch.autograd.grad(log_p.gather(1, labels).sum(), inputs, retain_graph=sample + 1 < samples)

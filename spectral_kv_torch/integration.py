@@ -20,6 +20,7 @@ from transformers.modeling_utils import AttentionInterface
 from spectral_kv_core.arrays.rope import Rope
 from spectral_kv_core.cache.prompt_cache_file import ExactLayer
 from spectral_kv_core.compat.engine import check_quantize
+from spectral_kv_core.errors import UsageError, first_line
 from spectral_kv_core.files import paths
 from spectral_kv_core.profile.model_shape import ModelShape
 
@@ -81,7 +82,7 @@ _read: tuple = (lambda: None, None, None)
 def left_padding(mask: torch.Tensor | None, length: int) -> list[int] | None:
     """Left padding of every row, from a [B, 1, L, N] mask; None without one.
 
-    Raises ValueError for a mask that is not causal with left padding.
+    Raises UsageError for a mask that is not causal with left padding.
     """
     if mask is None:
         return None
@@ -92,7 +93,7 @@ def left_padding(mask: torch.Tensor | None, length: int) -> list[int] | None:
     expected = torch.arange(total, device=mask.device)[None] >= padding[:, None]
     causal = torch.ones(length, total, dtype=torch.bool, device=mask.device).tril(total - length)
     if seen.shape[1] != 1 or not torch.equal(seen[:, 0], expected[:, None] & causal):
-        raise ValueError(
+        raise UsageError(
             "Expected a causal mask with padding on the left only, received another mask. Pad on the left."
         )
     return padding.tolist()
@@ -143,26 +144,26 @@ def plain_cache(model) -> Cache:
 
 
 def exact_layer(layer) -> ExactLayer:
-    """What a layer of the host's own holds; raises ValueError for a kind that is no list of keys and values."""
+    """What a layer of the host's own holds; raises UsageError for a kind that is no list of keys and values."""
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-        raise ValueError(
+        raise UsageError(
             f"Expected layers that keep keys and values in their order, received a {type(layer).__name__}, which cannot be "
             "stored yet. Keep the prompt itself."
         )
     if not layer.get_seq_length():
-        raise ValueError("Expected a cache that has read a prompt, received an empty one.")
+        raise UsageError("Expected a cache that has read a prompt, received an empty one.")
     keep = _kept(layer, layer.get_seq_length())
     return ExactLayer(layer.keys[:, :, -keep:], layer.values[:, :, -keep:], layer.get_seq_length())
 
 
 def set_exact_layer(layer, held: ExactLayer) -> None:
-    """Let an empty layer of the host's own hold the tensors of `held`; raises ValueError when they are too few."""
+    """Let an empty layer of the host's own hold the tensors of `held`; raises UsageError when they are too few."""
     layer.lazy_initialization(held.keys, held.values)
     if layer.is_sliding:
         layer.cumulative_length = held.seen
     keep = _kept(layer, held.seen)
     if held.keys.shape[2] < keep:
-        raise ValueError(
+        raise UsageError(
             f"Expected the last {keep:,} tokens for a window of {layer.sliding_window:,}, received {held.keys.shape[2]:,}: "
             "the cache is of a model with another window. Make it again."
         )
@@ -266,23 +267,26 @@ def load_model(name: str | os.PathLike, dtype: str | None = None, quantize: str 
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", **options)
     except OSError as error:
-        reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"Expected a model directory, a hub id or demo, cannot load {name!r}: {reason}"
+            f"Expected a model directory, a hub id or demo, cannot load {name!r}: {first_line(error)}"
         ) from None
+    except ValueError as error:
+        raise UsageError(
+            f"Expected a model that transformers knows, cannot load {name!r}: {first_line(error)}"
+        ) from error
     if not options:  # bitsandbytes puts its weights on the card itself
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     return model.eval(), tokenizer
 
 
 def _quantization(quantize: str | None) -> dict:
-    """Options of `from_pretrained` for quantized weights; raises ValueError where bitsandbytes cannot run."""
+    """Options of `from_pretrained` for quantized weights; raises UsageError where bitsandbytes cannot run."""
     if check_quantize(quantize) is None:
         return {}
     missing = [] if torch.cuda.is_available() else ["a CUDA card"]
     missing += [] if find_spec("bitsandbytes") else ["bitsandbytes (pip install bitsandbytes)"]
     if missing:
-        raise ValueError(
+        raise UsageError(
             f"Expected {' and '.join(missing)} for quantize={quantize!r}, found none. Use quantize=None, or spectral_kv_mlx, "
             "which quantizes weights everywhere: the cache is compressed either way."
         )

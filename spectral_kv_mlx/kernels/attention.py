@@ -177,9 +177,7 @@ class LatentStep:
             )
             self._tiles[chunks[-1]] = tile
             for chunk, *parts in zip(chunks, *(mx.split(x, len(chunks), axis=2) for x in units)):
-                object.__setattr__(
-                    chunk, "arrays", interleave(zip(parts, chunk.arrays[1::2]))
-                )  # the same codes, held elsewhere
+                chunk.move(interleave(zip(parts, chunk.arrays[1::2])))
         return [tile]
 
 

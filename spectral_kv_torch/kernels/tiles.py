@@ -109,6 +109,4 @@ class Tiles:
     def _become_views(group: list[Chunk], parts: list[torch.Tensor], starts) -> None:
         for chunk, start in zip(group, starts.tolist()):
             units = [part[:, :, start : start + x.shape[2]] for part, x in zip(parts, chunk.arrays[0::2])]
-            object.__setattr__(
-                chunk, "arrays", interleave(zip(units, chunk.arrays[1::2]))
-            )  # the same codes, held elsewhere
+            chunk.move(interleave(zip(units, chunk.arrays[1::2])))

@@ -176,7 +176,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("message", "arguments"), [(m, a) for m, *a in WRONG])
 def test_wrong_use_is_told_before_any_work(capsys, monkeypatch, message, arguments):
-    monkeypatch.setattr(cli.commands, "load_backend", lambda *a: pytest.fail("work began"))
+    monkeypatch.setattr("spectral_kv_core.cli.bench.load_backend", lambda *a: pytest.fail("work began"))
     try:
         code = cli.main(["bench", *arguments])
     except SystemExit as stop:

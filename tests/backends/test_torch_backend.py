@@ -375,7 +375,7 @@ def test_passed_layers_are_named_once(caplog):
     model, profile = model_and_profile("gemma3")
     shape, passed = model_shape(model)
     assert shape.layers == (1, 2) and passed == {0: "sliding window"}
-    profile_store._named.clear()
+    profile_store.warn_once.cache_clear()
     with caplog.at_level(logging.WARNING, "spectralkv"):
         cache = make_prompt_cache(model, profile)
         make_prompt_cache(model, profile)

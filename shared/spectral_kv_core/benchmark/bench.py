@@ -20,6 +20,7 @@ from itertools import cycle, islice
 import numpy as np
 from tqdm import tqdm
 
+from ..errors import UsageError
 from ..evaluation import run as evaluation
 from ..evaluation.text import default_texts
 from ..hosts.backends import load_backend
@@ -57,22 +58,22 @@ class Settings:
     def __post_init__(self):
         for method in map(get_live_method, self.methods):
             if method.scorer is not None:
-                raise ValueError(
+                raise UsageError(
                     f"Expected methods that keep every token, {method.name} drops some: how fast it is follows from how many "
                     "are left. Measure its codec at fewer tokens."
                 )
         if self.synthetic is not None:
-            _ = self.plans  # raises ValueError
+            _ = self.plans  # raises UsageError
         elif self.plan is not None:
-            raise ValueError(
-                f"Expected --plan {self.plan} with --synthetic, received a model, whose profile makes the plan."
+            raise UsageError(
+                f"Expected `plan` {self.plan} with `synthetic`, received a model, whose profile makes the plan."
             )
         _ = self.evaluated
         least = SINKS + WINDOW + SEAL
         for context in self.contexts:
             if context < least:
-                raise ValueError(
-                    f"Expected --context of at least {least} tokens, {SINKS} sinks, a window of {WINDOW} and a block of "
+                raise UsageError(
+                    f"Expected `contexts` of at least {least} tokens, {SINKS} sinks, a window of {WINDOW} and a block of "
                     f"{SEAL}, received {context}."
                 )
 
@@ -94,13 +95,13 @@ class Settings:
         return {m.name: synthetic_plan(self.shape, profile, m, self.bits, self.plan) for m in methods}
 
     def within(self, limit: int | None, drop: bool) -> Settings:
-        """The same for a model made for `limit` tokens; `drop` contexts that it cannot go on from, or raise ValueError."""
+        """The same for a model made for `limit` tokens; `drop` contexts that it cannot go on from, or raise UsageError."""
         if limit is None:
             return self
         fitting = tuple(c for c in self.contexts if c + AFTER <= limit)
         if not fitting or (len(fitting) < len(self.contexts) and not drop):
-            raise ValueError(
-                f"Expected --context of at most {limit - AFTER:,} tokens, {AFTER} below the model's context, received "
+            raise UsageError(
+                f"Expected `contexts` of at most {limit - AFTER:,} tokens, {AFTER} below the model's context, received "
                 f"{max(self.contexts):,}."
             )
         return replace(self, contexts=fitting)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from ..arrays.transform import band_sizes
 from ..codecs.registry import bits_range, family_of, make_plan
 from ..codecs.spectral import STAGING_BITS
+from ..errors import UsageError
 from ..planning.budget import CHUNK_TOKENS, SEAL, elements_per_token
 from ..planning.methods import METHODS, Method
 from ..planning.plan import Plan
@@ -72,31 +73,31 @@ class Footprint:
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes that `8GB` (decimal), `8GiB` (binary), `512MB` or a plain number of bytes stand for; raises ValueError."""
+    """Bytes that `8GB` (decimal), `8GiB` (binary), `512MB` or a plain number of bytes stand for; raises UsageError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     number, name = (found[1], found[2]) if found else ("0", "")
     unit = {known.lower(): size for known, size in UNITS.items()}.get((name or "B").lower(), 0)
     size = int(float(number) * unit) if "." in number else int(number) * unit
     if size <= 0 or ("." in number and not name):
-        raise ValueError(
+        raise UsageError(
             f"Expected an amount of memory such as 8GB, 8GiB, 512MB or a number of bytes, received {text!r}."
         )
     return size
 
 
 def safetensors_nbytes(folder: Path) -> int:
-    """Bytes of all tensors in the safetensors files of `folder`, read from their headers; raises ValueError without any."""
+    """Bytes of all tensors in the safetensors files of `folder`, read from their headers; raises UsageError without any."""
     files, total = sorted(folder.glob("*.safetensors")), 0
     for path in files:
         try:
             with safe_open(path, framework="numpy"):
                 pass  # checks the header against the length of the file
         except SafetensorError as error:
-            raise ValueError(f"Expected whole weights in {folder}, {path.name} is damaged ({error}).") from None
+            raise UsageError(f"Expected whole weights in {folder}, {path.name} is damaged ({error}).") from None
         with open(path, "rb") as file:
             total += path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
     if not files:
-        raise ValueError(f"Expected weights in safetensors files, {folder} has none: their size is not known.")
+        raise UsageError(f"Expected weights in safetensors files, {folder} has none: their size is not known.")
     return total
 
 
@@ -235,14 +236,14 @@ def fit(
     """`rows` for every pair of bits and context, `limits` by bits, `contexts` with the bits that they allow.
 
     profile None: tables and widths of a typical plan for this shape. tables: (bytes of the rows, bytes that all rows
-    share) of a plan. Raises ValueError for bits that `method` cannot reach, contexts out of range, or memory that the
+    share) of a plan. Raises UsageError for bits that `method` cannot reach, contexts out of range, or memory that the
     weights alone exceed.
     """
     _check_request(model, memory, method)
     contexts = tuple(dict.fromkeys(contexts)) or _default_contexts(model.context)
     _check_contexts(model, contexts)
     if not method.compresses and bits:
-        raise ValueError(f"Expected no --bits for {method.name}, which stores what the plain cache does.")
+        raise UsageError(f"Expected no `bits` for {method.name}, which stores what the plain cache does.")
     made = {
         b: _stored(model, method, profile, tables, b)
         for b in tuple(dict.fromkeys(bits)) or _default_bits(model.shape, method)
@@ -270,18 +271,18 @@ def fit(
 
 def _check_request(model: Footprint, memory: int, method: Method) -> None:
     if memory <= model.weights_bytes:
-        raise ValueError(
-            f"Expected memory for the weights, {model.weights_bytes:,} bytes, received {memory:,}. Give more --memory, or "
+        raise UsageError(
+            f"Expected memory for the weights, {model.weights_bytes:,} bytes, received {memory:,}. Give more `memory`, or "
             "take a model with fewer or smaller weights."
         )
     if not model.shape.layers:
-        raise ValueError(
+        raise UsageError(
             f"Expected full-attention layers to compress, received only: {', '.join(sorted(set(model.passed.values())))}."
         )
     if method.scorer is not None:
-        raise ValueError(
+        raise UsageError(
             f"Expected a method that keeps every token, received {method.name}: a cache that drops tokens has the size of its "
-            "--budget-tokens at any context."
+            "`budget_tokens` at any context."
         )
 
 
@@ -289,7 +290,7 @@ def _check_contexts(model: Footprint, contexts: Iterable[int]) -> None:
     for context in contexts:
         if context < 1 or (model.context and context > model.context):
             most = f" and at most {model.context:,}, the model's context" if model.context else ""
-            raise ValueError(f"Expected --context of at least 1 token{most}, received {context:,}.")
+            raise UsageError(f"Expected `contexts` of at least 1 token{most}, received {context:,}.")
 
 
 def _default_contexts(limit: int | None) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from ..arrays.transform import band_sizes
 from ..codecs.registry import family_of, make_plan, usable_method
 from ..codecs.spectral import SpectralPlan
 from ..codecs.transform import TransformPlan
+from ..errors import UsageError
 from ..planning.methods import Method
 from ..planning.plan import Plan
 from ..profile.basis_set import HISTOGRAM_BINS, HISTOGRAM_LIMIT, BasisSet
@@ -28,9 +29,9 @@ PLANS = ("flat", "typical")
 
 
 def synthetic_shape(name: str) -> ModelShape:
-    """A layer of the model `name` as a model of its own; raises ValueError that lists the names there are."""
+    """A layer of the model `name` as a model of its own; raises UsageError that lists the names there are."""
     if name not in SHAPES:
-        raise ValueError(f"Expected a shape among {', '.join(SHAPES)} for --synthetic, received {name!r}.")
+        raise UsageError(f"Expected a shape among {', '.join(SHAPES)} for `synthetic`, received {name!r}.")
     q_heads, kv_heads, head_dim, base = SHAPES[name]
     rope = Rope(tuple(float(w) for w in base ** (-np.arange(0, head_dim, 2) / head_dim)))
     return ModelShape(1, q_heads * head_dim, q_heads, kv_heads, head_dim, (0,), rope)
@@ -64,7 +65,7 @@ def synthetic_profile(shape: ModelShape, methods: list[Method], seed: int = 0) -
 def synthetic_plan(shape: ModelShape, profile: Profile, method: Method, bits: float, plan: str | None) -> Plan:
     """What `method` stores: `flat` has every coefficient at `bits`, `typical` the widths of a real plan of so many bits.
 
-    The published methods have one plan for their bits. Raises ValueError for bits that are no width of a flat plan, or
+    The published methods have one plan for their bits. Raises UsageError for bits that are no width of a flat plan, or
     that the method cannot reach.
     """
     method = usable_method(method)
@@ -89,7 +90,7 @@ def synthetic_plan(shape: ModelShape, profile: Profile, method: Method, bits: fl
 def _check_flat(bits: float) -> None:
     if bits not in BIT_WIDTHS[1:]:
         widths = ", ".join(map(str, BIT_WIDTHS[1:]))
-        raise ValueError(f"Expected --bits of {widths} for a flat plan, received {bits:g}. Or take --plan typical.")
+        raise UsageError(f"Expected `bits` of {widths} for a flat plan, received {bits:g}. Or take `plan` typical.")
 
 
 def typical_widths(real: SpectralPlan, groups: int, rank: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from ..arrays import ops
 from ..arrays.basis import fit_basis
 from ..arrays.rope import shift, unrotate
 from ..arrays.transform import band_sizes, octave_bands, time_matrix, to_frequency
+from ..errors import UsageError
 from ..planning.methods import GROUPS
 from ..profile.basis_set import HISTOGRAM_BINS, HISTOGRAM_LIMIT, BasisSet
 from ..profile.model_shape import ModelShape
@@ -44,7 +45,7 @@ def fit_basis_set(
     the first `positions` tokens (0: left where it is); moving is exact, RoPE being a rotation.
     """
     if group not in GROUPS:
-        raise ValueError(f"Expected a group in {GROUPS}, received {group!r}.")
+        raise UsageError(f"Expected a group in {GROUPS}, received {group!r}.")
     result, layer_groups = _empty_set(shape, group, rope, time, block), shape.layer_groups(group)
     pooled, groups = np.zeros(HISTOGRAM_BINS, np.int64), result.mean.shape[1]
     copies = SPREAD if rope == "post" and shape.rope is not None and positions else 1

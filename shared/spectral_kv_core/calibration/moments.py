@@ -8,6 +8,7 @@ import numpy as np
 
 from ..arrays import ops
 from ..arrays.rope import Rope, pair_slices, unrotate
+from ..errors import UsageError
 
 
 @dataclass
@@ -19,10 +20,10 @@ class Moments:
     scatter: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     def update(self, x: np.ndarray) -> None:
-        """Take in `x` [..., n, D]; raises ValueError on NaN or infinity."""
+        """Take in `x` [..., n, D]; raises UsageError on NaN or infinity."""
         x = np.asarray(x, np.float64)
         if not np.isfinite(x).all():
-            raise ValueError("Expected finite activations, received NaN or infinity: check the weights and the dtype.")
+            raise UsageError("Expected finite activations, received NaN or infinity: check the weights and the dtype.")
         n = x.shape[-2]
         mean = x.mean(-2)
         centered = x - mean[..., None, :]

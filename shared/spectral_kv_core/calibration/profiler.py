@@ -11,6 +11,7 @@ from functools import partial
 import numpy as np
 from tqdm import tqdm
 
+from ..errors import UsageError
 from ..hosts.demo_model import demo_model_path
 from ..planning.methods import BASIS_SETS, Method
 from ..profile.basis_set import JOINT, PAIRS, BasisSet
@@ -82,16 +83,16 @@ class ProfilerBase(ABC):
         joint: bool = False,
     ):
         if not 0 < target_energy <= 1:
-            raise ValueError(f"Expected target_energy in (0, 1], received {target_energy}.")
+            raise UsageError(f"Expected target_energy in (0, 1], received {target_energy}.")
         if min(tokens, document) < 64:
-            raise ValueError(f"Expected at least 64 tokens, received {min(tokens, document)}.")
+            raise UsageError(f"Expected at least 64 tokens, received {min(tokens, document)}.")
         self.target_energy, self.tokens, self.document = target_energy, tokens, document
         self.samples, self.seed, self.positions, self.progress = samples, seed, positions, progress
         self.gradients, self.probes = gradients, probes
         self.basis_sets = tuple(dict.fromkeys((*basis_sets, *[PAIRS] * pairs, *[JOINT] * joint)))
         for name in self.basis_sets:
             if name not in (known := (*BASIS_SETS, PAIRS, JOINT)):
-                raise ValueError(f"Expected basis sets among {', '.join(known)}, received {name!r}.")
+                raise UsageError(f"Expected basis sets among {', '.join(known)}, received {name!r}.")
 
     @abstractmethod
     def load(self, name: str, quantize: str | None = None):
@@ -122,7 +123,7 @@ class ProfilerBase(ABC):
     ) -> Profile:
         """Calibrate `model` (an object, a directory, a hub id or demo) on `texts` (default: the packaged ones).
 
-        quantize: weights that are loaded by name are first quantized, `4bit` or `8bit`. Raises ValueError for a model
+        quantize: weights that are loaded by name are first quantized, `4bit` or `8bit`. Raises UsageError for a model
         without compressible layers, or without any to pair where pairs are asked for, too little text, or NaN in
         activations.
         """
@@ -130,13 +131,13 @@ class ProfilerBase(ABC):
             name, path = name or str(model), str(demo_model_path()) if model == "demo" else str(model)
             model, tokenizer = self.load(path, quantize)
         elif quantize is not None:
-            raise ValueError(
+            raise UsageError(
                 f"Expected quantize with the name of a model to load, received it with a {type(model).__name__}. "
                 "Quantize the model first, or pass its directory or hub id."
             )
         shape, passed, digest, own_name, context = self.describe(model)
         if not shape.layers:
-            raise ValueError(
+            raise UsageError(
                 f"Expected full-attention layers, received only: {', '.join(sorted(set(passed.values())))}."
             )
         for key in self.basis_sets:
@@ -168,11 +169,11 @@ class ProfilerBase(ABC):
     ) -> tuple[ModelShape, dict[int, str], Profile | None]:
         """Shape of `model`, layers that pass through, and what `method` reads: the profile given, found, or made now.
 
-        Raises ValueError for a model without layers to compress.
+        Raises UsageError for a model without layers to compress.
         """
         shape, passed, digest, _, _ = self.describe(model)
         if not shape.layers:
-            raise ValueError(
+            raise UsageError(
                 f"Expected full-attention layers to compress, received only: {', '.join(set(passed.values()))}."
             )
         if profile is None and method.profile_set:

@@ -33,6 +33,11 @@ class Chunk:
         """Every array, positions included."""
         return self.arrays if isinstance(self.start, int) else (*self.arrays, self.start)
 
+    def move(self, arrays: tuple) -> None:
+        """Hold the same codes in other arrays, such as views of what several chunks were joined to."""
+        assert [x.shape for x in arrays] == [x.shape for x in self.arrays]
+        object.__setattr__(self, "arrays", arrays)
+
 
 def decoded(xp, codec, chunks: list[Chunk], dtype):
     """Keys and values [B, H, T, D] in `dtype` of `chunks`, in their order: of as many at a time as the array library has a

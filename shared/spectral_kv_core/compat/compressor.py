@@ -13,6 +13,7 @@ import numpy as np
 
 from ..arrays.namespace import ArrayNamespace
 from ..codecs.chunk import check_finite
+from ..errors import UsageError
 from ..planning.allocation import allocate_bits
 from ..planning.loss import distortions
 from ..profile.projection import Projection
@@ -67,7 +68,7 @@ class Compressor:
                 "profile.get_projection(layer=0, head=0)"
             )
         if not (isinstance(bits, (int, float)) and 1 / projection.rank <= bits <= BIT_WIDTHS[-1]):
-            raise ValueError(
+            raise UsageError(
                 f"Expected bits between {1 / projection.rank:.2g} and {BIT_WIDTHS[-1]} per component, received {bits!r}."
             )
         self.projection, self.bits = projection, bits
@@ -81,7 +82,7 @@ class Compressor:
         return int(self.widths.sum())
 
     def compress(self, x) -> CompressedKV:
-        """Codes of `x` [T, D], keys after RoPE or values; raises ValueError for another shape, NaN and infinity."""
+        """Codes of `x` [T, D], keys after RoPE or values; raises UsageError for another shape, NaN and infinity."""
         self._check(x, "tokens", self.projection.side)
         xp, made = self.xp, self._tables(x)
         z = xp.matmul(xp.astype(x, xp.float32) - made["mean"], made["basis"]) * made["normalize"]
@@ -116,7 +117,7 @@ class Compressor:
     def vram_saved_mb(self, original_mb: float) -> float:
         """Of `original_mb` megabytes of such vectors at 16 bits, how many are saved."""
         if not original_mb >= 0:
-            raise ValueError(f"Expected a size of 0 MB or more, received {original_mb!r}.")
+            raise UsageError(f"Expected a size of 0 MB or more, received {original_mb!r}.")
         return original_mb * (1 - 1 / self.compression_ratio())
 
     def _latents(self, compressed: CompressedKV, made: dict):
@@ -137,7 +138,7 @@ class Compressor:
     def _check_codes(self, compressed: CompressedKV) -> None:
         made_by = getattr(compressed, "made_by", f"a {type(compressed).__name__}")
         if made_by != self._identity:
-            raise ValueError(
+            raise UsageError(
                 f"Expected codes of a compressor with this projection and these bits, {self._identity}, received {made_by}. "
                 "Decompress with the compressor that compressed."
             )
@@ -145,7 +146,7 @@ class Compressor:
     def _check(self, x, rows: str, what: str) -> None:
         dim = self.projection.head_dim
         if len(x.shape) != 2 or x.shape[1] != dim:
-            raise ValueError(
+            raise UsageError(
                 f"Expected {what} of shape ({rows}, {dim}), the head_dim of the profile of {self.projection.model}, "
                 f"received {tuple(x.shape)}. Take the profile of the model that they come from, one head at a time."
             )

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from .. import __version__
 from ..codecs.registry import bits_range, make_plan, usable_method
 from ..codecs.tiers import check_tiers, make_tiered_plan, mean_bits, name_tiers
+from ..errors import UsageError
 from ..planning.budget import SEAL
 from ..planning.methods import ROUNDINGS, Method, get_method, rounded_by
 from ..profile.basis_set import JOINT, PAIRS
@@ -80,33 +81,33 @@ class Settings:
     tiers: tuple[tuple[tuple[float, float], ...], ...] = ()
 
     def __post_init__(self):
-        for name, values in (("methods", self.methods), ("tasks", self.tasks), ("prefix", self.prefixes)):
+        for name, values in (("methods", self.methods), ("tasks", self.tasks), ("prefixes", self.prefixes)):
             if not values:
-                raise ValueError(f"Expected at least one value for --{name}, received none.")
+                raise UsageError(f"Expected at least one value for `{name}`, received none.")
         methods = [get_method(name) for name in self.methods]
         value: str | int
         for name, values, known in (("tasks", self.tasks, TASKS), ("metrics", self.metrics, METRICS)):
             for value in values:
                 if value not in known:
-                    raise ValueError(f"Expected {name} among {', '.join(known)}, received {value!r}.")
+                    raise UsageError(f"Expected `{name}` among {', '.join(known)}, received {value!r}.")
         for bits in self.bits:
             if not (math.isfinite(bits) and bits > 0):
-                raise ValueError(f"Expected bits above 0, received {bits:g}.")
+                raise UsageError(f"Expected `bits` above 0, received {bits:g}.")
         chunk = 1 if self.prefill_chunk is None else self.prefill_chunk
         numbers = [
-            ("prefix", prefix, 2) for prefix in self.prefixes
+            ("prefixes", prefix, 2) for prefix in self.prefixes
         ]  # a tokenizer's own first token, and one of the text
         numbers += [("scored", self.scored, 2), ("documents", self.documents, 1), ("step", self.step, 1)]
-        numbers += [("prefill-chunk", chunk, 1), ("window", self.window, 0), ("sinks", self.sinks, 0)]
-        numbers += [("greedy", self.greedy, 0), ("turns", self.turns, 1), ("turn-tokens", self.turn_tokens, 1)]
+        numbers += [("prefill_chunk", chunk, 1), ("window", self.window, 0), ("sinks", self.sinks, 0)]
+        numbers += [("greedy", self.greedy, 0), ("turns", self.turns, 1), ("turn_tokens", self.turn_tokens, 1)]
         for name, value, least in numbers:  # the first scored token is predicted by the prefix alone
             if value < least:
-                raise ValueError(f"Expected --{name} of at least {least}, received {value}.")
+                raise UsageError(f"Expected `{name}` of at least {least}, received {value}.")
         if "copy" in self.tasks:
             for prefix in self.prefixes:
                 copy_span(prefix, self.scored, self.sinks, self.window)
         if self.tasks == ("drift",) and not any(method.live for method in methods):
-            raise ValueError(
+            raise UsageError(
                 f"Expected a method with a live cache for the task drift, received {', '.join(self.methods)}, for files."
             )
         for tiers in self.tiers:
@@ -114,22 +115,22 @@ class Settings:
                 if _drops_tokens(method):
                     check_tiers(method, tiers)
         if self.tiers and not any(map(_drops_tokens, methods)):
-            raise ValueError(
-                f"Expected a method SCORER+METHOD for --tiers, {', '.join(self.methods)} are none. Take for example "
+            raise UsageError(
+                f"Expected a method SCORER+METHOD for `tiers`, {', '.join(self.methods)} are none. Take for example "
                 "triattention+spectral."
             )
         for scorer in self.rounding_scores:
             if scorer not in ROUNDINGS:
-                raise ValueError(f"Expected --rounding-scores among {', '.join(ROUNDINGS)}, received {scorer!r}.")
+                raise UsageError(f"Expected `rounding_scores` among {', '.join(ROUNDINGS)}, received {scorer!r}.")
         if self.rounding_scores and not any(map(_rounds, methods)):
-            raise ValueError(
-                f"Expected a method that rounds by scores for --rounding-scores, {', '.join(self.methods)} do not."
+            raise UsageError(
+                f"Expected a method that rounds by scores for `rounding_scores`, {', '.join(self.methods)} do not."
             )
         wavy = [named for method in methods if (named := method.scorer) and _has_wavelet(method)]
         if self.wavelets and not (wavy and self.shares):
-            raise ValueError(
-                f"Expected a method that drops tokens by a wavelet scorer for --wavelet, {', '.join(self.methods)} "
-                f"{'drop none with --tiers alone' if wavy else 'do not'}."
+            raise UsageError(
+                f"Expected a method that drops tokens by a wavelet scorer for `wavelets`, {', '.join(self.methods)} "
+                f"{'drop none with `tiers` alone' if wavy else 'do not'}."
             )
         for wavelet in self.wavelets:
             check_wavelet(get_scorer(wavy[0]), wavelet)
@@ -142,19 +143,19 @@ class Settings:
 
     def _check_keep(self, dropping: list) -> None:
         if self.keep and not dropping:
-            raise ValueError(
-                f"Expected a method that drops tokens for --keep, {', '.join(self.methods)} keep every token."
+            raise UsageError(
+                f"Expected a method that drops tokens for `keep`, {', '.join(self.methods)} keep every token."
             )
         for keep in self.shares if dropping else ():
             if not 0 < keep <= 1:
-                raise ValueError(f"Expected shares above 0, at most 1, for --keep, received {keep:g}.")
+                raise UsageError(f"Expected shares above 0, at most 1, for `keep`, received {keep:g}.")
             waits = SEAL - 1 if any(method.compresses for method in dropping) else 0
             for prefix in self.prefixes:
                 if round(keep * prefix) <= self.sinks + self.window + waits:
-                    raise ValueError(
-                        f"Expected --keep to leave more than the {self.sinks} sinks, the window of {self.window} and {waits} "
+                    raise UsageError(
+                        f"Expected `keep` to leave more than the {self.sinks} sinks, the window of {self.window} and {waits} "
                         f"that wait to be coded, received {keep:g}, {round(keep * prefix):,} of {prefix:,} tokens. Raise "
-                        "--keep or --prefix."
+                        "`keep` or `prefixes`."
                     )
 
 
@@ -173,7 +174,7 @@ def evaluate(
 
     names: `model` and `backend` as rows call them. profile None looks for one, and calibrates if there is none. Returns
     `rows` (summaries), `documents` (the rows behind them), `skipped` (pairs of method and bits that cannot be reached, or
-    that a task is not for), `layers` (the indices that `aop_layers` are of), and what identifies the run. Raises ValueError
+    that a task is not for), `layers` (the indices that `aop_layers` are of), and what identifies the run. Raises UsageError
     before the model runs for anything that cannot work.
     """
     documents = make_documents(tokenizer, texts, settings, backend.context_limit(model))
@@ -255,11 +256,11 @@ def plan_jobs(
 ) -> tuple[list[Job], list[dict]]:
     """Every pair of method and bits with its plan, and the pairs that cannot be reached, which are named.
 
-    A method without a choice of bits comes once. Raises ValueError when no pair is left or the profile does not fit.
+    A method without a choice of bits comes once. Raises UsageError when no pair is left or the profile does not fit.
     """
     shape, passed = backend.model_shape(model)
     if not shape.layers:
-        raise ValueError(
+        raise UsageError(
             f"Expected full-attention layers to compress, received only: {', '.join(set(passed.values()))}."
         )
     jobs, skipped = [], []
@@ -283,7 +284,7 @@ def plan_jobs(
                 log.warning("Skipped %s at %g bits: %s", method.name, bits, error)
                 skipped.append({"method": method.name, "bits": bits, "reason": str(error)})
     if not jobs:
-        raise ValueError(
+        raise UsageError(
             f"Expected a method and bits that it can reach, received methods {', '.join(settings.methods)} with bits "
             f"{', '.join(f'{b:g}' for b in settings.bits)}: {skipped[-1]['reason']}"
         )

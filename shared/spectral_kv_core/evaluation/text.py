@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 
+from ..errors import UsageError
 from ..planning.budget import SEAL
 
 _TITLE = re.compile(r"^ ?= (?:[^=\n]+ )?= ?$", re.MULTILINE)  # top-level heading of WikiText, empty when all was <unk>
@@ -59,12 +60,12 @@ def split_articles(text: str) -> list[str]:
 
 
 def split_documents(
-    tokenizer, text: Text, length: int, count: int, lower: str = "--prefix and --scored"
+    tokenizer, text: Text, length: int, count: int, lower: str = "`prefixes` and `scored`"
 ) -> list[list[int]]:
     """Up to `count` documents of `length` tokens out of `text`, at least one, evenly spread.
 
     Each is the start of an article where the text has articles, else a window; windows do not overlap. Where the
-    tokenizer marks the beginning of a text, every document begins so. Raises ValueError for a text that is too short,
+    tokenizer marks the beginning of a text, every document begins so. Raises UsageError for a text that is too short,
     which says what to `lower`.
     """
     first = first_tokens(tokenizer)
@@ -73,7 +74,7 @@ def split_documents(
     pieces = [list(tokenizer.encode(piece, add_special_tokens=False)) for piece in articles or [text.text]]
     longest = max(map(len, pieces))
     if longest < room:
-        raise ValueError(
+        raise UsageError(
             f"Expected {'an article of ' if articles else ''}at least {length:,} tokens in the text {text.name}, received "
             f"{longest + len(first):,}. Give a longer text or lower {lower}."
         )
@@ -96,7 +97,7 @@ def first_tokens(tokenizer) -> list[int]:
 def copy_span(prefix: int, scored: int, sinks: int, window: int) -> tuple[int, int]:
     """Where the copied tokens start and end in a prefix: from about a third of it, and all of them sealed.
 
-    Of 1,860 tokens and 128 scored that is 600..727. Raises ValueError for a prefix that is too short.
+    Of 1,860 tokens and 128 scored that is 600..727. Raises UsageError for a prefix that is too short.
     """
 
     def start(prefix: int) -> int:
@@ -109,8 +110,8 @@ def copy_span(prefix: int, scored: int, sinks: int, window: int) -> tuple[int, i
         needed = prefix
         while not fits(needed):
             needed += 1
-        raise ValueError(
+        raise UsageError(
             f"Expected a prefix of at least {needed:,} tokens for the task copy with {scored} scored tokens and a window "
-            f"of {window}, received {prefix:,}. Raise --prefix, lower --scored or --window, or use --tasks text."
+            f"of {window}, received {prefix:,}. Raise `prefixes`, lower `scored` or `window`, or leave the task out."
         )
     return start(prefix), start(prefix) + scored

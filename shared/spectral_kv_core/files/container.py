@@ -13,6 +13,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from ..errors import UsageError
+
 METADATA_KEY = "spectralkv"
 
 
@@ -58,24 +60,24 @@ class FileFormat:
                 header = self._checked(_header(file), path)
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, json.JSONDecodeError) as error:
-            raise ValueError(
+            raise UsageError(
                 f"Expected a whole {self.noun} file, {path} is truncated or damaged ({error}). Make it again."
             ) from None
         if _digest(arrays, header) != header.get("sha256"):
-            raise ValueError(f"Expected the contents that the header's hash names, {path} was altered. Make it again.")
+            raise UsageError(f"Expected the contents that the header's hash names, {path} was altered. Make it again.")
         return arrays, header
 
     def _checked(self, header: dict | None, path: Path) -> dict:
         """The header of a file of this kind and version."""
         if header is None:
-            raise ValueError(f"Expected a spectralkv {self.noun}, received another safetensors file: {path}.")
+            raise UsageError(f"Expected a spectralkv {self.noun}, received another safetensors file: {path}.")
         if header.get("format") != self.name:
-            raise ValueError(f"Expected a {self.noun}, received a {header.get('format')} file: {path}.")
+            raise UsageError(f"Expected a {self.noun}, received a {header.get('format')} file: {path}.")
         version = header.get("version", self.version)
         if version != self.version:
             newer = isinstance(version, int) and version > self.version
             todo = "Upgrade: pip install -U spectralkv" if newer else f"Make it again: {self.command}"
-            raise ValueError(f"Expected {self.noun} version {self.version}, received {version} from {path}. {todo}")
+            raise UsageError(f"Expected {self.noun} version {self.version}, received {version} from {path}. {todo}")
         return header
 
 

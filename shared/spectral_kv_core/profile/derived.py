@@ -6,6 +6,7 @@ import numpy as np
 
 from ..arrays.basis import orthonormalize
 from ..arrays.rope import Rope, pair_indices
+from ..errors import UsageError
 from .profile import Profile
 
 SHARED = "layer.pre"  # full-rank PCA of all keys and values of a layer: their covariance in another form
@@ -39,10 +40,10 @@ def head_moments(profile: Profile, row: int) -> np.ndarray:
 def query_moment(profile: Profile, row: int) -> np.ndarray:
     """Uncentered second moment [H, D, D] float64 of queries before RoPE, times the squared attention scale.
 
-    Mean over the query heads of a KV head. Raises ValueError for a profile without query statistics.
+    Mean over the query heads of a KV head. Raises UsageError for a profile without query statistics.
     """
     if profile.queries is None:
-        raise ValueError(
+        raise UsageError(
             f"Expected a profile with statistics of queries, {profile.path or 'this one'} is older. Calibrate again: "
             f"spectralkv profile --model {profile.model}"
         )

@@ -11,6 +11,7 @@ import numpy as np
 from .. import __version__
 from ..arrays.basis import effective_rank, orthonormalize, rank_for_energy
 from ..arrays.transform import band_sizes
+from ..errors import UsageError
 from ..files.container import FileFormat
 from ..quantization.quantizer import BIT_WIDTHS
 from .basis_set import ON_REQUEST, BasisSet
@@ -131,10 +132,10 @@ class Profile:
         )
 
     def basis_set(self, name: str) -> BasisSet:
-        """The basis set `name`; raises ValueError with what to do when the profile lacks it."""
+        """The basis set `name`; raises UsageError with what to do when the profile lacks it."""
         if name not in self.basis_sets:
             self.shape.layer_groups(name.split(".")[0])  # raises where another calibration would not help
-            raise ValueError(
+            raise UsageError(
                 f"Expected a profile with the basis set {name}, {self.path or 'this one'} has {', '.join(self.basis_sets)}. "
                 f"Calibrate again: spectralkv profile --model {self.model}{ON_REQUEST.get(name, '')}"
             )
@@ -145,38 +146,38 @@ class Profile:
     ) -> Projection:
         """Components of the keys (after RoPE) or values of one KV head, for `SpectralKVCompressor`.
 
-        As many as hold the share `energy` of the variance (default: the profiler's target), or `rank`. Raises ValueError
+        As many as hold the share `energy` of the variance (default: the profiler's target), or `rank`. Raises UsageError
         for a layer or head that the profile lacks.
         """
         shape = self.shape
         if layer not in shape.layers:
             known = ", ".join(map(str, shape.layers))
-            raise ValueError(f"Expected a compressible layer of {self.model}, one of {known}, received {layer!r}.")
+            raise UsageError(f"Expected a compressible layer of {self.model}, one of {known}, received {layer!r}.")
         if head not in range(shape.kv_heads):
-            raise ValueError(f"Expected a KV head between 0 and {shape.kv_heads - 1}, received {head!r}.")
+            raise UsageError(f"Expected a KV head between 0 and {shape.kv_heads - 1}, received {head!r}.")
         if side not in SIDES:
-            raise ValueError(f"Expected a side of {SIDES}, received {side!r}.")
+            raise UsageError(f"Expected a side of {SIDES}, received {side!r}.")
         basis_set = self.basis_set("head.post")
         row, group = shape.layers.index(layer), head + shape.kv_heads * SIDES.index(side)
         variance = basis_set.channel_variance()[row, group].astype(np.float64)
         if rank is None:
             energy = energy or self.calibration.get("target_energy", 0.95)
             if not 0 < energy <= 1:
-                raise ValueError(f"Expected an energy in (0, 1], received {energy}.")
+                raise UsageError(f"Expected an energy in (0, 1], received {energy}.")
             rank = int(rank_for_energy(variance, energy))
         elif energy is not None:
-            raise ValueError("Expected rank or energy, received both.")
+            raise UsageError("Expected rank or energy, received both.")
         if rank not in range(1, basis_set.rank + 1):
-            raise ValueError(f"Expected a rank between 1 and {basis_set.rank}, received {rank!r}.")
+            raise UsageError(f"Expected a rank between 1 and {basis_set.rank}, received {rank!r}.")
         basis = orthonormalize(basis_set.basis[row, group])[:, :rank]
         mean = basis_set.mean[row, group].astype(np.float64)
         return Projection(self.model, layer, head, side, mean, basis, variance[:rank], basis_set.levels)
 
     def check(self, shape: ModelShape) -> None:
-        """Raise ValueError unless the profile was made for a model of this `shape`."""
+        """Raise UsageError unless the profile was made for a model of this `shape`."""
         difference = self.shape.mismatch(shape)
         if difference:
-            raise ValueError(
+            raise UsageError(
                 f"Expected a profile of this model, {self.path or 'the one given'} is for {self.model}: the model has "
                 f"{difference}. Calibrate this model: spectralkv profile --model MODEL"
             )
@@ -220,4 +221,4 @@ def _check_sizes(basis_set: BasisSet, shape: ModelShape, path: str | os.PathLike
     found = {name: getattr(basis_set, name).shape for name in expected}
     whole = rows == len(layer_groups) and groups * channels == heads * shape.head_dim
     if found != expected or not whole:
-        raise ValueError(f"Expected arrays that fit the model shape in the header, {path} has {found}. Make it again.")
+        raise UsageError(f"Expected arrays that fit the model shape in the header, {path} has {found}. Make it again.")

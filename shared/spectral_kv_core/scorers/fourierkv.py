@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..errors import UsageError
 from .terms import with_terms
 
 BANDS = ("low", "high")
@@ -18,7 +19,7 @@ def scores(xp, pre_rope, band="low", cutoff=0.5, roll=0.5, recency=0.0, norm=-0.
     transform over all tokens: when one is appended, every score may change.
     """
     if band not in BANDS:
-        raise ValueError(f"Expected a band in {BANDS}, received {band!r}.")
+        raise UsageError(f"Expected a band in {BANDS}, received {band!r}.")
     keys = xp.astype(pre_rope, xp.float32)
     centered = keys - xp.mean(keys, axis=2, keepdims=True)
     low = low_pass(xp, centered, cutoff, roll)

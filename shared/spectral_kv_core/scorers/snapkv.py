@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..arrays.attention import causal_rows, group_queries, partial_from_scores
+from ..errors import UsageError
 
 
 def scores(xp, post_rope, recent, kernel=5):
@@ -14,7 +15,7 @@ def scores(xp, post_rope, recent, kernel=5):
     what is kept (as kvpress does).
     """
     if kernel % 2 == 0:
-        raise ValueError(f"Expected an odd kernel, received {kernel}.")
+        raise UsageError(f"Expected an odd kernel, received {kernel}.")
     keys, recent = xp.astype(post_rope, xp.float32), xp.astype(recent, xp.float32)
     batch, heads, tokens, _ = keys.shape
     length = recent.shape[2]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..errors import UsageError
+
 FLAT = 1e-6  # a spread below this share of the scores' size is rounding: such scores are all alike
 
 
@@ -29,7 +31,7 @@ def with_terms(xp, scores, keys, recency: float = 0.0, norm: float = 0.0):
     """
     share = 1 - abs(recency) - abs(norm)
     if share < 0:
-        raise ValueError(f"Expected |recency| + |norm| <= 1, received recency={recency}, norm={norm}.")
+        raise UsageError(f"Expected |recency| + |norm| <= 1, received recency={recency}, norm={norm}.")
     if share == 1:
         return scores
     age = np.linspace(0, 1, scores.shape[-1], dtype=np.float32)

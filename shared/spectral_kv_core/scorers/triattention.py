@@ -6,6 +6,7 @@ import numpy as np
 
 from ..arrays import ops
 from ..arrays.rope import Rope, mean_rotation, pair_lengths
+from ..errors import UsageError
 from .terms import zscore
 
 OFFSETS = tuple(2**i for i in range(17))  # tokens from now to the queries asked about: 1, 2, 4, ..., 65536
@@ -27,7 +28,7 @@ def scores(xp, post_rope, query_mean, query_amplitude, rope: Rope | None, now: i
     pairs of frequency 0 in the first sum; the paper has none. When a token is appended, every score may change.
     """
     if pool not in POOLS:
-        raise ValueError(f"Expected a pool in {POOLS}, received {pool!r}.")
+        raise UsageError(f"Expected a pool in {POOLS}, received {pool!r}.")
     keys = xp.astype(post_rope, xp.float32)
     batch, heads, tokens, dim = keys.shape
     future = now + np.array(offsets)
