@@ -60,7 +60,7 @@ class Profile:
 
     Raises:
         FileNotFoundError: `load` finds no file.
-        ValueError: `load` finds a file that is damaged or of another version, `check` a model of another shape,
+        UsageError: `load` finds a file that is damaged or of another version, `check` a model of another shape,
             `basis_set` and `get_projection` something that the profile does not have.
 
     Examples:
