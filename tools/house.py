@@ -64,7 +64,7 @@ def matches(root: Path, pattern: str, outside: str = "$^") -> list[str]:
 
 
 def long_ones(root: Path) -> tuple[list, list, list]:
-    """Functions over 60 lines (docstrings apart), functions of more than 8 parameters outside kernels, and modules over 400 lines."""
+    """Functions over 60 lines, docstrings apart; of more than 8 parameters, kernels apart; modules over 400 lines."""
     lengths, parameters, modules = [], [], []
     for path, text in sources(root):
         if len(text.splitlines()) > 400:
