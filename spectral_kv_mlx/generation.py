@@ -89,7 +89,7 @@ def make_prompt_cache(
         The cache, to be passed as `prompt_cache`: a list with one entry per layer.
 
     Raises:
-        ValueError: The budget is out of range, arguments do not go together, the profile is of another model, or there is
+        UsageError: The budget is out of range, arguments do not go together, the profile is of another model, or there is
             nothing to compress.
 
     Examples:

@@ -382,7 +382,7 @@ def load_model(name: str | os.PathLike, dtype: str | None = None, quantize: str 
 
     Raises:
         FileNotFoundError: There is no such directory, or the hub has no such model.
-        ValueError: `quantize` is no width that is known.
+        UsageError: `quantize` is no width that is known.
 
     Examples:
         >>> from spectral_kv_core.hosts.demo_model import demo_model_path

@@ -49,7 +49,7 @@ def save_prompt_cache(
         The path.
 
     Raises:
-        ValueError: The cache is empty or of a kind that cannot be stored, `tokens` do not fit it, or arguments do not go
+        UsageError: The cache is empty or of a kind that cannot be stored, `tokens` do not fit it, or arguments do not go
             together.
 
     Examples:
@@ -90,7 +90,7 @@ def load_prompt_cache(
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is damaged, of another model or of another profile, or `bits` come without a method.
+        UsageError: The file is damaged, of another model or of another profile, or `bits` come without a method.
 
     Examples:
         >>> from spectral_kv_core.hosts.demo_model import demo_model_path

@@ -189,7 +189,7 @@ class SpectralCache(Cache):
         working_set: Bytes that decoded chunks may take in all, as in `make_prompt_cache`.
 
     Raises:
-        ValueError: The bits are out of range, or the method drops tokens and has no `eviction`.
+        UsageError: The bits are out of range, or the method drops tokens and has no `eviction`.
 
     Examples:
         >>> from spectral_kv_core.profile.store import packaged_profiles

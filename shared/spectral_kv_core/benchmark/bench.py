@@ -49,8 +49,8 @@ class Settings:
     """
 
     methods: tuple[str, ...]
-    contexts: tuple[int, ...]
-    bits: float
+    contexts: tuple[int, ...] = CONTEXTS
+    bits: float = 3.0
     synthetic: str | None = None
     plan: str | None = None
 

@@ -54,7 +54,7 @@ class ProfilerBase:
         joint: Whether to add the basis set of `kvtc`.
 
     Raises:
-        ValueError: An argument is out of range. `profile_from_model` raises it for a model without layers to compress, for
+        UsageError: An argument is out of range. `profile_from_model` raises it for a model without layers to compress, for
             text that is too short, and for activations that are not finite.
 
     Examples:

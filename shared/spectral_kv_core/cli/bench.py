@@ -11,11 +11,12 @@ from ..benchmark.synthetic import PLANS, SHAPES
 from ..hosts.backends import load_backend
 from ..planning.methods import DEFAULT_METHOD
 from . import tables
-from .options import DTYPES, check_output, host_options, model_path, values_of
+from .options import DTYPES, check_output, host_options, listed, model_path, values_of
 from .output import to_plain
 
 NAME, HELP = "bench", "measure speed and memory beside the host's plain and quantized caches"
 PARENTS = (host_options,)
+DEFAULTS = benchmark.Settings  # a field's default is an attribute of its class
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,9 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     measured.add_argument("--synthetic", metavar="NAME", help=f"one random layer: {', '.join(SHAPES)}")
     add = parser.add_argument
     add("--dtype", choices=DTYPES, help="of weights and caches; default: as stored")
-    add("--context", metavar="A,B", help="tokens in the cache (default 1024,4096,16384)")
+    add("--context", metavar="A,B", help=f"tokens in the cache (default {listed(DEFAULTS.contexts)})")
     add("--methods", metavar="A,B", default=DEFAULT_METHOD, help="recipes (default %(default)s)")
-    add("--bits", type=float, default=3.0, help="stored bits per sealed element (default %(default)g)")
+    add("--bits", type=float, default=DEFAULTS.bits, help="stored bits per sealed element (default %(default)g)")
     add(
         "--plan",
         choices=PLANS,
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> dict:
     """Measure and report."""
     settings = benchmark.Settings(
         methods=values_of(args.methods, "--methods", str),
-        contexts=values_of(args.context, "--context", int) or benchmark.CONTEXTS,
+        contexts=values_of(args.context, "--context", int) or DEFAULTS.contexts,
         bits=args.bits,
         synthetic=args.synthetic,
         plan=args.plan or ("flat" if args.synthetic else None),

@@ -12,7 +12,7 @@ from ..evaluation.text import Text, default_texts, read_text
 from ..hosts.backends import load_backend
 from ..profile.profile import Profile
 from ..scorers.waveletkv import WAVELET
-from .options import model_options, model_path, read_file, tiers_of, values_of
+from .options import listed, model_options, model_path, read_file, tiers_of, values_of
 
 NAME, HELP = "eval", "measure methods against the plain cache on texts"
 PARENTS = (model_options,)
@@ -25,11 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_how(parser)
 
 
+def _by_suite(field: str) -> str:
+    """What `field` is in every suite."""
+    shown = {name: suite[field] for name, suite in evaluation.SUITES.items()}
+    return ", ".join(f"{name}: {listed(v) if isinstance(v, tuple) else v}" for name, v in shown.items())
+
+
 def _add_what(parser: argparse.ArgumentParser) -> None:
     """Options that say what is measured."""
     add = parser.add_argument
     add("--methods", required=True, metavar="A,B", help="recipes, see: spectralkv methods")
-    add("--bits", metavar="A,B", help="stored bits per sealed element (default 4,3,2)")
+    add("--bits", metavar="A,B", help=f"stored bits per sealed element (default {listed(DEFAULTS.bits)})")
     add("--suite", choices=tuple(evaluation.SUITES), default="quick", help="the five defaults that follow")
     add(
         "--tasks",
@@ -37,10 +43,10 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         help="text: score what follows; copy: a span of the prefix, again; drift: turns on one cache; needle: a number hidden "
         "at ten depths (quick: text,copy; full: all)",
     )
-    add("--prefix", metavar="A,B", help="tokens before the scored ones (quick: 1024, full: 1024,2048)")
-    add("--scored", type=int, help="tokens scored after every prefix (quick: 64, full: 128)")
-    add("--documents", type=int, help="documents per text and prefix, at most (quick: 2, full: 4)")
-    add("--greedy", type=int, help="tokens to generate too, in the task text; 0 for none (quick: 32, full: 128)")
+    add("--prefix", metavar="A,B", help=f"tokens before the scored ones ({_by_suite('prefixes')})")
+    add("--scored", type=int, help=f"tokens scored after every prefix ({_by_suite('scored')})")
+    add("--documents", type=int, help=f"documents per text and prefix, at most ({_by_suite('documents')})")
+    add("--greedy", type=int, help=f"tokens to generate too, in the task text; 0 for none ({_by_suite('greedy')})")
     add(
         "--metrics",
         metavar="A,B",
@@ -53,7 +59,11 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
         default=DEFAULTS.turn_tokens,
         help="prompt tokens of every turn (default %(default)s)",
     )
-    add("--keep", metavar="A,B", help="shares of the prefix to keep, for methods that drop tokens (default 0.5,0.25)")
+    add(
+        "--keep",
+        metavar="A,B",
+        help=f"shares of the prefix to keep, for methods that drop tokens (default {listed(evaluation.DEFAULT_KEEP)})",
+    )
     add("--wavelet", metavar="A,B", help=f"filters of wavelet scorers, one cache each (default {WAVELET}, untold)")
     add(
         "--rounding-scores", metavar="A,B", help="what weighs tokens when codes are rounded, one cache each; or nearest"
@@ -101,9 +111,9 @@ def _settings(args: argparse.Namespace) -> evaluation.Settings:
     suite = evaluation.SUITES[args.suite]
     return evaluation.Settings(
         methods=values_of(args.methods, "--methods", str),
-        bits=values_of(args.bits, "--bits", float) or evaluation.DEFAULT_BITS,
+        bits=values_of(args.bits, "--bits", float) or DEFAULTS.bits,
         tasks=values_of(args.tasks, "--tasks", str) or suite["tasks"],
-        metrics=values_of(args.metrics, "--metrics", str) or evaluation.METRICS,
+        metrics=values_of(args.metrics, "--metrics", str) or DEFAULTS.metrics,
         prefixes=values_of(args.prefix, "--prefix", int) or suite["prefixes"],
         scored=suite["scored"] if args.scored is None else args.scored,
         documents=suite["documents"] if args.documents is None else args.documents,

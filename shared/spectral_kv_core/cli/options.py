@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import UsageError
@@ -95,6 +96,11 @@ def check_output(path: str) -> None:
     folder = next(p for p in Path(path).absolute().parents if p.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UsageError(f"Expected a place for --output that can be written, {folder} cannot. Name another file.")
+
+
+def listed(values: Iterable[float]) -> str:
+    """Numbers as `values_of` reads them."""
+    return ",".join(f"{value:g}" if value < 100 else str(value) for value in values)
 
 
 def values_of(text: str | None, option: str, kind: type) -> tuple:

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import UsageError
+
 TILE_CHUNKS = 8  # chunks that are coded at a time where small operations cost more than memory
 
 
@@ -102,4 +104,4 @@ def kept_positions(xp, chunks: list[Chunk], blocks, block: int):
 
 def check_finite(xp, x) -> None:
     if not xp.all_finite(x):
-        raise ValueError("Expected finite keys and values, received NaN or infinity: check the weights and the dtype.")
+        raise UsageError("Expected finite keys and values, received NaN or infinity: check the weights and the dtype.")

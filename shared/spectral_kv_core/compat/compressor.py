@@ -55,7 +55,7 @@ class Compressor:
 
     Raises:
         TypeError: `projection` is none.
-        ValueError: `bits` are out of range. `compress` and `approximate_attention` raise it for arrays of another shape
+        UsageError: `bits` are out of range. `compress` and `approximate_attention` raise it for arrays of another shape
             than [tokens, head_dim], for NaN, and for infinity.
     """
 

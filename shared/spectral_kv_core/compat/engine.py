@@ -27,7 +27,7 @@ class Engine:
         cache_options: Further arguments of `make_prompt_cache`: `method`, `window`, `sinks`, `budget_tokens` and others.
 
     Raises:
-        ValueError: The method is unknown, `load` cannot reach the bits, or the profile is of another model; also for a
+        UsageError: The method is unknown, `load` cannot reach the bits, or the profile is of another model; also for a
             `quantize` that this machine cannot do.
         RuntimeError: `generate` is called before `load`.
 

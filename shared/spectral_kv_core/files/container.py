@@ -48,7 +48,7 @@ class FileFormat:
     def load(self, path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
         """Arrays and header of `path`.
 
-        Raises FileNotFoundError, or ValueError for a file that is truncated, altered, of another kind or version.
+        Raises FileNotFoundError, or UsageError for a file that is truncated, altered, of another kind or version.
         """
         path = Path(path)
         if not path.is_file():

@@ -60,7 +60,7 @@ class Profile:
 
     Raises:
         FileNotFoundError: `load` finds no file.
-        ValueError: `load` finds a file that is damaged or of another version, `check` a model of another shape,
+        UsageError: `load` finds a file that is damaged or of another version, `check` a model of another shape,
             `basis_set` and `get_projection` something that the profile does not have.
 
     Examples:
@@ -107,7 +107,7 @@ class Profile:
     def load(cls, path: str | os.PathLike) -> Profile:
         """Read and check a profile file.
 
-        Raises FileNotFoundError, or ValueError for a file that is truncated, altered, of another kind or too new.
+        Raises FileNotFoundError, or UsageError for a file that is truncated, altered, of another kind or too new.
         """
         arrays, header = FORMAT.load(path)
         shape = ModelShape.from_json(header["shape"])
