@@ -60,10 +60,11 @@ def decode_step(xp, codec, lane, layer: int, limit: int, queries, keys, values, 
             if key not in decoded:
                 decoded[key] = tuple(xp.astype(x, kind) for x in codec.decode(chunk))
                 left -= chunk.tokens * size
-            yield attend_decoded(xp, queries, rows, *decoded[key], scale)
+            k, v = decoded[key]
+            yield attend_decoded(xp, queries, rows, k, v, scale)
         mask = attention.causal_rows(xp, q_heads // heads, length, keys.shape[2], like=queries)
-        exact = (xp.astype(x, xp.float32) for x in (keys, values))
-        yield attention.dense_partial(xp, rows, *exact, scale, mask)
+        k, v = (xp.astype(x, xp.float32) for x in (keys, values))
+        yield attention.dense_partial(xp, rows, k, v, scale, mask)
 
     out = attention.merge_partials(xp, partials())
     lane.decoded = decoded

@@ -15,7 +15,7 @@ import numpy as np
 from ..codecs.chunk import Chunk
 from ..errors import UsageError
 from ..planning.budget import CHUNK_TOKENS
-from ..planning.plan import Plan
+from ..planning.plan import Plan, needed
 from ..scorers import Scorer, Tokens, get_scorer
 from ..scorers.selection import MODES, select
 from .padding_group import Lane
@@ -83,7 +83,7 @@ class Eviction:
 
     @property
     def scorer(self) -> Scorer:
-        return get_scorer(self.plan.method.scorer)
+        return get_scorer(needed(self.plan.method.scorer))
 
     @property
     def joint(self) -> bool:
@@ -102,7 +102,7 @@ class Eviction:
         """
         statistics = self.plan.query_statistics(row)
         tokens = Tokens(xp, keys, values, positions, now, self.plan.shape.rope, recent=recent, **statistics)
-        options = {"seed": row} if self.scorer.name == "random" else {}
+        options: dict[str, int | str] = {"seed": row} if self.scorer.name == "random" else {}
         if self.wavelet is not None:
             options["wavelet"] = self.wavelet
         scores = self.scorer(tokens, **options)
@@ -176,9 +176,9 @@ class Eviction:
             inside = np.zeros(places.shape, bool)
             for start, end in spans:
                 inside |= (places >= start) & (places < end)
-            inside = inside.reshape(*places.shape[:2], -1, block).any(-1)
-            count = max(count, int(inside.sum(-1).max()))
-            scores = xp.where(xp.asarray(inside, like=scores), 3e38, scores)
+            protected = inside.reshape(*places.shape[:2], -1, block).any(axis=-1)
+            count = max(count, int(protected.sum(-1).max()))
+            scores = xp.where(xp.asarray(protected, like=scores), 3e38, scores)
         if not count:
             return []
         return cache.codec.keep(lane.chunks, select(xp, scores, count, 0, 0), CHUNK_TOKENS)

@@ -14,7 +14,8 @@ from dataclasses import replace
 import numpy as np
 
 from ..arrays import attention
-from ..codecs.chunk import Chunk, decoded, join_layers, select_rows, split_layers
+from ..codecs.base import Codec
+from ..codecs.chunk import Chunk, decoded, join_layers, select_rows, split_by_chunk, split_layers
 from ..planning.budget import SEAL
 from . import decoded_chunks as working_set
 from .eviction import Eviction
@@ -107,9 +108,10 @@ class LayerCache:
                 continue
             out, joined = self._attend_lane(lane, q, k, v, scale, fused, layer)
             if entering:
-                new = (k, v) if alone else (self._lane_slice(lane, x) for x in entering)
                 recent = q[:, :, -RECENT:] * scale if self.eviction else None
-                self._append_lane(lane, *new, prompt, recent, joined if alone else None)
+                if not alone:
+                    k, v = (self._lane_slice(lane, x) for x in entering)
+                self._append_lane(lane, k, v, prompt, recent, joined if alone else None)
             if missing:
                 blank = self.xp.zeros((*out.shape[:2], missing, out.shape[3]), dtype=out.dtype, like=out)
                 out = self.xp.concat([blank, out], axis=2)
@@ -189,9 +191,9 @@ class LayerCache:
                 self._seal(lane, staged=False)
                 continue
             position = self.sinks + sum(chunk.tokens for chunk in lane.chunks)
-            for tile in decoded(self.xp, self.staging, lane.staged, self.xp.float32) if lane.staged else ():
-                lane.chunks = self._sealed(self.codec, lane.chunks, *tile, position)
-                position += tile[0].shape[2]
+            for k, v in decoded(self.xp, self.staging, lane.staged, self.xp.float32) if lane.staged else ():
+                lane.chunks = self._sealed(self.codec, lane.chunks, k, v, position)
+                position += k.shape[2]
             lane.staged = []
 
     def dense(self, dtype=None):
@@ -207,12 +209,14 @@ class LayerCache:
         like = next((lane.exact_keys for lane in self.lanes if lane.exact_keys is not None), None)
         if like is None:
             return None
-        sides, dtype = ([], []), dtype or like.dtype
+        sides: tuple[list, list] = ([], [])
+        dtype = dtype or like.dtype
         for lane in self.lanes:
             if lane.exact_keys is not None:
                 held = self.lane_dense(lane, dtype)
             else:  # only padding so far
-                held = [self.xp.zeros((len(lane.rows), like.shape[1], 0, like.shape[3]), dtype=dtype, like=like)] * 2
+                size = len(lane.rows), like.shape[1], 0, like.shape[3]
+                held = 2 * (self.xp.zeros(size, dtype=dtype, like=like),)
             for side, x in zip(sides, held):
                 missing = self.slots - x.shape[2]
                 if missing:
@@ -327,9 +331,9 @@ class LayerCache:
         if self.working_set:
             others = sum(x.nbytes for other in self.lanes if other is not lane for x in working_set.held(other, layer))
             limit = self.working_set // self.layers - others
-            out = working_set.decode_step(xp, codec, lane, layer, limit, q, *joined, scale)
+            out = working_set.decode_step(xp, codec, lane, layer, limit, q, joined[0], joined[1], scale)
         else:
-            out = codec.decode_step(lane.chunks, q, *joined, scale)
+            out = codec.decode_step(lane.chunks, q, joined[0], joined[1], scale)
         return out, joined
 
     def _of_layer(self, codec, layer: int | None):
@@ -365,9 +369,11 @@ class LayerCache:
             for tile in self._tiles(lane, q.dtype, layer):
                 yield attend(q, *tile, scale)
 
-        total = None
-        for part in partials():
-            total = attention.add_partials(xp, total, part) if total else part
+        parts = partials()
+        total = next(parts)
+        xp.evaluate(*total)
+        for part in parts:
+            total = attention.add_partials(xp, total, part)
             xp.evaluate(*total)  # else all parts are there until the last one
         o, _, l = total
         return xp.astype((o / l).reshape(q.shape), q.dtype)
@@ -412,36 +418,28 @@ class LayerCache:
             setattr(lane, name, xp.concat([x[:, :, : self.sinks], x[:, :, stop:]], axis=2))
 
     @staticmethod
-    def _sealed(codec, chunks: list[Chunk], k, v, position) -> list[Chunk]:
+    def _sealed(codec: Codec, chunks: list[Chunk], k, v, position) -> list[Chunk]:
         """`chunks` with the tokens of `k`, `v` [B, H, T, D] at `position` (see `Chunk`) behind them; the old list stays."""
-        chunks, full = list(chunks), codec.chunk_tokens
-        contiguous, tokens, at_once = isinstance(position, int), k.shape[2], codec.at_once
+        chunks, tokens, full = list(chunks), k.shape[2], codec.chunk_tokens
 
         def places(start: int, stop: int):
-            return position + start if contiguous else codec.xp.copy(position[:, :, start:stop])
+            return position + start if isinstance(position, int) else codec.xp.copy(position[:, :, start:stop])
 
-        def filled(start: int, stop: int):
-            """Tokens `start` to `stop` by the chunks they fill: the one that grows, if any, and where to stop."""
-            while start < stop:
+        for run in range(0, tokens, codec.at_once or tokens):
+            stop = min(run + (codec.at_once or tokens), tokens)
+            codes = codec.choose(k[:, :, run:stop], v[:, :, run:stop], places(run, stop)) if codec.at_once else None
+            growing = chunks[-1].tokens % full if chunks else 0
+            for start, end in split_by_chunk(run, stop, growing, full):
                 last = chunks.pop() if chunks and chunks[-1].tokens < full else None
-                end = min(start + full - (last.tokens if last else 0), stop)
-                yield last, start, end
-                start = end
-
-        for run in range(0, tokens, at_once or tokens):
-            stop = min(run + at_once, tokens) if at_once else tokens
-            if at_once:
-                codes = codec.choose(k[:, :, run:stop], v[:, :, run:stop], places(run, stop))
-                for last, start, end in filled(run, stop):
+                here = places(start, end)
+                if codes is not None:
                     part = codes[:, :, (start - run) // codec.block : (end - run) // codec.block]
-                    chunks.append(codec.seal(last, part, places(start, end)))
-                continue
-            for last, start, end in filled(run, stop):
-                part = k[:, :, start:end], v[:, :, start:end]
-                if last:
-                    chunks.append(codec.append(last, *part, None if contiguous else places(start, end)))
+                    chunks.append(codec.seal(last, part, here))
+                elif last is None:
+                    chunks.append(codec.encode(k[:, :, start:end], v[:, :, start:end], here))
                 else:
-                    chunks.append(codec.encode(*part, places(start, end)))
+                    told = None if isinstance(here, int) else here
+                    chunks.append(codec.append(last, k[:, :, start:end], v[:, :, start:end], told))
         return chunks
 
     def lane_dense(self, lane: Lane, dtype, new=(), layer: int | None = None) -> tuple:

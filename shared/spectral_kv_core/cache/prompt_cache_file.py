@@ -98,6 +98,7 @@ class PromptFile:
         empty cache.
         """
         first = layers[plan.shape.layers[0]]
+        assert isinstance(first, LayerCache), "a layer of the plan is compressed"
         if not first.seen:
             raise ValueError("Expected a cache that has read a prompt, received an empty one.")
         if plan.method.scorer is not None:
@@ -105,14 +106,19 @@ class PromptFile:
                 f"Expected a cache that keeps every token with as many bits, {plan.method.name} does not, which cannot be "
                 "stored yet. Keep the prompt itself."
             )
-        arrays, states, followers = {}, [], {i for group in plan.layer_groups for i in group[1:]}
+        arrays: dict[str, np.ndarray] = {}
+        states: list[dict] = []
+        followers = {i for layers in plan.layer_groups for i in layers[1:]}
         for layer_idx, layer in enumerate(layers):
             assert layer.seen == first.seen, "all layers have seen the same tokens"
             if layer_idx in followers:
                 states.append({})
                 continue
-            pack = _pack_lanes if isinstance(layer, LayerCache) else _pack_exact
-            states.append(pack(xp, f"layers/{layer_idx}", layer, arrays))
+            name = f"layers/{layer_idx}"
+            if isinstance(layer, LayerCache):
+                states.append(_pack_lanes(xp, name, layer, arrays))
+            else:
+                states.append(_pack_exact(xp, name, layer, arrays))
         if tokens is not None:
             ids = np.array(tokens.tolist() if hasattr(tokens, "tolist") else tokens, np.int32)
             if ids.shape not in ((first.seen,), (sum(len(lane.rows) for lane in first.lanes), first.seen)):
@@ -217,7 +223,8 @@ class PromptFile:
     def exact(self, xp, layer_idx: int, dtype, like=None) -> ExactLayer:
         """A layer that passes through, as `dtype`."""
         stored = self.layers[layer_idx]["dtype"]
-        return ExactLayer(*self._exact(xp, f"layers/{layer_idx}", stored, dtype, like), self.seen)
+        keys, values = self._exact(xp, f"layers/{layer_idx}", stored, dtype, like)
+        return ExactLayer(keys, values, self.seen)
 
     def size(self) -> CacheSize:
         """Bytes of the arrays of all layers, with what they stand for."""
@@ -277,8 +284,8 @@ class PromptFile:
                         array = f"{name}/lanes/{number}/chunks/{place}/{i}"
                         yield array, (size or self.arrays[array].shape, kind)
                 if self.seen > lane["pad"]:
-                    size = batch, heads, self.seen - lane["pad"] - sealed, shape.head_dim
-                    yield from ((f"{name}/lanes/{number}/{side}", (size, dtype)) for side in ("keys", "values"))
+                    exact = batch, heads, self.seen - lane["pad"] - sealed, shape.head_dim
+                    yield from ((f"{name}/lanes/{number}/{side}", (exact, dtype)) for side in ("keys", "values"))
 
 
 def sealed_bits(stores: Sequence[LayerCache]) -> float:

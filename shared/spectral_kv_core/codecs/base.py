@@ -54,6 +54,14 @@ class Codec(Protocol):
         """`chunk` with T more tokens behind its own; `positions` [B, H, T] of a chunk that has those of all tokens."""
         ...
 
+    def choose(self, keys, values, start):
+        """Codes of T tokens, for `seal`; of codecs with `at_once` alone. Raises UsageError on NaN or infinity."""
+        ...
+
+    def seal(self, chunk: Chunk | None, codes, position) -> Chunk:
+        """`chunk` with `codes` behind its own, or a new one; `position`: where these tokens stand."""
+        ...
+
     def cut(self, chunk: Chunk, tokens: int) -> Chunk:
         """The first `tokens` tokens of `chunk`, a multiple of `block`; codes are copied, not decoded."""
         ...

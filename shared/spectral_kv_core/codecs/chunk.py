@@ -51,6 +51,16 @@ def decoded(xp, codec, chunks: list[Chunk], dtype):
         yield tuple(xp.astype(x, dtype) for x in codec.decode(chunk))
 
 
+def split_by_chunk(start: int, stop: int, growing: int, full: int) -> list[tuple[int, int]]:
+    """Tokens `start` to `stop` by the chunks of `full` tokens that they fill, the first of which has `growing` already."""
+    spans = []
+    while start < stop:
+        end = min(start + full - growing, stop)
+        spans.append((start, end))
+        start, growing = end, 0
+    return spans
+
+
 def join_layers(xp, layers: Sequence[tuple]) -> tuple:
     """Keys and values [B, H, T, D] of the layers of a row -> [B, layers * H, T, D], as its codec takes them."""
     if len(layers) == 1:
