@@ -13,6 +13,7 @@ from spectral_kv_core.cache.eviction import Eviction
 from spectral_kv_core.cache.layer_cache import LATENT_QUERIES
 from spectral_kv_core.cache.padding_group import Lane
 from spectral_kv_core.codecs.chunk import Chunk, split_layers
+from spectral_kv_core.errors import UsageError
 from spectral_kv_core.planning.plan import Plan
 
 from . import ops
@@ -147,7 +148,7 @@ class SpectralKVCache(CompressedLayer, RoutedCache):
     def state(self, state: tuple) -> None:
         layout, arrays = json.loads(state[0]), iter(state[1:])
         if layout["plan"] != self.plan.hash:
-            raise ValueError(
+            raise UsageError(
                 f"Expected the state of a cache with plan {self.plan.hash}, received {layout['plan']}. Make the cache with "
                 "the same profile, method and bits."
             )
@@ -167,7 +168,7 @@ class SpectralKVCache(CompressedLayer, RoutedCache):
 
     @classmethod
     def from_state(cls, state):
-        raise ValueError(
+        raise UsageError(
             "Expected a cache to restore into, received a state alone, which has no plan. Make the cache with "
             "make_prompt_cache, then set its `state`."
         )

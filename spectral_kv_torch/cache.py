@@ -15,6 +15,7 @@ from spectral_kv_core.cache.layer_cache import LayerCache
 from spectral_kv_core.cache.padding_group import Lane
 from spectral_kv_core.codecs.chunk import split_layers
 from spectral_kv_core.codecs.registry import plan_for
+from spectral_kv_core.errors import UsageError
 from spectral_kv_core.planning.budget import SINKS, WINDOW
 from spectral_kv_core.planning.methods import DEFAULT_METHOD, get_live_method
 from spectral_kv_core.planning.plan import Plan
@@ -106,7 +107,7 @@ class SpectralKVLayer(CompressedLayer, CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens (a negative number or 0, as transformers 5 has it)."""
         if tokens_to_remove > 0:
-            raise ValueError(f"Expected a negative number of tokens to remove, received {tokens_to_remove}.")
+            raise UsageError(f"Expected a negative number of tokens to remove, received {tokens_to_remove}.")
         if self.store is not None:
             self.commit()
             self.store.crop(-tokens_to_remove)
@@ -214,7 +215,7 @@ class SpectralCache(Cache):
     ):
         plan = plan or plan_for(profile.shape, profile, get_live_method(method), bits, window=window, sinks=sinks)
         if plan.drops and eviction is None:
-            raise ValueError(
+            raise UsageError(
                 f"Expected a budget for {plan.method.name}, which drops tokens, received none: "
                 "make_prompt_cache(model, method=..., budget_tokens=...)."
             )

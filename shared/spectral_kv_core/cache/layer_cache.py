@@ -16,6 +16,7 @@ import numpy as np
 from ..arrays import attention
 from ..codecs.base import Codec
 from ..codecs.chunk import Chunk, decoded, join_layers, select_rows, split_by_chunk, split_layers
+from ..errors import UsageError
 from ..planning.budget import SEAL
 from . import decoded_chunks as working_set
 from .eviction import Eviction
@@ -74,7 +75,7 @@ class LayerCache:
         """Open the lanes of an empty cache for `batch` rows; `padding` [batch] counts left padding in slots."""
         pads = [0] * batch if padding is None else [int(p) for p in padding]
         if len(pads) != batch:
-            raise ValueError(f"Expected left padding for {batch} rows, received {len(pads)} numbers.")
+            raise UsageError(f"Expected left padding for {batch} rows, received {len(pads)} numbers.")
         self.lanes = [Lane([i for i, p in enumerate(pads) if p == pad], pad) for pad in sorted(set(pads))]
 
     def repad(self, padding: list[int]) -> None:
@@ -93,7 +94,7 @@ class LayerCache:
 
         `queries` [B, Hq, L, D], `keys`, `values` [B, H, L, D] of layer number `layer` of the row; `fused(q, k, v, scale)`
         is the host's dense attention for L queries at the end of k, causal, in any dtype. Returns [B, Hq, L, D] in the
-        dtype of `queries`. Raises ValueError for layers out of order.
+        dtype of `queries`. Raises UsageError for layers out of order.
         """
         if not self.lanes:
             self.start(keys.shape[0])
@@ -139,7 +140,7 @@ class LayerCache:
         if layer == 0:
             self._arrived = []  # of a call that was broken off
         if layer != len(self._arrived):
-            raise ValueError(
+            raise UsageError(
                 f"Expected layer number {len(self._arrived)} of those that are coded together, received number {layer}: the "
                 "model must call its layers in their order. Choose a method that codes every layer alone."
             )
@@ -167,9 +168,9 @@ class LayerCache:
         return any(lane.dropped for lane in self.lanes)
 
     def check_complete(self) -> None:
-        """Raise ValueError when some tokens are no longer there: what is left is not a prompt."""
+        """Raise UsageError when some tokens are no longer there: what is left is not a prompt."""
         if self.has_dropped:
-            raise ValueError(
+            raise UsageError(
                 "Expected a cache that holds every token, received one that has dropped some. Read the prompt again."
             )
 
@@ -199,10 +200,10 @@ class LayerCache:
     def dense(self, dtype=None):
         """Keys and values [B, layers * H, slots, D] of everything held, decoded; padded slots are zero. None when empty.
 
-        Raises ValueError where dropped tokens have left rows of a batch with more tokens than others.
+        Raises UsageError where dropped tokens have left rows of a batch with more tokens than others.
         """
         if self.has_dropped and len({lane.stored for lane in self.lanes}) > 1:
-            raise ValueError(
+            raise UsageError(
                 "Expected rows of a batch that hold equally many tokens, received others after tokens were dropped: only "
                 "spectralkv's own attention can attend to them. Give the model no other attention, or no left padding."
             )
@@ -228,13 +229,13 @@ class LayerCache:
     def crop(self, tokens: int) -> None:
         """Forget the last `tokens` tokens; a sealed block that the cut splits is decoded back into the window.
 
-        Raises ValueError for more than the recent window once tokens before it were dropped.
+        Raises UsageError for more than the recent window once tokens before it were dropped.
         """
         self.finalize()
         tokens = min(int(tokens), self.seen)
         recent = min((lane.recent(self.xp, self.window) for lane in self.lanes), default=0)
         if self.has_dropped and recent < tokens < self.seen:
-            raise ValueError(
+            raise UsageError(
                 f"Expected at most {recent} tokens to forget, as tokens before the recent window were dropped, received "
                 f"{tokens}. Start again with an empty cache."
             )
@@ -250,7 +251,7 @@ class LayerCache:
         """Make the batch out of the old rows `rows` (ints, in the new order, repeats allowed)."""
         rows, batch = [int(r) for r in rows], sum(len(lane.rows) for lane in self.lanes)
         if not all(0 <= r < batch for r in rows):
-            raise ValueError(f"Expected rows between 0 and {batch - 1}, received {rows}.")
+            raise UsageError(f"Expected rows between 0 and {batch - 1}, received {rows}.")
         lanes = []
         for lane in self.lanes:
             new = [i for i, old in enumerate(rows) if old in lane.rows]

@@ -19,6 +19,7 @@ from .. import __version__
 from ..codecs.chunk import Chunk
 from ..codecs.entropy_coded import fit_bits
 from ..codecs.registry import bits_range, make_plan
+from ..errors import UsageError
 from ..files.container import FileFormat
 from ..planning.methods import METHODS, Method
 from ..planning.plan import Plan
@@ -94,15 +95,15 @@ class PromptFile:
         """The file of a cache with these `layers`, whose prompt has ended (`LayerCache.finalize`).
 
         Layers that the plan codes together have one `LayerCache`.
-        tokens: ids [seen] or [B, seen] of the prompt, padding included. Raises ValueError for other `tokens` and for an
+        tokens: ids [seen] or [B, seen] of the prompt, padding included. Raises UsageError for other `tokens` and for an
         empty cache.
         """
         first = layers[plan.shape.layers[0]]
         assert isinstance(first, LayerCache), "a layer of the plan is compressed"
         if not first.seen:
-            raise ValueError("Expected a cache that has read a prompt, received an empty one.")
+            raise UsageError("Expected a cache that has read a prompt, received an empty one.")
         if plan.method.scorer is not None:
-            raise ValueError(
+            raise UsageError(
                 f"Expected a cache that keeps every token with as many bits, {plan.method.name} does not, which cannot be "
                 "stored yet. Keep the prompt itself."
             )
@@ -122,7 +123,7 @@ class PromptFile:
         if tokens is not None:
             ids = np.array(tokens.tolist() if hasattr(tokens, "tolist") else tokens, np.int32)
             if ids.shape not in ((first.seen,), (sum(len(lane.rows) for lane in first.lanes), first.seen)):
-                raise ValueError(
+                raise UsageError(
                     f"Expected the ids of the {first.seen:,} tokens that the cache has seen, received an array of shape "
                     f"{ids.shape}. Give what was fed, padding included, or tokens=None."
                 )
@@ -141,7 +142,7 @@ class PromptFile:
     def load(cls, path: str | os.PathLike) -> PromptFile:
         """Read a prompt cache file; `plan` checks its sizes.
 
-        Raises FileNotFoundError, or ValueError for a file that is truncated, altered, of another kind or too new.
+        Raises FileNotFoundError, or UsageError for a file that is truncated, altered, of another kind or too new.
         """
         arrays, header = FORMAT.load(path)
         recipe = header["method"]
@@ -167,11 +168,11 @@ class PromptFile:
         return [pad for _, pad in sorted((row, lane["pad"]) for lane in lanes for row in lane["rows"])]
 
     def check(self, shape: ModelShape, weights_digest: str = "") -> None:
-        """Raise ValueError unless the cache is of a model of this `shape`; warn when it is of other weights."""
+        """Raise UsageError unless the cache is of a model of this `shape`; warn when it is of other weights."""
         of = f" (of {self.model})" if self.model else ""
         difference = self.shape.mismatch(shape, "the file")
         if difference:
-            raise ValueError(
+            raise UsageError(
                 f"Expected a prompt cache of this model, {self._name}{of} is another's: the model has {difference}. Make one "
                 f"for this model: {FORMAT.command}"
             )
@@ -187,17 +188,17 @@ class PromptFile:
     def plan(self, profile: Profile | None = None) -> Plan:
         """The plan that the codes were made by, from `profile`, or from one that is found by itself.
 
-        Raises ValueError for another profile than the cache was made with, and for arrays that do not fit the plan.
+        Raises UsageError for another profile than the cache was made with, and for arrays that do not fit the plan.
         """
         basis_set = self.method.basis_set
         profile = (profile or find_profile(self.shape, basis_set)) if basis_set else None
         if basis_set and profile is None:
-            raise ValueError(
+            raise UsageError(
                 f"Expected the profile that {self._name} was made with ({self.profile}), found none. Give that profile."
             )
         plan = make_plan(self.shape, profile, self.method, self.bits)
         if plan.hash != self.plan_hash:
-            raise ValueError(
+            raise UsageError(
                 f"Expected the profile that {self._name} was made with ({self.profile}), received another "
                 f"({_describe(profile)}). Give that profile, or make the cache again: {FORMAT.command}"
             )
@@ -250,13 +251,13 @@ class PromptFile:
         return tuple(xp.astype(x, dtype) for x in sides)
 
     def _check_arrays(self, plan: Plan) -> None:
-        """Raise ValueError unless there are the arrays that header and plan speak of, and no others."""
+        """Raise UsageError unless there are the arrays that header and plan speak of, and no others."""
         expected = dict(self._expected(plan))
         for name in sorted({*expected, *self.arrays}):
             array = self.arrays.get(name)
             found = None if array is None else (array.shape, array.dtype.name)
             if found != expected.get(name):
-                raise ValueError(
+                raise UsageError(
                     f"Expected {expected.get(name) or 'nothing'} under {name}, {self._name} has {found or 'nothing'}. Make it "
                     "again."
                 )
@@ -277,7 +278,7 @@ class PromptFile:
                 batch, sealed = len(lane["rows"]), 0
                 for place, (start, tokens) in enumerate(lane["chunks"]):
                     if start != self.sinks + sealed:
-                        raise ValueError(f"Expected chunks without gaps, {self._name} has one. Make it again.")
+                        raise UsageError(f"Expected chunks without gaps, {self._name} has one. Make it again.")
                     sealed += tokens
                     parts = plan.chunk_arrays(row, batch, tokens)
                     for i, (size, kind) in enumerate(parts):
