@@ -4,7 +4,8 @@
 class UsageError(ValueError):
     """What was given cannot work: the message says what was expected, what came, and what to do.
 
-    Every other ValueError is a fault of this library or of a host. Arguments stand in backticks where a message names
+    Every other ValueError is a fault of this library or of a host: the command line
+    ends with 1 for it, and with 2 for this one. Arguments stand in backticks where a message names
     them as such: the command line puts its options in their place.
     """
 

@@ -21,6 +21,7 @@ from tiny_checkpoint import save_tiny_checkpoint
 from spectral_kv_core.cache.prompt_cache_file import DEFAULT_FILE_METHOD
 from spectral_kv_core.cli import main as cli
 from spectral_kv_core.cli import methods, output, tables
+from spectral_kv_core.errors import UsageError
 from spectral_kv_core.files.container import METADATA_KEY
 from spectral_kv_core.hosts import backends
 from spectral_kv_core.profile.profile import Profile
@@ -368,6 +369,28 @@ def test_missing_backend_names_the_extra(capsys, monkeypatch):
     monkeypatch.setattr(backends.importlib, "import_module", missing)
     code, _, err = run(capsys, "generate", "--model", "x", "--backend", "torch", "--prompt", "Hi")
     assert code == 1 and 'pip install "spectralkv[torch]"' in err and len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UsageError("Expected `bits` above 0."), 2),
+        (FileNotFoundError("Expected a file."), 2),
+        (ValueError("operands could not be broadcast together with shapes (3,) (4,)"), 1),
+        (TypeError("unhashable type"), 1),
+        (RuntimeError("out of memory"), 1),
+        (KeyError(), 1),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_only_wrong_use_ends_with_2(capsys, monkeypatch, error, code):
+    def failing(args):
+        raise error
+
+    monkeypatch.setattr(methods, "run", failing)
+    fails(capsys, code, str(error) or "KeyError", "methods")
+    with pytest.raises(type(error)):
+        cli.main(["methods", "--debug"])
 
 
 def test_debug_shows_the_traceback():

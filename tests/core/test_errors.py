@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib
 import json
+from pathlib import Path
 
 import pytest
 from tiny_checkpoint import save_tiny_checkpoint
 
+import spectral_kv_core
 from spectral_kv_core.calibration.text import load_texts
 from spectral_kv_core.errors import UsageError, first_line
 from spectral_kv_core.evaluation.run import Settings
 from spectral_kv_core.hosts.backends import load_backend
 from spectral_kv_core.profile.profile import Profile
 from spectral_kv_core.scorers import get_scorer
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -50,3 +54,22 @@ def test_a_model_that_the_host_does_not_know_is_wrong_use(tmp_path, backend, hos
 
 def test_the_first_line_of_an_error_without_text_is_its_name():
     assert first_line(OSError("\n one\ntwo")) == "one" and first_line(OSError()) == "OSError"
+
+
+INTERNAL = {  # what our own code hands to itself, and the demo model, which nobody passes
+    "arrays/hadamard.py", "evaluation/fidelity.py", "hosts/demo_model.py", "quantization/entropy.py",
+    "quantization/packing.py", "scorers/selection.py", "scorers/tokens.py",
+}  # fmt: skip
+
+
+def test_refusals_are_usage_errors():
+    """A plain ValueError would end the command line with 1, as a fault does."""
+    core = Path(spectral_kv_core.__file__).parent
+    folders = [core, *(ROOT / name for name in ("spectral_kv_torch", "spectral_kv_mlx"))]
+    plain = {
+        path.relative_to(folder).as_posix()
+        for folder in folders
+        for path in folder.rglob("*.py")
+        if "raise ValueError(" in path.read_text()
+    }
+    assert plain == INTERNAL

@@ -9,8 +9,10 @@ import sys
 from types import ModuleType
 
 from .. import __version__
+from ..errors import UsageError
 from .output import drop_stdout, in_options, prepare_stdout, print_all, print_json, printable
 
+WRONG_USE = (UsageError, FileNotFoundError)  # any other error is a fault
 LONGEST_LINE = 2000  # characters of an error or a warning
 
 
@@ -82,4 +84,4 @@ def _report(error: Exception, args: argparse.Namespace | None) -> int:
         text = "Expected standard output to take all that is printed, its reader has gone."
     if sys.stderr is not None:
         print(f"spectralkv: {text}", file=sys.stderr)
-    return 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
+    return 2 if isinstance(error, WRONG_USE) else 1

@@ -280,7 +280,7 @@ def plan_jobs(
                     Job(made, bits, plan, plan.hash, keep, scorer, tiers, wavelet)
                     for keep, wavelet in _caches_of(method, settings, tiers)
                 ]
-            except ValueError as error:
+            except UsageError as error:
                 log.warning("Skipped %s at %g bits: %s", method.name, bits, error)
                 skipped.append({"method": method.name, "bits": bits, "reason": str(error)})
     if not jobs:
