@@ -66,7 +66,7 @@ coverage-report: ## print what make coverage found as a table in Markdown
 
 .PHONY: lint imports types deps workflows
 
-lint: $(VENV)/.installed-checks imports ## check formatting, common mistakes and the layers of imports
+lint: $(VENV)/.installed-checks imports types deps ## check formatting, common mistakes, layers of imports, types and dependencies
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 

@@ -1,21 +1,26 @@
 """The tables of README and of this folder, from the JSON that `spectralkv eval` wrote: python results/tables.py [--write]
 
 --write puts them between the markers <!-- table NAME --> and <!-- end --> of the files that have them; --code FILE writes
-the code that `eval` reads by itself to a file, so that it can be read beside another text; --publish DIR [DIR ...] takes the
-summary of a run over, without the rows of single documents, as the first DIR's name, with the rows of the other runs.
+the code that was read for these tables to a file, which is not the one that `eval` reads by itself; --publish DIR [DIR ...]
+takes the summary of a run over, without the rows of single documents, as the first DIR's name, with the rows of the other
+runs.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import re
 import sys
 from pathlib import Path
 
-from spectral_kv_core.evaluation.text import default_texts
+from spectral_kv_core.evaluation.text import Text
 from spectral_kv_core.plotting.results import budget_name, variant, variants
 
 HERE = Path(__file__).parent
+CODE_MODULES = ("tarfile", "subprocess", "argparse")  # the text code of the tables: their source, in this Python alone
+CODE_PYTHON, CODE_DIGEST = "3.11.7", "b308defa15f1f889"
 FILES = (HERE.parent / "README.md", HERE / "methods.md", HERE / "scorers.md")
 
 
@@ -144,9 +149,20 @@ def _texts(name: str) -> list[str]:
     return sorted({row["text"] for row in rows(name)}, reverse=True)
 
 
+def published_code() -> Text:
+    """The text `code` of the published tables; raises SystemExit in a Python whose modules are others."""
+    code = Text("code", "\n\n".join(inspect.getsource(importlib.import_module(name)) for name in CODE_MODULES))
+    if code.digest != CODE_DIGEST:
+        raise SystemExit(
+            f"Expected the standard library of Python {CODE_PYTHON} for the text code of the tables, this is Python "
+            f"{sys.version.split()[0]}, which has another. Run make results with Python {CODE_PYTHON}."
+        )
+    return code
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--code"]:
-        Path(sys.argv[2]).write_text(default_texts()[1].text, encoding="utf-8")
+        Path(sys.argv[2]).write_bytes(published_code().text.encode())
         return
     if sys.argv[1:2] == ["--publish"]:
         run, *others = map(Path, sys.argv[2:])

@@ -2,25 +2,15 @@
 
 from spectral_kv_core.profile.profile import Profile as SpectralProfile
 
-from .cache import cache_nbytes
 from .capture import capture
 from .compressor import SpectralKVCompressor
 from .engine import InferenceEngine
-from .generation import make_prompt_cache
+from .generation import cache_nbytes, make_prompt_cache
 from .integration import load_model, restore
 from .profiler import SpectralProfiler
 from .prompt_cache import load_prompt_cache, save_prompt_cache
 
 __all__ = [
-    "InferenceEngine",
-    "SpectralKVCompressor",
-    "SpectralProfile",
-    "SpectralProfiler",
-    "cache_nbytes",
-    "capture",
-    "load_model",
-    "load_prompt_cache",
-    "make_prompt_cache",
-    "restore",
-    "save_prompt_cache",
-]
+    "InferenceEngine", "SpectralKVCompressor", "SpectralProfile", "SpectralProfiler", "cache_nbytes", "capture",
+    "load_model", "load_prompt_cache", "make_prompt_cache", "restore", "save_prompt_cache",
+]  # fmt: skip

@@ -37,12 +37,9 @@ from mlx.core import (
 from mlx.core import cumsum as cumulative_sum
 from mlx.core.fft import irfft, rfft
 
-__all__ = [
-    "all_finite", "argsort", "asarray", "astype", "clip", "concat", "copy", "cos", "cumulative_sum", "evaluate", "exp",
-    "float16", "float32", "from_file", "int32", "irfft", "log", "matmul", "max", "maximum", "mean", "min",
-    "permute_dims", "rfft", "round", "sin", "sort", "split_bytes", "sqrt", "square", "stack", "sum", "take", "take_along_axis",
-    "to_file", "to_numpy", "uint8", "where", "zeros",
-]  # fmt: skip
+from spectral_kv_core.arrays.ops import __all__ as every_name
+
+__all__ = [name for name in every_name if name != "kernels"]
 
 
 def asarray(x, like=None):

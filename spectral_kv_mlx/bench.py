@@ -15,32 +15,24 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from spectral_kv_core.benchmark.bench import Clock
 from spectral_kv_core.benchmark.machine import cpu_cores
+from spectral_kv_core.errors import UsageError
 from spectral_kv_core.planning.budget import SEAL
 from spectral_kv_core.planning.plan import Plan
 from spectral_kv_core.profile.model_shape import ModelShape
 
 from . import ops
 from .cache import SpectralKVCache
-from .handles import RoutedCache
+from .handles import RoutedCache, routing
 from .integration import dispatcher, exact_layer, replaced_attention
 
 __all__ = [
-    "HOST_QUANTIZED",
-    "SWEEP_BYTES",
-    "BenchLayer",
-    "attention_clock",
-    "default_dtype",
-    "device_name",
-    "layer_reader",
-    "quantized_cache",
-    "sweep",
-    "threads",
-]
+    "HOST_QUANTIZED", "SWEEP_BYTES", "BenchLayer", "attention_clock", "default_dtype", "device_name", "layer_reader",
+    "quantized_cache", "sweep", "threads",
+]  # fmt: skip
 HOST_QUANTIZED = "mlx-lm QuantizedKVCache, 4 bits, groups of 64"
 QUANTIZED = {"group_size": 64, "bits": 4}
 SWEEP_BYTES = 256 * 2**20
 
-# our cache looks for the dispatcher under this name in the module that calls it, as in mlx-lm's models
 scaled_dot_product_attention = dispatcher(base.scaled_dot_product_attention)
 
 
@@ -105,9 +97,9 @@ class BenchLayer:
         query, key, value = (self._token(x, token) for x in (self.queries, self.keys, self.values))
 
         def run():
-            keys, values = cache.update_and_fetch(key, value)
-            out = scaled_dot_product_attention(query, keys, values, cache, self.scale, None)
-            return out, _held(cache)
+            with routing():
+                keys, values = cache.update_and_fetch(key, value)
+                return scaled_dot_product_attention(query, keys, values, cache, self.scale, None), _held(cache)
 
         return _seconds(run)
 
@@ -124,9 +116,10 @@ def layer_reader(shape: ModelShape, plan: Plan | None, sinks: int, window: int, 
 
     def read(*vectors: np.ndarray) -> mx.array:
         query, key, value = (ops.asarray(x).astype(getattr(mx, dtype)) for x in vectors)
-        keys, values = cache.update_and_fetch(key, value)
         mask = "causal" if query.shape[2] > 1 else None
-        out = scaled_dot_product_attention(query, keys, values, cache, shape.head_dim**-0.5, mask)
+        with routing():
+            keys, values = cache.update_and_fetch(key, value)
+            out = scaled_dot_product_attention(query, keys, values, cache, shape.head_dim**-0.5, mask)
         mx.eval(out, _held(cache))
         return out
 
@@ -134,11 +127,11 @@ def layer_reader(shape: ModelShape, plan: Plan | None, sinks: int, window: int, 
 
 
 def quantized_cache(model, plain: list) -> list:
-    """mlx-lm's quantized cache with the tokens of `plain`; raises ValueError for layers that it cannot hold."""
+    """mlx-lm's quantized cache with the tokens of `plain`; raises UsageError for layers that it cannot hold."""
     made = []
     for host in plain:
         if type(host) is not KVCache:
-            raise ValueError(f"Expected layers that mlx-lm can quantize, received a {type(host).__name__}.")
+            raise UsageError(f"Expected layers that mlx-lm can quantize, received a {type(host).__name__}.")
         held, cache = exact_layer(host), QuantizedKVCache(**QUANTIZED)
         cache.update_and_fetch(held.keys, held.values)
         mx.eval(cache.keys, cache.values)
@@ -165,7 +158,6 @@ def attention_clock(model, cache: list, layers: tuple[int, ...], way: str = "hos
             mx.eval(queries, keys, values)
             return clock.time(_finished, attend, cache, count=True)
 
-        timed.host = attention.host
         return timed
 
     with replaced_attention(model, around):

@@ -12,11 +12,12 @@ import numpy as np
 from mlx_lm.models import base
 from mlx_lm.models.cache import create_attention_mask
 
-from .handles import RoutedCache, caller_is_routed
+from spectral_kv_core.errors import UsageError
+
+from .handles import RoutedCache, routing
 from .integration import dispatcher, host_layers, model_shape, replaced_attention, routed
 from .ops import all_finite, to_numpy
 
-# our cache looks for the dispatcher under this name in the module that calls it, as in mlx-lm's models
 scaled_dot_product_attention = dispatcher(base.scaled_dot_product_attention)
 
 
@@ -31,8 +32,8 @@ class CaptureCache(RoutedCache):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         if self.leaves:
             return mx.concatenate([self.keys, keys], axis=2), mx.concatenate([self.values, values], axis=2)
-        if not caller_is_routed():
-            raise ValueError("Expected a model whose attention is routed through ours, received another caller.")
+        if not self.find_route():
+            raise UsageError("Expected a model whose attention is routed through ours, received another caller.")
         self.pending = keys, values
         return self.pending
 
@@ -65,7 +66,24 @@ class CaptureCache(RoutedCache):
 
 
 def capture(model, tokens: list[int]) -> list:
-    """Run `tokens` through `model`; the layers that can be compressed hold `queries`, `keys` and `values`, post-RoPE."""
+    """Run `tokens` through `model` and keep what its layers attend with.
+
+    Args:
+        model: A model of mlx-lm.
+        tokens: Token ids of one sequence, T of them.
+
+    Returns:
+        A list of the host with one entry per layer. Layers that can be compressed hold `queries` [1, q_heads, T, head_dim],
+        `keys` and `values` [1, kv_heads, T, head_dim], all after RoPE; the others are the host's own.
+
+    Examples:
+        >>> from spectral_kv_core.hosts.demo_model import demo_model_path
+        >>> from spectral_kv_mlx import capture, load_model
+        >>> model, tokenizer = load_model(demo_model_path())
+        >>> layer = capture(model, tokenizer.encode("The sea is a place of endless wonder."))[8]
+        >>> tuple(layer.queries.shape), tuple(layer.keys.shape)
+        ((1, 9, 9, 64), (1, 3, 9, 64))
+    """
     cache = host_layers(model)
     for i in model_shape(model)[0].layers:
         cache[i] = CaptureCache()
@@ -107,7 +125,6 @@ def recorded(model, cache: list, layers: Sequence[int]) -> Iterator[dict[int, li
                 calls[indices[id(cache)]].append(Attended(queries, *new, to_numpy(out[0]), mask, scale))
             return out
 
-        recording.host = attention.host
         return recording
 
     with routed(model), replaced_attention(model, around):
@@ -117,13 +134,19 @@ def recorded(model, cache: list, layers: Sequence[int]) -> Iterator[dict[int, li
 def attend(cache: list, layer_idx: int, call: Attended) -> np.ndarray:
     """What layer `layer_idx` of `cache`, plain or compressed, gives for `call` [Hq, L, D]; its tokens enter the cache."""
     layer = cache[layer_idx]
-    keys, values = layer.update_and_fetch(call.keys, call.values)
-    out = scaled_dot_product_attention(call.queries, keys, values, layer, call.scale, call.mask)
+    with routing():
+        keys, values = layer.update_and_fetch(call.keys, call.values)
+        out = scaled_dot_product_attention(call.queries, keys, values, layer, call.scale, call.mask)
     mx.eval(out, layer.arrays() if isinstance(layer, RoutedCache) else (layer.keys, layer.values))
     return to_numpy(out[0])
 
 
-def score_gradients(model, cache: list, tokens: list[int], samples: int, key: mx.array) -> list[dict]:
+def captured(cache: list, layer_idx: int) -> CaptureCache:
+    """Layer `layer_idx` of what `capture` gives."""
+    return cache[layer_idx]
+
+
+def score_gradients(model, cache: list, tokens: list[int], samples: int, seed: int) -> list[dict]:
     """Gradients of log p(label) with respect to what `cache` holds, for labels drawn from the model itself.
 
     `tokens` follow the captured ones; one dict per sample of layer index -> (key, value) gradients [H, T, D]. Their
@@ -131,8 +154,8 @@ def score_gradients(model, cache: list, tokens: list[int], samples: int, key: mx
     """
     log_p = log_probabilities(model, cache, tokens)
     if not all_finite(log_p):
-        raise ValueError("Expected finite logits, received NaN or infinity: check the weights and the dtype.")
-    draws = [mx.random.categorical(log_p, key=k) for k in mx.random.split(key, samples)]
+        raise UsageError("Expected finite logits, received NaN or infinity: check the weights and the dtype.")
+    draws = [mx.random.categorical(log_p, key=k) for k in mx.random.split(mx.random.key(seed), samples)]
     return [label_gradients(model, cache, tokens, labels) for labels in draws]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,9 +13,10 @@ from mlx_lm.utils import _download, load_config
 from mlx_lm.utils import load_model as load_mlx_model
 
 from spectral_kv_core.benchmark.footprint import Footprint
-from spectral_kv_core.planning.plan import Plan
+from spectral_kv_core.benchmark.footprint import table_nbytes as core_table_nbytes
+from spectral_kv_core.errors import UsageError, first_line
 
-from . import ops
+from . import host
 from .generation import PREFILL_CHUNK
 from .integration import _config_corrections, _field, host_layers, max_context, model_dtype, model_shape
 
@@ -34,10 +36,13 @@ def skeleton(name: str, dtype: str | None = None):
         whole = any(path.glob("model*.safetensors"))
         model, _ = load_mlx_model(path, lazy=True, strict=whole, model_config=_config_corrections(config))
     except OSError as error:
-        reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"Expected a model directory, a hub id or demo, cannot read the config.json of {str(name)!r}: {reason}"
+            f"Expected a model directory, a hub id or demo, cannot read the config.json of {str(name)!r}: {first_line(error)}"
         ) from None
+    except ValueError as error:
+        raise UsageError(
+            f"Expected a model that mlx-lm knows, cannot load {str(name)!r}: {first_line(error)}"
+        ) from error
     if not whole:
         _as_stored(model, config)
     if dtype is None and mx.default_device() == mx.Device(mx.cpu):  # as load_model
@@ -70,19 +75,7 @@ def footprint(name: str | os.PathLike, dtype: str | None = None) -> Footprint:
     )
 
 
-def table_nbytes(plan: Plan) -> tuple[int, int]:
-    """Bytes of the tables of all rows of `plan`, and of those that rows share.
-
-    A decode step adds a sixth or so when it first meets a length: not counted (torch makes all at once).
-    """
-    own, shared, before = 0, {}, {}
-    for row in range(len(plan.layer_groups)):
-        tables = {id(x): x for x in plan.make_codec(ops, row).tables()}
-        quantizers = {id(x) for x in plan.shared_tables(ops)}
-        shared |= {key: x for key, x in tables.items() if key in quantizers or key in before}
-        own += sum(x.nbytes for key, x in tables.items() if key not in shared)
-        before = tables
-    return own, sum(x.nbytes for x in shared.values())
+table_nbytes = partial(core_table_nbytes, host)
 
 
 def _as_stored(model: nn.Module, config: dict) -> None:
@@ -94,7 +87,7 @@ def _as_stored(model: nn.Module, config: dict) -> None:
     if not quantization:
         return
     if not {"group_size", "bits"} <= set(quantization):
-        raise ValueError(
+        raise UsageError(
             f"Expected weights beside config.json for a model quantized by {quantization.get('quant_method', 'others')}, "
             "found none: their size is not known. Download the model first."
         )

@@ -4,67 +4,39 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import generate_step
 
 from spectral_kv_core.benchmark.machine import process_peak_bytes
-from spectral_kv_core.cache.decoded_chunks import bytes_per_layer
-from spectral_kv_core.cache.eviction import check_request, plan_and_eviction
+from spectral_kv_core.cache import model_cache
+from spectral_kv_core.cache.model_cache import build_cache
+from spectral_kv_core.cache.request import CacheRequest
+from spectral_kv_core.cache.size import CacheSize
 from spectral_kv_core.hosts.protocol import Generated
-from spectral_kv_core.planning.methods import get_live_method, rounded_by
+from spectral_kv_core.hosts.protocol import score as core_score
+from spectral_kv_core.planning.budget import SINKS, WINDOW
+from spectral_kv_core.planning.methods import DEFAULT_METHOD
 from spectral_kv_core.profile.profile import Profile
 
-from .cache import SpectralKVCache, cache_nbytes, fill, held_vectors, put_row
+from . import host
 from .capture import attend, recorded
 from .detokenizer import text_stream
-from .integration import (
-    end_tokens,
-    host_layers,
-    install,
-    load_model,
-    max_context,
-    model_dtype,
-    model_shape,
-    padded,
-    plain_cache,
-    weights_digest,
-)
+from .integration import end_tokens, load_model, max_context, model_dtype, model_shape, plain_cache, weights_digest
 from .ops import to_numpy
 from .profiler import SpectralProfiler
 from .prompt_cache import decode_cache, encode_cache, load_prompt_cache, save_prompt_cache, sealed_bits
 
-__all__ = [
-    "HOST_PACKAGES",
-    "PREFILL_CHUNK",
-    "SpectralProfiler",
-    "attend",
-    "cache_nbytes",
-    "context_limit",
-    "decode_cache",
-    "encode_cache",
-    "feed",
-    "fill",
-    "generate",
-    "held_vectors",
-    "load_model",
-    "load_prompt_cache",
-    "make_prompt_cache",
-    "model_dtype",
-    "model_shape",
-    "peak_bytes",
-    "plain_cache",
-    "prefill",
-    "recorded",
-    "reset_peak",
-    "save_prompt_cache",
-    "score",
-    "sealed_bits",
-    "text_stream",
-    "weights_digest",
-]
+__all__ = [  # the names of `spectral_kv_core.hosts.protocol.Generation`, beside those of `host`
+    "HOST_PACKAGES", "PREFILL_CHUNK", "SpectralProfiler", "attend", "cache_nbytes", "context_limit", "decode_cache",
+    "encode_cache", "feed", "fill", "generate", "held_vectors", "load_model", "load_prompt_cache", "make_prompt_cache",
+    "model_dtype", "model_shape", "peak_bytes", "plain_cache", "prefill", "recorded", "reset_peak", "save_prompt_cache",
+    "score", "sealed_bits", "text_stream", "weights_digest",
+]  # fmt: skip
 PREFILL_CHUNK = 2048
+context_limit = max_context
 HOST_PACKAGES = ("mlx", "mlx-lm")  # whose versions belong to a result
 
 
@@ -75,9 +47,9 @@ def make_prompt_cache(
     *,
     budget_bytes: int | None = None,
     max_context: int | None = None,
-    method: str = "spectral",
-    window: int = 64,
-    sinks: int = 4,
+    method: str = DEFAULT_METHOD,
+    window: int = WINDOW,
+    sinks: int = SINKS,
     budget_tokens: int | None = None,
     protect: Sequence[tuple[int, int]] = (),
     selection: str | None = None,
@@ -89,52 +61,93 @@ def make_prompt_cache(
     tokenizer=None,
     left_padding: list[int] | None = None,
 ) -> list:
-    """An empty compressed cache for `model`, to be passed as `prompt_cache`: one entry per layer, as mlx-lm has it.
+    """Make an empty compressed cache for `model`, and let the model attend to it.
 
-    bits: average stored bits per sealed element, a ceiling (default 3); or budget_bytes for max_context tokens.
-    window, sinks: last and first tokens kept exactly. profile None looks for one, and calibrates (with `tokenizer`) if
-    there is none. A method that drops tokens takes budget_tokens, all that stay stored, or budget_bytes; protect: spans
-    (start, end) of positions that stay; selection, evict_every, wavelet: see `Eviction`; tiers: pairs (share, bits) by rank,
-    in place of dropping. rounding_scores: the scorer that weighs tokens when codes are rounded, or `nearest`. working_set:
-    bytes that decoded chunks may take in all, in 16 bits, for a method that else decodes its history in every step; they are
-    bytes of the cache. left_padding: slots of padding before every row of a batch (torch reads them off the
-    mask). Raises ValueError for a budget out of range, a profile of another model, or nothing to compress.
+    Args:
+        model: A model of mlx-lm.
+        profile: A profile of it. None looks for one, and calibrates with `tokenizer` if there is none.
+        bits: Average stored bits per sealed key or value element, a ceiling. Default: the method's own, 3 for `spectral`.
+        budget_bytes: Bytes that the whole cache may take at `max_context` tokens, in place of `bits`.
+        max_context: Tokens that `budget_bytes` must hold.
+        method: Name of a method with a live cache (`spectralkv methods`), or SCORER+METHOD, which drops tokens.
+        window: The last tokens, kept exactly.
+        sinks: The first tokens, kept exactly.
+        budget_tokens: All tokens that stay stored, for a method that drops some.
+        protect: Spans (start, end) of positions that are not dropped.
+        selection: `per_layer_per_head`, where every head of every layer keeps tokens of its own, or `per_head`, where a
+            head keeps the same tokens in all layers.
+        evict_every: Tokens between two evictions while tokens are generated.
+        wavelet: Filter of a wavelet scorer, by its name in PyWavelets; the scorer's own unless told.
+        tiers: Pairs (share of the tokens, bits), best tokens first, in place of dropping any.
+        rounding_scores: Scorer that weighs tokens when codes are rounded, or `nearest`; the method's own unless told.
+        working_set: Bytes that decoded chunks may take in all, in 16 bits, for a method that decodes its history in every
+            step. They are bytes of the cache.
+        tokenizer: Of the model, for a calibration.
+        left_padding: Slots of padding before every sequence of a batch. PyTorch reads them off the mask.
+
+    Returns:
+        The cache, to be passed as `prompt_cache`: a list with one entry per layer.
+
+    Raises:
+        UsageError: The budget is out of range, arguments do not go together, the profile is of another model, or there is
+            nothing to compress.
+
+    Examples:
+        >>> from spectral_kv_core.hosts.demo_model import demo_model_path
+        >>> from spectral_kv_mlx import load_model, make_prompt_cache
+        >>> model, tokenizer = load_model(demo_model_path())
+        >>> cache = make_prompt_cache(model, bits=4)
+        >>> import mlx_lm
+        >>> mlx_lm.generate(model, tokenizer, "The sea is a place", prompt_cache=cache, max_tokens=3)
+        'of endless wonder'
     """
-    method = rounded_by(get_live_method(method), rounding_scores)
-    request = {
-        "bits": bits,
-        "budget_bytes": budget_bytes,
-        "max_context": max_context,
-        "budget_tokens": budget_tokens,
-        "protect": protect,
-        "selection": selection,
-        "evict_every": evict_every,
-        "wavelet": wavelet,
-        "tiers": tiers,
-    }
-    check_request(method, **request)  # before anything long runs
-    shape, passed, profile = SpectralProfiler().profile_for(model, method, profile, tokenizer)
-    layers = host_layers(model)
-    size = model_dtype(model).size
-    other = sum(getattr(layers[i], "max_size", 0) for i in passed) * 2 * shape.kv_heads * shape.head_dim * size
-    plan, eviction = plan_and_eviction(
-        shape,
-        profile,
-        method,
-        **request,
+    request = CacheRequest(
+        method=method,
+        bits=bits,
+        budget_bytes=budget_bytes,
+        max_context=max_context,
         window=window,
         sinks=sinks,
-        element_bytes=size,
-        other_bytes=other,
+        budget_tokens=budget_tokens,
+        protect=protect,
+        selection=selection,
+        evict_every=evict_every,
+        wavelet=wavelet,
+        tiers=tiers,
+        rounding_scores=rounding_scores,
+        working_set=working_set,
     )
-    install(model)
-    if left_padding is not None:
-        for layer_idx in passed:
-            layers[layer_idx] = padded(layers[layer_idx], left_padding)
-    share = bytes_per_layer(plan, working_set)
-    for row in range(len(plan.layer_groups)):
-        put_row(layers, SpectralKVCache(plan, row, sinks, window, left_padding, eviction, share))
-    return layers
+    return build_cache(host, model, profile, request, tokenizer, left_padding)
+
+
+def cache_nbytes(cache: list) -> CacheSize:
+    """Count the bytes of every array that `cache` holds for its sequences.
+
+    The window, the sinks and the layers that pass through count too. Tables that all sequences share stand apart.
+
+    Args:
+        cache: A cache of this backend or of the host.
+
+    Returns:
+        The bytes, an int with `dense_nbytes`, what the plain cache needs for the same tokens at 16 bits, with
+        `compression`, their ratio, with `bits_per_element`, and with `table_nbytes`.
+
+    Examples:
+        >>> from spectral_kv_core.hosts.demo_model import demo_model_path
+        >>> from spectral_kv_mlx import cache_nbytes, load_model, make_prompt_cache
+        >>> model, tokenizer = load_model(demo_model_path())
+        >>> cache = make_prompt_cache(model, bits=2)
+        >>> import mlx.core as mx
+        >>> tokens = tokenizer.encode("The sea is a place of endless wonder.")
+        >>> _ = model(mx.array([tokens]), cache=cache)
+        >>> size = cache_nbytes(cache)
+        >>> size.dense_nbytes == len(tokens) * 2 * 30 * 3 * 64 * 2  # layers, KV heads, head_dim, bytes
+        True
+    """
+    return model_cache.cache_nbytes(host, cache)
+
+
+fill, held_vectors = partial(model_cache.fill, host), partial(model_cache.held_vectors, host)
 
 
 def generate(
@@ -185,10 +198,7 @@ def prefill(model, prompt: list[int], cache: list) -> np.ndarray:
     return feed(model, prompt[-1:], cache)
 
 
-def score(model, prompt: list[int], continuation: list[int], cache: list) -> np.ndarray:
-    """Logits [len(continuation), vocabulary] float32 for every token of `continuation`, fed one at a time after `prompt`."""
-    logits = [prefill(model, prompt, cache)]
-    return np.concatenate(logits + [feed(model, [token], cache) for token in continuation[:-1]])
+score = partial(core_score, prefill, feed)
 
 
 def reset_peak() -> None:
@@ -202,8 +212,3 @@ def peak_bytes() -> int:
     if mx.default_device() != mx.Device(mx.cpu):
         return mx.get_peak_memory()
     return process_peak_bytes()
-
-
-def context_limit(model) -> int | None:
-    """Tokens that `model` was made for, None when unknown."""
-    return max_context(model)

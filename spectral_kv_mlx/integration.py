@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import os
 import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,47 +31,89 @@ from mlx_lm.utils import _download, load_config
 from spectral_kv_core.arrays.rope import Rope
 from spectral_kv_core.cache.prompt_cache_file import ExactLayer
 from spectral_kv_core.compat.engine import check_quantize
+from spectral_kv_core.errors import UsageError, first_line
 from spectral_kv_core.files import paths
+from spectral_kv_core.hosts.weights import digest_weights
 from spectral_kv_core.profile.model_shape import ModelShape
 
-from .handles import ATTENTION, is_dispatcher, make_dispatcher
+from .handles import is_ours, make_dispatcher, replacing, routing
 from .ops import to_numpy
 
 WEIGHT_GROUP = 64  # weights that share a scale where they are quantized here
 
-_users: dict[str, dict[int, weakref.ref]] = {}  # module of mlx-lm -> models whose attention in it goes through ours
+ATTENTION = "scaled_dot_product_attention"
 
 
 def install(model) -> None:
     """Let `model` attend to compressed caches as codes; plain caches keep going to mlx-lm's own attention."""
-    for name in _attention_modules(model):
-        module = sys.modules[name]
-        if not is_dispatcher(getattr(module, ATTENTION)):
-            setattr(module, ATTENTION, dispatcher(getattr(module, ATTENTION)))
-        _users.setdefault(name, {})[id(model)] = weakref.ref(model)
+    for owner, name, make in _places(model):
+        if not is_ours(getattr(owner, name)):
+            setattr(owner, name, make(getattr(owner, name)))
+        getattr(owner, name).users[id(model)] = weakref.ref(model)
 
 
 def dispatcher(host: Callable) -> Callable:
     """Attention that attends to our caches as codes; all else goes to `host`."""
-    return make_dispatcher(host, _fused, _check_mask)
+    return make_dispatcher(host, _fused, MaskCheck())
 
 
 def restore(model) -> None:
     """Give `model` its host's attention back; compressed caches then decode for it.
 
     Models of one family share their attention: it is given back when the last of them is restored.
+
+    Args:
+        model: A model that `make_prompt_cache` or `load_prompt_cache` has been called with.
+
+    Examples:
+        >>> from spectral_kv_core.hosts.demo_model import demo_model_path
+        >>> from spectral_kv_mlx import load_model, make_prompt_cache, restore
+        >>> model, tokenizer = load_model(demo_model_path())
+        >>> cache = make_prompt_cache(model)
+        >>> restore(model)
     """
-    for name in _attention_modules(model):
-        _users.get(name, {}).pop(id(model), None)
-        function = getattr(sys.modules[name], ATTENTION)
-        if not any(user() is not None for user in _users.get(name, {}).values()) and is_dispatcher(function):
-            setattr(sys.modules[name], ATTENTION, function.host)
+    for owner, name, _ in _places(model):
+        function = getattr(owner, name)
+        if not is_ours(function):
+            continue
+        function.users.pop(id(model), None)
+        if not any(user() is not None for user in function.users.values()):
+            setattr(owner, name, function.host)
+
+
+def _places(model) -> list[tuple[Any, str, Callable]]:
+    """Where functions of ours stand while `model` is installed: owner, name, and what makes one of the host's own.
+
+    The modules that `model` calls attention from, and the classes in them that its layers are made of.
+    """
+    names = _attention_modules(model)
+    classes: dict[type, set[str]] = {}
+    for part in (part for layer in model.layers if layer is not None for _, part in layer.named_modules()):
+        bases = type(part).__mro__
+        owner = next((base for base in bases if "__call__" in vars(base)), None)  # that says how `part` is called
+        if owner is not None and owner.__module__ in names:
+            classes.setdefault(owner, set()).update(names & {base.__module__ for base in bases})
+    found = [(sys.modules[name], ATTENTION, dispatcher) for name in names]
+    return found + [(owner, "__call__", partial(_routing_call, of)) for owner, of in classes.items()]
+
+
+def _routing_call(modules: set[str], host: Callable) -> Callable:
+    """How a part of a model is called: with a route while all `modules` that it may call attention from have ours."""
+
+    def __call__(self, *args, **options):
+        if not all(is_ours(getattr(sys.modules[name], ATTENTION)) for name in modules):
+            return host(self, *args, **options)
+        with routing():
+            return host(self, *args, **options)
+
+    return replacing(host, __call__)
 
 
 @contextmanager
 def routed(model) -> Iterator[None]:
     """Route the attention of `model` through ours for a while."""
-    before = any(id(model) in _users.get(name, {}) for name in _attention_modules(model))
+    functions = [getattr(owner, name) for owner, name, _ in _places(model)]
+    before = any(is_ours(function) and id(model) in function.users for function in functions)
     install(model)
     try:
         yield
@@ -86,7 +129,7 @@ def replaced_attention(model, around: Callable[[Callable], Callable]) -> Iterato
     before = {name: getattr(sys.modules[name], ATTENTION) for name in _attention_modules(model)}
     try:
         for name, function in before.items():
-            setattr(sys.modules[name], ATTENTION, around(function))
+            setattr(sys.modules[name], ATTENTION, replacing(function.host, around(function), function.users))
         yield
     finally:
         for name, function in before.items():
@@ -102,7 +145,7 @@ def _routable(layer: nn.Module) -> set[str]:
     """Modules of the classes in `layer` that have mlx-lm's attention, or our dispatcher, under its usual name."""
     names = {cls.__module__ for _, module in layer.named_modules() for cls in type(module).__mro__}
     found = {name: getattr(sys.modules.get(name), ATTENTION, None) for name in names if name != base.__name__}
-    return {name for name, f in found.items() if f is base.scaled_dot_product_attention or is_dispatcher(f)}
+    return {name for name, f in found.items() if f is base.scaled_dot_product_attention or is_ours(f)}
 
 
 def _fused(q, k, v, scale):
@@ -110,23 +153,26 @@ def _fused(q, k, v, scale):
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal" if q.shape[2] > 1 else None)
 
 
-_last_checked: list = [None]  # the mask that all layers of a forward pass share
+class MaskCheck:
+    """Refuses masks that are not causal; looks at each once, as all layers of a forward pass share it."""
 
+    def __init__(self):
+        self._last: Callable = lambda: None
 
-def _check_mask(mask, cache, length: int) -> None:
-    """Raise ValueError unless `mask` is causal, with the left padding of `cache` where it has some."""
-    padding = getattr(cache, "left_padding", None)
-    if not isinstance(mask, mx.array) or mask is _last_checked[0] or (length == 1 and padding is not None):
-        return
-    seen = cache.size() - length
-    expected = create_causal_mask(length, seen, left_padding=mx.array(padding) if padding is not None else None)
-    visible = mask if mask.dtype == mx.bool_ else mask >= 0
-    if not mx.array_equal(*mx.broadcast_arrays(visible, expected[..., -mask.shape[-1] :])).item():
-        raise ValueError(
-            "Expected a causal mask with padding on the left only, received another mask. Pad on the left and give "
-            "left_padding to make_prompt_cache."
-        )
-    _last_checked[0] = mask
+    def __call__(self, mask, cache, length: int) -> None:
+        """Raise UsageError unless `mask` is causal, with the left padding of `cache` where it has some."""
+        padding = getattr(cache, "left_padding", None)
+        if not isinstance(mask, mx.array) or mask is self._last() or (length == 1 and padding is not None):
+            return
+        seen = cache.size() - length
+        expected = create_causal_mask(length, seen, left_padding=mx.array(padding) if padding is not None else None)
+        visible = mask if mask.dtype == mx.bool_ else mask >= 0
+        if not mx.array_equal(*mx.broadcast_arrays(visible, expected[..., -mask.shape[-1] :])).item():
+            raise UsageError(
+                "Expected a causal mask with padding on the left only, received another mask. Pad on the left and give "
+                "left_padding to make_prompt_cache."
+            )
+        self._last = weakref.ref(mask)
 
 
 def _decoder(model) -> nn.Module:
@@ -143,22 +189,25 @@ def _field(model, *names: str):
     return next((v for name in names if (v := getattr(args, name, None)) is not None), None)
 
 
-def host_layers(model) -> list:
-    """The cache layers that mlx-lm would use for `model`, whatever `make_cache` the instance was given."""
-    if hasattr(type(model), "make_cache"):
-        return type(model).make_cache(model)
-    return [KVCache() for _ in model.layers]
+def host_layers(model, left_padding: list[int] | None = None) -> list:
+    """The cache layers that mlx-lm would use for `model`, whatever `make_cache` the instance was given.
+
+    left_padding: slots before every sequence of a batch; raises UsageError where mlx-lm has no layers for it.
+    """
+    own = hasattr(type(model), "make_cache")
+    layers = type(model).make_cache(model) if own else [KVCache() for _ in model.layers]
+    return layers if left_padding is None else [padded(layer, left_padding) for layer in layers]
 
 
 def padded(cache, left_padding: list[int]):
-    """The host's counterpart of `cache` for a batch with left padding; raises ValueError where mlx-lm has none."""
+    """The host's counterpart of `cache` for a batch with left padding; raises UsageError where mlx-lm has none."""
     if type(cache) is KVCache:
         return BatchKVCache(left_padding)
     if type(cache) is RotatingKVCache and not cache.keep:
         return BatchRotatingKVCache(cache.max_size, left_padding)
     if type(cache) is ArraysCache:
         return ArraysCache(len(cache.cache), left_padding)
-    raise ValueError(
+    raise UsageError(
         f"Expected layers that mlx-lm can pad, received a {type(cache).__name__} with left_padding. Generate row by row."
     )
 
@@ -168,33 +217,39 @@ def plain_cache(model) -> list:
     return host_layers(model)
 
 
-def exact_layer(cache) -> ExactLayer:
-    """What a layer of the host's own holds; raises ValueError for a kind that is no list of keys and values."""
-    rotating = type(cache) in (RotatingKVCache, BatchRotatingKVCache)
-    if not (rotating or type(cache) in (KVCache, BatchKVCache)) or getattr(cache, "keep", 0):
-        raise ValueError(
-            f"Expected layers that keep keys and values in their order, received a {type(cache).__name__}, which cannot be "
+def cache_of(layers: list) -> list:
+    """The host's own cache made of `layers`."""
+    return layers
+
+
+def exact_layer(layer) -> ExactLayer:
+    """What a layer of the host's own holds; raises UsageError for a kind that is no list of keys and values."""
+    rotating = type(layer) in (RotatingKVCache, BatchRotatingKVCache)
+    if not (rotating or type(layer) in (KVCache, BatchKVCache)) or getattr(layer, "keep", 0):
+        raise UsageError(
+            f"Expected layers that keep keys and values in their order, received a {type(layer).__name__}, which cannot be "
             "stored yet. Keep the prompt itself."
         )
-    if cache.empty():
-        raise ValueError("Expected a cache that has read a prompt, received an empty one.")
+    if layer.empty():
+        raise UsageError("Expected a cache that has read a prompt, received an empty one.")
     if not rotating:
-        return ExactLayer(*cache.keys_and_values(), cache.size())
-    if isinstance(cache, BatchRotatingKVCache):
-        cache = copy.copy(cache)
-        cache._temporal_order()
-        keys, values, seen = cache.keys[:, :, : cache._idx], cache.values[:, :, : cache._idx], cache._offset
+        padding = layer.left_padding.tolist() if isinstance(layer, BatchKVCache) else None
+        return ExactLayer(*layer.keys_and_values(), layer.size(), padding)
+    if isinstance(layer, BatchRotatingKVCache):
+        layer = copy.copy(layer)
+        layer._temporal_order()
+        keys, values, seen = layer.keys[:, :, : layer._idx], layer.values[:, :, : layer._idx], layer._offset
     else:
-        keys, values, seen = cache._temporal_order(cache.keys), cache._temporal_order(cache.values), cache.offset
-    keep = min(seen, cache.max_size)
+        keys, values, seen = layer._temporal_order(layer.keys), layer._temporal_order(layer.values), layer.offset
+    keep = min(seen, layer.max_size)
     return ExactLayer(keys[:, :, -keep:], values[:, :, -keep:], seen)
 
 
-def set_exact_layer(cache, held: ExactLayer) -> None:
-    """Let an empty layer of the host's own hold the arrays of `held`; raises ValueError when they are too few."""
-    seen, received, window = held.seen, held.keys.shape[2], getattr(cache, "max_size", held.seen + 1)
+def set_exact_layer(layer, held: ExactLayer) -> None:
+    """Let an empty layer of the host's own hold the arrays of `held`; raises UsageError when they are too few."""
+    seen, received, window = held.seen, held.keys.shape[2], getattr(layer, "max_size", held.seen + 1)
     if received < min(seen, window - 1):
-        raise ValueError(
+        raise UsageError(
             f"Expected the last {min(seen, window - 1):,} tokens for a window of {window:,}, received {received:,}: the cache "
             "is of a model with another window. Make it again."
         )
@@ -202,16 +257,16 @@ def set_exact_layer(cache, held: ExactLayer) -> None:
     # torch keeps one token less than the window: the slot of the missing one is the first to be overwritten
     gap = [(0, 0), (0, 0), (max(keep - received, 0), 0), (0, 0)]
     keys, values = (mx.pad(x[:, :, -keep:], gap) for x in (held.keys, held.values))
-    kind = type(cache)
+    kind = type(layer)
     if kind is KVCache:
-        cache.state = keys, values, seen
+        layer.state = keys, values, seen
     elif kind is RotatingKVCache:
-        cache.state = keys, values, seen, cache.keep, window, keep
+        layer.state = keys, values, seen, layer.keep, window, keep
     elif kind is BatchKVCache:
-        cache.state = keys, values, cache.offset + seen, cache.left_padding, seen
+        layer.state = keys, values, layer.offset + seen, layer.left_padding, seen
     else:
-        padding = cache.left_padding - (seen - keep)
-        cache.state = keys, values, cache.offset + seen, padding, window, seen, keep, False
+        padding = layer.left_padding - (seen - keep)
+        layer.state = keys, values, layer.offset + seen, padding, window, seen, keep, False
 
 
 def model_shape(model) -> tuple[ModelShape, dict[int, str]]:
@@ -309,18 +364,32 @@ def _final_norm(model) -> mx.array | None:
 
 
 def weights_digest(model) -> str:
-    """Digest of the first entries of the final norm, which no weight quantization touches, to two digits."""
+    """`digest_weights` of the final norm."""
     norm = _final_norm(model)
-    if norm is None:
-        return ""
-    values = to_numpy(norm).reshape(-1)[:256]
-    return hashlib.sha256(" ".join(f"{v:.1e}" for v in values).encode()).hexdigest()[:16]
+    return digest_weights(None if norm is None else to_numpy(norm))
 
 
 def load_model(name: str | os.PathLike, dtype: str | None = None, quantize: str | None = None):
-    """Model and tokenizer of a directory or hub id; float32 on the CPU unless `dtype` says otherwise.
+    """Load a model and its tokenizer as mlx-lm does.
 
-    quantize: `4bit` or `8bit` weights by MLX; weights that are stored quantized stay as they are.
+    Args:
+        name: A directory or a hub id.
+        dtype: Type of the weights, such as `bfloat16`; None as they are stored, on the CPU float32.
+        quantize: `4bit` or `8bit` weights by MLX; None as they are stored. Weights that are stored quantized stay so.
+
+    Returns:
+        The model with its weights in memory, and its tokenizer.
+
+    Raises:
+        FileNotFoundError: There is no such directory, or the hub has no such model.
+        UsageError: `quantize` is no width that is known.
+
+    Examples:
+        >>> from spectral_kv_core.hosts.demo_model import demo_model_path
+        >>> from spectral_kv_mlx import load_model
+        >>> model, tokenizer = load_model(demo_model_path())
+        >>> tokenizer.decode(tokenizer.encode("The sea"))
+        'The sea'
     """
     check_quantize(quantize)
     if not Path(name).exists() and str(name).startswith((".", "/", "~")):
@@ -330,10 +399,13 @@ def load_model(name: str | os.PathLike, dtype: str | None = None, quantize: str 
         config = load_config(path)
         model, tokenizer = mlx_lm.load(str(path), model_config=_config_corrections(config), lazy=True)
     except OSError as error:
-        reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"Expected a model directory, a hub id or demo, cannot load {str(name)!r}: {reason}"
+            f"Expected a model directory, a hub id or demo, cannot load {str(name)!r}: {first_line(error)}"
         ) from None
+    except ValueError as error:
+        raise UsageError(
+            f"Expected a model that mlx-lm knows, cannot load {str(name)!r}: {first_line(error)}"
+        ) from error
     if dtype is None and mx.default_device() == mx.Device(mx.cpu):  # half precision is emulated there
         dtype = "float32"
     if dtype is not None:

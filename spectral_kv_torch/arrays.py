@@ -8,12 +8,9 @@ import numpy as np
 import torch
 from torch import clip, cos, exp, float16, float32, int32, log, matmul, permute, round, sin, sqrt, square, uint8
 
-__all__ = [
-    "all_finite", "argsort", "asarray", "astype", "clip", "concat", "copy", "cos", "cumulative_sum", "evaluate", "exp",
-    "float16", "float32", "from_file", "int32", "irfft", "log", "matmul", "max", "maximum", "mean", "min",
-    "permute_dims", "rfft", "round", "sin", "sort", "split_bytes", "sqrt", "square", "stack", "sum", "take", "take_along_axis",
-    "to_file", "to_numpy", "uint8", "where", "zeros",
-]  # fmt: skip
+from spectral_kv_core.arrays.ops import __all__ as every_name
+
+__all__ = [name for name in every_name if name != "kernels"]
 
 permute_dims = permute
 
@@ -131,7 +128,7 @@ def _byte_table(width: int, device: torch.device) -> torch.Tensor:
 
 def split_bytes(x, width: int):
     """Fields of `width` bits of every byte, low bits first: [...] uint8 -> [..., 8 / width] uint8."""
-    # one look-up per byte: two to four times faster than shifts, which torch does not vectorise over short rows
+    # one look-up per byte: two to four times faster than shifts, which torch does not vectorize over short rows
     fields = torch.index_select(_byte_table(width, x.device), 0, x.reshape(-1).int())
     return fields.view(torch.uint8).view(*x.shape, 8 // width)
 

@@ -24,17 +24,9 @@ from .cache import SpectralKVLayer, storages
 from .integration import ATTENTION, attention_forward, exact_layer, install, register
 
 __all__ = [
-    "HOST_QUANTIZED",
-    "SWEEP_BYTES",
-    "BenchLayer",
-    "attention_clock",
-    "default_dtype",
-    "device_name",
-    "layer_reader",
-    "quantized_cache",
-    "sweep",
-    "threads",
-]
+    "HOST_QUANTIZED", "SWEEP_BYTES", "BenchLayer", "attention_clock", "default_dtype", "device_name", "layer_reader",
+    "quantized_cache", "sweep", "threads",
+]  # fmt: skip
 HOST_QUANTIZED = "transformers QuantizedCache, hqq, 4 bits, groups of 64"
 # the axes that transformers' guide gives for hqq
 HQQ = {"nbits": 4, "axis_key": 1, "axis_value": 1, "q_group_size": 64}

@@ -12,6 +12,8 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_utils import AttentionInterface
 
+from spectral_kv_core.errors import UsageError
+
 from . import ops
 from .handles import Pending
 from .integration import ATTENTION, attention_forward, host_layers, install, model_shape, register
@@ -72,7 +74,24 @@ def frozen(model) -> Iterator[None]:
 
 
 def capture(model, tokens: list[int]) -> Cache:
-    """Run `tokens` through `model`; the layers that can be compressed hold `queries`, `keys` and `values`, post-RoPE."""
+    """Run `tokens` through `model` and keep what its layers attend with.
+
+    Args:
+        model: A model of transformers.
+        tokens: Token ids of one sequence, T of them.
+
+    Returns:
+        A `Cache` of the host with one entry per layer. Layers that can be compressed hold `queries` [1, q_heads, T, head_dim],
+        `keys` and `values` [1, kv_heads, T, head_dim], all after RoPE; the others are the host's own.
+
+    Examples:
+        >>> from spectral_kv_core.hosts.demo_model import demo_model_path
+        >>> from spectral_kv_torch import capture, load_model
+        >>> model, tokenizer = load_model(demo_model_path())
+        >>> layer = capture(model, tokenizer.encode("The sea is a place of endless wonder.")).layers[8]
+        >>> tuple(layer.queries.shape), tuple(layer.keys.shape)
+        ((1, 9, 9, 64), (1, 3, 9, 64))
+    """
     layers = host_layers(model)
     for i in model_shape(model)[0].layers:
         layers[i] = CaptureLayer()
@@ -137,12 +156,18 @@ def _heads_first(out: torch.Tensor) -> np.ndarray:
     return ops.to_numpy(out[0].transpose(0, 1))
 
 
-def score_gradients(model, cache: Cache, tokens: list[int], samples: int, generator: torch.Generator) -> list[dict]:
+def captured(cache: Cache, layer_idx: int) -> CaptureLayer:
+    """Layer `layer_idx` of what `capture` gives."""
+    return cache.layers[layer_idx]
+
+
+def score_gradients(model, cache: Cache, tokens: list[int], samples: int, seed: int) -> list[dict]:
     """Gradients of log p(label) with respect to what `cache` holds, for labels drawn from the model itself.
 
     `tokens` follow the captured ones; one dict per sample of layer index -> (key, value) gradients [H, T, D]. Their
     second moment is the Fisher information of the cached vectors.
     """
+    generator = torch.Generator().manual_seed(seed)
     leaves = {i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, CaptureLayer)}
     inputs = []
     for layer in leaves.values():
@@ -155,7 +180,7 @@ def score_gradients(model, cache: Cache, tokens: list[int], samples: int, genera
         logits = model(_batch(model, tokens), past_key_values=cache, use_cache=True).logits[0].float()
         log_p = torch.log_softmax(logits, dim=-1)
         if not torch.isfinite(log_p).all():
-            raise ValueError("Expected finite logits, received NaN or infinity: check the weights and the dtype.")
+            raise UsageError("Expected finite logits, received NaN or infinity: check the weights and the dtype.")
         for sample in range(samples):
             labels = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
             gradients = torch.autograd.grad(log_p.gather(1, labels).sum(), inputs, retain_graph=sample + 1 < samples)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,31 +10,40 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.hub import cached_file
 
 from spectral_kv_core.benchmark.footprint import Footprint, safetensors_nbytes
-from spectral_kv_core.planning.plan import Plan
+from spectral_kv_core.benchmark.footprint import table_nbytes as core_table_nbytes
+from spectral_kv_core.errors import UsageError, first_line
 
-from . import ops
+from . import host, ops
 from .generation import PREFILL_CHUNK
 from .integration import host_layers, max_context, model_shape
 
 __all__ = ["footprint", "skeleton", "table_nbytes"]
 
 
+def _unknown(name: str, error: ValueError) -> UsageError:
+    return UsageError(f"Expected a model that transformers knows, cannot load {name!r}: {first_line(error)}")
+
+
 def skeleton(name: str, dtype: str | None = None):
     """The model of a directory or hub id with parameters that have a shape and a dtype but no memory.
 
-    Raises FileNotFoundError where there is no configuration, ValueError for a model that transformers cannot build.
+    Raises FileNotFoundError where there is no configuration, UsageError for a model that transformers cannot build.
     """
     try:
         config = AutoConfig.from_pretrained(name)
     except OSError as error:
-        reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"Expected a model directory, a hub id or demo, cannot read the config.json of {name!r}: {reason}"
+            f"Expected a model directory, a hub id or demo, cannot read the config.json of {name!r}: {first_line(error)}"
         ) from None
+    except ValueError as error:
+        raise _unknown(name, error) from error
     text = config.get_text_config(decoder=True)
     stored = getattr(text, "dtype", None) or getattr(config, "dtype", None) or torch.float32
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype) if dtype else stored)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype) if dtype else stored)
+    except ValueError as error:
+        raise _unknown(name, error) from error
     model.tie_weights()
     for path, module in list(model.named_modules()):
         if path.endswith("rotary_emb"):  # its frequencies are numbers that a profile is found by
@@ -65,17 +75,7 @@ def footprint(name: str, dtype: str | None = None) -> Footprint:
     )
 
 
-def table_nbytes(plan: Plan) -> tuple[int, int]:
-    """Bytes of the tables of all rows of `plan`, and of those that rows share."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    own, shared, before = 0, {}, {}
-    for row in range(len(plan.layer_groups)):
-        tables = {id(x): x for x in plan.make_codec(ops, row, device).tables()}
-        quantizers = {id(x) for x in plan.shared_tables(ops, device)}
-        shared |= {key: x for key, x in tables.items() if key in quantizers or key in before}
-        own += sum(x.untyped_storage().nbytes() for key, x in tables.items() if key not in shared)
-        before = tables
-    return own, sum(x.untyped_storage().nbytes() for x in shared.values())
+table_nbytes = partial(core_table_nbytes, host)
 
 
 def _stored_nbytes(name: str) -> int:

@@ -17,6 +17,9 @@ class Pending:
         self.layer, self.keys, self.values, self.number = layer, keys, values, number
         self._dense = None
 
+    def __iter__(self):
+        return iter((self.keys, self.values))
+
     def handles(self, slots: int) -> tuple[Handle, Handle]:
         """Handles for keys and values [B, H, slots, D], shaped as the dense tensors would be."""
         return Handle.make(self, 0, self.keys, slots), Handle.make(self, 1, self.values, slots)

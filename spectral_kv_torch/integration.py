@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 import weakref
@@ -20,7 +19,9 @@ from transformers.modeling_utils import AttentionInterface
 from spectral_kv_core.arrays.rope import Rope
 from spectral_kv_core.cache.prompt_cache_file import ExactLayer
 from spectral_kv_core.compat.engine import check_quantize
+from spectral_kv_core.errors import UsageError, first_line
 from spectral_kv_core.files import paths
+from spectral_kv_core.hosts.weights import digest_weights
 from spectral_kv_core.profile.model_shape import ModelShape
 
 from . import ops
@@ -81,7 +82,7 @@ _read: tuple = (lambda: None, None, None)
 def left_padding(mask: torch.Tensor | None, length: int) -> list[int] | None:
     """Left padding of every row, from a [B, 1, L, N] mask; None without one.
 
-    Raises ValueError for a mask that is not causal with left padding.
+    Raises UsageError for a mask that is not causal with left padding.
     """
     if mask is None:
         return None
@@ -92,7 +93,7 @@ def left_padding(mask: torch.Tensor | None, length: int) -> list[int] | None:
     expected = torch.arange(total, device=mask.device)[None] >= padding[:, None]
     causal = torch.ones(length, total, dtype=torch.bool, device=mask.device).tril(total - length)
     if seen.shape[1] != 1 or not torch.equal(seen[:, 0], expected[:, None] & causal):
-        raise ValueError(
+        raise UsageError(
             "Expected a causal mask with padding on the left only, received another mask. Pad on the left."
         )
     return padding.tolist()
@@ -112,13 +113,24 @@ def install(model) -> None:
 
 
 def restore(model) -> None:
-    """Give `model` its host's attention back; compressed caches then decode for it."""
+    """Give `model` its host's attention back; compressed caches then decode for it.
+
+    Args:
+        model: A model that `make_prompt_cache` or `load_prompt_cache` has been called with.
+
+    Examples:
+        >>> from spectral_kv_core.hosts.demo_model import demo_model_path
+        >>> from spectral_kv_torch import load_model, make_prompt_cache, restore
+        >>> model, tokenizer = load_model(demo_model_path())
+        >>> cache = make_prompt_cache(model)
+        >>> restore(model)
+    """
     if model.config._attn_implementation == ATTENTION:
         model.set_attn_implementation("sdpa")
 
 
-def host_layers(model) -> list:
-    """The cache layers that transformers would use for `model`."""
+def host_layers(model, left_padding: list[int] | None = None) -> list:
+    """The cache layers that transformers would use for `model`; it tells left padding by the mask, MLX here."""
     config = model.config.get_text_config(decoder=True)
     layers = DynamicCache(config=config).layers
     return layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]
@@ -126,32 +138,37 @@ def host_layers(model) -> list:
 
 def plain_cache(model) -> Cache:
     """The host's own cache, which keeps everything."""
+    return cache_of(host_layers(model))
+
+
+def cache_of(layers: list) -> Cache:
+    """The host's own cache made of `layers`."""
     cache = DynamicCache()
-    cache.layers = host_layers(model)
+    cache.layers = layers
     return cache
 
 
 def exact_layer(layer) -> ExactLayer:
-    """What a layer of the host's own holds; raises ValueError for a kind that is no list of keys and values."""
+    """What a layer of the host's own holds; raises UsageError for a kind that is no list of keys and values."""
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-        raise ValueError(
+        raise UsageError(
             f"Expected layers that keep keys and values in their order, received a {type(layer).__name__}, which cannot be "
             "stored yet. Keep the prompt itself."
         )
     if not layer.get_seq_length():
-        raise ValueError("Expected a cache that has read a prompt, received an empty one.")
+        raise UsageError("Expected a cache that has read a prompt, received an empty one.")
     keep = _kept(layer, layer.get_seq_length())
     return ExactLayer(layer.keys[:, :, -keep:], layer.values[:, :, -keep:], layer.get_seq_length())
 
 
 def set_exact_layer(layer, held: ExactLayer) -> None:
-    """Let an empty layer of the host's own hold the tensors of `held`; raises ValueError when they are too few."""
+    """Let an empty layer of the host's own hold the tensors of `held`; raises UsageError when they are too few."""
     layer.lazy_initialization(held.keys, held.values)
     if layer.is_sliding:
         layer.cumulative_length = held.seen
     keep = _kept(layer, held.seen)
     if held.keys.shape[2] < keep:
-        raise ValueError(
+        raise UsageError(
             f"Expected the last {keep:,} tokens for a window of {layer.sliding_window:,}, received {held.keys.shape[2]:,}: "
             "the cache is of a model with another window. Make it again."
         )
@@ -212,24 +229,38 @@ def read_rope(model) -> Rope | None:
     inv_freq = getattr(rotary, f"{prefix}inv_freq").detach().double().cpu().numpy()
     scaling = float(getattr(rotary, f"{prefix}attention_scaling", 1.0) or 1.0)
     rotate_half = getattr(sys.modules[type(rotary).__module__], "rotate_half", None)
-    probe = torch.arange(4.0)  # (0, 1, 2, 3) -> (-2, -3, 0, 1) when halves pair up, (-1, 0, -3, 2) when neighbours do
+    probe = torch.arange(4.0)  # (0, 1, 2, 3) -> (-2, -3, 0, 1) when halves pair up, (-1, 0, -3, 2) when neighbors do
     interleaved = rotate_half is not None and rotate_half(probe).tolist()[1] == 0.0
     return Rope(tuple(float(w) for w in inv_freq), interleaved, scaling)
 
 
 def weights_digest(model) -> str:
-    """Digest of the first entries of the final norm, which no weight quantization touches, to two digits."""
+    """`digest_weights` of the final norm."""
     norms = [p for name, p in model.named_parameters() if name.endswith("norm.weight") and ".layers." not in name]
-    if not norms:
-        return ""
-    values = norms[-1].detach().float().cpu().numpy().reshape(-1)[:256]
-    return hashlib.sha256(" ".join(f"{v:.1e}" for v in values).encode()).hexdigest()[:16]
+    return digest_weights(ops.to_numpy(norms[-1]) if norms else None)
 
 
 def load_model(name: str | os.PathLike, dtype: str | None = None, quantize: str | None = None):
-    """Model (in evaluation mode, on CUDA where there is a card) and tokenizer of a directory or hub id.
+    """Load a model and its tokenizer as transformers does.
 
-    quantize: `4bit` or `8bit` weights by bitsandbytes, which needs CUDA: raises ValueError elsewhere.
+    Args:
+        name: A directory or a hub id.
+        dtype: Type of the weights, such as `bfloat16`; None as they are stored.
+        quantize: `4bit` or `8bit` weights by bitsandbytes, which needs CUDA; None as they are stored.
+
+    Returns:
+        The model in evaluation mode, on the first CUDA card where there is one, and its tokenizer.
+
+    Raises:
+        FileNotFoundError: There is no such directory, or the hub has no such model.
+        UsageError: `quantize` is no width that is known, or this machine cannot do it.
+
+    Examples:
+        >>> from spectral_kv_core.hosts.demo_model import demo_model_path
+        >>> from spectral_kv_torch import load_model
+        >>> model, tokenizer = load_model(demo_model_path())
+        >>> tokenizer.decode(tokenizer.encode("The sea"))
+        'The sea'
     """
     if not Path(name).exists() and str(name).startswith((".", "/", "~")):
         raise FileNotFoundError(f"Expected a model directory, found nothing at {name}.")
@@ -238,23 +269,26 @@ def load_model(name: str | os.PathLike, dtype: str | None = None, quantize: str 
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", **options)
     except OSError as error:
-        reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"Expected a model directory, a hub id or demo, cannot load {name!r}: {reason}"
+            f"Expected a model directory, a hub id or demo, cannot load {name!r}: {first_line(error)}"
         ) from None
+    except ValueError as error:
+        raise UsageError(
+            f"Expected a model that transformers knows, cannot load {name!r}: {first_line(error)}"
+        ) from error
     if not options:  # bitsandbytes puts its weights on the card itself
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     return model.eval(), tokenizer
 
 
 def _quantization(quantize: str | None) -> dict:
-    """Options of `from_pretrained` for quantized weights; raises ValueError where bitsandbytes cannot run."""
+    """Options of `from_pretrained` for quantized weights; raises UsageError where bitsandbytes cannot run."""
     if check_quantize(quantize) is None:
         return {}
     missing = [] if torch.cuda.is_available() else ["a CUDA card"]
     missing += [] if find_spec("bitsandbytes") else ["bitsandbytes (pip install bitsandbytes)"]
     if missing:
-        raise ValueError(
+        raise UsageError(
             f"Expected {' and '.join(missing)} for quantize={quantize!r}, found none. Use quantize=None, or spectral_kv_mlx, "
             "which quantizes weights everywhere: the cache is compressed either way."
         )

@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-import torch
 from transformers.cache_utils import Cache
 
-from spectral_kv_core.cache import prompt_cache_file as prompt_file
-from spectral_kv_core.cache.layer_cache import LayerCache
-from spectral_kv_core.cache.prompt_cache_file import ExactLayer, PromptFile, encode_within
-from spectral_kv_core.codecs.registry import make_plan, plan_for
-from spectral_kv_core.planning.methods import Method, get_keeping_method, get_live_method
-from spectral_kv_core.planning.plan import Plan
+from spectral_kv_core.cache import prompt_cache
+from spectral_kv_core.cache.prompt_cache_file import PromptFile
+from spectral_kv_core.planning.budget import SINKS, WINDOW
+from spectral_kv_core.planning.methods import Method
 from spectral_kv_core.profile.profile import Profile
 
-from . import ops
-from .cache import COMPRESSED, SpectralCache, SpectralKVLayer, fill, layer_contents, rows_of
-from .integration import (
-    exact_layer,
-    host_layers,
-    install,
-    model_name,
-    model_shape,
-    plain_cache,
-    set_exact_layer,
-    weights_digest,
-)
-from .kernels.build import prepare
-from .profiler import SpectralProfiler
+from . import host
 
 __all__ = ["decode_cache", "encode_cache", "load_prompt_cache", "save_prompt_cache", "sealed_bits"]
 
@@ -45,42 +29,45 @@ def save_prompt_cache(
     method: str | Method | None = None,
     bits: float | None = None,
     profile: Profile | None = None,
-    window: int = 64,
-    sinks: int = 4,
+    window: int = WINDOW,
+    sinks: int = SINKS,
     metadata: dict | None = None,
 ) -> Path:
-    """Store a cache that has read a prompt, for `load_prompt_cache` of either backend; returns the path.
+    """Store a cache that has read a prompt, for `load_prompt_cache` of either backend.
 
-    method None stores a compressed cache as it is, its prompt ended, and a plain one exactly (`identity`); else what it
-    holds is encoded by `method`, with `bits`, `profile`, `window` and `sinks` as in `make_prompt_cache`. tokens: ids
-    [seen] or [B, seen] of what was read, kept in the file. model: names the file's model and its weights; needed to
-    encode. metadata: JSON that goes along. Raises ValueError for a cache or tokens that cannot be stored.
+    Args:
+        path: Where to write the file, a `.safetensors`.
+        cache: A cache of this backend, stored as it is with its prompt ended, or one of the host.
+        tokens: Ids [seen] or [B, seen] of what was read, kept in the file.
+        model: The model. Its name and the hash of its weights go into the file; needed to encode.
+        method: Encodes what the cache holds by this method. None keeps codes as they are, and a host's cache exactly.
+        bits: Average stored bits of `method`, as in `make_prompt_cache`.
+        profile: The profile for `method`, as in `make_prompt_cache`.
+        window: The last tokens, kept exactly by `method`.
+        sinks: The first tokens, kept exactly by `method`.
+        metadata: JSON that goes along.
+
+    Returns:
+        The path.
+
+    Raises:
+        UsageError: The cache is empty or of a kind that cannot be stored, `tokens` do not fit it, or arguments do not go
+            together.
+
+    Examples:
+        >>> from spectral_kv_core.hosts.demo_model import demo_model_path
+        >>> from spectral_kv_torch import load_model, make_prompt_cache, save_prompt_cache
+        >>> model, tokenizer = load_model(demo_model_path())
+        >>> cache = make_prompt_cache(model, bits=2)
+        >>> import torch
+        >>> tokens = tokenizer.encode("The sea is a place of endless wonder.")
+        >>> with torch.no_grad():
+        ...     _ = model(torch.tensor([tokens]), past_key_values=cache)
+        >>> save_prompt_cache("build/sea.safetensors", cache, tokens, model=model).name
+        'sea.safetensors'
     """
-    if method is None and not isinstance(cache, SpectralCache):
-        method = "identity"
-    if method is not None:
-        if model is None:
-            raise ValueError("Expected the model of a cache that is to be encoded, received none. Give model=.")
-        method = get_keeping_method(method)
-        shape, _, profile = SpectralProfiler().profile_for(model, method, profile)
-        plan = plan_for(shape, profile, method, bits, window=window, sinks=sinks)
-        cache = encode_cache(plan, cache, sinks, window)
-    elif bits is not None:
-        raise ValueError(f"Expected a method that has {bits:g} bits, received bits alone. Give method= too.")
-    if not cache.get_seq_length():
-        raise ValueError("Expected a cache that has read a prompt, received an empty one.")
-    cache.finalize()
-    layers = [layer.store if isinstance(layer, COMPRESSED) else exact_layer(layer) for layer in cache.layers]
-    file = PromptFile.of(
-        ops,
-        cache.plan,
-        layers,
-        tokens=tokens,
-        model=model_name(model) if model is not None else "",
-        weights_digest=weights_digest(model) if model is not None else "",
-        metadata=metadata,
-    )
-    return file.save(path)
+    options = {"method": method, "bits": bits, "profile": profile, "window": window, "sinks": sinks}
+    return prompt_cache.save_prompt_cache(host, path, cache, tokens, model=model, metadata=metadata, **options)
 
 
 def load_prompt_cache(
@@ -91,70 +78,39 @@ def load_prompt_cache(
     method: str | Method | None = None,
     bits: float | None = None,
 ) -> tuple[Cache, list | None]:
-    """A cache that goes on where the stored one ended, and the token ids of its prompt, None when they are not told.
+    """Read a stored prompt cache, which goes on where it ended.
 
-    method None gives the very cache that was saved, or a plain one where its method is for files only; `plain` the
-    host's own; any other encodes the decoded cache again, at `bits`, with the file's window and sinks. profile: the one
-    that the file was made with; None looks for it. Raises FileNotFoundError, or ValueError for a file that is damaged, of
-    another model or of another profile.
+    Args:
+        path: A file of `save_prompt_cache`, by either backend.
+        model: The model that reads on: of the architecture that made the file.
+        profile: The profile that the file was made with; None looks for it.
+        method: None gives the very cache that was saved, or a plain one where its method is for files only. `plain` gives
+            the host's own. Any other encodes the decoded cache again, with the file's window and sinks.
+        bits: Average stored bits of `method`, as in `make_prompt_cache`.
+
+    Returns:
+        The cache, and the token ids of its prompt, None where the file has none.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        UsageError: The file is damaged, of another model or of another profile, or `bits` come without a method.
+
+    Examples:
+        >>> from spectral_kv_core.hosts.demo_model import demo_model_path
+        >>> from spectral_kv_torch import load_model, load_prompt_cache, make_prompt_cache, save_prompt_cache
+        >>> model, tokenizer = load_model(demo_model_path())
+        >>> cache = make_prompt_cache(model, bits=2)
+        >>> import torch
+        >>> tokens = tokenizer.encode("The sea is a place of endless wonder.")
+        >>> with torch.no_grad():
+        ...     _ = model(torch.tensor([tokens]), past_key_values=cache)
+        >>> path = save_prompt_cache("build/sea.safetensors", cache, tokens, model=model)
+        >>> cache, read = load_prompt_cache(path, model)
+        >>> read == tokens
+        True
     """
-    file = path if isinstance(path, PromptFile) else PromptFile.load(path)
-    plain = method == "plain"
-    if bits is not None and (method is None or plain):
-        raise ValueError(f"Expected a method that has {bits:g} bits, received {method}.")
-    target = None if method is None or plain else get_live_method(get_keeping_method(method))
-    file.check(model_shape(model)[0], weights_digest(model))
-    plan = file.plan(profile)
-    cache = SpectralCache(plan=plan, window=file.window, sinks=file.sinks, layers=host_layers(model))
-    for layer_idx, layer in enumerate(cache.layers):
-        if not isinstance(layer, COMPRESSED):
-            set_exact_layer(layer, file.exact(ops, layer_idx, model.dtype, model.device))
-        elif isinstance(layer, SpectralKVLayer):
-            file.restore(layer_idx, layer.open(model.device), model.dtype, model.device)
-    if target is not None:
-        profile = SpectralProfiler().profile_for(model, target, profile or plan.profile)[2]
-        wanted = make_plan(plan.shape, profile, target, bits)
-        if wanted.hash != plan.hash:
-            cache = encode_cache(wanted, cache, file.sinks, file.window)
-    elif plain or not plan.method.live:
-        return decode_cache(cache, model), file.tokens
-    install(model)
-    prepare(model.device)
-    return cache, file.tokens
+    return prompt_cache.load_prompt_cache(host, path, model, profile, method=method, bits=bits)
 
 
-def encode_cache(plan: Plan, cache: Cache, sinks: int, window: int) -> SpectralCache:
-    """What `cache`, plain or compressed, holds, under `plan`.
-
-    A cache of a method for files can be saved and decoded only; its real bits, which depend on the text, stay within those
-    of `plan`.
-    """
-    return encode_within(lambda plan: _encode(plan, cache, sinks, window), _stores, plan)
-
-
-def sealed_bits(cache: SpectralCache) -> float:
-    """Stored bits per key or value element of the sealed tokens of a compressed cache, 0 where nothing is sealed."""
-    return prompt_file.sealed_bits(_stores(cache))
-
-
-def _encode(plan: Plan, cache: Cache, sinks: int, window: int) -> SpectralCache:
-    made = SpectralCache(plan=plan, sinks=sinks, window=window, layers=cache.layers)
-    fill(made, cache)
-    return made
-
-
-@torch.no_grad()
-def decode_cache(cache: SpectralCache, model) -> Cache:
-    """The plain cache of `model` with what `cache` holds, decoded; `cache` stays as it is."""
-    plain = plain_cache(model)
-    for layer_idx, layer in enumerate(cache.layers):
-        if not isinstance(layer, COMPRESSED):
-            plain.layers[layer_idx] = copy.deepcopy(layer)
-    layers, seen = cache.plan.shape.layers, cache.get_seq_length()
-    for layer_idx, (held, _) in zip(layers, layer_contents(cache, layers)):
-        set_exact_layer(plain.layers[layer_idx], ExactLayer(*held, seen))
-    return plain
-
-
-def _stores(cache: SpectralCache) -> list[LayerCache]:
-    return [layer.store for layer in rows_of(cache)]
+encode_cache, decode_cache = partial(prompt_cache.encode_cache, host), partial(prompt_cache.decode_cache, host)
+sealed_bits = partial(prompt_cache.sealed_bits, host)

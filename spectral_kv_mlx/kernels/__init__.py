@@ -3,15 +3,9 @@
 from .attention import decode_step
 from .blocks import partial_attention, supports_partial_attention
 
-__all__ = [
-    "decode_step",
-    "decoder",
-    "packer",
-    "partial_attention",
-    "rotate",
-    "round_in_time",
-    "supports_partial_attention",
-]
+__all__ = [  # the names of `spectral_kv_core.arrays.kernels.Kernels`
+    "decode_step", "decoder", "packer", "partial_attention", "rotate", "round_in_time", "supports_partial_attention",
+]  # fmt: skip
 
 
 def decoder(codec) -> None:

@@ -16,7 +16,7 @@ from spectral_kv_core.arrays.attention import causal_rows, group_queries
 from spectral_kv_core.codecs.chunk import Chunk
 from spectral_kv_core.codecs.spectral import SpectralCodec
 from spectral_kv_core.planning.budget import CHUNK_TOKENS
-from spectral_kv_core.quantization.packing import UNIT
+from spectral_kv_core.quantization.packing import UNIT, interleave
 
 from .rows import Rows, make_rows, on_gpu, path_bits, unpack_rest
 
@@ -172,10 +172,12 @@ class LatentStep:
         if tile is None:
             self._tiles.pop(chunks[-2], None)  # what was joined before the last chunk was full
             units = [mx.concatenate(parts, axis=2) for parts in zip(*(chunk.arrays[0::2] for chunk in chunks))]
-            tile = replace(chunks[0], tokens=CHUNK_TOKENS * len(chunks), arrays=_flat(units, chunks[0].arrays[1::2]))
+            tile = replace(
+                chunks[0], tokens=CHUNK_TOKENS * len(chunks), arrays=interleave(zip(units, chunks[0].arrays[1::2]))
+            )
             self._tiles[chunks[-1]] = tile
             for chunk, *parts in zip(chunks, *(mx.split(x, len(chunks), axis=2) for x in units)):
-                object.__setattr__(chunk, "arrays", _flat(parts, chunk.arrays[1::2]))  # the same codes, held elsewhere
+                chunk.move(interleave(zip(parts, chunk.arrays[1::2])))
         return [tile]
 
 
@@ -189,7 +191,3 @@ def decode_step(codec) -> LatentStep | None:
 @partial(mx.compile, shapeless=True)  # into one operation
 def _sum(*arrays):
     return reduce(add, arrays)
-
-
-def _flat(units, rest) -> tuple:
-    return tuple(array for pair in zip(units, rest) for array in pair)

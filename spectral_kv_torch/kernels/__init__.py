@@ -7,12 +7,6 @@ from .packing import packer
 from .rotation import rotate
 from .rounding import round_in_time
 
-__all__ = [
-    "decode_step",
-    "decoder",
-    "packer",
-    "partial_attention",
-    "rotate",
-    "round_in_time",
-    "supports_partial_attention",
-]
+__all__ = [  # the names of `spectral_kv_core.arrays.kernels.Kernels`
+    "decode_step", "decoder", "packer", "partial_attention", "rotate", "round_in_time", "supports_partial_attention",
+]  # fmt: skip

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
+from spectral_kv_core.arrays.transform import FREQUENCIES
 from spectral_kv_core.codecs.chunk import Chunk
 from spectral_kv_core.codecs.spectral import SpectralCodec
 from spectral_kv_core.planning.budget import CHUNK_TOKENS
@@ -20,7 +21,7 @@ from .decoding import dense_step
 from .device import runs_kernels
 from .eager import EagerStep
 
-MAX_WIDTHS, FREQUENCIES, LEVELS = 8, 16, 256
+MAX_WIDTHS, LEVELS = 8, 256
 
 
 class _Codec(ctypes.Structure):

@@ -9,6 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from spectral_kv_core.arrays import attention
 from spectral_kv_core.arrays.rope import rotate as core_rotate
+from spectral_kv_core.arrays.transform import FREQUENCIES
 from spectral_kv_core.codecs.chunk import Chunk
 from spectral_kv_core.codecs.spectral import SpectralCodec
 
@@ -18,7 +19,6 @@ from .flash import partial_attention, supports_partial_attention
 from .rotation import rotate
 
 TILE_CHUNKS = 16
-FREQUENCIES = 16
 
 
 class Decoder:

@@ -164,7 +164,7 @@ INLINE Levels arrange(const int bits, const float *levels) {
   const __m512i quad = _mm512_set_epi32(3, 2, 1, 0, 3, 2, 1, 0, 3, 2, 1, 0, 3, 2, 1, 0);
   if (bits == 1) {
     l.t[0] = _mm512_set1_ps(levels[0]), l.t[1] = _mm512_set1_ps(levels[1]);
-  } else if (bits <= 3) {  // the upper bits of an index belong to its neighbour
+  } else if (bits <= 3) {  // the upper bits of an index belong to its neighbor
     l.t[0] = _mm512_permutexvar_ps(quad, _mm512_loadu_ps(levels));
     l.t[1] = _mm512_permutexvar_ps(quad, _mm512_loadu_ps(levels + 4));
   } else if (bits <= 6) {
@@ -225,7 +225,7 @@ INLINE Levels arrange(const int bits, const float *levels) {
   Levels l = {.levels = levels};
   l.t[0] = _mm256_loadu_ps(levels), l.t[1] = _mm256_loadu_ps(levels + 8);
   if (bits == 1) l.t[0] = _mm256_set1_ps(levels[0]), l.t[1] = _mm256_set1_ps(levels[1]);
-  if (bits == 2) l.t[0] = _mm256_permute2f128_ps(l.t[0], l.t[0], 0);  // the third bit belongs to the neighbour
+  if (bits == 2) l.t[0] = _mm256_permute2f128_ps(l.t[0], l.t[0], 0);  // the third bit belongs to the neighbor
   return l;
 }
 

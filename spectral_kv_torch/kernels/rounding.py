@@ -8,14 +8,13 @@ from functools import cache
 
 import torch
 
+from spectral_kv_core.arrays.transform import FREQUENCIES
 from spectral_kv_core.quantization.time_rounding import descend
 
 from .. import arrays
 from .build import library
 from .checked import Checked
 from .device import runs_kernels
-
-FREQUENCIES = 16
 
 
 class _Rounding(ctypes.Structure):

@@ -12,7 +12,7 @@ import torch
 from spectral_kv_core.codecs.chunk import Chunk
 from spectral_kv_core.codecs.spectral import SpectralCodec
 from spectral_kv_core.planning.budget import CHUNK_TOKENS
-from spectral_kv_core.quantization.packing import UNIT, pack, unpack
+from spectral_kv_core.quantization.packing import UNIT, interleave, pack, unpack
 
 ALIGNED = 4  # units: rows of a tile are whole words, whatever the width
 
@@ -103,16 +103,10 @@ class Tiles:
         rests = group[0].arrays[1::2]
         tokens = [chunk.tokens for chunk in group]
         self._become_views(group, parts, np.cumsum([0, *tokens]) // (self._codec.block * UNIT))
-        return replace(group[0], tokens=sum(tokens), arrays=_interleaved(parts, rests))
+        return replace(group[0], tokens=sum(tokens), arrays=interleave(zip(parts, rests)))
 
     @staticmethod
     def _become_views(group: list[Chunk], parts: list[torch.Tensor], starts) -> None:
         for chunk, start in zip(group, starts.tolist()):
             units = [part[:, :, start : start + x.shape[2]] for part, x in zip(parts, chunk.arrays[0::2])]
-            object.__setattr__(
-                chunk, "arrays", _interleaved(units, chunk.arrays[1::2])
-            )  # the same codes, held elsewhere
-
-
-def _interleaved(units, rests) -> tuple:
-    return tuple(array for pair in zip(units, rests) for array in pair)
+            chunk.move(interleave(zip(units, chunk.arrays[1::2])))

@@ -18,13 +18,14 @@ import torch
 import triton
 import triton.language as tl
 
+from spectral_kv_core.arrays import transform
 from spectral_kv_core.codecs.chunk import Chunk
 from spectral_kv_core.codecs.spectral import SpectralCodec
 from spectral_kv_core.quantization.packing import UNIT
 from spectral_kv_core.quantization.quantizer import BIT_WIDTHS
 from spectral_kv_core.quantization.trellis import WIDTHS, curve
 
-FREQUENCIES = tl.constexpr(16)
+FREQUENCIES = tl.constexpr(transform.FREQUENCIES)
 WAITING = tl.constexpr(16)  # columns for up to 7 codes that wait for their unit; a product wants no fewer
 TRELLIS = tl.constexpr(
     len(WIDTHS)
@@ -47,7 +48,7 @@ def plane(address, bits, n, blocks, WIDTH: tl.constexpr, BLOCKS: tl.constexpr, R
     start = bits & 7 & (8 - 2 * WIDTH)  # packing.planes: wider ones come first, and lower in the code
     address += start
     present = (bits & WIDTH) != 0
-    if REST:  # code by code, since neighbours share units
+    if REST:  # code by code, since neighbors share units
         byte = address[None, :] + n // 8 * bits[None, :] + n % 8 // PER_BYTE
         held = present[None, :] & (tl.arange(0, BLOCKS)[:, None] < blocks)
         shift = n % PER_BYTE * WIDTH

@@ -17,6 +17,7 @@ from mlx_lm.models import base
 from mlx_lm.models.cache import trim_prompt_cache
 from mlx_models import make_model
 
+import spectral_kv_mlx
 from spectral_kv_mlx import (
     SpectralProfiler,
     cache_nbytes,
@@ -24,11 +25,10 @@ from spectral_kv_mlx import (
     load_prompt_cache,
     make_prompt_cache,
     ops,
-    restore,
     save_prompt_cache,
 )
-from spectral_kv_mlx.cache import SpectralKVCache, fill, rows_of
-from spectral_kv_mlx.generation import decode_cache, encode_cache, generate, plain_cache, score, sealed_bits
+from spectral_kv_mlx.cache import SpectralKVCache, rows_of
+from spectral_kv_mlx.generation import decode_cache, encode_cache, fill, generate, plain_cache, score, sealed_bits
 from spectral_kv_mlx.integration import _fused, exact_layer, install, model_shape
 
 __all__ = [
@@ -56,8 +56,18 @@ PASSED = {0: "sliding window", 2: "sliding window"}  # layers of the tiny Gemma 
 EXACT = {"atol": 2e-4, "rtol": 2e-4}  # logits of the same float32 numbers, summed in another order
 IS_ARRAY = mx.array
 
+_kept: list = []  # models that tests share
 new_model = make_model
-model = functools.cache(make_model)
+
+
+@functools.cache
+def model(name: str):
+    return _keep(make_model(name))
+
+
+def _keep(made):
+    _kept.append(made)
+    return made
 
 
 @functools.cache
@@ -68,7 +78,14 @@ def profile(name: str):
 @functools.cache
 def model_of_three(name: str):
     """The tiny model `name`, with three layers."""
-    return make_model(name, num_hidden_layers=3)
+    return _keep(make_model(name, num_hidden_layers=3))
+
+
+def restore(of) -> None:
+    """Give `of` its host's attention back, and with it the models that tests share: a family has one attention."""
+    for kept in (of, *_kept):
+        if type(kept) is type(of):
+            spectral_kv_mlx.restore(kept)
 
 
 def calibrate(of, text=TEXT, name: str | None = None, **options):

@@ -415,7 +415,7 @@ def test_passed_layers_are_named_once(host, caplog):
     model, profile = host.model("gemma3"), host.profile("gemma3")
     shape, passed = host.model_shape(model)
     assert passed == host.PASSED and shape.layers == tuple(i for i in range(shape.num_layers) if i not in passed)
-    profile_store._named.clear()
+    profile_store.warn_once.cache_clear()
     with caplog.at_level(logging.WARNING, "spectralkv"):
         cache = host.make_prompt_cache(model, profile)
         host.make_prompt_cache(model, profile)

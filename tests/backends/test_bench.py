@@ -46,7 +46,7 @@ def test_a_flat_plan_has_every_coefficient_at_its_width(name, bits):
     assert len(codec.rows[0]) == plan.basis_set.block * 2 * 2 * 32  # frequencies, sides, heads, channels
 
 
-def test_a_single_layer_has_no_neighbour():
+def test_a_single_layer_has_no_neighbor():
     with pytest.raises(ValueError, match=r"compressible layers 0\. Use spectral-dense"):
         plan_of("spectral-dense-pairs", 2, "flat")
 
@@ -176,7 +176,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("message", "arguments"), [(m, a) for m, *a in WRONG])
 def test_wrong_use_is_told_before_any_work(capsys, monkeypatch, message, arguments):
-    monkeypatch.setattr(cli.commands, "load_backend", lambda *a: pytest.fail("work began"))
+    monkeypatch.setattr("spectral_kv_core.cli.bench.load_backend", lambda *a: pytest.fail("work began"))
     try:
         code = cli.main(["bench", *arguments])
     except SystemExit as stop:

@@ -12,11 +12,10 @@ import pytest
 from cases import ToyModel, toy_profile_of
 
 from spectral_kv_core.arrays.divergence import compare_logits
-from spectral_kv_core.cache.layer_cache import CacheSize
+from spectral_kv_core.cache.size import CacheSize
 from spectral_kv_core.cli import main as cli
-from spectral_kv_core.evaluation import text as evaluation_text
 from spectral_kv_core.evaluation.documents import make_documents
-from spectral_kv_core.evaluation.rows import RowFile, summarise
+from spectral_kv_core.evaluation.rows import RowFile, summarize
 from spectral_kv_core.evaluation.run import Settings, evaluate, plan_jobs
 from spectral_kv_core.evaluation.text import (
     Text,
@@ -212,18 +211,18 @@ def test_summary_is_over_documents():
     row |= {"method": "m", "bits": 2.0, "task": "text", "text": "t", "prefix": 8, "scored_tokens": 4, "seconds": 1.0}
     row |= {"bits_per_element": 3.0, "table_bytes": 5, "sealed_bits": 2.0}
     rows = [row | {"kl": kl, "cache_bytes": size} for kl, size in ((0.1, 10), (0.3, 20), (0.2, 30))]
-    (summary,) = summarise(rows)
+    (summary,) = summarize(rows)
     assert summary["kl"] == pytest.approx(0.2) and summary["kl_worst"] == 0.3
     assert summary["kl_se"] == pytest.approx(0.1 / np.sqrt(3))
     assert summary["cache_bytes"] == 20 and summary["documents"] == 3 and summary["scored_tokens"] == 12
-    assert summarise(rows[:1])[0]["kl_se"] is None and "low_ppl" not in summary
-    assert len(summarise([*rows, rows[0] | {"prefix": 9}])) == 2
+    assert summarize(rows[:1])[0]["kl_se"] is None and "low_ppl" not in summary
+    assert len(summarize([*rows, rows[0] | {"prefix": 9}])) == 2
 
 
 def test_top5_is_the_share_of_the_reference_s_five():
     reference = -np.arange(10.0)[None].repeat(2, 0)  # the likeliest are 0, 1, 2, 3, 4
     test = reference.copy()
-    test[1] = -np.abs(np.arange(10.0) - 5)  # 5 and its neighbours: 3, 4, 5, 6, 7
+    test[1] = -np.abs(np.arange(10.0) - 5)  # 5 and its neighbors: 3, 4, 5, 6, 7
     result = compare_logits(reference, test, [0, 0])
     assert result["top5"] == pytest.approx((1 + 2 / 5) / 2) and result["top1"] == 0.5
     assert result["nd_ppl"] == pytest.approx(result["ppl"] / result["ppl_ref"] - 1)
@@ -259,16 +258,16 @@ def test_pairs_out_of_reach_are_skipped(caplog, tmp_path):
     "change, message",
     [
         ({"methods": ("spectrel",)}, "method among"),
-        ({"methods": ()}, "at least one value for --methods"),
-        ({"tasks": ("speed",)}, "tasks among text, copy, drift, needle, received 'speed'"),
-        ({"bits": (0.0,)}, "bits above 0"),
-        ({"bits": (float("nan"),)}, "bits above 0"),
-        ({"prefixes": (60, 1)}, "--prefix of at least 2, received 1"),
-        ({"scored": 1}, "--scored of at least 2"),
-        ({"documents": 0}, "--documents of at least 1"),
-        ({"step": 0}, "--step of at least 1"),
-        ({"prefill_chunk": 0}, "--prefill-chunk of at least 1"),
-        ({"window": -1}, "--window of at least 0"),
+        ({"methods": ()}, "at least one value for `methods`"),
+        ({"tasks": ("speed",)}, "`tasks` among text, copy, drift, needle, received 'speed'"),
+        ({"bits": (0.0,)}, "`bits` above 0"),
+        ({"bits": (float("nan"),)}, "`bits` above 0"),
+        ({"prefixes": (60, 1)}, "`prefixes` of at least 2, received 1"),
+        ({"scored": 1}, "`scored` of at least 2"),
+        ({"documents": 0}, "`documents` of at least 1"),
+        ({"step": 0}, "`step` of at least 1"),
+        ({"prefill_chunk": 0}, "`prefill_chunk` of at least 1"),
+        ({"window": -1}, "`window` of at least 0"),
         ({"window": 50, "tasks": ("copy",)}, "for the task copy"),
     ],
 )
@@ -334,22 +333,16 @@ def test_documents_are_starts_of_articles_or_windows():
     assert all(len(d) == 10 and d[0] == 63 and d[1] != 63 for d in marked)
 
 
-def test_default_texts_are_long_enough_and_held_out(monkeypatch):
+def test_default_texts_are_long_enough_held_out_and_the_same_everywhere():
     from spectral_kv_core.calibration.text import load_default_texts
 
     prose, code = default_texts()
     assert (prose.name, code.name) == ("prose", "code")
-    assert len(prose.text) > 40_000 and len(code.text) > 100_000 and "class TarFile" in code.text
+    assert len(prose.text) > 40_000 and len(code.text) > 90_000 and "class LayerCache" in code.text
+    assert [text.digest for text in (prose, code)] == ["22aa70b3ef404851", "13bc02faf73581ab"]
     calibration = "\n".join(load_default_texts())
     lines = [line for text in (prose, code) for line in text.text.splitlines() if len(line) > 70]
     assert not [line for line in lines if line in calibration]
-
-    def no_source(module):
-        raise OSError("could not get source code")
-
-    monkeypatch.setattr(evaluation_text.inspect, "getsource", no_source)
-    with pytest.raises(ValueError, match="--text FILE"):
-        default_texts()
 
 
 # --- on real caches -------------------------------------------------------------------------------------------------

@@ -196,16 +196,16 @@ def test_every_share_is_a_row(tmp_path, dropping):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"keep": (0.5,), "methods": ("identity",)}, "method that drops tokens for --keep, identity keep every token"),
-        ({"keep": (0.5, 1.5)}, "shares above 0, at most 1, for --keep, received 1.5"),
+        ({"keep": (0.5,), "methods": ("identity",)}, "method that drops tokens for `keep`, identity keep every token"),
+        ({"keep": (0.5, 1.5)}, "shares above 0, at most 1, for `keep`, received 1.5"),
         ({"keep": (0.0,)}, "shares above 0"),
         ({"keep": (float("nan"),)}, "shares above 0"),
         ({"keep": (0.15,)}, "2 sinks, the window of 8 and 0 that wait to be coded, received 0.15, 9 of 60"),
         ({"tasks": ("drift",), "methods": ("spectral-stored",)}, "live cache for the task drift"),
-        ({"metrics": ("kl", "speed")}, "metrics among kl, aop, reconstruction, received 'speed'"),
-        ({"greedy": -1}, "--greedy of at least 0"),
-        ({"turns": 0}, "--turns of at least 1"),
-        ({"turn_tokens": 0}, "--turn-tokens of at least 1"),
+        ({"metrics": ("kl", "speed")}, "`metrics` among kl, aop, reconstruction, received 'speed'"),
+        ({"greedy": -1}, "`greedy` of at least 0"),
+        ({"turns": 0}, "`turns` of at least 1"),
+        ({"turn_tokens": 0}, "`turn_tokens` of at least 1"),
     ],
 )
 def test_wrong_settings(dropping, change, message):
@@ -219,7 +219,7 @@ def test_nothing_runs_when_a_task_does_not_fit(tmp_path):
         run_fake(backend, tmp_path, **DRIFT | {"turns": 5})
     with pytest.raises(ValueError, match="60 of prefix and 141 generated"):
         run_fake(backend, tmp_path, greedy=141)
-    with pytest.raises(ValueError, match="at least 2,960 tokens in the text counting.*lower --turns"):
+    with pytest.raises(ValueError, match="at least 2,960 tokens in the text counting.*lower `turns`"):
         run_fake(FakeBackend(), tmp_path, **DRIFT | {"turns": 100})
     with pytest.raises(ValueError, match="for the task needle"):
         run_fake(backend, tmp_path, tasks=("needle",), window=20)
@@ -478,9 +478,9 @@ def test_each_wavelet_is_a_cache_of_its_own(torch_backend, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"methods": ("spectral", "knorm")}, "wavelet scorer for --wavelet, spectral, knorm do not"),
+        ({"methods": ("spectral", "knorm")}, "wavelet scorer for `wavelets`, spectral, knorm do not"),
         ({"wavelets": ("haar", "gaus1")}, "discrete wavelet .*'gaus1'"),
-        ({"methods": ("waveletkv+spectral",), "tiers": (((0.5, 3.0), (0.5, 1.0)),)}, "drop none with --tiers alone"),
+        ({"methods": ("waveletkv+spectral",), "tiers": (((0.5, 3.0), (0.5, 1.0)),)}, "drop none with `tiers` alone"),
     ],
 )
 def test_wavelets_that_cannot_be_used(change, message):

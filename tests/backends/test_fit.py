@@ -279,7 +279,7 @@ def test_counts_of_the_published_methods(method, bits):
 def test_methods_that_have_no_size_of_their_own():
     with pytest.raises(ValueError, match="keeps every token"):
         toy_fit(10**9, method="knorm")
-    with pytest.raises(ValueError, match="no --bits"):
+    with pytest.raises(ValueError, match="no `bits`"):
         toy_fit(10**9, method="identity", bits=(4.0,))
     with pytest.raises(ValueError, match="profile for the method jarviskv"):
         toy_fit(10**9, method="jarviskv")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,12 +26,12 @@ from mlx_lm.models.rope_utils import initialize_rope
 from mlx_models import calibrate, close, feed, make_model, make_tokens, save_llama
 
 from spectral_kv_core.arrays.rope import rotate
+from spectral_kv_core.cache.layer_cache import LayerCache
 from spectral_kv_core.codecs.transform import TransformCodec
 from spectral_kv_mlx import (
     SpectralProfiler,
     cache_nbytes,
     capture,
-    integration,
     load_model,
     make_prompt_cache,
     ops,
@@ -39,7 +40,8 @@ from spectral_kv_mlx import (
 from spectral_kv_mlx.cache import SpectralKVCache
 from spectral_kv_mlx.capture import label_gradients, score_gradients
 from spectral_kv_mlx.generation import generate, plain_cache, score
-from spectral_kv_mlx.integration import _read_rope, install, measure_rope, model_shape, weights_digest
+from spectral_kv_mlx.handles import routing
+from spectral_kv_mlx.integration import MaskCheck, _read_rope, install, measure_rope, model_shape, weights_digest
 
 
 @pytest.fixture(scope="module", params=FAMILIES["mlx"])
@@ -110,11 +112,10 @@ def test_caches_of_other_kinds_are_untouched_while_installed(tiny):
 
 
 @only("mlx", "attention of mlx-lm belongs to a module, that of transformers to a model")
-def test_restore_counts_models_of_a_family(monkeypatch):
+def test_restore_counts_models_of_a_family():
+    mlx_host.restore(mlx_host.model("qwen2"))
     a, b = make_model("qwen2"), make_model("qwen2", seed=1)
     module = pytest.importorskip("mlx_lm.models.qwen2")
-    monkeypatch.setattr(integration, "_users", {})  # other tests have such a model too
-    monkeypatch.setattr(module, "scaled_dot_product_attention", base.scaled_dot_product_attention)
     for model in (a, b, a):
         install(model)
     restore(a)
@@ -128,6 +129,85 @@ def test_restore_counts_models_of_a_family(monkeypatch):
     gc.collect()
     restore(b)
     assert module.scaled_dot_product_attention is base.scaled_dot_product_attention
+
+
+@only("mlx", "a call of transformers tells by handles who attends")
+def test_tokens_that_nobody_attends_to_are_kept(tiny):
+    cache = make_prompt_cache(tiny.model, method="identity")[0]
+    x = mx.random.normal((1, 2, 7, 32), key=mx.random.key(0))
+    cache.update_and_fetch(x, x)
+    install(tiny.model)
+    for _ in range(2):
+        with routing():
+            assert cache.update_and_fetch(x, x)[0] is x
+    assert cache.offset == 21 and cache.keys_and_values()[0].shape == (1, 2, 21, 32) and cache.offset == 21
+
+
+class Wrapper:
+    """A cache around another with what a model calls and no more, as loggers and servers have them."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def update_and_fetch(self, keys, values):
+        return self.inner.update_and_fetch(keys, values)
+
+    def make_mask(self, *args, **options):
+        return self.inner.make_mask(*args, **options)
+
+    @property
+    def offset(self):
+        return self.inner.offset
+
+    @property
+    def state(self):
+        return self.inner.state
+
+
+@only("mlx", "update of transformers gives handles, which go through a wrapper")
+def test_a_wrapped_cache_is_attended_as_codes(tiny, monkeypatch):
+    """Whoever stands between the model and our cache: neither a slower way without a word, nor the new tokens alone."""
+    tokens = make_tokens(120)
+    caches = [make_prompt_cache(tiny.model, tiny.profile, 3.0, **SMALL) for _ in range(2)]
+    expected = feed(tiny.model, caches[0], tokens, 40)
+    monkeypatch.setattr(LayerCache, "dense", lambda self, *a: pytest.fail("decoded"))
+    assert np.array_equal(feed(tiny.model, [Wrapper(layer) for layer in caches[1]], tokens, 40), expected)
+
+
+@only("mlx", "update of transformers gives handles, which a change makes dense")
+def test_a_cache_that_changes_keys_is_refused(tiny):
+    class Cast(Wrapper):
+        def update_and_fetch(self, keys, values):
+            return tuple(x.astype(mx.float16) for x in self.inner.update_and_fetch(keys, values))
+
+    cache = make_prompt_cache(tiny.model, tiny.profile, 3.0, **SMALL)
+    with pytest.raises(ValueError, match="keys that update_and_fetch gave back"):
+        feed(tiny.model, [Cast(layer) for layer in cache], make_tokens(20))
+
+
+@only("mlx", "test_a_mask_is_read_once_for_all_layers has the masks of transformers")
+def test_the_last_mask_is_not_kept(tiny):
+    tokens, mask = make_tokens(20), mx.array(np.tril(np.ones((20, 20), bool)))
+    check, cache = MaskCheck(), make_prompt_cache(tiny.model, tiny.profile, 3.0, **SMALL)
+    feed(tiny.model, cache, tokens)
+    check(mask, cache[0], 20)
+    found = weakref.ref(mask)
+    del mask
+    assert found() is None
+    with pytest.raises(ValueError, match="causal mask"):
+        check(mx.zeros((20, 20), mx.bool_), cache[0], 20)
+
+
+@only("mlx", "transformers has attention functions by name")
+def test_attention_modules_are_given_back():
+    mlx_host.restore(mlx_host.model("qwen2"))
+    model = make_model("qwen2", seed=4)
+    cls = type(model.layers[0].self_attn)
+    before = cls.__call__
+    install(model)
+    assert cls.__call__ is not before
+    restore(model)
+    assert cls.__call__ is before
 
 
 @only("mlx", "the protocol of mlx-lm's caches")
@@ -285,7 +365,7 @@ def test_score_gradients_depend_on_their_key_only(tiny):
 
     def draw(key, globally):
         mx.random.seed(globally)
-        return score_gradients(tiny.model, cache, make_tokens(8, seed=3), 2, mx.random.key(key))
+        return score_gradients(tiny.model, cache, make_tokens(8, seed=3), 2, key)
 
     first, again, other = draw(0, 1), draw(0, 2), draw(1, 1)
     assert mx.array_equal(first[0][0][0], again[0][0][0])
@@ -375,7 +455,7 @@ def test_backends_agree_on_one_model(checkpoint):
     with torch.no_grad():
         p = checkpoint.torch(torch.tensor([tokens + follow])).logits[0, -len(follow) :].softmax(-1)
     labels = torch.multinomial(p, 1, generator=torch.Generator().manual_seed(3))[:, 0]
-    expected = torch_gradients(checkpoint.torch, expected, follow, 1, torch.Generator().manual_seed(3))[0]
+    expected = torch_gradients(checkpoint.torch, expected, follow, 1, 3)[0]
     gradients = label_gradients(checkpoint.mlx, ours, follow, mx.array(labels.numpy()))
     for i in shape.layers:
         for mine, other in zip(gradients[i], expected[i]):

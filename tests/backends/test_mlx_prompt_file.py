@@ -52,7 +52,7 @@ def pair(request, tmp_path_factory):
     theirs, tokenizer = spectral_kv_torch.load_model(folder, "float32")
     ours, _ = spectral_kv_mlx.load_model(folder)
     texts = ["".join(map(chr, (t % 95 + 32 for t in make_tokens(700, seed=100 + n)))) for n in range(2)]
-    pairs = request.param == "llama"  # the full-attention layers of Gemma 3 have no neighbours
+    pairs = request.param == "llama"  # the full-attention layers of Gemma 3 have no neighbors
     profiler = spectral_kv_torch.SpectralProfiler(tokens=1024, document=512, progress=False, pairs=pairs)
     profile = profiler.profile_from_model(theirs, tokenizer, texts)
     return SimpleNamespace(name=request.param, torch=theirs, mlx=ours, profile=profile, folder=folder)

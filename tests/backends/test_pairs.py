@@ -143,7 +143,7 @@ def test_a_row_rounds_by_the_queries_of_its_layers():
 
 
 def test_two_layers_together_cost_less():
-    """The layers of the toy model move together, as neighbours do."""
+    """The layers of the toy model move together, as neighbors do."""
     errors = {}
     for method, group in ((METHOD, "layer2"), ("spectral-stored", "layer")):
         plan = make_plan(SHAPE, toy_profile_of(MODEL, group, "pre"), method, 0.6)

@@ -22,8 +22,8 @@ from spectral_kv_torch import (
     restore,
     save_prompt_cache,
 )
-from spectral_kv_torch.cache import SpectralKVLayer, fill, rows_of
-from spectral_kv_torch.generation import decode_cache, encode_cache, generate, plain_cache, score, sealed_bits
+from spectral_kv_torch.cache import SpectralKVLayer, rows_of
+from spectral_kv_torch.generation import decode_cache, encode_cache, fill, generate, plain_cache, score, sealed_bits
 from spectral_kv_torch.integration import ATTENTION, _fused, install, model_shape
 
 __all__ = [

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
+import io
 import json
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +18,14 @@ pytest.importorskip("torch")
 from safetensors.numpy import load_file, save_file
 from tiny_checkpoint import save_tiny_checkpoint
 
+from spectral_kv_core.cache.prompt_cache_file import DEFAULT_FILE_METHOD
 from spectral_kv_core.cli import main as cli
+from spectral_kv_core.cli import methods, output, tables
+from spectral_kv_core.errors import UsageError
 from spectral_kv_core.files.container import METADATA_KEY
 from spectral_kv_core.hosts import backends
 from spectral_kv_core.profile.profile import Profile
+from spectral_kv_core.profile.store import cached_profile_path
 
 TEXT = "In the beginning there was a table, and on the table stood 23 cups; nobody knew whose they were. " * 30
 GENERATE_KEYS = {
@@ -186,7 +194,7 @@ def test_cache_prompt_reports_bytes(capsys, model, profile, tmp_path):
     path = tmp_path / "new folder" / "cache.safetensors"
     result = json_of(capsys, *cache_prompt(model, profile, path))
     assert result["file_bytes"] == path.stat().st_size and result["output"] == str(path)
-    assert result["method"] == cli.DEFAULT_FILE_METHOD and result["backend"] == "torch" and result["seconds"] > 0
+    assert result["method"] == DEFAULT_FILE_METHOD and result["backend"] == "torch" and result["seconds"] > 0
     assert result["cache_bytes"] == sum(result["bytes_by_part"].values()) < result["file_bytes"]
     assert (
         result["dense_bytes"] == result["prompt_tokens"] * 3 * 2 * 2 * 16 * 2
@@ -248,7 +256,7 @@ def test_wrong_use_of_stored_prompts(capsys, folder, model, profile, tmp_path, o
 
 
 def test_profile_is_found_by_itself(capsys, model, profile):
-    cached = cli.commands.cached_profile_path(Profile.load(profile).shape)
+    cached = cached_profile_path(Profile.load(profile).shape)
     Profile.load(profile).save(cached)
     arguments = ["--backend", "torch", "--prompt", TEXT, "--max-tokens", "2", "--bits", "3"]
     assert json_of(capsys, "generate", "--model", model, *arguments)["method"] == "spectral"
@@ -363,9 +371,135 @@ def test_missing_backend_names_the_extra(capsys, monkeypatch):
     assert code == 1 and 'pip install "spectralkv[torch]"' in err and len(err.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UsageError("Expected `bits` above 0."), 2),
+        (FileNotFoundError("Expected a file."), 2),
+        (ValueError("operands could not be broadcast together with shapes (3,) (4,)"), 1),
+        (TypeError("unhashable type"), 1),
+        (RuntimeError("out of memory"), 1),
+        (KeyError(), 1),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_only_wrong_use_ends_with_2(capsys, monkeypatch, error, code):
+    def failing(args):
+        raise error
+
+    monkeypatch.setattr(methods, "run", failing)
+    fails(capsys, code, str(error) or "KeyError", "methods")
+    with pytest.raises(type(error)):
+        cli.main(["methods", "--debug"])
+
+
 def test_debug_shows_the_traceback():
     with pytest.raises(FileNotFoundError):
         cli.main(["inspect", "missing.safetensors", "--debug"])
+
+
+EVAL = ("--methods", "identity", "--output", "nowhere")
+
+
+def test_errors_name_the_options_of_their_command(capsys):
+    """The library's fields are in backticks; what a command has no option for stays so."""
+    fails(capsys, 2, "Expected --prefix of at least 2", "eval", "--model", "x", *EVAL, "--prefix", "1")
+    fails(capsys, 2, "Expected --turn-tokens of at least 1", "eval", "--model", "x", *EVAL, "--turn-tokens", "0")
+    fails(capsys, 2, "Expected --context of at least", "bench", "--context", "1")
+    fails(capsys, 2, "separated by commas for --bits, received 'two'", "eval", "--model", "x", *EVAL, "--bits", "two")
+    fails(capsys, 2, "separated by commas for --bits, received '2,'", "eval", "--model", "x", *EVAL, "--bits", "2,")
+    args = argparse.Namespace(prefix=1, turn_tokens=2)
+    assert output.in_options("`prefixes`, `turn_tokens`, `budget_tokens`", args) == (
+        "--prefix, --turn-tokens, `budget_tokens`"
+    )
+
+
+HOSTILE = "evil\x1b[2J\u202e\nname [red]x[/red] [/bold] :smile: " + "y" * 100_000
+
+
+def test_text_of_files_is_escaped_and_cut(capsys, folder, profile):
+    path = str(folder / "hostile.safetensors")
+    replace(Profile.load(profile), model=HOSTILE).save(path)
+    code, out, err = run(capsys, "inspect", path)
+    assert code == 0, err
+    (line,) = [line for line in out.splitlines() if "evil" in line]
+    assert r"evil\x1b[2J\u202e name [red]x[/red] [/bold] :smile: y" in line and line.endswith("…")
+    assert len(line) < 300 and "\x1b" not in out and json_of(capsys, "inspect", path)["model"] == HOSTILE
+    metadata = {METADATA_KEY: json.dumps({"format": HOSTILE})}
+    save_file({"x": np.zeros(1, np.float32)}, path, metadata)
+    code, _, err = run(capsys, "inspect", path)
+    assert code == 2 and "\x1b" not in err and len(err.splitlines()) == 1 and len(err) < 3000
+
+
+def test_a_stored_prompt_of_a_hostile_model_is_shown(capsys):
+    summary = {"prompt_tokens": 3, "model": HOSTILE, "method": "spectral", "bits": 2.0, "sinks": 4, "window": 64}
+    parts = {"codes": 1, "exact": 2, "passed": 3}
+    tables.print_prompt_file(summary | {"bytes_by_part": parts, "file_bytes": 10, "dense_bytes": 40})
+    out = capsys.readouterr().out
+    assert "[red]x[/red] [/bold]" in " ".join(out.split()) and "\x1b" not in out and len(out) < 1000
+
+
+def test_an_answer_moves_no_cursor(capsys):
+    class NewText:
+        def token(self, token):
+            return "a\x1b[2Jb\r\n\tc"
+
+        def end(self):
+            return "\x07"
+
+    show = tables.Stream(NewText)
+    show.token(0)
+    show.end()
+    assert capsys.readouterr().out == "a\\x1b[2Jb\\r\n\tc\\x07\n"
+
+
+def test_a_terminal_of_ascii_gets_the_answer(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(methods, "run", lambda args: print("23 Tassen für 5 €") or {})
+    assert cli.main(["methods"]) == 0
+    assert stream.buffer.getvalue() == b"23 Tassen f?r 5 ?\n"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
+@pytest.mark.parametrize(
+    "script",
+    [
+        '"$@" >/dev/full',
+        '"$@" --json >/dev/full',
+        '( sleep 0.2; exec "$@" ) | true',
+        '( sleep 0.2; exec "$@" --json ) | true',
+        '"$@" --json >&-',  # whoever closes it without --json wants no text
+    ],
+)
+@pytest.mark.parametrize("answer", ["short", "long"])
+def test_an_answer_that_nobody_takes_is_one_line(answer, script):
+    """A short one fails when it is written out, which the interpreter tries again when it ends; a long one at once."""
+    code = "import sys; from spectral_kv_core.cli import main, methods; "
+    code += "methods.run = lambda args: print(23) or {}; " * (answer == "short") + "sys.exit(main.main())"
+    command = ["bash", "-c", f"set -o pipefail; {script}", "bash", sys.executable, "-c", code, "methods"]
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    ended = subprocess.run(command, capture_output=True, text=True, env=buffered)
+    (line,) = ended.stderr.splitlines()
+    assert ended.returncode == 1 and not ended.stdout
+    assert line.startswith(("spectralkv: Expected standard output", "spectralkv: [Errno 28] No space left")), line
+
+
+def test_control_c_ends_quietly(capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(methods, "run", interrupted)
+        assert run(capsys, "methods", "--debug") == (130, "", "")
+    monkeypatch.setattr(cli, "command_modules", interrupted)  # which imports everything
+    assert run(capsys, "methods") == (130, "", "")
+
+
+def test_nothing_that_takes_long_is_imported_before_main_waits_for_control_c():
+    code = "import sys, spectral_kv_core.cli.main; sys.exit(bool({'numpy', 'rich', 'tqdm', 'yaml'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_the_command_is_installed():

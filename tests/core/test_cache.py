@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 from cases import ToyModel, attention, codes_of, every_case, plan_of
 from tolerances import ATTENTION_RMS, assert_close, assert_codes_close, relative_rms
 
 from spectral_kv_core.arrays import ops
-from spectral_kv_core.cache.layer_cache import CacheSize, LayerCache
+from spectral_kv_core.cache.layer_cache import LayerCache
+from spectral_kv_core.cache.size import CacheSize
 from spectral_kv_core.codecs.registry import make_codec
 from spectral_kv_core.planning.budget import CHUNK_TOKENS
 
@@ -366,6 +370,13 @@ def test_cache_size_reports_compression():
     assert (size, size.dense_nbytes, size.table_nbytes) == (1000, 8000, 55)
     assert size.compression == 8 and size.bits_per_element == 2
     assert CacheSize(0, 0, 0).compression == 1
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_cache_size_can_be_copied_and_pickled(again):
+    size = again(CacheSize(1000, 8000, 55))
+    assert type(size) is CacheSize
+    assert (size, size.dense_nbytes, size.table_nbytes, size.compression) == (1000, 8000, 55, 8)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from tolerances import ATTENTION_RMS, assert_close, assert_codes_close, relative
 from spectral_kv_core.arrays import ops
 from spectral_kv_core.arrays.attention import group_queries, merge_partials
 from spectral_kv_core.arrays.rope import rotate, unrotate
-from spectral_kv_core.codecs.chunk import select_rows
+from spectral_kv_core.codecs.chunk import select_rows, split_by_chunk
 from spectral_kv_core.codecs.registry import make_codec, make_plan
 from spectral_kv_core.planning.methods import METHODS, ROUNDINGS
 from spectral_kv_core.quantization.time_rounding import round_in_time
@@ -118,7 +118,7 @@ def test_time_rounding_gives_the_reference_codes(xp, group, rope):
 
 @every_recipe
 def test_time_rounding_lowers_the_weighted_error(group, rope):
-    """The error that it minimises, and with it the error of the tokens that weigh most; the plain error may grow."""
+    """The error that it minimizes, and with it the error of the tokens that weigh most; the plain error may grow."""
     model = ToyModel(rotated=rope == "pre")
     keys, values = model.sample(1, 2048)
     plain, weighted = (
@@ -317,3 +317,10 @@ def test_affine_codec(xp, bits):
     out = merge_partials(xp, [codec.attend(chunk, group_queries(xp.asarray(queries), 2), 0.1)])
     expected = [attention(queries[:, :, i : i + 1], *got, 0.1) for i in range(2)]
     assert_close("output", xp.to_numpy(out).reshape(queries.shape), np.concatenate(expected, axis=2))
+
+
+def test_tokens_are_split_by_the_chunks_that_they_fill():
+    assert split_by_chunk(0, 0, 0, 64) == []
+    assert split_by_chunk(0, 64, 0, 64) == [(0, 64)]
+    assert split_by_chunk(16, 160, 48, 64) == [(16, 32), (32, 96), (96, 160)]
+    assert split_by_chunk(0, 16, 32, 64) == [(0, 16)]

@@ -47,8 +47,8 @@ def test_latent_scores_are_those_of_the_keys(xp, compressor, bits):
     scores = xp.to_numpy(made.approximate_attention(codes, array(xp, query)))
     assert scores.shape == (5, 256)
     expected = query @ keys.T
-    centred = [pearson(s, e) for s, e in zip(scores, expected)]  # query by query: an offset of a row is no merit
-    assert min(centred) > {2: 0.92, 4: 0.95, 8: 0.98}[bits], centred
+    centered = [pearson(s, e) for s, e in zip(scores, expected)]  # query by query: an offset of a row is no merit
+    assert min(centered) > {2: 0.92, 4: 0.95, 8: 0.98}[bits], centered
     # the very same numbers as with the keys that the codes stand for: nothing is rebuilt, nothing else is lost
     rebuilt = query @ xp.to_numpy(made.decompress(codes)).T
     np.testing.assert_allclose(scores, rebuilt, atol=2e-3, rtol=1e-4)

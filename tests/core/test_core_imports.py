@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -74,3 +75,24 @@ def test_every_ops_module_has_the_same_names(xp):
     core = importlib.import_module("spectral_kv_core.arrays.ops")
     assert xp.__all__ == core.__all__
     assert all(hasattr(xp, name) for name in xp.__all__)
+
+
+@pytest.mark.parametrize(
+    "module, protocol", [("host", "Host"), ("integration", "Models"), ("generation", "Generation")]
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backends_have_the_functions_of_the_protocols(backend, module, protocol):
+    """Under the same names, with the arguments that the core gives, behind which a backend may have some of its own."""
+    pytest.importorskip(backend.replace("spectral_kv_mlx", "mlx_lm").replace("spectral_kv_torch", "transformers"))
+    of = getattr(importlib.import_module("spectral_kv_core.hosts.protocol"), protocol)
+    found = importlib.import_module(f"{backend}.{module}")
+    assert all(hasattr(found, name) for name in of.__annotations__)
+    functions = [name for name, item in vars(of).items() if inspect.isfunction(item) and not name.startswith("_")]
+    assert len(functions) >= 6
+    for name in functions:
+        _, *expected = inspect.signature(getattr(of, name)).parameters.values()
+        parameters = list(inspect.signature(getattr(found, name)).parameters.values())
+        assert len(parameters) >= len(expected), name
+        assert all(p.default is not p.empty or p.kind is p.VAR_KEYWORD for p in parameters[len(expected) :]), name
+        if module != "host" or name not in ("copy_layer", "no_gradients"):  # functions of other libraries
+            assert [p.name for p in parameters[: len(expected)]] == [p.name for p in expected], name

@@ -14,8 +14,9 @@ from tolerances import ATTENTION_RMS, assert_close, relative_rms
 
 from spectral_kv_core.arrays import ops
 from spectral_kv_core.arrays.rope import unrotate
-from spectral_kv_core.cache.eviction import EVERY, Eviction, plan_and_eviction
+from spectral_kv_core.cache.eviction import EVERY, Eviction
 from spectral_kv_core.cache.layer_cache import LayerCache
+from spectral_kv_core.cache.request import CacheRequest
 from spectral_kv_core.codecs.registry import make_codec
 from spectral_kv_core.planning.methods import METHODS, get_method
 from spectral_kv_core.scorers import SCORERS
@@ -29,7 +30,7 @@ def make_caches(xp, name: str, budget: int, bits: float | None = None, layers: i
     method = get_method(name)
     group = method.group if method.codec == "spectral" else "head"
     profile = toy_profile_of(MODEL, group, method.rope if method.codec == "spectral" else "post")
-    plan, eviction = plan_and_eviction(MODEL.shape, profile, method, bits=bits, budget_tokens=budget, **options)
+    plan, eviction = CacheRequest(method, bits, budget_tokens=budget, **options).plan(MODEL.shape, profile)
     window = options.get("window", 64)
     return [LayerCache(xp, make_codec(xp, plan, row), 4, window, None, eviction, row) for row in range(layers)]
 
@@ -321,7 +322,7 @@ def test_the_wavelet_reaches_the_scorer(xp, name):
 )
 def test_requests_that_cannot_work(toy_profile, name, options, message):
     with pytest.raises(ValueError, match=message):
-        plan_and_eviction(MODEL.shape, toy_profile, get_method(name), **options)
+        CacheRequest(name, **options).plan(MODEL.shape, toy_profile)
 
 
 @pytest.mark.parametrize(
@@ -343,9 +344,7 @@ def test_every_scorer_is_a_method_and_composes():
 def test_bytes_are_turned_into_tokens(toy_profile, name, bits):
     """A budget in bytes is kept, positions included, and used."""
     limit = 400_000
-    plan, eviction = plan_and_eviction(
-        MODEL.shape, toy_profile, get_method(name), bits=bits, budget_bytes=limit, element_bytes=4
-    )
+    plan, eviction = CacheRequest(name, bits, budget_bytes=limit).plan(MODEL.shape, toy_profile, element_bytes=4)
     caches = [LayerCache(ops, make_codec(ops, plan, row), 4, 64, None, eviction, row) for row in range(MODEL.layers)]
     for layer, cache in enumerate(caches):
         keys, values = MODEL.sample(1, 2000, layer=layer)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
+
+from spectral_kv_core.arrays import ops as core_ops
+from spectral_kv_core.arrays.kernels import Kernels
+from spectral_kv_core.arrays.namespace import ArrayNamespace
 
 X = np.random.default_rng(0).standard_normal((2, 3, 21, 4)).astype(np.float32)
 
@@ -46,3 +52,20 @@ def test_real_transforms(xp, count, axis):
 
 def test_zeros_are_float32(xp):
     assert xp.zeros((2, 3)).dtype == xp.float32 and xp.zeros((2,), dtype=xp.int32).dtype == xp.int32
+
+
+@pytest.mark.parametrize("name", [name for name in vars(Kernels) if not name.startswith("_")])
+def test_kernels_are_those_of_the_protocol(xp, name):
+    """With the same arguments, behind which a backend may have some of its own; NumPy has none."""
+    if xp.kernels is None:
+        assert xp.__name__ == "spectral_kv_core.arrays.ops"
+        return
+    _, *expected = inspect.signature(getattr(Kernels, name)).parameters.values()
+    found = list(inspect.signature(getattr(xp.kernels, name)).parameters.values())
+    assert [(p.name, p.default) for p in found[: len(expected)]] == [(p.name, p.default) for p in expected]
+    assert all(p.default is not p.empty for p in found[len(expected) :])
+
+
+def test_the_protocol_of_a_namespace_names_what_every_library_gives(xp):
+    assert sorted(ArrayNamespace.__annotations__) == sorted(core_ops.__all__)
+    assert [name for name in ArrayNamespace.__annotations__ if not hasattr(xp, name)] == []

@@ -40,7 +40,7 @@ every_scorer = pytest.mark.parametrize("name", NAMES)
 
 @cache
 def text(tokens: int, batch: int = 2, heads: int = 2, dim: int = 16, seed: int = 0) -> np.ndarray:
-    """Vectors [B, H, T, D] float32 with a mean and a memory, so that neighbours are alike."""
+    """Vectors [B, H, T, D] float32 with a mean and a memory, so that neighbors are alike."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((tokens, batch, heads, dim))
     for t in range(1, tokens):
@@ -265,10 +265,10 @@ def test_fourier_equals_the_direct_sum(xp, count, cutoff, roll):
     expected = {"low": np.zeros((2, 2, count)), "high": np.zeros((2, 2, count))}
     for b in range(2):
         for h in range(2):
-            centred = keys[b, h].astype(np.float64) - keys[b, h].mean(0, dtype=np.float64)
-            low = slow_low_pass(centred, cutoff, roll)
+            centered = keys[b, h].astype(np.float64) - keys[b, h].mean(0, dtype=np.float64)
+            low = slow_low_pass(centered, cutoff, roll)
             expected["low"][b, h] = np.linalg.norm(low, axis=-1)
-            expected["high"][b, h] = np.linalg.norm(centred - low, axis=-1)
+            expected["high"][b, h] = np.linalg.norm(centered - low, axis=-1)
     for band, answer in expected.items():
         got = scored(xp, "fourierkv", tokens_of(xp, keys, rope=None), band=band, cutoff=cutoff, roll=roll, norm=0)
         np.testing.assert_allclose(got, answer, rtol=1e-4, atol=2e-6, err_msg=band)
@@ -276,12 +276,12 @@ def test_fourier_equals_the_direct_sum(xp, count, cutoff, roll):
 
 def test_full_band_passes_everything(xp):
     x = text(63)
-    centred = x - x.mean(2, keepdims=True)
-    assert_close("all", xp.to_numpy(low_pass(xp, xp.asarray(centred), 1.0, 0.5)), centred)
-    centred = np.linalg.norm(centred, axis=-1)
-    assert_close("low", scored(xp, "fourierkv", tokens_of(xp, x, rope=None), band="low", cutoff=1.0, norm=0), centred)
+    centered = x - x.mean(2, keepdims=True)
+    assert_close("all", xp.to_numpy(low_pass(xp, xp.asarray(centered), 1.0, 0.5)), centered)
+    centered = np.linalg.norm(centered, axis=-1)
+    assert_close("low", scored(xp, "fourierkv", tokens_of(xp, x, rope=None), band="low", cutoff=1.0, norm=0), centered)
     high = scored(xp, "fourierkv", tokens_of(xp, x, rope=None), band="high", cutoff=1.0, norm=0)
-    assert high.max() < 1e-5 * centred.max()
+    assert high.max() < 1e-5 * centered.max()
 
 
 def test_short_text_has_no_low_band(xp):
@@ -312,7 +312,7 @@ def test_tukey_mask_rings_less_than_a_sharp_edge():
 
 
 def stationary_transform(x: np.ndarray, wavelet: str) -> list[np.ndarray]:
-    """Bands of [T, D] by PyWavelets: its circular transform, far from the seam, moved to where ours are centred."""
+    """Bands of [T, D] by PyWavelets: its circular transform, far from the seam, moved to where ours are centered."""
     tokens, levels, bank = len(x), num_levels(len(x)), pywt.Wavelet(wavelet)
     if not levels:
         return [x]
@@ -347,7 +347,7 @@ def test_haar_and_db2_are_the_closed_forms():
 
 @pytest.mark.parametrize("name", pywt.wavelist(kind="discrete"))
 def test_every_discrete_wavelet_is_a_filter_bank(name):
-    """A mean and what departs from it, without the zeros that fill a filter up, centred alike."""
+    """A mean and what departs from it, without the zeros that fill a filter up, centered alike."""
     low, high = filter_bank(name)
     assert sum(low) == pytest.approx(1, abs=1e-9)
     assert abs(sum(high)) < (1e-3 if name == "dmey" else 1e-9)  # which PyWavelets cuts off
@@ -375,7 +375,7 @@ def test_libraries_agree_on_every_wavelet(xp, name, wavelet):
 
 @pytest.mark.parametrize("wavelet, lag", [("bior2.2", 0), ("bior4.4", 0), ("rbio2.2", 0), ("bior1.3", 1), ("haar", 1)])
 def test_symmetric_filters_see_both_sides_alike(wavelet, lag):
-    """A single other token shows as far before it as after it; filters of even length are centred half a token early."""
+    """A single other token shows as far before it as after it; filters of even length are centered half a token early."""
     x = np.zeros((1, 1, 401, 2), np.float32)
     x[:, :, 200] = 1
     for band in bands(ops, x, wavelet):
@@ -540,13 +540,13 @@ def slow_triattention(pre_rope, positions, now, rope, mean, amplitude, pool):
     """From the formula, one token, query head, offset and pair at a time; keys before RoPE with their positions."""
     batch, heads, tokens, _ = pre_rope.shape
     group = len(mean) // heads
-    centre, keys = pairs(mean, rope), pairs(pre_rope, rope)
+    center, keys = pairs(mean, rope), pairs(pre_rope, rope)
     result = np.full((batch, heads, tokens), -np.inf)
     for b in range(batch):
         for q in range(len(mean)):
             raw = np.zeros(tokens)
             for t in range(tokens):
-                k, c = keys[b, q // group, t], centre[q]
+                k, c = keys[b, q // group, t], center[q]
                 trig = [
                     np.sum(abs(c) * abs(k) * np.cos(np.array(rope.inv_freq) * (now - positions[t] + 2**i)
                                                     + np.angle(c * np.conj(k))))
@@ -571,7 +571,7 @@ def test_triattention_equals_the_formula(xp, rope, pool):
     assert_close("scores", got, expected, limit=3e-5)
 
 
-def test_statistics_are_the_centres_of_the_paper():
+def test_statistics_are_the_centers_of_the_paper():
     """c_f = E[q_f] and m_f = E|q_f|, of queries before RoPE, are what `QueryStatistics` holds."""
     rope, rng = ROPES["interleaved"], np.random.default_rng(0)
     queries = rng.standard_normal((6, 100, 16)) + 1

@@ -19,11 +19,11 @@ def test_streaming_equals_two_passes(pieces, offset):
     for n in pieces:
         moments.update(x[..., start : start + n, :])
         start += n
-    centred = x - x.mean(-2, keepdims=True)
+    centered = x - x.mean(-2, keepdims=True)
     assert moments.count == start
     assert_close("mean", moments.mean, x.mean(-2), "float64")
     limit = 1e-12 if offset == 0 else 1e-9
-    assert_close("covariance", moments.covariance, np.swapaxes(centred, -1, -2) @ centred / start, limit=limit)
+    assert_close("covariance", moments.covariance, np.swapaxes(centered, -1, -2) @ centered / start, limit=limit)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -36,7 +36,7 @@ def test_non_finite_vectors_are_refused(bad):
 
 
 @pytest.mark.parametrize("dim", [1, 64, 80])
-def test_basis_is_orthonormal_and_diagonalises(dim):
+def test_basis_is_orthonormal_and_diagonalizes(dim):
     a = np.random.default_rng(dim).standard_normal((2, dim, dim))
     covariance = a @ np.swapaxes(a, -1, -2)
     basis, variance = fit_basis(covariance)

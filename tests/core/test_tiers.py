@@ -9,8 +9,8 @@ from tolerances import ATTENTION_RMS, assert_close, relative_rms
 
 from spectral_kv_core.arrays import ops
 from spectral_kv_core.arrays.rope import unrotate
-from spectral_kv_core.cache.eviction import plan_and_eviction
 from spectral_kv_core.cache.layer_cache import LayerCache
+from spectral_kv_core.cache.request import CacheRequest
 from spectral_kv_core.codecs.chunk import select_rows
 from spectral_kv_core.codecs.registry import make_codec
 from spectral_kv_core.codecs.tiers import GROUP, make_tiered_plan
@@ -137,4 +137,4 @@ def test_a_cache_of_tiers_attends_to_what_it_holds(xp, name):
 )
 def test_tiers_that_cannot_be(name, tiers, options, message):
     with pytest.raises(ValueError, match=message):
-        plan_and_eviction(MODEL.shape, toy_profile_of(MODEL), get_method(name), tiers=tiers, **options)
+        CacheRequest(name, tiers=tiers, **options).plan(MODEL.shape, toy_profile_of(MODEL))

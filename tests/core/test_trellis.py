@@ -68,7 +68,7 @@ def coefficients(rows: Rows, batch: int, blocks: int, seed: int = 1) -> tuple[np
 
 
 def weighted_error(rows: Rows, z, weights, levels) -> np.ndarray:
-    """What time rounding minimises, of every block [B, n]: errors weighed by tokens, and by rows."""
+    """What time rounding minimizes, of every block [B, n]: errors weighed by tokens, and by rows."""
     error = (z - levels) * rows.gain[:, None]
     spread = np.einsum("bgnfr,ft->bgntr", error, rows.time)
     own = (rows.cost / np.square(rows.gain))[:, None].mean(-2, keepdims=True)
@@ -181,7 +181,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 def test_weights_move_the_error_to_the_tokens_that_matter_least():
     rows = mixed_rows(2, 30, choices=(0, 1, 2, 3))
-    rows.gain[:] = 1  # so that the weighted error is what the search minimises
+    rows.gain[:] = 1  # so that the weighted error is what the search minimizes
     z, weights = coefficients(rows, 1, 50)
     aware, blind = (
         weighted_error(rows, z, weights, decoded_paths(rows, BOOKS, rows.search(z, w))) for w in (weights, None)

@@ -1,4 +1,4 @@
-"""Pictures: drawn from result JSON and profiles alone, with the numbers that are in them, and readable without colour."""
+"""Pictures: drawn from result JSON and profiles alone, with the numbers that are in them, and readable without color."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def every_figure():
 
 
 @pytest.mark.parametrize("result, paint", every_figure())
-def test_every_picture_is_labelled_and_nothing_overlaps(result, paint):
+def test_every_picture_is_labeled_and_nothing_overlaps(result, paint):
     with matplotlib.rc_context(plots.STYLE):
         figure = paint(result)
         FigureCanvasAgg(figure).draw()
@@ -106,7 +106,7 @@ def test_every_picture_is_labelled_and_nothing_overlaps(result, paint):
     for axis in panels:
         assert axis.has_data() and axis.get_title()
         styles = looks(axis)
-        assert len(set(styles)) == len(styles), "lines differ in more than their colour"
+        assert len(set(styles)) == len(styles), "lines differ in more than their color"
     assert all(bar.get_ylabel() for bar in bars)
     boxes = [axis.get_tightbbox() for axis in figure.axes] + [legend.get_window_extent() for legend in figure.legends]
     boxes.append(figure._suptitle.get_window_extent())

@@ -35,7 +35,7 @@ def rank_for_energy(variance: np.ndarray, energy: float) -> np.ndarray:
 
 
 def effective_rank(variance: np.ndarray) -> np.ndarray:
-    """exp of the entropy of the normalised singular values (Roy and Vetterli 2007); `variance` [..., D] -> [...]."""
+    """exp of the entropy of the normalized singular values (Roy and Vetterli 2007); `variance` [..., D] -> [...]."""
     singular = np.sqrt(np.maximum(variance, 0.0))
     p = singular / np.maximum(singular.sum(-1, keepdims=True), np.finfo(np.float64).tiny)
     return np.exp(-np.sum(np.where(p > 0, p * np.log(np.where(p > 0, p, 1.0)), 0.0), -1))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..errors import UsageError
+
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """[..., V] float64, stable."""
@@ -22,11 +24,11 @@ def compare_logits(reference: np.ndarray, test: np.ndarray, labels: list[int]) -
     """KL(reference || test) in nats per token, agreement of the likeliest tokens and perplexities over `labels`.
 
     `reference`, `test` [T, V] logits for the T tokens `labels`. `top5` is the share of the reference's 5 likeliest
-    tokens that are among the test's 5; `nd_ppl` is PPL(test) / PPL(reference) - 1. Raises ValueError on NaN: a broken
+    tokens that are among the test's 5; `nd_ppl` is PPL(test) / PPL(reference) - 1. Raises UsageError on NaN: a broken
     cache must not pass as a number.
     """
     if not (np.isfinite(reference).all() and np.isfinite(test).all()):
-        raise ValueError("Expected finite logits, received NaN or infinity: check the weights and the dtype.")
+        raise UsageError("Expected finite logits, received NaN or infinity: check the weights and the dtype.")
     p, q = log_softmax(reference), log_softmax(test)
     kl = (np.exp(p) * (p - q)).sum(-1)
     rows = np.arange(len(labels))

@@ -37,7 +37,7 @@ from numpy import (
 )
 from numpy.fft import irfft, rfft
 
-kernels = None  # a module of functions that a backend runs faster than by the operations below
+kernels = None  # or a backend's module of that name: see `kernels.Kernels`
 
 __all__ = [
     "all_finite", "argsort", "asarray", "astype", "clip", "concat", "copy", "cos", "cumulative_sum", "evaluate", "exp",

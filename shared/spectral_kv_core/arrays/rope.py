@@ -44,6 +44,19 @@ class Rope:
         return cls(tuple(fields["inv_freq"]), bool(fields["interleaved"]), float(fields["scaling"]))
 
 
+def pair_slices(rope: Rope) -> tuple[slice, slice]:
+    """Where the first and the second channels of all rotated pairs stand among the channels of a head."""
+    if rope.interleaved:
+        return slice(0, rope.rotary_dim, 2), slice(1, rope.rotary_dim, 2)
+    return slice(0, rope.rotary_dim // 2), slice(rope.rotary_dim // 2, rope.rotary_dim)
+
+
+def pair_indices(rope: Rope) -> tuple[np.ndarray, np.ndarray]:
+    """As `pair_slices`, as numbers of channels [rotary_dim / 2]: for rows and columns of a matrix at once."""
+    first, second = pair_slices(rope)
+    return np.arange(rope.rotary_dim)[first], np.arange(rope.rotary_dim)[second]
+
+
 def rotate(xp, x, rope: Rope, start, inverse: bool = False):
     """Rotate `x` [..., T, D], whose tokens stand at positions `start`, `start` + 1, ...; float32 result.
 
@@ -103,22 +116,16 @@ def shift(xp, x, rope: Rope, tokens: int):
 def _turn(xp, x, rope: Rope, cos, sin):
     """Every rotated pair of `x` [..., D] turned by an angle whose `cos` and `sin` end in [rotary_dim / 2]."""
     x = xp.astype(x, xp.float32)
-    rotated, rest = x[..., : rope.rotary_dim], x[..., rope.rotary_dim :]
+    first, second = (x[..., place] for place in pair_slices(rope))
+    turned, rest = [first * cos - second * sin, second * cos + first * sin], x[..., rope.rotary_dim :]
     if rope.interleaved:
-        first, second = rotated[..., 0::2], rotated[..., 1::2]
-        pair = xp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1)
-        out = pair.reshape(*rotated.shape)
+        out = xp.stack(turned, axis=-1).reshape(*x.shape[:-1], rope.rotary_dim)
     else:
-        half = rope.rotary_dim // 2
-        first, second = rotated[..., :half], rotated[..., half:]
-        out = xp.concat([first * cos - second * sin, second * cos + first * sin], axis=-1)
+        out = xp.concat(turned, axis=-1)
     return xp.concat([out, rest], axis=-1) if rest.shape[-1] else out
 
 
 def pair_lengths(xp, x, rope: Rope):
     """Length of every rotated pair of `x` [..., D] -> [..., rotary_dim / 2]; no rotation changes it, `scaling` does."""
-    rotated = xp.square(x[..., : rope.rotary_dim])
-    half = rope.rotary_dim // 2
-    if rope.interleaved:
-        return xp.sqrt(rotated[..., 0::2] + rotated[..., 1::2])
-    return xp.sqrt(rotated[..., :half] + rotated[..., half:])
+    first, second = (xp.square(x[..., place]) for place in pair_slices(rope))
+    return xp.sqrt(first + second)

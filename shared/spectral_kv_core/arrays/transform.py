@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..errors import UsageError
+
 TIME_TRANSFORMS = ("none", "dct", "haar")
+FREQUENCIES = 16  # of a block of tokens: those that kernels are compiled for
 
 
 def time_matrix(kind: str, block: int) -> np.ndarray:
@@ -15,17 +18,17 @@ def time_matrix(kind: str, block: int) -> np.ndarray:
     """
     if kind == "none":
         if block != 1:
-            raise ValueError(f"Expected block 1 without a time transform, received {block}.")
+            raise UsageError(f"Expected block 1 without a time transform, received {block}.")
         return np.ones((1, 1), np.float32)
     if kind == "haar":
         if block & (block - 1):
-            raise ValueError(f"Expected a power of two as block of the Haar transform, received {block}.")
+            raise UsageError(f"Expected a power of two as block of the Haar transform, received {block}.")
         matrix = np.ones((1, 1))
         while len(matrix) < block:
             matrix = np.concatenate([np.kron(matrix, [1, 1]), np.kron(np.eye(len(matrix)), [1, -1])]) / np.sqrt(2.0)
         return matrix.astype(np.float32)
     if kind != "dct":
-        raise ValueError(f"Expected a time transform in {TIME_TRANSFORMS}, received {kind!r}.")
+        raise UsageError(f"Expected a time transform in {TIME_TRANSFORMS}, received {kind!r}.")
     t, f = np.arange(block), np.arange(block)[:, None]
     matrix = np.sqrt(2.0 / block) * np.cos(np.pi * (2 * t + 1) * f / (2 * block))
     matrix[0] /= np.sqrt(2.0)

@@ -20,10 +20,11 @@ from itertools import cycle, islice
 import numpy as np
 from tqdm import tqdm
 
+from ..errors import UsageError
 from ..evaluation import run as evaluation
 from ..evaluation.text import default_texts
 from ..hosts.backends import load_backend
-from ..planning.budget import SEAL
+from ..planning.budget import SEAL, SINKS, WINDOW
 from ..planning.methods import get_live_method
 from ..planning.plan import Plan
 from ..profile.model_shape import ModelShape
@@ -37,7 +38,6 @@ AFTER = SEAL + DECODED  # tokens that follow the prompt in all
 PEAK_DECODED = 16  # tokens that follow the prompt where peak memory is measured
 CHARACTERS = 8  # of text per token of a prompt: about twice what a token takes
 CONTEXTS = (1024, 4096, 16384)
-WINDOW, SINKS = 64, 4
 HOST_ERRORS = (ImportError, ValueError, RuntimeError)  # of a quantized cache that cannot run: rows give the reason
 
 
@@ -49,30 +49,30 @@ class Settings:
     """
 
     methods: tuple[str, ...]
-    contexts: tuple[int, ...]
-    bits: float
+    contexts: tuple[int, ...] = CONTEXTS
+    bits: float = 3.0
     synthetic: str | None = None
     plan: str | None = None
 
     def __post_init__(self):
         for method in map(get_live_method, self.methods):
             if method.scorer is not None:
-                raise ValueError(
+                raise UsageError(
                     f"Expected methods that keep every token, {method.name} drops some: how fast it is follows from how many "
                     "are left. Measure its codec at fewer tokens."
                 )
         if self.synthetic is not None:
-            _ = self.plans  # raises ValueError
+            _ = self.plans  # raises UsageError
         elif self.plan is not None:
-            raise ValueError(
-                f"Expected --plan {self.plan} with --synthetic, received a model, whose profile makes the plan."
+            raise UsageError(
+                f"Expected `plan` {self.plan} with `synthetic`, received a model, whose profile makes the plan."
             )
         _ = self.evaluated
         least = SINKS + WINDOW + SEAL
         for context in self.contexts:
             if context < least:
-                raise ValueError(
-                    f"Expected --context of at least {least} tokens, {SINKS} sinks, a window of {WINDOW} and a block of "
+                raise UsageError(
+                    f"Expected `contexts` of at least {least} tokens, {SINKS} sinks, a window of {WINDOW} and a block of "
                     f"{SEAL}, received {context}."
                 )
 
@@ -83,6 +83,7 @@ class Settings:
 
     @property
     def shape(self) -> ModelShape:
+        assert self.synthetic is not None, "asked of a synthetic layer alone"
         return synthetic_shape(self.synthetic)
 
     @cached_property
@@ -93,11 +94,13 @@ class Settings:
         return {m.name: synthetic_plan(self.shape, profile, m, self.bits, self.plan) for m in methods}
 
     def within(self, limit: int | None, drop: bool) -> Settings:
-        """The same for a model made for `limit` tokens; `drop` contexts that it cannot go on from, or raise ValueError."""
-        fitting = tuple(c for c in self.contexts if limit is None or c + AFTER <= limit)
+        """The same for a model made for `limit` tokens; `drop` contexts that it cannot go on from, or raise UsageError."""
+        if limit is None:
+            return self
+        fitting = tuple(c for c in self.contexts if c + AFTER <= limit)
         if not fitting or (len(fitting) < len(self.contexts) and not drop):
-            raise ValueError(
-                f"Expected --context of at most {limit - AFTER:,} tokens, {AFTER} below the model's context, received "
+            raise UsageError(
+                f"Expected `contexts` of at most {limit - AFTER:,} tokens, {AFTER} below the model's context, received "
                 f"{max(self.contexts):,}."
             )
         return replace(self, contexts=fitting)
@@ -197,7 +200,11 @@ class _Runs:
 
     def __init__(self, host, bench, model, prompt: list[int]):
         self.host, self.bench, self.model, self.prompt = host, bench, model, prompt
-        self.read, self.decoded, self.attention, self.sizes, self.reason = {}, {}, {}, {}, None
+        self.read: dict[str, list[float]] = {}
+        self.decoded: dict[str, list[float]] = {}
+        self.attention: dict[str, list[float]] = {}
+        self.sizes: dict[str, int] = {}
+        self.reason: str | None = None
         self.layers = host.model_shape(model)[0].layers
 
     def go_round(self, jobs: list[evaluation.Job]) -> None:

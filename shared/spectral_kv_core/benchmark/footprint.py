@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -19,7 +20,9 @@ from safetensors import SafetensorError, safe_open
 from ..arrays.transform import band_sizes
 from ..codecs.registry import bits_range, family_of, make_plan
 from ..codecs.spectral import STAGING_BITS
-from ..planning.budget import CHUNK_TOKENS, SEAL, elements_per_token
+from ..errors import UsageError
+from ..hosts.protocol import Host
+from ..planning.budget import CHUNK_TOKENS, SEAL, SINKS, WINDOW, elements_per_token
 from ..planning.methods import METHODS, Method
 from ..planning.plan import Plan
 from ..profile.model_shape import ModelShape
@@ -72,32 +75,54 @@ class Footprint:
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes that `8GB` (decimal), `8GiB` (binary), `512MB` or a plain number of bytes stand for; raises ValueError."""
+    """Bytes that `8GB` (decimal), `8GiB` (binary), `512MB` or a plain number of bytes stand for; raises UsageError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    unit = {name.lower(): size for name, size in UNITS.items()}.get((found[2] or "B").lower()) if found else None
-    whole = found and (found[2] or "." not in found[1])
-    size = int(float(found[1]) * unit) if unit and "." in found[1] else int(found[1]) * unit if unit else 0
-    if not (whole and size > 0):
-        raise ValueError(
+    number, name = (found[1], found[2]) if found else ("0", "")
+    unit = {known.lower(): size for known, size in UNITS.items()}.get((name or "B").lower(), 0)
+    size = int(float(number) * unit) if "." in number else int(number) * unit
+    if size <= 0 or ("." in number and not name):
+        raise UsageError(
             f"Expected an amount of memory such as 8GB, 8GiB, 512MB or a number of bytes, received {text!r}."
         )
     return size
 
 
 def safetensors_nbytes(folder: Path) -> int:
-    """Bytes of all tensors in the safetensors files of `folder`, read from their headers; raises ValueError without any."""
+    """Bytes of all tensors in the safetensors files of `folder`, read from their headers; raises UsageError without any."""
     files, total = sorted(folder.glob("*.safetensors")), 0
     for path in files:
         try:
             with safe_open(path, framework="numpy"):
                 pass  # checks the header against the length of the file
         except SafetensorError as error:
-            raise ValueError(f"Expected whole weights in {folder}, {path.name} is damaged ({error}).") from None
+            raise UsageError(f"Expected whole weights in {folder}, {path.name} is damaged ({error}).") from None
         with open(path, "rb") as file:
             total += path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
     if not files:
-        raise ValueError(f"Expected weights in safetensors files, {folder} has none: their size is not known.")
+        raise UsageError(f"Expected weights in safetensors files, {folder} has none: their size is not known.")
     return total
+
+
+def table_nbytes(host: Host, plan: Plan) -> tuple[int, int]:
+    """Bytes of the tables of all layer groups of `plan`, and of those that groups share.
+
+    On MLX a decode step adds a sixth or so when it first meets a length: not counted, where torch makes all at once.
+    """
+    device = host.device(None)
+    own = 0
+    shared: dict[int, Any] = {}
+    before: dict[int, Any] = {}
+
+    def nbytes(x) -> int:
+        return sum(host.buffers([x]).values())
+
+    for row in range(len(plan.layer_groups)):
+        tables = {id(x): x for x in plan.make_codec(host.xp, row, device).tables()}
+        quantizers = {id(x) for x in plan.shared_tables(host.xp, device)}
+        shared |= {key: x for key, x in tables.items() if key in quantizers or key in before}
+        own += sum(nbytes(x) for key, x in tables.items() if key not in shared)
+        before = tables
+    return own, sum(nbytes(x) for x in shared.values())
 
 
 class Stored:
@@ -121,7 +146,7 @@ class Stored:
     def staging(self) -> Stored | None:
         """What holds a prompt that comes in several calls until it ends."""
         plan = self.plan.staging
-        return plan and Stored(plan, self._tables, None if self.copies == 1 else self.copies)
+        return None if plan is None else Stored(plan, self._tables, None if self.copies == 1 else self.copies)
 
     def nbytes(self, tokens: int) -> int:
         """Bytes of the codes of `tokens` sealed tokens, to the byte: chunks are padded one by one."""
@@ -164,7 +189,7 @@ class Budget:
     def cache_bytes(self, context: int) -> int:
         """Bytes of every array held for one sequence of `context` tokens."""
         sealed, model = self._sealed(context), self.model
-        codes = self.stored.nbytes(sealed) if sealed else 0
+        codes = self.stored.nbytes(sealed) if self.stored is not None and sealed else 0
         passed = sum(min(context, tokens) for tokens in model.passed_tokens.values()) * model.layer_elements
         return ((context - sealed) * model.elements + passed) * self.exact_bytes + codes
 
@@ -184,7 +209,8 @@ class Budget:
         """Bytes that all sequences share; a prompt of more than one call needs the tables of its staging too."""
         if self.stored is None:
             return 0
-        return self.stored.table_bytes + (self.stored.staging.table_bytes if self.staged(context, False) else 0)
+        staging = self.stored.staging if self.staged(context, False) else None
+        return self.stored.table_bytes + (0 if staging is None else staging.table_bytes)
 
     def prefill_bytes(self, context: int, turns: bool = False) -> int:
         """What reading needs on top of the final cache: a prompt of `context` tokens, or the last call of turns."""
@@ -199,8 +225,9 @@ class Budget:
                 layer = max(layer, 2 * context * model.layer_elements * self.exact_bytes)
             else:
                 layer += call * model.shape.q_heads * model.shape.head_dim * 4 * PARTIAL_COPIES
-        staged = self.staged(context, turns)
-        extra = self.stored.staging.nbytes(staged) - self.stored.nbytes(staged) if staged else 0
+        extra, staged, staging = 0, self.staged(context, turns), self.stored.staging
+        if staging is not None and staged:
+            extra = staging.nbytes(staged) - self.stored.nbytes(staged)
         return held + layer + max(extra, 0)
 
     def peak_bytes(self, context: int, turns: bool = False) -> int:
@@ -227,36 +254,20 @@ def fit(
     tables: Callable[[Plan], tuple[int, int]],
     bits: Iterable[float] = (),
     contexts: Iterable[int] = (),
-    window: int = 64,
-    sinks: int = 4,
+    window: int = WINDOW,
+    sinks: int = SINKS,
 ) -> dict:
     """`rows` for every pair of bits and context, `limits` by bits, `contexts` with the bits that they allow.
 
     profile None: tables and widths of a typical plan for this shape. tables: (bytes of the rows, bytes that all rows
-    share) of a plan. Raises ValueError for bits that `method` cannot reach, contexts out of range, or memory that the
+    share) of a plan. Raises UsageError for bits that `method` cannot reach, contexts out of range, or memory that the
     weights alone exceed.
     """
-    if memory <= model.weights_bytes:
-        raise ValueError(
-            f"Expected memory for the weights, {model.weights_bytes:,} bytes, received {memory:,}. Give more --memory, or "
-            "take a model with fewer or smaller weights."
-        )
-    if not model.shape.layers:
-        raise ValueError(
-            f"Expected full-attention layers to compress, received only: {', '.join(sorted(set(model.passed.values())))}."
-        )
-    if method.scorer is not None:
-        raise ValueError(
-            f"Expected a method that keeps every token, received {method.name}: a cache that drops tokens has the size of its "
-            "--budget-tokens at any context."
-        )
+    _check_request(model, memory, method)
     contexts = tuple(dict.fromkeys(contexts)) or _default_contexts(model.context)
-    for context in contexts:
-        if context < 1 or (model.context and context > model.context):
-            most = f" and at most {model.context:,}, the model's context" if model.context else ""
-            raise ValueError(f"Expected --context of at least 1 token{most}, received {context:,}.")
+    _check_contexts(model, contexts)
     if not method.compresses and bits:
-        raise ValueError(f"Expected no --bits for {method.name}, which stores what the plain cache does.")
+        raise UsageError(f"Expected no `bits` for {method.name}, which stores what the plain cache does.")
     made = {
         b: _stored(model, method, profile, tables, b)
         for b in tuple(dict.fromkeys(bits)) or _default_bits(model.shape, method)
@@ -266,24 +277,11 @@ def fit(
     profile_bytes = _profile_nbytes(model.shape, profile) if method.basis_set and model.shares_memory else 0
     sizes = sinks, window, model.element_bytes, profile_bytes
     budgets |= {(method.name, b): Budget(model, s, *sizes) for b, s in made.items()}
-    rows = [_row(*key, budget, context, memory) for context in contexts for key, budget in budgets.items()]
-    limits = [
-        {
-            "method": name,
-            "bits": b,
-            "bits_per_element": budget.stored.bits_per_element if budget.stored else b,
-            "max_prompt": budget.longest(memory),
-            "max_context": budget.longest(memory, turns=True),
-        }
-        for (name, b), budget in budgets.items()
-    ]
-    for row in limits:
-        row["limited_by"] = "model" if row["max_context"] == model.context else "memory"
     table_bytes = max((stored.table_bytes for stored in made.values()), default=0)
     options = model, method, table_bytes, sizes, memory
     return {
-        "rows": rows,
-        "limits": limits,
+        "rows": [_row(*key, budget, context, memory) for context in contexts for key, budget in budgets.items()],
+        "limits": [_limit(*key, budget, memory) for key, budget in budgets.items()],
         "contexts": [
             {
                 "context": c,
@@ -293,6 +291,30 @@ def fit(
             for c in contexts
         ],
     }
+
+
+def _check_request(model: Footprint, memory: int, method: Method) -> None:
+    if memory <= model.weights_bytes:
+        raise UsageError(
+            f"Expected memory for the weights, {model.weights_bytes:,} bytes, received {memory:,}. Give more `memory`, or "
+            "take a model with fewer or smaller weights."
+        )
+    if not model.shape.layers:
+        raise UsageError(
+            f"Expected full-attention layers to compress, received only: {', '.join(sorted(set(model.passed.values())))}."
+        )
+    if method.scorer is not None:
+        raise UsageError(
+            f"Expected a method that keeps every token, received {method.name}: a cache that drops tokens has the size of its "
+            "`budget_tokens` at any context."
+        )
+
+
+def _check_contexts(model: Footprint, contexts: Iterable[int]) -> None:
+    for context in contexts:
+        if context < 1 or (model.context and context > model.context):
+            most = f" and at most {model.context:,}, the model's context" if model.context else ""
+            raise UsageError(f"Expected `contexts` of at least 1 token{most}, received {context:,}.")
 
 
 def _default_contexts(limit: int | None) -> tuple[int, ...]:
@@ -335,6 +357,19 @@ def _profile_nbytes(shape: ModelShape, profile: Profile | None) -> int:
     return total * len(shape.layers)
 
 
+def _limit(name: str, bits: float, budget: Budget, memory: int) -> dict:
+    """How far a cache gets in `memory`, and what stops it."""
+    longest = budget.longest(memory, turns=True)
+    return {
+        "method": name,
+        "bits": bits,
+        "bits_per_element": budget.stored.bits_per_element if budget.stored else bits,
+        "max_prompt": budget.longest(memory),
+        "max_context": longest,
+        "limited_by": "model" if longest == budget.model.context else "memory",
+    }
+
+
 def _row(name: str, bits: float, budget: Budget, context: int, memory: int) -> dict:
     cache, dense = budget.cache_bytes(context), budget.dense_bytes(context)
     peak, turns = budget.peak_bytes(context), budget.peak_bytes(context, turns=True)
@@ -363,11 +398,12 @@ def _highest_bits(
     """Highest bits with which `context` fits; those of the plain cache where it does, None where nothing does."""
     if Budget(model, None, 0, 0, model.element_bytes).peak_bytes(context, turns) <= memory:
         return 8.0 * model.element_bytes
-    options = _default_bits(model.shape, method)
+    options = list(_default_bits(model.shape, method))
     if method.compresses and not family_of(method).bits_options(model.shape, method):
         low, high = bits_range(method, model.shape)
-        options = np.arange(np.ceil(low / BITS_STEP - 1e-9), np.floor(high / BITS_STEP + 1e-9) + 1) * BITS_STEP
-    for bits in sorted(map(float, options), reverse=True):
+        steps = np.arange(np.ceil(low / BITS_STEP - 1e-9), np.floor(high / BITS_STEP + 1e-9) + 1)
+        options = (steps * BITS_STEP).tolist()
+    for bits in sorted(options, reverse=True):
         staged = method.transforms
         stored = Ceiling(bits, model.elements, table_bytes, staged, max(SEAL, method.block))
         if Budget(model, stored, *sizes).peak_bytes(context, turns) <= memory:

@@ -10,6 +10,7 @@ from ..arrays.transform import band_sizes
 from ..codecs.registry import family_of, make_plan, usable_method
 from ..codecs.spectral import SpectralPlan
 from ..codecs.transform import TransformPlan
+from ..errors import UsageError
 from ..planning.methods import Method
 from ..planning.plan import Plan
 from ..profile.basis_set import HISTOGRAM_BINS, HISTOGRAM_LIMIT, BasisSet
@@ -28,9 +29,9 @@ PLANS = ("flat", "typical")
 
 
 def synthetic_shape(name: str) -> ModelShape:
-    """A layer of the model `name` as a model of its own; raises ValueError that lists the names there are."""
+    """A layer of the model `name` as a model of its own; raises UsageError that lists the names there are."""
     if name not in SHAPES:
-        raise ValueError(f"Expected a shape among {', '.join(SHAPES)} for --synthetic, received {name!r}.")
+        raise UsageError(f"Expected a shape among {', '.join(SHAPES)} for `synthetic`, received {name!r}.")
     q_heads, kv_heads, head_dim, base = SHAPES[name]
     rope = Rope(tuple(float(w) for w in base ** (-np.arange(0, head_dim, 2) / head_dim)))
     return ModelShape(1, q_heads * head_dim, q_heads, kv_heads, head_dim, (0,), rope)
@@ -38,19 +39,20 @@ def synthetic_shape(name: str) -> ModelShape:
 
 def synthetic_vectors(shape: ModelShape, tokens: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Queries and keys, both after RoPE, and values [1, H, tokens, D] float32: independent normal numbers."""
-    rng = np.random.default_rng(seed)
+    rng, rope = np.random.default_rng(seed), shape.rope
+    assert rope is not None, "every shape of SHAPES has one"
 
     def draw(heads):
         return rng.standard_normal((1, heads, tokens, shape.head_dim), dtype=np.float32)
 
     queries, keys, values = draw(shape.q_heads), draw(shape.kv_heads), draw(shape.kv_heads)
-    return rotate(ops, queries, shape.rope, 0), rotate(ops, keys, shape.rope, 0), values
+    return rotate(ops, queries, rope, 0), rotate(ops, keys, rope, 0), values
 
 
 def synthetic_profile(shape: ModelShape, methods: list[Method], seed: int = 0) -> Profile:
     """Profile that fits `synthetic_vectors`: random orthogonal bases, in which every coefficient has variance 1."""
     rng = np.random.default_rng(seed)
-    sets = {m.basis_set: _white_set(shape, m, rng) for m in methods if m.basis_set}
+    sets = {name: _white_set(shape, m, name, rng) for m in methods if (name := m.basis_set)}
     scale = shape.head_dim**-0.5  # is in the statistics of queries
     queries = QueryStatistics(
         mean=np.zeros((1, shape.q_heads, shape.head_dim)),
@@ -60,10 +62,10 @@ def synthetic_profile(shape: ModelShape, methods: list[Method], seed: int = 0) -
     return Profile(shape, "synthetic", {}, sets, queries)
 
 
-def synthetic_plan(shape: ModelShape, profile: Profile, method: Method, bits: float, plan: str) -> Plan:
+def synthetic_plan(shape: ModelShape, profile: Profile, method: Method, bits: float, plan: str | None) -> Plan:
     """What `method` stores: `flat` has every coefficient at `bits`, `typical` the widths of a real plan of so many bits.
 
-    The published methods have one plan for their bits. Raises ValueError for bits that are no width of a flat plan, or
+    The published methods have one plan for their bits. Raises UsageError for bits that are no width of a flat plan, or
     that the method cannot reach.
     """
     method = usable_method(method)
@@ -76,18 +78,19 @@ def synthetic_plan(shape: ModelShape, profile: Profile, method: Method, bits: fl
         _check_flat(bits)
     if not method.transforms:
         return make_plan(shape, None, method, family.flat_bits(method, bits) if plan == "flat" else bits)
+    assert issubclass(family, SpectralPlan) and method.basis_set is not None, "what transforms has widths and a basis"
     basis_set = profile.basis_set(method.basis_set)
     if plan == "flat":
-        widths = np.full(basis_set.variance.shape, bits, np.uint8)
+        held = np.full(basis_set.variance.shape, bits, np.uint8)
     else:
-        widths = typical_widths(_real_plan(method, bits), *basis_set.variance.shape[1:3])
-    return family(method, float(bits), shape, profile, basis_set, widths)
+        held = typical_widths(_real_plan(method, bits), *basis_set.variance.shape[1:3])
+    return family(method, float(bits), shape, profile, basis_set, held)
 
 
 def _check_flat(bits: float) -> None:
     if bits not in BIT_WIDTHS[1:]:
         widths = ", ".join(map(str, BIT_WIDTHS[1:]))
-        raise ValueError(f"Expected --bits of {widths} for a flat plan, received {bits:g}. Or take --plan typical.")
+        raise UsageError(f"Expected `bits` of {widths} for a flat plan, received {bits:g}. Or take `plan` typical.")
 
 
 def typical_widths(real: SpectralPlan, groups: int, rank: int) -> np.ndarray:
@@ -114,7 +117,9 @@ def kept_share(plan: Plan) -> float:
 
 def _real_plan(method: Method, bits: float) -> SpectralPlan:
     real = Profile.load(packaged_profiles()[0])
-    return make_plan(real.shape, real, method, bits)
+    plan = make_plan(real.shape, real, method, bits)
+    assert isinstance(plan, SpectralPlan), "asked of methods that transform alone"
+    return plan
 
 
 def _resample(widths: np.ndarray, entries: int) -> np.ndarray:
@@ -123,16 +128,16 @@ def _resample(widths: np.ndarray, entries: int) -> np.ndarray:
     return np.sort(widths)[places]
 
 
-def _white_set(shape: ModelShape, method: Method, rng: np.random.Generator) -> BasisSet:
-    group, rope = method.basis_set.split(".")
+def _white_set(shape: ModelShape, method: Method, name: str, rng: np.random.Generator) -> BasisSet:
+    group, rope = name.split(".")
     time, block = ("dct", 16) if method.reads else (method.time, method.block)
     shape.layer_groups(group)  # raises where layers are coded together
     groups = {"head": 2 * shape.kv_heads, "side": 2, "layer": 1}[group]
     members = 2 * shape.kv_heads // groups
     rank = members * shape.head_dim
     basis = np.linalg.qr(rng.standard_normal((1, groups, rank, rank)))[0]
-    centres = (np.arange(HISTOGRAM_BINS) + 0.5) * (HISTOGRAM_LIMIT / HISTOGRAM_BINS)
-    histogram = np.round(1e9 * np.exp(-(centres**2) / 2)).astype(np.int64)
+    centers = (np.arange(HISTOGRAM_BINS) + 0.5) * (HISTOGRAM_LIMIT / HISTOGRAM_BINS)
+    histogram = np.round(1e9 * np.exp(-(centers**2) / 2)).astype(np.int64)
     variance = np.ones((1, groups, rank, len(band_sizes(block))), np.float32)
     return BasisSet(
         group,

@@ -7,18 +7,27 @@ chunks and would find none of those that it is going to need.
 from __future__ import annotations
 
 from math import prod
+from numbers import Integral
 
 from ..arrays import attention
+from ..errors import UsageError
+from ..planning.methods import Method
 from ..planning.plan import Plan
 
 
-def bytes_per_layer(plan: Plan, limit: int) -> int:
-    """What every row of the plan's tables may keep of `limit` bytes; raises ValueError for a method that decodes nothing."""
-    if limit < 0 or (limit and not plan.method.decodes_history):
-        raise ValueError(
-            f"Expected working_set of 0 bytes or more, 0 for a method that never decodes its history, received {limit:,} for "
-            f"{plan.method.name}. Choose another method, such as spectral-dense."
+def check_working_set(method: Method, limit: int) -> None:
+    """Raise UsageError unless caches of `method` have a use for `limit` bytes of decoded chunks."""
+    whole = isinstance(limit, Integral) and not isinstance(limit, bool)
+    if not whole or limit < 0 or (limit and not method.decodes_history):
+        raise UsageError(
+            f"Expected working_set of 0 bytes or more, 0 for a method that never decodes its history, received {limit!r} for "
+            f"{method.name}. Choose another method, such as spectral-dense."
         )
+
+
+def bytes_per_layer(plan: Plan, limit: int) -> int:
+    """What every row of the plan's tables may keep of `limit` bytes; raises UsageError for a method that decodes nothing."""
+    check_working_set(plan.method, limit)
     return limit // len(plan.layer_groups)
 
 
@@ -51,10 +60,11 @@ def decode_step(xp, codec, lane, layer: int, limit: int, queries, keys, values, 
             if key not in decoded:
                 decoded[key] = tuple(xp.astype(x, kind) for x in codec.decode(chunk))
                 left -= chunk.tokens * size
-            yield attend_decoded(xp, queries, rows, *decoded[key], scale)
+            k, v = decoded[key]
+            yield attend_decoded(xp, queries, rows, k, v, scale)
         mask = attention.causal_rows(xp, q_heads // heads, length, keys.shape[2], like=queries)
-        exact = (xp.astype(x, xp.float32) for x in (keys, values))
-        yield attention.dense_partial(xp, rows, *exact, scale, mask)
+        k, v = (xp.astype(x, xp.float32) for x in (keys, values))
+        yield attention.dense_partial(xp, rows, k, v, scale, mask)
 
     out = attention.merge_partials(xp, partials())
     lane.decoded = decoded

@@ -7,22 +7,16 @@ steps and not at each one.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
 from ..codecs.chunk import Chunk
-from ..codecs.registry import plan_for, usable_method
-from ..codecs.tiers import check_tiers, make_tiered_plan
-from ..planning.budget import CHUNK_TOKENS, elements_per_token, whole_number
-from ..planning.methods import Method
-from ..planning.plan import Plan
-from ..profile.model_shape import ModelShape
-from ..profile.profile import Profile
-from ..scorers import Scorer, Tokens, check_wavelet, get_scorer
+from ..errors import UsageError
+from ..planning.budget import CHUNK_TOKENS
+from ..planning.plan import Plan, needed
+from ..scorers import Scorer, Tokens, get_scorer
 from ..scorers.selection import MODES, select
 from .padding_group import Lane
 
@@ -53,9 +47,9 @@ class Eviction:
 
     def __post_init__(self):
         if self.mode not in MODES:
-            raise ValueError(f"Expected a selection among {', '.join(MODES)}, received {self.mode!r}.")
+            raise UsageError(f"Expected a selection among {', '.join(MODES)}, received {self.mode!r}.")
         if self.budget <= self.fixed:
-            raise ValueError(
+            raise UsageError(
                 f"Expected budget_tokens above {self.fixed}, which {self.sinks} sinks, a window of {self.window} and what is "
                 f"protected take, received {self.budget}."
             )
@@ -89,7 +83,7 @@ class Eviction:
 
     @property
     def scorer(self) -> Scorer:
-        return get_scorer(self.plan.method.scorer)
+        return get_scorer(needed(self.plan.method.scorer))
 
     @property
     def joint(self) -> bool:
@@ -108,7 +102,7 @@ class Eviction:
         """
         statistics = self.plan.query_statistics(row)
         tokens = Tokens(xp, keys, values, positions, now, self.plan.shape.rope, recent=recent, **statistics)
-        options = {"seed": row} if self.scorer.name == "random" else {}
+        options: dict[str, int | str] = {"seed": row} if self.scorer.name == "random" else {}
         if self.wavelet is not None:
             options["wavelet"] = self.wavelet
         scores = self.scorer(tokens, **options)
@@ -182,134 +176,9 @@ class Eviction:
             inside = np.zeros(places.shape, bool)
             for start, end in spans:
                 inside |= (places >= start) & (places < end)
-            inside = inside.reshape(*places.shape[:2], -1, block).any(-1)
-            count = max(count, int(inside.sum(-1).max()))
-            scores = xp.where(xp.asarray(inside, like=scores), 3e38, scores)
+            protected = inside.reshape(*places.shape[:2], -1, block).any(axis=-1)
+            count = max(count, int(protected.sum(-1).max()))
+            scores = xp.where(xp.asarray(protected, like=scores), 3e38, scores)
         if not count:
             return []
         return cache.codec.keep(lane.chunks, select(xp, scores, count, 0, 0), CHUNK_TOKENS)
-
-
-def check_request(
-    method: Method,
-    *,
-    bits: float | None = None,
-    budget_bytes: int | None = None,
-    max_context: int | None = None,
-    budget_tokens: int | None = None,
-    protect: Sequence[tuple[int, int]] | None = (),
-    selection: str | None = None,
-    evict_every: int | None = None,
-    wavelet: str | None = None,
-    tiers: Sequence[tuple[float, float]] | None = None,
-) -> None:
-    """Raise ValueError for arguments of `plan_and_eviction` that do not go together, before a profile is looked for."""
-    given = {
-        "budget_tokens": budget_tokens,
-        "protect": protect or None,
-        "selection": selection,
-        "evict_every": evict_every,
-        "wavelet": wavelet,
-    }
-    if tiers is not None:
-        alone = given | {"bits": bits, "budget_bytes": budget_bytes, "max_context": max_context}
-        for name, value in alone.items():
-            if value is not None:
-                raise ValueError(f"Expected tiers alone, which say bits and drop no token, received {name} too.")
-        check_tiers(method, tiers)
-        return
-    if method.scorer is None:
-        for name, value in given.items():
-            if value is not None:
-                raise ValueError(
-                    f"Expected a method that drops tokens for {name}, {method.name} keeps every token. Take for example "
-                    f"wavelettriattention{'+' + method.name if method.can_drop else ''}."
-                )
-        return
-    if (budget_tokens is None) == (budget_bytes is None):
-        raise ValueError(
-            f"Expected either budget_tokens or budget_bytes for {method.name}, which drops tokens, received "
-            f"{'none' if budget_tokens is None else 'both'}."
-        )
-    for name, value in (("budget_tokens", budget_tokens), ("evict_every", evict_every)):
-        if value is not None:
-            whole_number(name, value, 1)
-    if wavelet is not None:
-        check_wavelet(get_scorer(method.scorer), wavelet)
-    for span in protect or ():
-        try:
-            start, end = map(operator.index, span)
-        except (TypeError, ValueError):
-            start, end = 0, 0
-        if not 0 <= start < end:
-            raise ValueError(
-                f"Expected protected spans (start, end) of positions with start < end, received {protect!r}."
-            )
-
-
-def plan_and_eviction(
-    shape: ModelShape,
-    profile: Profile | None,
-    method: Method,
-    *,
-    bits: float | None = None,
-    budget_bytes: int | None = None,
-    max_context: int | None = None,
-    budget_tokens: int | None = None,
-    protect: Sequence[tuple[int, int]] = (),
-    selection: str | None = None,
-    evict_every: int | None = None,
-    wavelet: str | None = None,
-    tiers: Sequence[tuple[float, float]] | None = None,
-    window: int = 64,
-    sinks: int = 4,
-    element_bytes: int = 2,
-    other_bytes: int = 0,
-) -> tuple[Plan, Eviction | None]:
-    """`plan_for`, and what a cache drops by `method`; None for a method that keeps every token.
-
-    A method that drops tokens takes `budget_tokens`, or `budget_bytes` that follow from `bits`; with `tiers` it drops none
-    and gives bits by rank (`codecs.tiers`). Raises ValueError for arguments that do not fit the method, and for a budget
-    that is too small for what must stay.
-    """
-    check_request(
-        method,
-        bits=bits,
-        budget_bytes=budget_bytes,
-        max_context=max_context,
-        budget_tokens=budget_tokens,
-        protect=protect,
-        selection=selection,
-        evict_every=evict_every,
-        wavelet=wavelet,
-        tiers=tiers,
-    )
-    method = usable_method(method)
-    if tiers is not None:
-        return make_tiered_plan(shape, profile, method, tiers), None
-    if method.scorer is None:
-        plan = plan_for(
-            shape, profile, method, bits, budget_bytes, max_context, window, sinks, element_bytes, other_bytes
-        )
-        return plan, None
-    plan = plan_for(shape, profile, method, bits, window=window, sinks=sinks)
-    if budget_tokens is None:
-        budget_tokens = _tokens_for_bytes(plan, budget_bytes, window, sinks, element_bytes, other_bytes)
-    spans = tuple((int(start), int(end)) for start, end in protect or ())
-    every = EVERY if evict_every is None else int(evict_every)
-    mode = selection or MODES[0]
-    return plan, Eviction(plan, int(budget_tokens), int(sinks), int(window), spans, mode, every, wavelet)
-
-
-def _tokens_for_bytes(
-    plan: Plan, budget_bytes: int, window: int, sinks: int, element_bytes: int, other_bytes: int
-) -> int:
-    """Tokens that a cache of `budget_bytes` may hold under `plan`, positions of kept tokens included."""
-    elements = elements_per_token(plan.shape)
-    places = 4 * len(plan.shape.layers) * plan.shape.kv_heads
-    exact = elements * element_bytes + places
-    if not plan.method.compresses:
-        return max(int((budget_bytes - other_bytes) // exact), 1)
-    whole = sinks + window + 15  # of which up to 15 wait for their block to fill
-    left = budget_bytes - other_bytes - whole * exact
-    return whole + max(int(left // (elements * plan.bits_per_element / 8 + places)), 0)

@@ -14,7 +14,9 @@ from dataclasses import replace
 import numpy as np
 
 from ..arrays import attention
-from ..codecs.chunk import Chunk, decoded, join_layers, select_rows, split_layers
+from ..codecs.base import Codec
+from ..codecs.chunk import Chunk, decoded, join_layers, select_rows, split_by_chunk, split_layers
+from ..errors import UsageError
 from ..planning.budget import SEAL
 from . import decoded_chunks as working_set
 from .eviction import Eviction
@@ -23,30 +25,6 @@ from .padding_group import Lane
 RECENT = 64  # queries of a call that scorers may look at
 LATENT_QUERIES = 16  # up to so many new tokens attend to the codes; more are a prefill and use the host's fused kernel
 DENSE_TOKENS = 32768  # sealed tokens that may be decoded at once for such a call, where that saves small operations
-
-
-class CacheSize(int):
-    """Bytes of every array held for the sequences of a cache, with what they stand for.
-
-    dense_nbytes: what the plain cache needs for the same tokens at 16 bits; table_nbytes: arrays that all sequences
-    share; compression: dense_nbytes / this; bits_per_element: 16 / compression.
-    """
-
-    dense_nbytes: int
-    table_nbytes: int
-
-    def __new__(cls, stored: int, dense_nbytes: int, table_nbytes: int):
-        size = super().__new__(cls, stored)
-        size.dense_nbytes, size.table_nbytes = dense_nbytes, table_nbytes
-        return size
-
-    @property
-    def compression(self) -> float:
-        return self.dense_nbytes / self if self else 1.0
-
-    @property
-    def bits_per_element(self) -> float:
-        return 16 / self.compression if self.dense_nbytes else 0.0
 
 
 class LayerCache:
@@ -97,7 +75,7 @@ class LayerCache:
         """Open the lanes of an empty cache for `batch` rows; `padding` [batch] counts left padding in slots."""
         pads = [0] * batch if padding is None else [int(p) for p in padding]
         if len(pads) != batch:
-            raise ValueError(f"Expected left padding for {batch} rows, received {len(pads)} numbers.")
+            raise UsageError(f"Expected left padding for {batch} rows, received {len(pads)} numbers.")
         self.lanes = [Lane([i for i, p in enumerate(pads) if p == pad], pad) for pad in sorted(set(pads))]
 
     def repad(self, padding: list[int]) -> None:
@@ -116,7 +94,7 @@ class LayerCache:
 
         `queries` [B, Hq, L, D], `keys`, `values` [B, H, L, D] of layer number `layer` of the row; `fused(q, k, v, scale)`
         is the host's dense attention for L queries at the end of k, causal, in any dtype. Returns [B, Hq, L, D] in the
-        dtype of `queries`. Raises ValueError for layers out of order.
+        dtype of `queries`. Raises UsageError for layers out of order.
         """
         if not self.lanes:
             self.start(keys.shape[0])
@@ -131,9 +109,10 @@ class LayerCache:
                 continue
             out, joined = self._attend_lane(lane, q, k, v, scale, fused, layer)
             if entering:
-                new = (k, v) if alone else (self._lane_slice(lane, x) for x in entering)
                 recent = q[:, :, -RECENT:] * scale if self.eviction else None
-                self._append_lane(lane, *new, prompt, recent, joined if alone else None)
+                if not alone:
+                    k, v = (self._lane_slice(lane, x) for x in entering)
+                self._append_lane(lane, k, v, prompt, recent, joined if alone else None)
             if missing:
                 blank = self.xp.zeros((*out.shape[:2], missing, out.shape[3]), dtype=out.dtype, like=out)
                 out = self.xp.concat([blank, out], axis=2)
@@ -161,7 +140,7 @@ class LayerCache:
         if layer == 0:
             self._arrived = []  # of a call that was broken off
         if layer != len(self._arrived):
-            raise ValueError(
+            raise UsageError(
                 f"Expected layer number {len(self._arrived)} of those that are coded together, received number {layer}: the "
                 "model must call its layers in their order. Choose a method that codes every layer alone."
             )
@@ -189,9 +168,9 @@ class LayerCache:
         return any(lane.dropped for lane in self.lanes)
 
     def check_complete(self) -> None:
-        """Raise ValueError when some tokens are no longer there: what is left is not a prompt."""
+        """Raise UsageError when some tokens are no longer there: what is left is not a prompt."""
         if self.has_dropped:
-            raise ValueError(
+            raise UsageError(
                 "Expected a cache that holds every token, received one that has dropped some. Read the prompt again."
             )
 
@@ -213,30 +192,32 @@ class LayerCache:
                 self._seal(lane, staged=False)
                 continue
             position = self.sinks + sum(chunk.tokens for chunk in lane.chunks)
-            for tile in decoded(self.xp, self.staging, lane.staged, self.xp.float32) if lane.staged else ():
-                lane.chunks = self._sealed(self.codec, lane.chunks, *tile, position)
-                position += tile[0].shape[2]
+            for k, v in decoded(self.xp, self.staging, lane.staged, self.xp.float32) if lane.staged else ():
+                lane.chunks = self._sealed(self.codec, lane.chunks, k, v, position)
+                position += k.shape[2]
             lane.staged = []
 
     def dense(self, dtype=None):
         """Keys and values [B, layers * H, slots, D] of everything held, decoded; padded slots are zero. None when empty.
 
-        Raises ValueError where dropped tokens have left rows of a batch with more tokens than others.
+        Raises UsageError where dropped tokens have left rows of a batch with more tokens than others.
         """
         if self.has_dropped and len({lane.stored for lane in self.lanes}) > 1:
-            raise ValueError(
+            raise UsageError(
                 "Expected rows of a batch that hold equally many tokens, received others after tokens were dropped: only "
                 "spectralkv's own attention can attend to them. Give the model no other attention, or no left padding."
             )
         like = next((lane.exact_keys for lane in self.lanes if lane.exact_keys is not None), None)
         if like is None:
             return None
-        sides, dtype = ([], []), dtype or like.dtype
+        sides: tuple[list, list] = ([], [])
+        dtype = dtype or like.dtype
         for lane in self.lanes:
             if lane.exact_keys is not None:
                 held = self.lane_dense(lane, dtype)
             else:  # only padding so far
-                held = [self.xp.zeros((len(lane.rows), like.shape[1], 0, like.shape[3]), dtype=dtype, like=like)] * 2
+                size = len(lane.rows), like.shape[1], 0, like.shape[3]
+                held = 2 * (self.xp.zeros(size, dtype=dtype, like=like),)
             for side, x in zip(sides, held):
                 missing = self.slots - x.shape[2]
                 if missing:
@@ -248,13 +229,13 @@ class LayerCache:
     def crop(self, tokens: int) -> None:
         """Forget the last `tokens` tokens; a sealed block that the cut splits is decoded back into the window.
 
-        Raises ValueError for more than the recent window once tokens before it were dropped.
+        Raises UsageError for more than the recent window once tokens before it were dropped.
         """
         self.finalize()
         tokens = min(int(tokens), self.seen)
         recent = min((lane.recent(self.xp, self.window) for lane in self.lanes), default=0)
         if self.has_dropped and recent < tokens < self.seen:
-            raise ValueError(
+            raise UsageError(
                 f"Expected at most {recent} tokens to forget, as tokens before the recent window were dropped, received "
                 f"{tokens}. Start again with an empty cache."
             )
@@ -270,7 +251,7 @@ class LayerCache:
         """Make the batch out of the old rows `rows` (ints, in the new order, repeats allowed)."""
         rows, batch = [int(r) for r in rows], sum(len(lane.rows) for lane in self.lanes)
         if not all(0 <= r < batch for r in rows):
-            raise ValueError(f"Expected rows between 0 and {batch - 1}, received {rows}.")
+            raise UsageError(f"Expected rows between 0 and {batch - 1}, received {rows}.")
         lanes = []
         for lane in self.lanes:
             new = [i for i, old in enumerate(rows) if old in lane.rows]
@@ -351,9 +332,9 @@ class LayerCache:
         if self.working_set:
             others = sum(x.nbytes for other in self.lanes if other is not lane for x in working_set.held(other, layer))
             limit = self.working_set // self.layers - others
-            out = working_set.decode_step(xp, codec, lane, layer, limit, q, *joined, scale)
+            out = working_set.decode_step(xp, codec, lane, layer, limit, q, joined[0], joined[1], scale)
         else:
-            out = codec.decode_step(lane.chunks, q, *joined, scale)
+            out = codec.decode_step(lane.chunks, q, joined[0], joined[1], scale)
         return out, joined
 
     def _of_layer(self, codec, layer: int | None):
@@ -389,9 +370,11 @@ class LayerCache:
             for tile in self._tiles(lane, q.dtype, layer):
                 yield attend(q, *tile, scale)
 
-        total = None
-        for part in partials():
-            total = attention.add_partials(xp, total, part) if total else part
+        parts = partials()
+        total = next(parts)
+        xp.evaluate(*total)
+        for part in parts:
+            total = attention.add_partials(xp, total, part)
             xp.evaluate(*total)  # else all parts are there until the last one
         o, _, l = total
         return xp.astype((o / l).reshape(q.shape), q.dtype)
@@ -436,36 +419,28 @@ class LayerCache:
             setattr(lane, name, xp.concat([x[:, :, : self.sinks], x[:, :, stop:]], axis=2))
 
     @staticmethod
-    def _sealed(codec, chunks: list[Chunk], k, v, position) -> list[Chunk]:
+    def _sealed(codec: Codec, chunks: list[Chunk], k, v, position) -> list[Chunk]:
         """`chunks` with the tokens of `k`, `v` [B, H, T, D] at `position` (see `Chunk`) behind them; the old list stays."""
-        chunks, full = list(chunks), codec.chunk_tokens
-        contiguous, tokens, at_once = isinstance(position, int), k.shape[2], codec.at_once
+        chunks, tokens, full = list(chunks), k.shape[2], codec.chunk_tokens
 
         def places(start: int, stop: int):
-            return position + start if contiguous else codec.xp.copy(position[:, :, start:stop])
+            return position + start if isinstance(position, int) else codec.xp.copy(position[:, :, start:stop])
 
-        def filled(start: int, stop: int):
-            """Tokens `start` to `stop` by the chunks they fill: the one that grows, if any, and where to stop."""
-            while start < stop:
+        for run in range(0, tokens, codec.at_once or tokens):
+            stop = min(run + (codec.at_once or tokens), tokens)
+            codes = codec.choose(k[:, :, run:stop], v[:, :, run:stop], places(run, stop)) if codec.at_once else None
+            growing = chunks[-1].tokens % full if chunks else 0
+            for start, end in split_by_chunk(run, stop, growing, full):
                 last = chunks.pop() if chunks and chunks[-1].tokens < full else None
-                end = min(start + full - (last.tokens if last else 0), stop)
-                yield last, start, end
-                start = end
-
-        for run in range(0, tokens, at_once or tokens):
-            stop = min(run + at_once, tokens) if at_once else tokens
-            if at_once:
-                codes = codec.choose(k[:, :, run:stop], v[:, :, run:stop], places(run, stop))
-                for last, start, end in filled(run, stop):
+                here = places(start, end)
+                if codes is not None:
                     part = codes[:, :, (start - run) // codec.block : (end - run) // codec.block]
-                    chunks.append(codec.seal(last, part, places(start, end)))
-                continue
-            for last, start, end in filled(run, stop):
-                part = k[:, :, start:end], v[:, :, start:end]
-                if last:
-                    chunks.append(codec.append(last, *part, None if contiguous else places(start, end)))
+                    chunks.append(codec.seal(last, part, here))
+                elif last is None:
+                    chunks.append(codec.encode(k[:, :, start:end], v[:, :, start:end], here))
                 else:
-                    chunks.append(codec.encode(*part, places(start, end)))
+                    told = None if isinstance(here, int) else here
+                    chunks.append(codec.append(last, k[:, :, start:end], v[:, :, start:end], told))
         return chunks
 
     def lane_dense(self, lane: Lane, dtype, new=(), layer: int | None = None) -> tuple:

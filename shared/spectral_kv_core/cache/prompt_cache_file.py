@@ -19,14 +19,16 @@ from .. import __version__
 from ..codecs.chunk import Chunk
 from ..codecs.entropy_coded import fit_bits
 from ..codecs.registry import bits_range, make_plan
+from ..errors import UsageError
 from ..files.container import FileFormat
 from ..planning.methods import METHODS, Method
 from ..planning.plan import Plan
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
 from ..profile.store import find_profile
-from .layer_cache import CacheSize, LayerCache
+from .layer_cache import LayerCache
 from .padding_group import Lane
+from .size import CacheSize
 
 log = logging.getLogger("spectralkv")
 FORMAT = FileFormat("spectralkv-cache", 2, "prompt cache", "spectralkv cache-prompt --model MODEL --prompt-file FILE")
@@ -36,11 +38,15 @@ FILE_DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
 
 @dataclass(frozen=True)
 class ExactLayer:
-    """A layer that passes through: keys and values [B, H, n, D] of the last n of `seen` slots, oldest first."""
+    """A layer that passes through: keys and values [B, H, n, D] of the last n of `seen` slots, oldest first.
+
+    padding: left padding [B] in slots, where the host's layer knows of some.
+    """
 
     keys: Any
     values: Any
     seen: int
+    padding: list[int] | None = None
 
 
 @dataclass
@@ -89,29 +95,35 @@ class PromptFile:
         """The file of a cache with these `layers`, whose prompt has ended (`LayerCache.finalize`).
 
         Layers that the plan codes together have one `LayerCache`.
-        tokens: ids [seen] or [B, seen] of the prompt, padding included. Raises ValueError for other `tokens` and for an
+        tokens: ids [seen] or [B, seen] of the prompt, padding included. Raises UsageError for other `tokens` and for an
         empty cache.
         """
         first = layers[plan.shape.layers[0]]
+        assert isinstance(first, LayerCache), "a layer of the plan is compressed"
         if not first.seen:
-            raise ValueError("Expected a cache that has read a prompt, received an empty one.")
+            raise UsageError("Expected a cache that has read a prompt, received an empty one.")
         if plan.method.scorer is not None:
-            raise ValueError(
+            raise UsageError(
                 f"Expected a cache that keeps every token with as many bits, {plan.method.name} does not, which cannot be "
                 "stored yet. Keep the prompt itself."
             )
-        arrays, states, followers = {}, [], {i for group in plan.layer_groups for i in group[1:]}
+        arrays: dict[str, np.ndarray] = {}
+        states: list[dict] = []
+        followers = {i for layers in plan.layer_groups for i in layers[1:]}
         for layer_idx, layer in enumerate(layers):
             assert layer.seen == first.seen, "all layers have seen the same tokens"
             if layer_idx in followers:
                 states.append({})
                 continue
-            pack = _pack_lanes if isinstance(layer, LayerCache) else _pack_exact
-            states.append(pack(xp, f"layers/{layer_idx}", layer, arrays))
+            name = f"layers/{layer_idx}"
+            if isinstance(layer, LayerCache):
+                states.append(_pack_lanes(xp, name, layer, arrays))
+            else:
+                states.append(_pack_exact(xp, name, layer, arrays))
         if tokens is not None:
             ids = np.array(tokens.tolist() if hasattr(tokens, "tolist") else tokens, np.int32)
             if ids.shape not in ((first.seen,), (sum(len(lane.rows) for lane in first.lanes), first.seen)):
-                raise ValueError(
+                raise UsageError(
                     f"Expected the ids of the {first.seen:,} tokens that the cache has seen, received an array of shape "
                     f"{ids.shape}. Give what was fed, padding included, or tokens=None."
                 )
@@ -130,7 +142,7 @@ class PromptFile:
     def load(cls, path: str | os.PathLike) -> PromptFile:
         """Read a prompt cache file; `plan` checks its sizes.
 
-        Raises FileNotFoundError, or ValueError for a file that is truncated, altered, of another kind or too new.
+        Raises FileNotFoundError, or UsageError for a file that is truncated, altered, of another kind or too new.
         """
         arrays, header = FORMAT.load(path)
         recipe = header["method"]
@@ -156,11 +168,11 @@ class PromptFile:
         return [pad for _, pad in sorted((row, lane["pad"]) for lane in lanes for row in lane["rows"])]
 
     def check(self, shape: ModelShape, weights_digest: str = "") -> None:
-        """Raise ValueError unless the cache is of a model of this `shape`; warn when it is of other weights."""
+        """Raise UsageError unless the cache is of a model of this `shape`; warn when it is of other weights."""
         of = f" (of {self.model})" if self.model else ""
         difference = self.shape.mismatch(shape, "the file")
         if difference:
-            raise ValueError(
+            raise UsageError(
                 f"Expected a prompt cache of this model, {self._name}{of} is another's: the model has {difference}. Make one "
                 f"for this model: {FORMAT.command}"
             )
@@ -176,17 +188,17 @@ class PromptFile:
     def plan(self, profile: Profile | None = None) -> Plan:
         """The plan that the codes were made by, from `profile`, or from one that is found by itself.
 
-        Raises ValueError for another profile than the cache was made with, and for arrays that do not fit the plan.
+        Raises UsageError for another profile than the cache was made with, and for arrays that do not fit the plan.
         """
         basis_set = self.method.basis_set
         profile = (profile or find_profile(self.shape, basis_set)) if basis_set else None
         if basis_set and profile is None:
-            raise ValueError(
+            raise UsageError(
                 f"Expected the profile that {self._name} was made with ({self.profile}), found none. Give that profile."
             )
         plan = make_plan(self.shape, profile, self.method, self.bits)
         if plan.hash != self.plan_hash:
-            raise ValueError(
+            raise UsageError(
                 f"Expected the profile that {self._name} was made with ({self.profile}), received another "
                 f"({_describe(profile)}). Give that profile, or make the cache again: {FORMAT.command}"
             )
@@ -212,7 +224,8 @@ class PromptFile:
     def exact(self, xp, layer_idx: int, dtype, like=None) -> ExactLayer:
         """A layer that passes through, as `dtype`."""
         stored = self.layers[layer_idx]["dtype"]
-        return ExactLayer(*self._exact(xp, f"layers/{layer_idx}", stored, dtype, like), self.seen)
+        keys, values = self._exact(xp, f"layers/{layer_idx}", stored, dtype, like)
+        return ExactLayer(keys, values, self.seen)
 
     def size(self) -> CacheSize:
         """Bytes of the arrays of all layers, with what they stand for."""
@@ -238,13 +251,13 @@ class PromptFile:
         return tuple(xp.astype(x, dtype) for x in sides)
 
     def _check_arrays(self, plan: Plan) -> None:
-        """Raise ValueError unless there are the arrays that header and plan speak of, and no others."""
+        """Raise UsageError unless there are the arrays that header and plan speak of, and no others."""
         expected = dict(self._expected(plan))
         for name in sorted({*expected, *self.arrays}):
             array = self.arrays.get(name)
             found = None if array is None else (array.shape, array.dtype.name)
             if found != expected.get(name):
-                raise ValueError(
+                raise UsageError(
                     f"Expected {expected.get(name) or 'nothing'} under {name}, {self._name} has {found or 'nothing'}. Make it "
                     "again."
                 )
@@ -265,15 +278,15 @@ class PromptFile:
                 batch, sealed = len(lane["rows"]), 0
                 for place, (start, tokens) in enumerate(lane["chunks"]):
                     if start != self.sinks + sealed:
-                        raise ValueError(f"Expected chunks without gaps, {self._name} has one. Make it again.")
+                        raise UsageError(f"Expected chunks without gaps, {self._name} has one. Make it again.")
                     sealed += tokens
                     parts = plan.chunk_arrays(row, batch, tokens)
                     for i, (size, kind) in enumerate(parts):
                         array = f"{name}/lanes/{number}/chunks/{place}/{i}"
                         yield array, (size or self.arrays[array].shape, kind)
                 if self.seen > lane["pad"]:
-                    size = batch, heads, self.seen - lane["pad"] - sealed, shape.head_dim
-                    yield from ((f"{name}/lanes/{number}/{side}", (size, dtype)) for side in ("keys", "values"))
+                    exact = batch, heads, self.seen - lane["pad"] - sealed, shape.head_dim
+                    yield from ((f"{name}/lanes/{number}/{side}", (exact, dtype)) for side in ("keys", "values"))
 
 
 def sealed_bits(stores: Sequence[LayerCache]) -> float:

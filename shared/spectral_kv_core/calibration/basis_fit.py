@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import IO
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from ..arrays import ops
 from ..arrays.basis import fit_basis
 from ..arrays.rope import shift, unrotate
 from ..arrays.transform import band_sizes, octave_bands, time_matrix, to_frequency
+from ..errors import UsageError
 from ..planning.methods import GROUPS
 from ..profile.basis_set import HISTOGRAM_BINS, HISTOGRAM_LIMIT, BasisSet
 from ..profile.model_shape import ModelShape
@@ -43,13 +45,31 @@ def fit_basis_set(
     the first `positions` tokens (0: left where it is); moving is exact, RoPE being a rotation.
     """
     if group not in GROUPS:
-        raise ValueError(f"Expected a group in {GROUPS}, received {group!r}.")
+        raise UsageError(f"Expected a group in {GROUPS}, received {group!r}.")
+    result, layer_groups = _empty_set(shape, group, rope, time, block), shape.layer_groups(group)
+    pooled, groups = np.zeros(HISTOGRAM_BINS, np.int64), result.mean.shape[1]
+    copies = SPREAD if rope == "post" and shape.rope is not None and positions else 1
+    with tempfile.TemporaryFile() as shelf:  # histograms wait here for the tables that they are costed with
+        for row, layers in enumerate(progress(layer_groups)):
+            numbers = tuple(map(shape.layers.index, layers))
+            documents = _Documents(spool, numbers, shape, rope, groups, block, positions, copies)
+            part = _narrowed(result, 2 * shape.kv_heads * len(layers) // groups, shape.head_dim)
+            _fit_basis(part, row, documents)
+            np.save(shelf, _fit_spectrum(part, row, documents, pooled))
+        result.levels, result.histogram = empirical_tables(pooled, HISTOGRAM_LIMIT), pooled
+        shelf.seek(0)
+        _fit_costs(result, shelf)
+    return result.rounded()
+
+
+def _empty_set(shape: ModelShape, group: str, rope: str, time: str, block: int) -> BasisSet:
+    """A basis set of full rank that has its sizes and nothing in it."""
     layer_groups = shape.layer_groups(group)
     rows, heads = len(layer_groups), 2 * shape.kv_heads * max(map(len, layer_groups))
     groups = {"head": heads, "side": 2}.get(group, 1)
     members = heads // groups
     channels, bands = members * shape.head_dim, len(band_sizes(block))
-    result = BasisSet(
+    return BasisSet(
         group,
         rope,
         time,
@@ -62,25 +82,6 @@ def fit_basis_set(
         cost=np.zeros((rows, groups, channels, bands, len(BIT_WIDTHS)), np.float32),
         levels={},
     )
-    pooled = np.zeros(HISTOGRAM_BINS, np.int64)
-    copies = SPREAD if rope == "post" and shape.rope is not None and positions else 1
-    with (
-        tempfile.TemporaryFile() as shelf
-    ):  # gradient-weighted histograms wait here for the tables they are costed with
-        for row, layers in enumerate(progress(layer_groups)):
-            numbers = tuple(map(shape.layers.index, layers))
-            documents = _Documents(spool, numbers, shape, rope, groups, block, positions, copies)
-            part = _narrowed(result, 2 * shape.kv_heads * len(layers) // groups, shape.head_dim)
-            _fit_basis(part, row, documents)
-            np.save(shelf, _fit_spectrum(part, row, documents, pooled))
-        result.levels, result.histogram = empirical_tables(pooled, HISTOGRAM_LIMIT), pooled
-        errors = _cell_errors(result.levels)
-        shelf.seek(0)
-        for row in range(len(layer_groups)):
-            weighted = np.load(shelf)  # [G, R, F, cells], R of this row
-            rank = weighted.shape[1]
-            result.cost[row, :, :rank] = (weighted @ errors) * result.variance[row, :, :rank, :, None]
-    return result.rounded()
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ def _fit_spectrum(basis_set: BasisSet, row: int, documents: _Documents, pooled: 
             y = _coefficients(basis_set, row, (x - basis_set.mean[row][:, None]) * weights)
             yield y, np.square(_coefficients(basis_set, row, g / weights)).mean(0)  # over label samples
 
-    energy, slope, count = 0.0, 0.0, 0
+    energy, slope, count = np.zeros(()), np.zeros(()), 0
     for y, importance in spectra():
         energy = energy + np.square(y).sum(1, dtype=np.float64)
         slope = slope + importance.sum(1, dtype=np.float64)
@@ -204,6 +205,15 @@ def _fit_spectrum(basis_set: BasisSet, row: int, documents: _Documents, pooled: 
 def _per_band(x: np.ndarray, bands: np.ndarray) -> np.ndarray:
     """Mean over the frequencies of every band: [G, block, R] -> [G, R, F]."""
     return np.stack([x[:, bands == f].mean(1) for f in range(bands.max() + 1)], axis=-1)
+
+
+def _fit_costs(basis_set: BasisSet, shelf: IO[bytes]) -> None:
+    """Costs of every row from its histogram on the `shelf`, as `_fit_spectrum` left it, and the tables of the set."""
+    errors = _cell_errors(basis_set.levels)
+    for cost, variance in zip(basis_set.cost, basis_set.variance):
+        weighted = np.load(shelf)  # [G, R, F, cells], R of this row
+        rank = weighted.shape[1]
+        cost[:, :rank] = (weighted @ errors) * variance[:, :rank, :, None]
 
 
 def _cell_errors(levels: dict[int, np.ndarray]) -> np.ndarray:

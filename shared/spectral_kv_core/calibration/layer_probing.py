@@ -20,14 +20,14 @@ from ..arrays import ops
 from ..arrays.divergence import divergence
 from ..codecs.registry import make_codec
 from ..codecs.spectral import SpectralPlan
+from ..planning.budget import SINKS, WINDOW
 from ..planning.methods import DEFAULT_METHOD, METHODS
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
 
-PROBED = METHODS[DEFAULT_METHOD].basis_set
+PROBED = "head.post"  # the basis set of the method that is probed
 DOCUMENTS = 9  # of a calibration, evenly spaced
 BITS = 1.0  # enough of an error to show in half precision, little enough to add up over layers
-SINKS, WINDOW = 4, 64  # tokens that a cache keeps exactly
 PLACES = 4  # layers at which the noise of the model's own precision is measured
 NOISE = 2.0**-9  # relative size of an error that a cache in bfloat16 has by itself
 LARGEST = 32.0  # factor between what is measured and what costs say, at most; as much less at least

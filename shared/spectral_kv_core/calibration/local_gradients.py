@@ -27,10 +27,10 @@ def local_gradients(
     output = p @ values
     size = np.sqrt(np.square(output, dtype=np.float64).mean()) + 1e-30  # a layer of zeros has no gradient either
     old = tokens - length
-    sides = ([], [])
+    by_key, by_value = [], []
     for _ in range(samples):
         probe = rng.standard_normal(output.shape, np.float32) / np.float32(size)
         by_score = p * (probe @ np.swapaxes(values, -1, -2) - (probe * output).sum(-1, keepdims=True))
-        sides[0].append((np.swapaxes(by_score, -1, -2) @ rows)[:, :old])
-        sides[1].append((np.swapaxes(p, -1, -2) @ probe)[:, :old])
-    return np.stack(sides[0]), np.stack(sides[1])
+        by_key.append((np.swapaxes(by_score, -1, -2) @ rows)[:, :old])
+        by_value.append((np.swapaxes(p, -1, -2) @ probe)[:, :old])
+    return np.stack(by_key), np.stack(by_value)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..arrays import ops
-from ..arrays.rope import Rope, unrotate
+from ..arrays.rope import Rope, pair_slices, unrotate
+from ..errors import UsageError
 
 
 @dataclass
@@ -19,14 +20,14 @@ class Moments:
     scatter: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     def update(self, x: np.ndarray) -> None:
-        """Take in `x` [..., n, D]; raises ValueError on NaN or infinity."""
+        """Take in `x` [..., n, D]; raises UsageError on NaN or infinity."""
         x = np.asarray(x, np.float64)
         if not np.isfinite(x).all():
-            raise ValueError("Expected finite activations, received NaN or infinity: check the weights and the dtype.")
+            raise UsageError("Expected finite activations, received NaN or infinity: check the weights and the dtype.")
         n = x.shape[-2]
         mean = x.mean(-2)
-        centred = x - mean[..., None, :]
-        scatter = np.swapaxes(centred, -1, -2) @ centred
+        centered = x - mean[..., None, :]
+        scatter = np.swapaxes(centered, -1, -2) @ centered
         if self.count == 0:
             self.count, self.mean, self.scatter = n, mean, scatter
             return
@@ -38,7 +39,7 @@ class Moments:
 
     @property
     def covariance(self) -> np.ndarray:
-        """[..., D, D], normalised by the number of vectors."""
+        """[..., D, D], normalized by the number of vectors."""
         return self.scatter / max(self.count, 1)
 
 
@@ -46,7 +47,8 @@ class QueryMoments:
     """Mean, covariance and rotary amplitudes of the queries [Hq, T, D] of one layer, before RoPE."""
 
     def __init__(self, kv_heads: int, rope: Rope | None):
-        self.kv_heads, self.rope, self.moments, self.length = kv_heads, rope, Moments(), 0.0
+        self.kv_heads, self.rope, self.moments = kv_heads, rope, Moments()
+        self.length = np.zeros(())  # summed over the tokens: [Hq, pairs] from the first document on
 
     def update(self, queries: np.ndarray) -> None:
         """Take in the queries of a document from position 0 on, as RoPE left them."""
@@ -56,12 +58,9 @@ class QueryMoments:
         # keys and queries both carry the factor `scaling`: with it twice here, plain keys give the model's scores
         queries = unrotate(ops, queries, self.rope, 0) * self.rope.scaling**2
         self.moments.update(queries)
-        half = self.rope.rotary_dim // 2
-        if self.rope.interleaved:
-            first, second = queries[..., 0 : 2 * half : 2], queries[..., 1 : 2 * half : 2]
-        else:
-            first, second = queries[..., :half], queries[..., half : 2 * half]
-        self.length = self.length + np.hypot(first, second).sum(1, dtype=np.float64)
+        first, second = pair_slices(self.rope)
+        lengths = np.hypot(queries[..., first], queries[..., second])
+        self.length = self.length + lengths.sum(1, dtype=np.float64)
 
     def result(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Fields of `QueryStatistics` for this layer: mean [Hq, D], root [H, D, D], amplitude [Hq, pairs]."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from ..errors import UsageError
 from ..hosts.demo_model import demo_model_path
+from ..hosts.protocol import Captures, Models
 from ..planning.methods import BASIS_SETS, Method
-from ..profile.basis_set import JOINT, PAIRS
+from ..profile.basis_set import JOINT, PAIRS, BasisSet
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile, QueryStatistics
 from ..profile.store import auto_profile, name_passed_layers, warn_if_other_weights
@@ -28,18 +31,46 @@ MAX_POSITIONS = 32768
 SCORED_SHARE = 16  # the last sixteenth of a document is scored: its gradients reach the tokens before it
 
 
-class ProfilerBase(ABC):
-    """Makes the profile of a model from one pass over calibration text; a backend adds the abstract methods.
+class ProfilerBase:
+    """Makes the profile of a model from one pass over calibration text; a backend adds its modules.
 
-    target_energy: what `Profile.summary` reports ranks at; tokens: calibration tokens in all; document: tokens of one
-    document, which bounds the memory needed; samples: label samples per document; seed: of the labels;
-    positions: context length that post-RoPE keys are prepared for (default: the model's own, at most 32,768);
-    gradients: False takes the gradients of every layer's own attention output in place of those of the scored tokens'
-    probability: no backward pass and a fraction of the memory, at a price in quality (results/experiments.md);
-    probes: False leaves the costs of layers as gradients have them, instead of measuring what coding each alone does;
-    basis_sets: which ways of grouping vectors the profile covers (`group.rope`; default: those of all methods but
-    the -pairs methods and kvtc); pairs, joint: that of the -pairs methods, of kvtc, too.
+    The source of the costs, and what they leave out, is docs/decisions/rate-distortion.md.
+
+    Args:
+        target_energy: Share of the variance, in (0, 1], that `SpectralProfile.summary` reports ranks at.
+        tokens: Calibration tokens in all, 64 or more.
+        document: Tokens of one document, 64 or more: it bounds the memory that is needed.
+        samples: Label samples per document.
+        seed: Seed of the labels.
+        positions: Context length in tokens that post-RoPE keys are prepared for. Default: the model's own, at most 32,768.
+        gradients: False takes the gradients of every layer's own attention output instead of those of the scored tokens'
+            probability. That needs no backward pass and a fraction of the memory, at a price in quality
+            (results/experiments.md).
+        probes: False keeps the costs of layers as gradients have them. True measures what coding each layer alone does.
+        basis_sets: Which ways of grouping vectors the profile covers, as `group.rope`. Default: those of all methods but
+            the `-pairs` methods and `kvtc`.
+        progress: Whether to show progress bars.
+        pairs: Whether to add the basis set of the `-pairs` methods.
+        joint: Whether to add the basis set of `kvtc`.
+
+    Raises:
+        UsageError: An argument is out of range. `profile_from_model` raises it for a model without layers to compress, for
+            text that is too short, and for activations that are not finite.
+
+    Examples:
+        >>> from spectral_kv_torch import SpectralProfiler, load_model  # spectral_kv_mlx has the same
+        >>> from spectral_kv_core.hosts.demo_model import demo_model_path
+        >>> model, tokenizer = load_model(demo_model_path())
+        >>> text = "The sea is a place of endless wonder. " * 9  # a real profile takes the defaults, and no text
+        >>> quick = SpectralProfiler(tokens=64, document=64, gradients=False, probes=False, basis_sets=("head.post",))
+        >>> profile = quick.profile_from_model(model, tokenizer, texts=[text])
+        >>> profile.calibration["documents"], sorted(profile.basis_sets)
+        (1, ['head.post'])
     """
+
+    models: Models
+    captures: Captures
+    xp: Any = None
 
     def __init__(
         self,
@@ -57,47 +88,69 @@ class ProfilerBase(ABC):
         joint: bool = False,
     ):
         if not 0 < target_energy <= 1:
-            raise ValueError(f"Expected target_energy in (0, 1], received {target_energy}.")
+            raise UsageError(f"Expected target_energy in (0, 1], received {target_energy}.")
         if min(tokens, document) < 64:
-            raise ValueError(f"Expected at least 64 tokens, received {min(tokens, document)}.")
+            raise UsageError(f"Expected at least 64 tokens, received {min(tokens, document)}.")
         self.target_energy, self.tokens, self.document = target_energy, tokens, document
         self.samples, self.seed, self.positions, self.progress = samples, seed, positions, progress
         self.gradients, self.probes = gradients, probes
         self.basis_sets = tuple(dict.fromkeys((*basis_sets, *[PAIRS] * pairs, *[JOINT] * joint)))
         for name in self.basis_sets:
             if name not in (known := (*BASIS_SETS, PAIRS, JOINT)):
-                raise ValueError(f"Expected basis sets among {', '.join(known)}, received {name!r}.")
+                raise UsageError(f"Expected basis sets among {', '.join(known)}, received {name!r}.")
 
-    @abstractmethod
     def load(self, name: str, quantize: str | None = None):
         """Model and tokenizer of a directory or hub id; quantize: `4bit` or `8bit` weights."""
+        return self.models.load_model(name, None, quantize)
 
-    @abstractmethod
     def describe(self, model) -> tuple[ModelShape, dict[int, str], str, str, int | None]:
         """Shape, passed-through layers with reasons, weights digest, name, and the context it was made for."""
+        models = self.models
+        shape, passed = models.model_shape(model)
+        return shape, passed, models.weights_digest(model), models.model_name(model), models.max_context(model)
 
-    @abstractmethod
     def activations(self, model, shape: ModelShape, tokens: list[int]) -> Iterator[tuple]:
         """Per compressible layer, float32 NumPy: queries [Hq, T, D] times the attention scale, keys, values [H, T, D]."""
+        cache = self.captures.capture(model, tokens)
+        for layer_idx in shape.layers:
+            yield self._arrays(cache, layer_idx)
 
-    @abstractmethod
     def probe(self, model, shape: ModelShape, tokens: list[int], scored: int) -> tuple[list, LogProbabilities]:
         """A document as `layer_probing.probed` takes it, whose last `scored` tokens are predicted."""
+        captures, to_numpy = self.captures, self.xp.to_numpy
+        outputs: dict[int, Any] = {}
+        cache = captures.capture(model, tokens[:-scored])
+        layers = [captures.captured(cache, layer_idx) for layer_idx in shape.layers]
 
-    @abstractmethod
+        def log_p(changed: dict[int, tuple]) -> np.ndarray:
+            by_index = {shape.layers[n]: arrays for n, arrays in changed.items()}
+            return to_numpy(captures.probed_log_probabilities(model, cache, tokens[-scored:], by_index, outputs))
+
+        return [(to_numpy(layer.keys), to_numpy(layer.values)) for layer in layers], log_p
+
     def vectors(self, model, shape: ModelShape, tokens: list[int], scored: int, seed: int) -> Iterator[tuple]:
         """Per compressible layer, as float32 NumPy arrays, of all but the last `scored` tokens:
 
         queries [Hq, T, D] times the attention scale, keys and values [H, T, D], and the gradients [S, H, T, D] of the
         scored tokens' log probability with respect to keys and values.
         """
+        cache = self.captures.capture(model, tokens[:-scored])
+        gradients = self.captures.score_gradients(model, cache, tokens[-scored:], self.samples, seed)
+        for layer_idx in shape.layers:
+            sides = [np.stack([self.xp.to_numpy(sample[layer_idx][side]) for sample in gradients]) for side in (0, 1)]
+            yield *self._arrays(cache, layer_idx), *sides
+
+    def _arrays(self, cache, layer_idx: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Queries times the attention scale, keys and values of a captured layer of batch 1."""
+        layer, to_numpy = self.captures.captured(cache, layer_idx), self.xp.to_numpy
+        return to_numpy(layer.queries[0]) * layer.scale, to_numpy(layer.keys[0]), to_numpy(layer.values[0])
 
     def profile_from_model(
         self, model, tokenizer=None, texts: list[str] | None = None, name: str = "", quantize: str | None = None
     ) -> Profile:
         """Calibrate `model` (an object, a directory, a hub id or demo) on `texts` (default: the packaged ones).
 
-        quantize: weights that are loaded by name are first quantized, `4bit` or `8bit`. Raises ValueError for a model
+        quantize: weights that are loaded by name are first quantized, `4bit` or `8bit`. Raises UsageError for a model
         without compressible layers, or without any to pair where pairs are asked for, too little text, or NaN in
         activations.
         """
@@ -105,13 +158,13 @@ class ProfilerBase(ABC):
             name, path = name or str(model), str(demo_model_path()) if model == "demo" else str(model)
             model, tokenizer = self.load(path, quantize)
         elif quantize is not None:
-            raise ValueError(
+            raise UsageError(
                 f"Expected quantize with the name of a model to load, received it with a {type(model).__name__}. "
                 "Quantize the model first, or pass its directory or hub id."
             )
         shape, passed, digest, own_name, context = self.describe(model)
         if not shape.layers:
-            raise ValueError(
+            raise UsageError(
                 f"Expected full-attention layers, received only: {', '.join(sorted(set(passed.values())))}."
             )
         for key in self.basis_sets:
@@ -119,52 +172,23 @@ class ProfilerBase(ABC):
         text_name = TEXT_NAME if texts is None else "own text"
         texts = load_default_texts() if texts is None else texts
         documents = split_documents(texts, tokenizer.encode, self.document, self.tokens)
-        moments = [QueryMoments(shape.kv_heads, shape.rope) for _ in shape.layers]
+        positions = self.positions or min(context or MAX_POSITIONS, MAX_POSITIONS)
         with Spool() as spool:
-            for d, tokens in enumerate(self._bar(documents, "Reading text")):
-                scored = max(len(tokens) // SCORED_SHARE, 16)
-                seed = self.seed * len(documents) + d
-                vectors = (self.vectors if self.gradients else self._local)(model, shape, tokens, scored, seed)
-                for row, (queries, *captured) in enumerate(vectors):
-                    moments[row].update(queries)
-                    spool.add(row, d, *captured)
-            positions = self.positions or min(context or MAX_POSITIONS, MAX_POSITIONS)
-            spread = max(positions - self.document, 0)  # a document starts here at the latest
-            sets = {}
-            for key in self.basis_sets:
-                if key == JOINT:
-                    sets[key] = fit_joint_set(
-                        spool, shape, self.seed, lambda steps: self._bar(steps, f"Fitting {JOINT}")
-                    )
-                    continue
-                group, rope = key.split(".")
-                sets[key] = fit_basis_set(
-                    spool,
-                    shape,
-                    group,
-                    rope,
-                    positions=spread,
-                    progress=lambda steps, key=key: self._bar(steps, f"Fitting {key}"),
-                )
+            queries = self._read_documents(model, shape, documents, spool)
+            sets = self._fit_basis_sets(shape, spool, positions)
         probes = documents[:: -(-len(documents) // DOCUMENTS)] if self.probes and PROBED in sets else []
         calibration = {
             "text": text_name,
             "text_sha256": text_digest(texts),
             "documents": len(documents),
             "tokens": sum(map(len, documents)),
-            "document": self.document,
-            "samples": self.samples,
-            "seed": self.seed,
-            "gradients": "score" if self.gradients else "local",
+            **self._describe_calibration(),
             "positions": positions,
-            "target_energy": self.target_energy,
             "probed": len(probes),
         }
-        queries = QueryStatistics(*map(np.stack, zip(*(m.result() for m in moments))))
         profile = Profile(shape, name or own_name, calibration, sets, queries, digest)
         if probes:
-            bar = self._bar(probes, "Measuring layers")
-            probed(shape, profile, (self.probe(model, shape, x, max(len(x) // SCORED_SHARE, 16)) for x in bar))
+            self._probe_layers(model, profile, probes)
         return profile
 
     def profile_for(
@@ -172,11 +196,11 @@ class ProfilerBase(ABC):
     ) -> tuple[ModelShape, dict[int, str], Profile | None]:
         """Shape of `model`, layers that pass through, and what `method` reads: the profile given, found, or made now.
 
-        Raises ValueError for a model without layers to compress.
+        Raises UsageError for a model without layers to compress.
         """
         shape, passed, digest, _, _ = self.describe(model)
         if not shape.layers:
-            raise ValueError(
+            raise UsageError(
                 f"Expected full-attention layers to compress, received only: {', '.join(set(passed.values()))}."
             )
         if profile is None and method.profile_set:
@@ -184,10 +208,48 @@ class ProfilerBase(ABC):
             profiler.basis_sets = tuple(dict.fromkeys((*self.basis_sets, method.profile_set)))
             profile = auto_profile(shape, method.profile_set, lambda: profiler.profile_from_model(model, tokenizer))
         name_passed_layers(passed)
-        if method.profile_set:
+        if profile is not None and method.profile_set:
             profile.check(shape)
             warn_if_other_weights(profile, digest)
         return shape, passed, profile
+
+    def _read_documents(self, model, shape: ModelShape, documents: list[list[int]], spool: Spool) -> QueryStatistics:
+        """Put what every layer makes of `documents` on the `spool`; returns the statistics of the queries."""
+        moments = [QueryMoments(shape.kv_heads, shape.rope) for _ in shape.layers]
+        for d, tokens in enumerate(self._bar(documents, "Reading text")):
+            seed = self.seed * len(documents) + d
+            made = (self.vectors if self.gradients else self._local)(model, shape, tokens, _scored(tokens), seed)
+            for row, (queries, *captured) in enumerate(made):
+                moments[row].update(queries)
+                spool.add(row, d, *captured)
+        return QueryStatistics(*map(np.stack, zip(*(m.result() for m in moments))))
+
+    def _fit_basis_sets(self, shape: ModelShape, spool: Spool, positions: int) -> dict[str, BasisSet]:
+        """All of `basis_sets` by name, post-RoPE keys for contexts of `positions` tokens."""
+        spread, sets = max(positions - self.document, 0), {}  # a document starts there at the latest
+        for key in self.basis_sets:
+            progress = partial(self._bar, what=f"Fitting {key}")
+            if key == JOINT:
+                sets[key] = fit_joint_set(spool, shape, self.seed, progress)
+                continue
+            group, rope = key.split(".")
+            sets[key] = fit_basis_set(spool, shape, group, rope, positions=spread, progress=progress)
+        return sets
+
+    def _probe_layers(self, model, profile: Profile, documents: list[list[int]]) -> None:
+        """Set the costs of `profile` to what coding a layer alone does to `documents` (`layer_probing`)."""
+        shape, bar = profile.shape, self._bar(documents, "Measuring layers")
+        probed(shape, profile, (self.probe(model, shape, tokens, _scored(tokens)) for tokens in bar))
+
+    def _describe_calibration(self) -> dict:
+        """What a profile says about the options that it was made with."""
+        return {
+            "document": self.document,
+            "samples": self.samples,
+            "seed": self.seed,
+            "gradients": "score" if self.gradients else "local",
+            "target_energy": self.target_energy,
+        }
 
     def _local(self, model, shape: ModelShape, tokens: list[int], scored: int, seed: int) -> Iterator[tuple]:
         """As `vectors`, with the gradients of every layer's own attention output."""
@@ -198,3 +260,8 @@ class ProfilerBase(ABC):
 
     def _bar(self, steps, what: str):
         return tqdm(steps, desc=what, disable=not self.progress, leave=False)
+
+
+def _scored(tokens: list[int]) -> int:
+    """How many of the last tokens of a document are scored."""
+    return max(len(tokens) // SCORED_SHARE, 16)

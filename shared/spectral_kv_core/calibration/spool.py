@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import UsageError
+
 
 class Spool:
     """Captured vectors of every layer and document, on disk in float16 around each document's mean.
@@ -27,11 +29,11 @@ class Spool:
         self._folder.cleanup()
 
     def add(self, row: int, document: int, keys, values, key_gradients, value_gradients) -> None:
-        """Store layer number `row` of one document; raises ValueError on NaN or infinity."""
+        """Store layer number `row` of one document; raises UsageError on NaN or infinity."""
         x = np.concatenate([keys, values]).astype(np.float32)
         gradients = np.concatenate([key_gradients, value_gradients], axis=1).astype(np.float32)
         if not (np.isfinite(x).all() and np.isfinite(gradients).all()):
-            raise ValueError(
+            raise UsageError(
                 f"Expected finite activations, compressible layer {row} has NaN or infinity: check the weights and the dtype."
             )
         mean = x.mean(1, keepdims=True)
@@ -53,8 +55,8 @@ class Spool:
         The keys of all of these layers come first, layer by layer; H counts the heads of all of them.
         """
         for document in range(self.documents):
-            layers = [self._load(row, document) for row in rows]
-            yield tuple(_keys_first(arrays) for arrays in zip(*layers))
+            vectors, gradients = zip(*(self._load(row, document) for row in rows))
+            yield _keys_first(vectors), _keys_first(gradients)
 
     def _load(self, row: int, document: int) -> tuple[np.ndarray, np.ndarray]:
         with np.load(self._path(row, document)) as arrays:

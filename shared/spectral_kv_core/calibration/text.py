@@ -9,6 +9,8 @@ from importlib.resources import files
 from itertools import cycle
 from pathlib import Path
 
+from ..errors import UsageError
+
 #: Identifies the shipped text; a change to any of its files needs a new name.
 TEXT_NAME = "default-v2"
 KINDS = ("encyclopedia", "prose", "code", "dialogue")
@@ -20,7 +22,7 @@ _DOCUMENT_BREAK = "\n\f\n"
 def load_kind(kind: str) -> list[str]:
     """Documents of one shipped kind, in file order."""
     if kind not in KINDS:
-        raise ValueError(f"expected a kind of calibration text out of {', '.join(KINDS)}, got {kind!r}")
+        raise UsageError(f"expected a kind of calibration text out of {', '.join(KINDS)}, got {kind!r}")
     resource = files("spectral_kv_core") / "data" / "calibration" / f"{kind}.txt"
     text = resource.read_bytes().decode("utf-8").replace("\r\n", "\n")
     return [document.strip("\n") + "\n" for document in text.split(_DOCUMENT_BREAK) if document.strip()]
@@ -29,12 +31,13 @@ def load_kind(kind: str) -> list[str]:
 def load_default_texts() -> list[str]:
     """The shipped documents, dealt out in turn: any prefix is a mixture."""
     left = {kind: load_kind(kind) for kind in KINDS}
-    texts = []
-    for kind in cycle(DEAL):
-        if not any(left.values()):
-            return texts
+    texts: list[str] = []
+    turns = cycle(DEAL)
+    while any(left.values()):
+        kind = next(turns)
         if left[kind]:
             texts.append(left[kind].pop(0))
+    return texts
 
 
 def load_texts(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[str]:
@@ -43,13 +46,13 @@ def load_texts(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]])
         paths = [paths]
     texts = [_read_text(Path(path)) for path in paths]
     if not texts:
-        raise ValueError("expected at least one file of calibration text, got none; name one or use the default text")
+        raise UsageError("expected at least one file of calibration text, got none; name one or use the default text")
     return texts
 
 
 def _read_text(path: Path) -> str:
     if path.is_dir():
-        raise ValueError(
+        raise UsageError(
             f"expected a UTF-8 text file as calibration text, got the directory {path}; name the files in it"
         )
     if not path.exists():
@@ -59,12 +62,12 @@ def _read_text(path: Path) -> str:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise UsageError(
             f"expected UTF-8 calibration text, but {path} has undecodable bytes at offset {error.start}; "
             "convert the file to UTF-8 or leave it out"
         ) from error
     if not text.strip():
-        raise ValueError(f"expected calibration text, but {path} is empty or holds only white space; leave it out")
+        raise UsageError(f"expected calibration text, but {path} is empty or holds only white space; leave it out")
     return text.replace("\r\n", "\n")
 
 
@@ -83,7 +86,7 @@ def split_documents(
 ) -> list[list[int]]:
     """Token documents of at most `length` tokens, `total` tokens in all: first pieces of every text, then second ones.
 
-    Raises ValueError when the texts give fewer than 64 tokens.
+    Raises UsageError when the texts give fewer than 64 tokens.
     """
     pieces = []
     for text in texts:
@@ -97,7 +100,5 @@ def split_documents(
                 documents.append(piece[depth][: max(total - count, 64)])
                 count += len(documents[-1])
     if not documents:
-        raise ValueError(
-            "Expected calibration texts of at least 64 tokens, received less. Give longer text with --text."
-        )
+        raise UsageError("Expected calibration texts of at least 64 tokens, received less. Give longer `texts`.")
     return documents

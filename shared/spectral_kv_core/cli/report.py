@@ -6,7 +6,7 @@ import argparse
 
 from ..plotting.report_page import write_report
 from ..plotting.results import read_results
-from .commands import _check_output
+from .options import check_output
 
 NAME = "report"
 HELP = "write one HTML page with the pictures, plans and tables of results and profiles"
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Write the page; what has no picture is named in it with the reason."""
-    _check_output(args.output)
+    check_output(args.output)
     result = write_report(read_results(args.results, args.bits), args.output)
     if not args.json:
         print(f"Saved {result['output']} ({result['bytes']:,} bytes)")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ..arrays.basis import effective_rank, rank_for_energy
 from ..arrays.transform import band_sizes
@@ -16,6 +18,41 @@ from ..cache.prompt_cache_file import PromptFile
 from ..codecs.transform import TransformPlan
 from ..planning.plan import Plan
 from ..profile.basis_set import BasisSet
+from ..profile.profile import Profile
+from .output import printable, without_control
+
+
+class Terminal(Console):
+    """A console that leaves a broken pipe to `main`, and text of files without a meaning of its own."""
+
+    def __init__(self, width: int | None = None):
+        """`width`: columns where there is no terminal to ask."""
+        super().__init__(highlight=False, markup=False, emoji=False)
+        if width is not None and not self.is_terminal:
+            self.width = width
+
+    def on_broken_pipe(self) -> None:
+        raise  # rich would end the program
+
+
+def print_table(
+    rows: Iterable[Sequence[str]],
+    columns: Sequence[str],
+    title: str | None = None,
+    *,
+    left: Sequence[str] | None = None,
+    width: int | None = None,
+) -> None:
+    """Print `rows` under the names of their `columns`, of which those in `left`, or the first, are not set to the right."""
+    table = Table(box=None, pad_edge=False)
+    for name in columns:
+        table.add_column(Text(name), justify="left" if name in (columns[:1] if left is None else left) else "right")
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    console = Terminal(width)
+    if title is not None:
+        console.print(title, style="bold")
+    console.print(table)
 
 
 class Stream:
@@ -26,45 +63,49 @@ class Stream:
         self.new_text, self.text = new_text, new_text()
 
     def title(self, text: str) -> None:
-        Console(highlight=False).print(f"[bold]--- {text}[/bold]")
+        Terminal().print(f"--- {text}", style="bold")
 
     def token(self, token: int) -> None:
         if text := self.text.token(token):
-            print(text, end="", flush=True)
+            print(without_control(text), end="", flush=True)
 
     def end(self) -> None:
-        print(self.text.end(), flush=True)
+        print(without_control(self.text.end()), flush=True)
         self.text = self.new_text()
+
+
+_GENERATION_ROWS = (  # label, key of a result, format
+    ("prompt tokens", "prompt_tokens", "{:,}"),
+    ("generated tokens", "generated_tokens", "{:,}"),
+    ("cache bytes", "cache_bytes", "{:,}"),
+    ("bits per element", "bits_per_element", "{:.2f}"),
+    ("times smaller than 16 bits", "compression", "{:.2f}"),
+    ("shared tables, bytes", "table_bytes", "{:,}"),
+    ("prefill tokens/s", "prefill_tokens_per_s", "{:.1f}"),
+    ("decode tokens/s", "decode_tokens_per_s", "{:.1f}"),
+)
 
 
 def print_generation(result: dict) -> None:
     """Bytes, quality and speed, beside the plain cache's where it ran."""
-    table = Table(box=None, pad_edge=False)
-    own = f"{result['method']}, stored" if "file_method" in result else result["method"]
-    columns = [own, *(["plain"] if "dense" in result else [])]
-    runs = [result, *([result["dense"]] if "dense" in result else [])]
-    table.add_column("")
-    for name in columns:
-        table.add_column(name, justify="right")
-
-    def row(label: str, key: str, form: str) -> None:
-        table.add_row(label, *(form.format(run[key]) if key in run else "" for run in runs))
-
-    row("prompt tokens", "prompt_tokens", "{:,}")
-    row("generated tokens", "generated_tokens", "{:,}")
-    row("cache bytes", "cache_bytes", "{:,}")
-    row("bits per element", "bits_per_element", "{:.2f}")
-    row("times smaller than 16 bits", "compression", "{:.2f}")
-    row("shared tables, bytes", "table_bytes", "{:,}")
-    row("prefill tokens/s", "prefill_tokens_per_s", "{:.1f}")
-    row("decode tokens/s", "decode_tokens_per_s", "{:.1f}")
-    console = Console(highlight=False)
-    console.print(table)
+    names, runs = [f"{result['method']}, stored" if "file_method" in result else result["method"]], [result]
+    if "dense" in result:
+        names, runs = [*names, "plain"], [*runs, result["dense"]]
+    rows = [
+        (label, *(form.format(run[key]) if key in run else "" for run in runs)) for label, key, form in _GENERATION_ROWS
+    ]
+    print_table(rows, ("", *names))
     if "kl" in result:
-        console.print(
+        Terminal().print(
             f"against the plain cache over {result['scored_tokens']} tokens: KL {result['kl']:.4f} nats/token, "
             f"top-1 agreement {result['top1']:.1%}, perplexity {result['nd_ppl']:+.1%}"
         )
+
+
+def print_profile(profile: Profile) -> None:
+    """A profile's summary; the name of its model is a text out of a file."""
+    for line in replace(profile, model=printable(profile.model)).summary().splitlines():
+        print(without_control(line))
 
 
 def basis_set_summary(basis_set: BasisSet) -> dict:
@@ -109,26 +150,23 @@ def plan_summary(plan: Plan) -> dict:
 def print_plan(plan: Plan) -> None:
     """The plan as a table, a row per layer."""
     summary = plan_summary(plan)
-    console = Console(highlight=False)
-    console.print(
+    Terminal().print(
         f"Plan: {summary['method']} at {summary['bits']:g} bits: {summary['bits_per_element']:.4f} stored bits per element"
     )
     if "layers" not in summary:
         return
-    table = Table(box=None, pad_edge=False)
-    for name in ("layer", "bits per key element", "bits per value element"):
-        table.add_column(name, justify="right")
     values = summary["value_bits"] if summary["value_bits"] is not None else summary["key_bits"]
-    for layer, k, v in zip(summary["layers"], summary["key_bits"], values):
-        table.add_row(str(layer).strip("[]"), f"{k:.2f}", f"{v:.2f}")
-    console.print(table)
+    sides = zip(summary["layers"], summary["key_bits"], values)
+    rows = [(str(layer).strip("[]"), f"{k:.2f}", f"{v:.2f}") for layer, k, v in sides]
+    print_table(rows, ("layer", "bits per key element", "bits per value element"), left=())
     total = sum(summary["coefficients_by_width"].values())
     shares = ", ".join(f"{b} bits {n / total:.0%}" for b, n in summary["coefficients_by_width"].items())
-    console.print(f"Coefficients by width: {shares}")
+    Terminal().print(f"Coefficients by width: {shares}")
 
 
 def prompt_file_summary(file: PromptFile) -> dict:
     """What a stored prompt cache holds, for JSON."""
+    assert file.path is not None  # it was loaded
     size = file.size()
     return {
         "prompt_cache": file.path,
@@ -155,84 +193,52 @@ def prompt_file_summary(file: PromptFile) -> dict:
 
 def print_prompt_file(summary: dict) -> None:
     """A stored prompt cache: what made it, and where its bytes are."""
-    console = Console(highlight=False)
-    console.print(
-        f"Prompt cache: {summary['prompt_tokens']:,} tokens of {summary['model'] or 'an unnamed model'}, "
+    Terminal().print(
+        f"Prompt cache: {summary['prompt_tokens']:,} tokens of {printable(summary['model'] or 'an unnamed model')}, "
         f"{summary['method']} at {summary['bits']:.3g} bits, {summary['sinks']} sinks, window {summary['window']}"
     )
-    table = Table(box=None, pad_edge=False)
-    table.add_column("bytes")
-    table.add_column("", justify="right")
     parts = summary["bytes_by_part"]
     rows = {"codes": parts["codes"], "exact sinks and window": parts["exact"], "layers passed through": parts["passed"]}
     rows |= {
         "file, header and token ids included": summary["file_bytes"],
         "plain cache at 16 bits": summary["dense_bytes"],
     }
-    for label, number in rows.items():
-        table.add_row(label, f"{number:,}")
-    console.print(table)
-    console.print(
+    print_table([(label, f"{number:,}") for label, number in rows.items()], ("bytes", ""))
+    Terminal().print(
         f"The file is {summary['dense_bytes'] / summary['file_bytes']:.1f} times smaller than the plain cache."
     )
 
 
 def print_methods(rows: list[dict]) -> None:
     """The method table."""
-    table = Table(box=None, pad_edge=False)
-    for name in ("method", "what it does", "profile", "attends to codes"):
-        table.add_column(name)
-    for row in rows:
-        table.add_row(
-            row["name"],
-            row["summary"],
-            "yes" if row["needs_profile"] else "no",
-            "yes" if row["latent_attention"] else "no",
-        )
-    Console(highlight=False).print(table)
+    columns = ("method", "what it does", "profile", "attends to codes")
+    yes = {True: "yes", False: "no"}
+    cells = [(row["name"], row["summary"], yes[row["needs_profile"]], yes[row["latent_attention"]]) for row in rows]
+    print_table(cells, columns, left=columns)
 
 
 def print_bench(result: dict) -> None:
     """A table per context: the host's caches, then the methods with their ratios."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 140
-    machine = result["machine"]
+    console, machine = Terminal(_BENCH_WIDTH), result["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     name = f"a layer of {result['synthetic']}, {result['plan']} plan" if "synthetic" in result else result["model"]
     on = "" if machine["device"] == "cpu" else f", {machine['device']}"
-    console.print(
-        f"[bold]{name}[/bold] on {machine['cpu']}{on}: {machine['cores']} cores, "
-        f"{machine['threads']} threads; {versions}"
-    )
+    rest = f" on {machine['cpu']}{on}: {machine['cores']} cores, {machine['threads']} threads; {versions}"
+    console.print(Text.assemble((printable(name), "bold"), rest))
     console.print(
         f"Memory is read at {result['machine_read_gb_per_s']:.1f} GB/s. Ratios above 1: faster than that cache."
     )
-    for context, rows in groupby(result["rows"], lambda row: row["context"]):
-        rows = list(rows)
+    for context, group in groupby(result["rows"], lambda row: row["context"]):
+        rows = list(group)
         first = rows[0]
-        console.print(f"[bold]{context:,} tokens, {first['dtype']}[/bold]")
-        table = Table(box=None, pad_edge=False)
-        table.add_column("cache")
-        for name in _BENCH_COLUMNS:
-            table.add_column(name, justify="right")
-        for way, label in _PLAIN_WAYS.items():
-            microseconds = first[f"plain_{way}_us"]
-            rate = first["plain_bytes"] / microseconds / 1e3
-            table.add_row(
-                label,
-                *_bench_cells({"attention_us": microseconds, "bytes": first["plain_bytes"], "read_gb_per_s": rate}),
-            )
-        if first["host_quantized_us"]:
-            table.add_row("host's quantized cache", *_bench_cells({"attention_us": first["host_quantized_us"]}))
-        for row in rows:
-            table.add_row(f"{row['method']}, {row['bits_per_element']:.3g} bits", *_bench_cells(row))
-        console.print(table)
-        console.print(_end_to_end(rows))
+        title = f"{context:,} tokens, {first['dtype']}"
+        print_table(_bench_rows(rows), ("cache", *_BENCH_COLUMNS), title, width=_BENCH_WIDTH)
+        _print_end_to_end(rows)
         if first["host_quantized_reason"]:
             console.print(f"{machine['host_quantized']}: not measured. {first['host_quantized_reason']}")
 
 
+_BENCH_WIDTH = 140
 _PLAIN_WAYS = {
     "host": "plain, as the host calls it",
     "gqa": "plain, kernel with enable_gqa",
@@ -250,67 +256,80 @@ _BENCH_COLUMNS = {  # label: key of a row, format
 }
 
 
+def _bench_rows(rows: list[dict]) -> list[list[str]]:
+    """Cells of the plain cache, each way of attending to it, of the host's quantized cache, and of every method."""
+    first, table = rows[0], []
+    for way, label in _PLAIN_WAYS.items():
+        microseconds = first[f"plain_{way}_us"]
+        rate = first["plain_bytes"] / microseconds / 1e3
+        plain = {"attention_us": microseconds, "bytes": first["plain_bytes"], "read_gb_per_s": rate}
+        table.append([label, *_bench_cells(plain)])
+    if first["host_quantized_us"]:
+        table.append(["host's quantized cache", *_bench_cells({"attention_us": first["host_quantized_us"]})])
+    return table + [[f"{row['method']}, {row['bits_per_element']:.3g} bits", *_bench_cells(row)] for row in rows]
+
+
 def _bench_cells(row: dict) -> list[str]:
     return ["" if row.get(key) is None else form.format(row[key]) for key, form in _BENCH_COLUMNS.values()]
 
 
-def _end_to_end(rows: list[dict]) -> Table:
+def _print_end_to_end(rows: list[dict]) -> None:
     columns = {
         "decode tokens/s": ("decode_tokens_per_s", 1),
         "prefill tokens/s": ("prefill_tokens_per_s", 1),
         "peak MiB": ("peak_bytes", 2**20),
     }
     columns = {name: (key, unit) for name, (key, unit) in columns.items() if key in rows[0]}
-    table = Table(box=None, pad_edge=False)
-    table.add_column("cache")
-    for name in columns:
-        table.add_column(name, justify="right")
-    for label, row, prefix in [("plain", rows[0], "plain_"), *((row["method"], row, "") for row in rows)]:
-        table.add_row(label, *(f"{row[prefix + key] / unit:,.1f}" for key, unit in columns.values()))
-    return table
+    runs = [("plain", rows[0], "plain_"), *((row["method"], row, "") for row in rows)]
+    table = [
+        (label, *(f"{row[prefix + key] / unit:,.1f}" for key, unit in columns.values())) for label, row, prefix in runs
+    ]
+    print_table(table, ("cache", *columns), width=_BENCH_WIDTH)
+
+
+_FIT_WIDTH = 120
 
 
 def print_fit(result: dict) -> None:
     """How many tokens fit by bits, and the bits that contexts allow."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 120
-    console.print(
-        f"[bold]{result['model']}[/bold] on {result['backend']}: weights {_amount(result['weights_bytes'])} of "
-        f"{_amount(result['memory_bytes'])}; sinks and window in {8 * result['element_bytes']} bits"
-    )
-    if result["passed"]:
-        console.print(f"{len(result['passed'])} layers with a sliding window are counted with their window.")
-    if result["uncounted"]:
-        reasons = ", ".join(sorted(set(result["uncounted"].values())))
-        console.print(f"Not counted: the state of {len(result['uncounted'])} layers with {reasons}.")
-    if result["profile"] is None and result["method"] not in ("affine", "identity"):
-        console.print(
-            "No profile of this model yet: tables are those of a typical one. spectralkv profile --model MODEL"
-        )
-    table = Table(box=None, pad_edge=False)
-    for name in ("cache", "bits", "one prompt, tokens", "in turns, tokens", "limited by"):
-        table.add_column(name, justify="left" if name in ("cache", "limited by") else "right")
-    for row in result["limits"]:
-        table.add_row(
-            row["method"], f"{row['bits']:g}", f"{row['max_prompt']:,}", f"{row['max_context']:,}", row["limited_by"]
-        )
-    console.print(table)
+    console = Terminal(_FIT_WIDTH)
+    sizes = f"weights {_amount(result['weights_bytes'])} of {_amount(result['memory_bytes'])}"
+    rest = f" on {result['backend']}: {sizes}; sinks and window in {8 * result['element_bytes']} bits"
+    console.print(Text.assemble((printable(result["model"]), "bold"), rest))
+    for note in _fit_notes(result):
+        console.print(note)
+    limits = [
+        (row["method"], f"{row['bits']:g}", f"{row['max_prompt']:,}", f"{row['max_context']:,}", row["limited_by"])
+        for row in result["limits"]
+    ]
+    names = ("cache", "bits", "one prompt, tokens", "in turns, tokens", "limited by")
+    print_table(limits, names, left=("cache", "limited by"), width=_FIT_WIDTH)
+    columns = ("cache", "bits", "cache size", "smaller", "tables", "prompt on top", "peak", "fits")
     for context, rows in groupby(result["rows"], lambda row: row["context"]):
-        console.print(f"[bold]{context:,} tokens[/bold]: {_bits_allowed(result, context)}")
-        table = Table(box=None, pad_edge=False)
-        for name in ("cache", "bits", "cache size", "smaller", "tables", "prompt on top", "peak", "fits"):
-            table.add_column(name, justify="left" if name in ("cache", "fits") else "right")
-        for row in rows:
-            fits = "yes" if row["fits"] else "in turns" if row["fits_in_turns"] else "no"
-            sizes = (_amount(row[key]) for key in ("table_bytes", "prefill_bytes", "peak_bytes"))
-            smaller = f"{row['compression']:.2f}"
-            table.add_row(row["method"], f"{row['bits']:g}", _amount(row["cache_bytes"]), smaller, *sizes, fits)
-        console.print(table)
+        console.print(Text.assemble((f"{context:,} tokens", "bold"), f": {_bits_allowed(result, context)}"))
+        print_table(map(_fit_cells, rows), columns, left=("cache", "fits"), width=_FIT_WIDTH)
     console.print(
         "A prompt of more than one call waits at 4 bits until it ends; in turns: the context comes in pieces of one call. "
         "The peak counts weights, profile, cache, tables and the arrays of one layer at work, not the process itself."
     )
+
+
+def _fit_notes(result: dict) -> Iterator[str]:
+    """What the figures leave out or assume."""
+    if result["passed"]:
+        yield f"{len(result['passed'])} layers with a sliding window are counted with their window."
+    if result["uncounted"]:
+        reasons = ", ".join(sorted(set(result["uncounted"].values())))
+        yield f"Not counted: the state of {len(result['uncounted'])} layers with {reasons}."
+    if result["profile"] is None and result["method"] not in ("affine", "identity"):
+        yield "No profile of this model yet: tables are those of a typical one. spectralkv profile --model MODEL"
+
+
+def _fit_cells(row: dict) -> tuple[str, ...]:
+    fits = "yes" if row["fits"] else "in turns" if row["fits_in_turns"] else "no"
+    sizes = (_amount(row[key]) for key in ("table_bytes", "prefill_bytes", "peak_bytes"))
+    smaller = f"{row['compression']:.2f}"
+    return row["method"], f"{row['bits']:g}", _amount(row["cache_bytes"]), smaller, *sizes, fits
 
 
 def _bits_allowed(result: dict, context: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..errors import UsageError
 from ..planning.methods import Method
 from ..planning.plan import Plan
 from ..profile.model_shape import ModelShape
@@ -41,7 +42,7 @@ class AffinePlan(Plan):
     @classmethod
     def make(cls, shape: ModelShape, profile: Profile | None, method: Method, bits: float) -> AffinePlan:
         if shape.head_dim % method.group_size:
-            raise ValueError(
+            raise UsageError(
                 f"Expected a head_dim that is a multiple of the group of {method.group_size} channels, received head_dim "
                 f'{shape.head_dim}. Use method="spectral", which has no groups.'
             )
@@ -74,7 +75,7 @@ class AffineCodec(Codec):
         self.xp, self.bits, self.group_size = xp, plan.code_bits, plan.method.group_size
 
     def encode(self, keys, values, start) -> Chunk:
-        """A new chunk from T tokens at `start`; raises ValueError on NaN or infinity."""
+        """A new chunk from T tokens at `start`; raises UsageError on NaN or infinity."""
         xp, arrays = self.xp, []
         for x in (keys, values):
             codes, scale, bias = quantize_affine(xp, x, self.bits, self.group_size)

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..arrays import attention
 from ..arrays.basis import rank_for_energy
+from ..errors import UsageError
 from ..planning.budget import CHUNK_TOKENS
 from ..planning.methods import Method
 from ..planning.plan import Plan
@@ -46,11 +47,19 @@ class Codec(Protocol):
         return [self]
 
     def encode(self, keys, values, start) -> Chunk:
-        """A new chunk from T tokens at `start` (see `Chunk`), T a multiple of `block`; raises ValueError on NaN, infinity."""
+        """A new chunk from T tokens at `start` (see `Chunk`), T a multiple of `block`; raises UsageError on NaN, infinity."""
         ...
 
     def append(self, chunk: Chunk, keys, values, positions=None) -> Chunk:
         """`chunk` with T more tokens behind its own; `positions` [B, H, T] of a chunk that has those of all tokens."""
+        ...
+
+    def choose(self, keys, values, start):
+        """Codes of T tokens, for `seal`; of codecs with `at_once` alone. Raises UsageError on NaN or infinity."""
+        ...
+
+    def seal(self, chunk: Chunk | None, codes, position) -> Chunk:
+        """`chunk` with `codes` behind its own, or a new one; `position`: where these tokens stand."""
         ...
 
     def cut(self, chunk: Chunk, tokens: int) -> Chunk:
@@ -140,7 +149,7 @@ class FileCodec(ArrayCodec):
     """Tokens <-> arrays of a file: a chunk cannot grow."""
 
     def append(self, chunk: Chunk, keys, values, positions=None) -> Chunk:
-        raise ValueError(
+        raise UsageError(
             f"Expected a cache for files, which is filled at once, received further tokens: method {self.method.name}."
         )
 
@@ -221,11 +230,11 @@ def unpack_tokens(xp, packed, bits: int):
 
 
 def highest_within(method: Method, options: Sequence[tuple[float, object]], bits: float):
-    """What goes with the most bits of `options` within `bits`; raises ValueError that names them all."""
+    """What goes with the most bits of `options` within `bits`; raises UsageError that names them all."""
     reachable = [choice for cost, choice in options if cost <= bits]
     if not reachable or bits > options[-1][0]:
         names = ", ".join(f"{cost:g}" for cost, _ in options)
-        raise ValueError(f"Expected bits of {names} for {method.name}, received {bits:g}.")
+        raise UsageError(f"Expected bits of {names} for {method.name}, received {bits:g}.")
     return reachable[-1]
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import UsageError
+
 TILE_CHUNKS = 8  # chunks that are coded at a time where small operations cost more than memory
 
 
@@ -33,6 +35,11 @@ class Chunk:
         """Every array, positions included."""
         return self.arrays if isinstance(self.start, int) else (*self.arrays, self.start)
 
+    def move(self, arrays: tuple) -> None:
+        """Hold the same codes in other arrays, such as views of what several chunks were joined to."""
+        assert [x.shape for x in arrays] == [x.shape for x in self.arrays]
+        object.__setattr__(self, "arrays", arrays)
+
 
 def decoded(xp, codec, chunks: list[Chunk], dtype):
     """Keys and values [B, H, T, D] in `dtype` of `chunks`, in their order: of as many at a time as the array library has a
@@ -42,6 +49,16 @@ def decoded(xp, codec, chunks: list[Chunk], dtype):
         return
     for chunk in chunks:
         yield tuple(xp.astype(x, dtype) for x in codec.decode(chunk))
+
+
+def split_by_chunk(start: int, stop: int, growing: int, full: int) -> list[tuple[int, int]]:
+    """Tokens `start` to `stop` by the chunks of `full` tokens that they fill, the first of which has `growing` already."""
+    spans = []
+    while start < stop:
+        end = min(start + full - growing, stop)
+        spans.append((start, end))
+        start, growing = end, 0
+    return spans
 
 
 def join_layers(xp, layers: Sequence[tuple]) -> tuple:
@@ -97,4 +114,4 @@ def kept_positions(xp, chunks: list[Chunk], blocks, block: int):
 
 def check_finite(xp, x) -> None:
     if not xp.all_finite(x):
-        raise ValueError("Expected finite keys and values, received NaN or infinity: check the weights and the dtype.")
+        raise UsageError("Expected finite keys and values, received NaN or infinity: check the weights and the dtype.")

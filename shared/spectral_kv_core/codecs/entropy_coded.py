@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays.transform import band_sizes
+from ..errors import UsageError
 from ..planning.allocation import allocate_bits
 from ..planning.budget import elements_per_token
 from ..planning.loss import MEASURED_SHARE, coherent_cost, distortions, expansion
@@ -65,7 +66,7 @@ class EntropyCodedPlan(TransformPlan):
         basis_set = cls.fitting_basis_set(profile, method)
         if basis_set.histogram is None:
             known = needed(profile)
-            raise ValueError(
+            raise UsageError(
                 f"Expected a profile with the histogram that {method.name} codes by, {known.path or 'this one'} is older. "
                 f"Calibrate again: spectralkv profile --model {known.model}"
             )
@@ -155,7 +156,7 @@ class EntropyCodec(TransformCodec):
         self.rows = [np.flatnonzero(choices.reshape(-1) == i) for i in range(len(plan.tables))]
 
     def encode(self, keys, values, start: int) -> Chunk:
-        """A chunk of T tokens, T a multiple of `block`; raises ValueError on NaN or infinity."""
+        """A chunk of T tokens, T a multiple of `block`; raises UsageError on NaN or infinity."""
         xp = self.xp
         z, weights = self.coefficients(keys, values, start)
         check_finite(xp, z)
@@ -172,7 +173,7 @@ class EntropyCodec(TransformCodec):
     def decode(self, chunk: Chunk):
         """Keys and values [B, H, T, D] float32 of a chunk; keys are rotated as the model had them.
 
-        Raises ValueError for bytes that are not of this plan.
+        Raises UsageError for bytes that are not of this plan.
         """
         xp, n = self.xp, chunk.tokens // self.block
         counts = [chunk.batch * len(rows) * n for rows in self.rows]
@@ -236,7 +237,7 @@ def fit_bits(
             break
         planned = min(max(planned * bits / real * (1 - FIT_SLACK / 4), low), high)
     if best is None:
-        raise ValueError(
+        raise UsageError(
             f"Expected bits that this text can be stored in, received {bits:g}; it takes {real:.3g} or more."
         )
     return best

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..errors import UsageError
 from ..planning.methods import Method
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
@@ -60,7 +61,7 @@ class KiviPlan(ArrayPlan):
     @classmethod
     def make(cls, shape: ModelShape, profile: Profile | None, method: Method, bits: float) -> KiviPlan:
         if shape.head_dim % method.group_size:
-            raise ValueError(
+            raise UsageError(
                 f"Expected a head_dim that is a multiple of the group of {method.group_size} channels, received head_dim "
                 f"{shape.head_dim}. Use turboquant, which has no groups."
             )

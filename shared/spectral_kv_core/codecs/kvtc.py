@@ -19,6 +19,7 @@ import numpy as np
 
 from ..arrays.basis import orthonormalize
 from ..arrays.rope import rotate, unrotate
+from ..errors import UsageError
 from ..planning.methods import Method
 from ..planning.plan import read_set
 from ..profile.model_shape import ModelShape
@@ -69,7 +70,7 @@ class KvtcCodec(FileCodec):
         return (xp.asarray(np.frombuffer(data, np.uint8), like=keys),)
 
     def decode(self, chunk: Chunk) -> tuple:
-        """Keys and values [B, H, T, D] float32; raises ValueError for bytes that are not of this plan."""
+        """Keys and values [B, H, T, D] float32; raises UsageError for bytes that are not of this plan."""
         xp, lead = self.xp, (chunk.batch, chunk.tokens)
         data, done, sides = _inflate(xp.to_numpy(chunk.arrays[0]).tobytes()), 0, []
 
@@ -77,7 +78,7 @@ class KvtcCodec(FileCodec):
             nonlocal done
             count = int(np.prod(shape))
             if done + count * np.dtype(dtype).itemsize > len(data):
-                raise ValueError("Expected deflated bytes of this plan, received fewer. Make the file again.")
+                raise UsageError("Expected deflated bytes of this plan, received fewer. Make the file again.")
             x = np.frombuffer(data, dtype, count, done).reshape(shape)
             done += x.nbytes
             return xp.asarray(x, like=self.means[0])
@@ -94,7 +95,7 @@ class KvtcCodec(FileCodec):
             x = xp.matmul(xp.concat(parts, axis=-1), xp.permute_dims(basis, (1, 0))) + mean
             sides.append(self.unflatten(x))
         if done != len(data):
-            raise ValueError("Expected deflated bytes of this plan, received more. Make the file again.")
+            raise UsageError("Expected deflated bytes of this plan, received more. Make the file again.")
         keys, values = sides
         return rotate(xp, keys, self.rope, chunk.start) if self.rope else keys, values
 
@@ -103,7 +104,7 @@ def _inflate(data: bytes) -> bytes:
     try:
         return zlib.decompress(data)
     except zlib.error as error:
-        raise ValueError(f"Expected deflated bytes, cannot read them: {error}. Make the file again.") from None
+        raise UsageError(f"Expected deflated bytes, cannot read them: {error}. Make the file again.") from None
 
 
 @dataclass(frozen=True)

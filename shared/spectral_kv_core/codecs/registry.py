@@ -6,8 +6,9 @@ import warnings
 from dataclasses import replace
 from functools import cache
 
+from ..errors import UsageError
 from ..native import disabled
-from ..planning.budget import SEAL, bits_for_bytes, whole_number
+from ..planning.budget import SEAL, SINKS, WINDOW, bits_for_bytes, whole_number
 from ..planning.methods import Method, get_live_method, get_method
 from ..planning.plan import Plan
 from ..profile.model_shape import ModelShape
@@ -50,10 +51,10 @@ ANY_BITS = 0.0, 16.0  # bounds where the range of a family depends on the model
 
 
 def family_of(method: Method) -> type[Plan]:
-    """The plans of the family that codes for `method`; raises ValueError for a codec without such a quantizer."""
+    """The plans of the family that codes for `method`; raises UsageError for a codec without such a quantizer."""
     key = method.codec, method.quantizer
     if key not in FAMILIES:
-        raise ValueError(f"Expected a codec that has the quantizer {method.quantizer}, received {method.codec}.")
+        raise UsageError(f"Expected a codec that has the quantizer {method.quantizer}, received {method.codec}.")
     return FAMILIES[key]
 
 
@@ -62,7 +63,7 @@ def make_plan(
 ) -> Plan:
     """Allocate `bits` per sealed element for a model of `shape`; None: what the family takes by itself.
 
-    Raises ValueError for a budget out of range (with the possible one), a profile of another model, or a head_dim that
+    Raises UsageError for a budget out of range (with the possible one), a profile of another model, or a head_dim that
     the method's groups do not divide.
     """
     method = get_method(method)
@@ -74,7 +75,7 @@ def make_plan(
     if method.basis_set and profile is None:
         if not family.bits_by_shape:
             family.check_bits(shape, method, bits)
-        raise ValueError(
+        raise UsageError(
             f"Expected a profile for the method {method.name}, received none. Make one: spectralkv profile"
         )
     return family.make(shape, profile if method.profile_set else None, method, bits)
@@ -87,8 +88,8 @@ def plan_for(
     bits: float | None = None,
     budget_bytes: int | None = None,
     max_context: int | None = None,
-    window: int = 64,
-    sinks: int = 4,
+    window: int = WINDOW,
+    sinks: int = SINKS,
     element_bytes: int = 2,
     other_bytes: int = 0,
 ) -> Plan:
@@ -102,9 +103,9 @@ def plan_for(
     if budget_bytes is None:
         return make_plan(shape, profile, method, bits)
     if bits is not None:
-        raise ValueError("Expected bits or budget_bytes, received both.")
+        raise UsageError("Expected bits or budget_bytes, received both.")
     if max_context is None:
-        raise ValueError("Expected max_context, the tokens that budget_bytes must hold, received none.")
+        raise UsageError("Expected max_context, the tokens that budget_bytes must hold, received none.")
     allowed, block = bits_range(method, shape), max(SEAL, method.block)
     bits = bits_for_bytes(shape, budget_bytes, max_context, window, sinks, element_bytes, other_bytes, allowed, block)
     return make_plan(shape, profile, method, bits)
@@ -113,7 +114,7 @@ def plan_for(
 def make_codec(xp, plan: Plan, row: int, like=None):
     """Codec of row `row` for a live cache, or None for a plan that compresses nothing.
 
-    Raises ValueError for a method that makes files only.
+    Raises UsageError for a method that makes files only.
     """
     get_live_method(plan.method)
     return plan.make_codec(xp, row, like)

@@ -20,7 +20,7 @@ from ..planning.methods import Method
 from ..planning.plan import Plan
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
-from ..quantization.packing import UNIT, append_rows, pack_rows, unpack_rows
+from ..quantization.packing import UNIT, append_rows, interleave, pack_rows, unpack_rows
 from ..quantization.quantizer import BIT_WIDTHS, RowTables, dequantize, flat_levels, flat_tables
 from ..quantization.time_rounding import round_in_time
 from .chunk import TILE_CHUNKS, Chunk, check_finite, extended, kept_positions, next_start
@@ -215,10 +215,10 @@ class SpectralCodec(TransformCodec):
         codes = xp.permute_dims(codes, (0, 1, 3, 4, 2)).reshape(batch, -1, n)
         by_width = [xp.take(codes, rows, axis=1) for rows in self.rows]
         if chunk is None:
-            return _flatten([pack_rows(xp, x, b) for x, b in zip(by_width, self.bits)])
+            return interleave([pack_rows(xp, x, b) for x, b in zip(by_width, self.bits)])
         held = chunk.tokens // self.block
         rows = zip(_pairs(chunk.arrays), by_width, self.bits)
-        return _flatten([append_rows(xp, old, held, new, b) for old, new, b in rows])
+        return interleave([append_rows(xp, old, held, new, b) for old, new, b in rows])
 
     def seal(self, chunk: Chunk | None, codes, position) -> Chunk:
         """`chunk` with `codes` [B, G, n, block, R] behind its own, or a new one; `position`: where these tokens stand.
@@ -264,7 +264,7 @@ class SpectralCodec(TransformCodec):
                 blocks.shape[0],
                 xp.copy(starts[:, :, i * self.block : (i + step) * self.block]),
                 (min(i + step, total) - i) * self.block,
-                _flatten([pack_rows(xp, c[:, :, i : i + step], b) for c, b in zip(arrays, self.bits)]),
+                interleave([pack_rows(xp, c[:, :, i : i + step], b) for c, b in zip(arrays, self.bits)]),
             )
             for i in range(0, total, step)
         ]
@@ -274,7 +274,7 @@ class SpectralCodec(TransformCodec):
         xp, n = self.xp, chunk.tokens // self.block
         codes = [unpack_rows(xp, packed, b, n) for packed, b in zip(_pairs(chunk.arrays), self.bits)]
         packed = [pack_rows(xp, c[:, :, : tokens // self.block], b) for c, b in zip(codes, self.bits)]
-        return replace(chunk, tokens=tokens, arrays=_flatten(packed))
+        return replace(chunk, tokens=tokens, arrays=interleave(packed))
 
     def spectrum(self, chunk: Chunk):
         """Dequantized coefficients [B, G, block, R, n]."""
@@ -365,7 +365,3 @@ class SpectralCodec(TransformCodec):
 
 def _pairs(arrays: tuple) -> list[tuple]:
     return list(zip(arrays[0::2], arrays[1::2]))
-
-
-def _flatten(pairs: list[tuple]) -> tuple:
-    return tuple(array for pair in pairs for array in pair)

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..arrays.basis import fit_basis
 from ..arrays.rope import rotate, unrotate
+from ..errors import UsageError
 from ..planning.allocation import allocate_bits
 from ..planning.methods import Method
 from ..planning.plan import needed
@@ -100,9 +101,9 @@ def coded_channels(widths: tuple[int, ...], channels: int) -> int:
 
 
 def check_groups(shape: ModelShape) -> None:
-    """Raise ValueError unless the key channels of a layer fall into groups."""
+    """Raise UsageError unless the key channels of a layer fall into groups."""
     if shape.kv_heads * shape.head_dim % GROUPS:
-        raise ValueError(
+        raise UsageError(
             f"Expected a number of key channels that {GROUPS} groups divide, received {shape.kv_heads} heads of "
             f"{shape.head_dim}. Use eigen-attention, which has no groups."
         )

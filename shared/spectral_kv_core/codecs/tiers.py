@@ -15,6 +15,7 @@ import numpy as np
 
 from ..arrays import attention
 from ..arrays.rope import unrotate
+from ..errors import UsageError
 from ..planning.methods import Method
 from ..planning.plan import Plan, needed
 from ..profile.model_shape import ModelShape
@@ -43,7 +44,7 @@ class TieredCodec(Codec):
         self.joint = plan.method.group != "head"
 
     def encode(self, keys, values, start: int) -> Chunk:
-        """A new chunk from T tokens, T a multiple of `GROUP`; raises ValueError on NaN or infinity."""
+        """A new chunk from T tokens, T a multiple of `GROUP`; raises UsageError on NaN or infinity."""
         tiers, places = self._ranked(keys, values, start)
         parts = [
             codec.encode(self._taken(keys, index), self._taken(values, index), index + start)
@@ -163,11 +164,11 @@ class TieredPlan(Plan):
 
 
 def make_tiered_plan(
-    shape: ModelShape, profile: Profile, method: Method, tiers: Sequence[tuple[float, float]]
+    shape: ModelShape, profile: Profile | None, method: Method, tiers: Sequence[tuple[float, float]]
 ) -> TieredPlan:
     """A plan of `tiers`, pairs (share of the tokens, bits), best tokens first, for a method SCORER+spectral or the like.
 
-    Raises ValueError as `check_tiers`, and for bits that the method cannot reach.
+    Raises UsageError as `check_tiers`, and for bits that the method cannot reach.
     """
     check_tiers(method, tiers)
     shares, bits = tuple(float(share) for share, _ in tiers), [float(b) for _, b in tiers]
@@ -187,20 +188,20 @@ def name_tiers(tiers: Sequence[tuple[float, float]]) -> str:
 
 
 def check_tiers(method: Method, tiers: Sequence[tuple[float, float]]) -> None:
-    """Raise ValueError for a method without a scorer of keys or without latents, and shares that are no quarters of 1."""
+    """Raise UsageError for a method without a scorer of keys or without latents, and shares that are no quarters of 1."""
     if method.scorer is None or not method.transforms:
-        raise ValueError(
+        raise UsageError(
             f"Expected a scorer with spectral or spectral-dense for tiers, such as triattention+spectral, received "
             f"{method.name}."
         )
     if get_scorer(method.scorer).needs_recent:
-        raise ValueError(f"Expected a scorer that looks at keys alone for tiers, {method.scorer} looks at queries.")
+        raise UsageError(f"Expected a scorer that looks at keys alone for tiers, {method.scorer} looks at queries.")
     try:
         shares = [float(share) for share, _ in tiers]
     except (TypeError, ValueError):
         shares = []
     whole = all(share > 0 and (share * GROUP) % 16 == 0 for share in shares)
     if not (whole and sum(shares) == 1 and len(shares) > 1):
-        raise ValueError(
+        raise UsageError(
             f"Expected tiers (share, bits) with shares that are quarters and add up to 1, received {tiers!r}."
         )

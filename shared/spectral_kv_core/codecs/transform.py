@@ -12,6 +12,7 @@ import numpy as np
 from ..arrays.basis import orthonormalize
 from ..arrays.rope import rotate, unrotate
 from ..arrays.transform import band_sizes, octave_bands, time_matrix, to_frequency, to_time
+from ..errors import UsageError
 from ..planning.budget import elements_per_token
 from ..planning.loss import coefficient_loss, rounding_gain
 from ..planning.methods import Method
@@ -35,10 +36,10 @@ class TransformPlan(Plan):
 
     @classmethod
     def fitting_basis_set(cls, profile: Profile | None, method: Method) -> BasisSet:
-        """The basis set of `profile` that `method` reads; raises ValueError for one of another time transform."""
+        """The basis set of `profile` that `method` reads; raises UsageError for one of another time transform."""
         basis_set = read_set(profile, method)
         if (basis_set.time, basis_set.block) != (method.time, method.block):
-            raise ValueError(
+            raise UsageError(
                 f"Expected the time transform {method.time} over {method.block} tokens for {method.name}, the profile has "
                 f"{basis_set.time} over {basis_set.block}. Calibrate again: spectralkv profile --model {needed(profile).model}"
             )

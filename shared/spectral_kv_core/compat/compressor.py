@@ -11,11 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..arrays.namespace import ArrayNamespace
 from ..codecs.chunk import check_finite
+from ..errors import UsageError
 from ..planning.allocation import allocate_bits
 from ..planning.loss import distortions
 from ..profile.projection import Projection
-from ..quantization.packing import pack_rows, unpack_rows
+from ..quantization.packing import interleave, pack_rows, unpack_rows
 from ..quantization.quantizer import BIT_WIDTHS, RowTables, dequantize, flat_tables
 
 HALF = 16  # bits of an element that is not compressed
@@ -42,13 +44,22 @@ class CompressedKV:
 class Compressor:
     """Compresses tokens of one head in the space of a `Projection`; a backend adds its array library as `xp`.
 
-    bits: average stored bits of a kept component, a ceiling: components of large variance get more, none more than 8. A
-    token therefore takes at most rank * bits bits, nothing else is stored per token. How good that is depends on the
-    keys: what lies outside the components is lost, and isotropic noise at rank 4 of 128 keeps sqrt(4 / 128) of the
-    scores' correlation.
+    The interface of the first library, spectral-kv 1.0. Widths are allocated by reverse water-filling (Cover and Thomas,
+    Elements of Information Theory, section 10.3.3). How good the scores are depends on the keys: what lies outside the
+    components is lost, and isotropic noise at rank 4 of 128 keeps sqrt(4 / 128) of their correlation.
+
+    Args:
+        projection: Components of the keys or values of one head: `SpectralProfile.get_projection`.
+        bits: Average stored bits of a kept component, a ceiling, between 1 / rank and 8. Components of large variance get
+            more. A token takes at most rank * bits bits, and nothing else is stored per token.
+
+    Raises:
+        TypeError: `projection` is none.
+        UsageError: `bits` are out of range. `compress` and `approximate_attention` raise it for arrays of another shape
+            than [tokens, head_dim], for NaN, and for infinity.
     """
 
-    xp = None
+    xp: ArrayNamespace
 
     def __init__(self, projection: Projection, bits: float = 4):
         if not isinstance(projection, Projection):
@@ -57,7 +68,7 @@ class Compressor:
                 "profile.get_projection(layer=0, head=0)"
             )
         if not (isinstance(bits, (int, float)) and 1 / projection.rank <= bits <= BIT_WIDTHS[-1]):
-            raise ValueError(
+            raise UsageError(
                 f"Expected bits between {1 / projection.rank:.2g} and {BIT_WIDTHS[-1]} per component, received {bits!r}."
             )
         self.projection, self.bits = projection, bits
@@ -71,14 +82,14 @@ class Compressor:
         return int(self.widths.sum())
 
     def compress(self, x) -> CompressedKV:
-        """Codes of `x` [T, D], keys after RoPE or values; raises ValueError for another shape, NaN and infinity."""
+        """Codes of `x` [T, D], keys after RoPE or values; raises UsageError for another shape, NaN and infinity."""
         self._check(x, "tokens", self.projection.side)
         xp, made = self.xp, self._tables(x)
         z = xp.matmul(xp.astype(x, xp.float32) - made["mean"], made["basis"]) * made["normalize"]
         check_finite(xp, z)
         codes = xp.permute_dims(made["quantizers"].quantize(z), (1, 0))[None]  # [1, R, T]
         packed = [pack_rows(xp, xp.take(codes, rows, axis=1), b) for b, rows, _, _ in made["widths"]]
-        return CompressedKV(x.shape[0], tuple(array for pair in packed for array in pair), x.dtype, self._identity)
+        return CompressedKV(x.shape[0], interleave(packed), x.dtype, self._identity)
 
     def decompress(self, compressed: CompressedKV):
         """What codes stand for, [T, D] in the dtype that went in."""
@@ -106,7 +117,7 @@ class Compressor:
     def vram_saved_mb(self, original_mb: float) -> float:
         """Of `original_mb` megabytes of such vectors at 16 bits, how many are saved."""
         if not original_mb >= 0:
-            raise ValueError(f"Expected a size of 0 MB or more, received {original_mb!r}.")
+            raise UsageError(f"Expected a size of 0 MB or more, received {original_mb!r}.")
         return original_mb * (1 - 1 / self.compression_ratio())
 
     def _latents(self, compressed: CompressedKV, made: dict):
@@ -127,7 +138,7 @@ class Compressor:
     def _check_codes(self, compressed: CompressedKV) -> None:
         made_by = getattr(compressed, "made_by", f"a {type(compressed).__name__}")
         if made_by != self._identity:
-            raise ValueError(
+            raise UsageError(
                 f"Expected codes of a compressor with this projection and these bits, {self._identity}, received {made_by}. "
                 "Decompress with the compressor that compressed."
             )
@@ -135,7 +146,7 @@ class Compressor:
     def _check(self, x, rows: str, what: str) -> None:
         dim = self.projection.head_dim
         if len(x.shape) != 2 or x.shape[1] != dim:
-            raise ValueError(
+            raise UsageError(
                 f"Expected {what} of shape ({rows}, {dim}), the head_dim of the profile of {self.projection.model}, "
                 f"received {tuple(x.shape)}. Take the profile of the model that they come from, one head at a time."
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
+from ..errors import UsageError
 from ..hosts.chat_template import encode_prompt
 from ..hosts.demo_model import demo_model_path
 from ..planning.methods import DEFAULT_METHOD, get_live_method
@@ -13,12 +14,29 @@ QUANTIZE = ("4bit", "8bit")  # of weights
 
 
 class Engine:
-    """Answers from compressed caches; a backend adds its module `generation` as `host`.
+    """A model with its profile that answers from compressed caches; a backend adds its module `generation` as `host`.
 
-    model_name: a directory, a hub id, or demo; quantize: `4bit`, `8bit` or None, of the weights (not of the cache);
-    bits: average stored bits per sealed key or value element; profile: a profile or its file, None finds one or
-    calibrates; dtype: of the weights, default as stored; cache_options: further arguments of `make_prompt_cache`
-    (`method`, `window`, `sinks`, `budget_tokens`, ...).
+    The interface of the first library, spectral-kv 1.0.
+
+    Args:
+        model_name: A directory, a hub id, or `demo`.
+        quantize: `4bit` or `8bit` weights, None as they are stored. The cache is compressed either way.
+        bits: Average stored bits per sealed key or value element; None takes the method's default.
+        profile: A profile or its file; None finds one, or calibrates.
+        dtype: Type of the weights, such as `bfloat16`; None as they are stored.
+        cache_options: Further arguments of `make_prompt_cache`: `method`, `window`, `sinks`, `budget_tokens` and others.
+
+    Raises:
+        UsageError: The method is unknown, `load` cannot reach the bits, or the profile is of another model; also for a
+            `quantize` that this machine cannot do.
+        RuntimeError: `generate` is called before `load`.
+
+    Examples:
+        >>> from spectral_kv_torch import InferenceEngine  # spectral_kv_mlx has the same
+        >>> engine = InferenceEngine("demo", bits=2).load()
+        >>> answer = engine.generate("Name a sea.", max_tokens=4)
+        >>> engine.cache_nbytes > 0
+        True
     """
 
     host: ModuleType
@@ -41,7 +59,7 @@ class Engine:
     def load(self) -> Engine:
         """Load model and tokenizer, and find the profile or calibrate one; returns itself.
 
-        Raises ValueError for bits that the method cannot reach, a profile of another model, or a `quantize` that this
+        Raises UsageError for bits that the method cannot reach, a profile of another model, or a `quantize` that this
         machine cannot do.
         """
         name = str(demo_model_path()) if self.model_name == "demo" else self.model_name
@@ -61,13 +79,13 @@ class Engine:
         if self.model is None:
             raise RuntimeError("Expected a loaded engine, received a prompt before load(). Call engine.load() first.")
         if not prompt.strip():
-            raise ValueError("Expected a prompt, received an empty one.")
+            raise UsageError("Expected a prompt, received an empty one.")
         if max_tokens < 1:
-            raise ValueError(f"Expected max_tokens of at least 1, received {max_tokens}.")
+            raise UsageError(f"Expected max_tokens of at least 1, received {max_tokens}.")
         tokens = encode_prompt(self.tokenizer, prompt, raw)
         limit = self.host.context_limit(self.model)
         if limit and len(tokens) + max_tokens > limit:
-            raise ValueError(
+            raise UsageError(
                 f"Expected at most {limit:,} tokens, the model's context, received {len(tokens):,} of prompt and "
                 f"{max_tokens:,} more. Shorten the prompt or lower max_tokens."
             )
@@ -86,7 +104,7 @@ class Engine:
 
 
 def check_quantize(quantize: str | None) -> str | None:
-    """`quantize`; raises ValueError for what no backend can do to weights."""
+    """`quantize`; raises UsageError for what no backend can do to weights."""
     if quantize is not None and quantize not in QUANTIZE:
-        raise ValueError(f"Expected quantize to be None or one of {', '.join(QUANTIZE)}, received {quantize!r}.")
+        raise UsageError(f"Expected quantize to be None or one of {', '.join(QUANTIZE)}, received {quantize!r}.")
     return quantize

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..errors import UsageError
 from .fidelity import sealed_span
 from .text import Text, copy_span, first_tokens, split_documents
 
@@ -38,7 +39,7 @@ class Document:
 def make_documents(tokenizer, texts: list[Text], settings, limit: int | None) -> list[Document]:
     """All documents of all texts and prefixes; `limit`: the model's context in tokens, None when unknown.
 
-    Raises ValueError where a text, the context or a prefix is too short for a task.
+    Raises UsageError where a text, the context or a prefix is too short for a task.
     """
     _check_limit(settings, limit)
     documents = []
@@ -63,7 +64,7 @@ def _documents(tokenizer, text: Text, prefix: int, settings) -> list[Document]:
     if "drift" in settings.tasks:
         length = prefix + settings.turns * (settings.turn_tokens + settings.scored)
         longer = split_documents(
-            tokenizer, text, length, settings.documents, "--turns, --turn-tokens, --prefix or --scored"
+            tokenizer, text, length, settings.documents, "`turns`, `turn_tokens`, `prefixes` or `scored`"
         )
         for index, tokens in enumerate(longer):
             documents.append(Document(text, index, tokens[:prefix], {"drift": tokens[prefix:]}))
@@ -82,7 +83,7 @@ def hide_needle(
     """A document as long as `tokens`, their last ones left out for a sentence with a random number, and the question for it.
 
     depth: 0 to 1, where the sentence stands between sinks and window. The number depends on the text's digest, `index`
-    and `depth` alone. Raises ValueError when the sentence does not fit there.
+    and `depth` alone. Raises UsageError when the sentence does not fit there.
     """
     seed = hashlib.sha256(f"{text.digest} {index} {depth}".encode()).digest()
     number = str(np.random.default_rng(int.from_bytes(seed[:8], "big")).integers(10_000, 100_000))
@@ -99,9 +100,9 @@ def hide_needle(
         needed = len(tokens)
         while not room(needed):
             needed += 1
-        raise ValueError(
+        raise UsageError(
             f"Expected a prefix of at least {needed:,} tokens for the task needle with a window of {window}, received "
-            f"{len(tokens):,}. Raise --prefix, lower --window, or leave the task out."
+            f"{len(tokens):,}. Raise `prefixes`, lower `window`, or leave the task out."
         )
     place = places[round(depth * (len(places) - 1))]
     prefix = tokens[:place] + needle + tokens[place : len(tokens) - len(needle)]
@@ -115,9 +116,9 @@ def _check_limit(settings, limit: int | None) -> None:
     if "drift" in settings.tasks:
         turn = settings.turn_tokens + settings.scored
         after[f"{settings.turns:,} turns of {turn:,}"] = settings.turns * turn
-    what = max(after, key=after.get)
+    what = max(after, key=lambda name: after[name])
     if limit and max(settings.prefixes) + after[what] > limit:
-        raise ValueError(
+        raise UsageError(
             f"Expected at most {limit:,} tokens, the model's context, received {max(settings.prefixes):,} of prefix and "
-            f"{what}. Lower --prefix{', --turns' if 'turns' in what else ''} or --scored."
+            f"{what}. Lower `prefixes`{', `turns`' if 'turns' in what else ''} or `scored`."
         )

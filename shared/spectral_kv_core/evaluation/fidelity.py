@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..errors import UsageError
 from ..planning.budget import SEAL
 
 
@@ -17,7 +18,7 @@ def output_errors(exact: np.ndarray, outputs: np.ndarray) -> np.ndarray:
     if exact.shape != outputs.shape:
         raise ValueError(f"Expected attention outputs of shape {exact.shape}, received {outputs.shape}.")
     if not (np.isfinite(exact).all() and np.isfinite(outputs).all()):
-        raise ValueError(
+        raise UsageError(
             "Expected finite attention outputs, received NaN or infinity: check the weights and the dtype."
         )
     exact, outputs = exact.astype(np.float64), outputs.astype(np.float64)

@@ -80,8 +80,8 @@ def _evaluation_tables(result: dict):
         return row["text"], row["prefix"], row["task"]
 
     order = list(dict.fromkeys(map(place, result["rows"])))
-    for (text, prefix, task), rows in groupby(sorted(result["rows"], key=lambda r: order.index(place(r))), place):
-        rows = list(rows)
+    for (text, prefix, task), group in groupby(sorted(result["rows"], key=lambda r: order.index(place(r))), place):
+        rows = list(group)
         many = f"{rows[0]['documents']} document{'s' if rows[0]['documents'] > 1 else ''}"
         title = f"{text}, {task}: {many} of {prefix:,} tokens, "
         if task == "drift":

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import UsageError
+
 #: What tells one measurement from another: a row that agrees in all of these is not run again.
 KEY = (
     "method", "bits", "keep", "rounding_scores", "tiers", "wavelet", "task", "text", "text_digest", "document",
@@ -34,7 +36,7 @@ class RowFile:
     """Finished rows, one JSON object a line; every line is on the disk before `append` returns."""
 
     def __init__(self, path: str | os.PathLike):
-        """Read what is there; a last line that was cut off is dropped. Raises ValueError for any other bad line."""
+        """Read what is there; a last line that was cut off is dropped. Raises UsageError for any other bad line."""
         self.path = Path(path)
         self.rows: dict[tuple, dict] = {}
         content = self.path.read_bytes() if self.path.exists() else b""
@@ -44,9 +46,9 @@ class RowFile:
                 row = json.loads(line)
                 self.rows[row_key(row)] = row
             except (ValueError, AttributeError):
-                raise ValueError(
+                raise UsageError(
                     f"Expected a JSON object on every line of {self.path}, line {number} is none. Move the file away or "
-                    "choose another --output."
+                    "choose another `output`."
                 ) from None
         if whole < len(content):
             os.truncate(self.path, whole)
@@ -63,7 +65,7 @@ class RowFile:
         self.rows[row_key(row)] = row
 
 
-def summarise(rows: list[dict]) -> list[dict]:
+def summarize(rows: list[dict]) -> list[dict]:
     """One row per cache (`VARIANT`), task, text and prefix, in `drift` per turn, in `needle` per depth: means over documents.
 
     Numbers that not every row of a group has are left out. Of the KL, how far documents differ: `kl_se`, the standard error

@@ -8,10 +8,13 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from itertools import product
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 from tqdm import tqdm
@@ -19,14 +22,15 @@ from tqdm import tqdm
 from .. import __version__
 from ..codecs.registry import bits_range, make_plan, usable_method
 from ..codecs.tiers import check_tiers, make_tiered_plan, mean_bits, name_tiers
-from ..planning.budget import SEAL
+from ..errors import UsageError
+from ..planning.budget import SEAL, SINKS, WINDOW
 from ..planning.methods import ROUNDINGS, Method, get_method, rounded_by
 from ..profile.basis_set import JOINT, PAIRS
 from ..profile.profile import Profile
 from ..profile.store import auto_profile
 from ..scorers import check_wavelet, get_scorer
 from .documents import Document, make_documents
-from .rows import RowFile, summarise
+from .rows import RowFile, row_key, summarize
 from .tasks import LOW_PPL, Job, Runner
 from .text import Text, copy_span
 
@@ -34,12 +38,15 @@ log = logging.getLogger("spectralkv")
 # score what really follows; a span of the prefix, repeated; turns on one cache; a number hidden in the prefix
 TASKS = ("text", "copy", "drift", "needle")
 METRICS = ("kl", "aop", "reconstruction")
-SUITES = {
+SUITES: dict[str, dict[str, Any]] = {
     "quick": {"prefixes": (1024,), "documents": 2, "scored": 64, "tasks": ("text", "copy"), "greedy": 32},
     "full": {"prefixes": (1024, 2048), "documents": 4, "scored": 128, "tasks": TASKS, "greedy": 128},
 }
 DEFAULT_BITS = (4.0, 3.0, 2.0)
 DEFAULT_KEEP = (0.5, 0.25)
+
+Place: TypeAlias = tuple[int, str, Job]  # of a row: which document, the task and the cache
+Tiers: TypeAlias = tuple[tuple[float, float], ...]  # (share, bits) pairs
 
 
 @dataclass(frozen=True)
@@ -63,8 +70,8 @@ class Settings:
     documents: int = 2
     step: int = 1
     prefill_chunk: int | None = None
-    window: int = 64
-    sinks: int = 4
+    window: int = WINDOW
+    sinks: int = SINKS
     greedy: int = 0
     turns: int = 5
     turn_tokens: int = 256
@@ -74,32 +81,33 @@ class Settings:
     tiers: tuple[tuple[tuple[float, float], ...], ...] = ()
 
     def __post_init__(self):
-        for name, values in (("methods", self.methods), ("tasks", self.tasks), ("prefix", self.prefixes)):
+        for name, values in (("methods", self.methods), ("tasks", self.tasks), ("prefixes", self.prefixes)):
             if not values:
-                raise ValueError(f"Expected at least one value for --{name}, received none.")
+                raise UsageError(f"Expected at least one value for `{name}`, received none.")
         methods = [get_method(name) for name in self.methods]
+        value: str | int
         for name, values, known in (("tasks", self.tasks, TASKS), ("metrics", self.metrics, METRICS)):
             for value in values:
                 if value not in known:
-                    raise ValueError(f"Expected {name} among {', '.join(known)}, received {value!r}.")
+                    raise UsageError(f"Expected `{name}` among {', '.join(known)}, received {value!r}.")
         for bits in self.bits:
             if not (math.isfinite(bits) and bits > 0):
-                raise ValueError(f"Expected bits above 0, received {bits:g}.")
+                raise UsageError(f"Expected `bits` above 0, received {bits:g}.")
         chunk = 1 if self.prefill_chunk is None else self.prefill_chunk
         numbers = [
-            ("prefix", prefix, 2) for prefix in self.prefixes
+            ("prefixes", prefix, 2) for prefix in self.prefixes
         ]  # a tokenizer's own first token, and one of the text
         numbers += [("scored", self.scored, 2), ("documents", self.documents, 1), ("step", self.step, 1)]
-        numbers += [("prefill-chunk", chunk, 1), ("window", self.window, 0), ("sinks", self.sinks, 0)]
-        numbers += [("greedy", self.greedy, 0), ("turns", self.turns, 1), ("turn-tokens", self.turn_tokens, 1)]
+        numbers += [("prefill_chunk", chunk, 1), ("window", self.window, 0), ("sinks", self.sinks, 0)]
+        numbers += [("greedy", self.greedy, 0), ("turns", self.turns, 1), ("turn_tokens", self.turn_tokens, 1)]
         for name, value, least in numbers:  # the first scored token is predicted by the prefix alone
             if value < least:
-                raise ValueError(f"Expected --{name} of at least {least}, received {value}.")
+                raise UsageError(f"Expected `{name}` of at least {least}, received {value}.")
         if "copy" in self.tasks:
             for prefix in self.prefixes:
                 copy_span(prefix, self.scored, self.sinks, self.window)
         if self.tasks == ("drift",) and not any(method.live for method in methods):
-            raise ValueError(
+            raise UsageError(
                 f"Expected a method with a live cache for the task drift, received {', '.join(self.methods)}, for files."
             )
         for tiers in self.tiers:
@@ -107,25 +115,25 @@ class Settings:
                 if _drops_tokens(method):
                     check_tiers(method, tiers)
         if self.tiers and not any(map(_drops_tokens, methods)):
-            raise ValueError(
-                f"Expected a method SCORER+METHOD for --tiers, {', '.join(self.methods)} are none. Take for example "
+            raise UsageError(
+                f"Expected a method SCORER+METHOD for `tiers`, {', '.join(self.methods)} are none. Take for example "
                 "triattention+spectral."
             )
         for scorer in self.rounding_scores:
             if scorer not in ROUNDINGS:
-                raise ValueError(f"Expected --rounding-scores among {', '.join(ROUNDINGS)}, received {scorer!r}.")
+                raise UsageError(f"Expected `rounding_scores` among {', '.join(ROUNDINGS)}, received {scorer!r}.")
         if self.rounding_scores and not any(map(_rounds, methods)):
-            raise ValueError(
-                f"Expected a method that rounds by scores for --rounding-scores, {', '.join(self.methods)} do not."
+            raise UsageError(
+                f"Expected a method that rounds by scores for `rounding_scores`, {', '.join(self.methods)} do not."
             )
-        wavy = [method for method in methods if _has_wavelet(method)]
+        wavy = [named for method in methods if (named := method.scorer) and _has_wavelet(method)]
         if self.wavelets and not (wavy and self.shares):
-            raise ValueError(
-                f"Expected a method that drops tokens by a wavelet scorer for --wavelet, {', '.join(self.methods)} "
-                f"{'drop none with --tiers alone' if wavy else 'do not'}."
+            raise UsageError(
+                f"Expected a method that drops tokens by a wavelet scorer for `wavelets`, {', '.join(self.methods)} "
+                f"{'drop none with `tiers` alone' if wavy else 'do not'}."
             )
         for wavelet in self.wavelets:
-            check_wavelet(get_scorer(wavy[0].scorer), wavelet)
+            check_wavelet(get_scorer(wavy[0]), wavelet)
         self._check_keep([method for method in methods if _drops_tokens(method)])
 
     @property
@@ -135,19 +143,19 @@ class Settings:
 
     def _check_keep(self, dropping: list) -> None:
         if self.keep and not dropping:
-            raise ValueError(
-                f"Expected a method that drops tokens for --keep, {', '.join(self.methods)} keep every token."
+            raise UsageError(
+                f"Expected a method that drops tokens for `keep`, {', '.join(self.methods)} keep every token."
             )
         for keep in self.shares if dropping else ():
             if not 0 < keep <= 1:
-                raise ValueError(f"Expected shares above 0, at most 1, for --keep, received {keep:g}.")
+                raise UsageError(f"Expected shares above 0, at most 1, for `keep`, received {keep:g}.")
             waits = SEAL - 1 if any(method.compresses for method in dropping) else 0
             for prefix in self.prefixes:
                 if round(keep * prefix) <= self.sinks + self.window + waits:
-                    raise ValueError(
-                        f"Expected --keep to leave more than the {self.sinks} sinks, the window of {self.window} and {waits} "
+                    raise UsageError(
+                        f"Expected `keep` to leave more than the {self.sinks} sinks, the window of {self.window} and {waits} "
                         f"that wait to be coded, received {keep:g}, {round(keep * prefix):,} of {prefix:,} tokens. Raise "
-                        "--keep or --prefix."
+                        "`keep` or `prefixes`."
                     )
 
 
@@ -166,37 +174,62 @@ def evaluate(
 
     names: `model` and `backend` as rows call them. profile None looks for one, and calibrates if there is none. Returns
     `rows` (summaries), `documents` (the rows behind them), `skipped` (pairs of method and bits that cannot be reached, or
-    that a task is not for), `layers` (the indices that `aop_layers` are of), and what identifies the run. Raises ValueError
+    that a task is not for), `layers` (the indices that `aop_layers` are of), and what identifies the run. Raises UsageError
     before the model runs for anything that cannot work.
     """
     documents = make_documents(tokenizer, texts, settings, backend.context_limit(model))
     Path(output).mkdir(parents=True, exist_ok=True)
     finished = RowFile(Path(output) / "rows.jsonl")
     jobs, skipped = plan_jobs(backend, model, tokenizer, settings, profile)
-    for job in jobs:
-        for task in settings.tasks:
-            if not _runs(task, job):
-                reason = f"{job.method.name} is for files, the task {task} needs a live cache"
-                log.warning("Skipped %s at %g bits in the task %s: %s.", job.method.name, job.bits, task, reason)
-                skipped.append({"method": job.method.name, "bits": job.bits, "task": task, "reason": reason})
     common = {
         **names,
         "weights": backend.weights_digest(model),
         "dtype": str(backend.model_dtype(model)).rpartition(".")[2],
         "library_version": __version__,
     }
+    keys, unfit = _plan_rows(documents, jobs, settings, common)
+    runner = Runner(backend, model, settings)
+    rows = _run_rows(runner, documents, jobs, keys, finished)
+    _warn_of_low_perplexity(rows)
+    return {
+        "rows": summarize(rows),
+        "documents": rows,
+        "skipped": skipped + unfit,
+        "layers": list(runner.layers),
+        **{key: value for key, value in common.items() if key != "library_version"},
+        "versions": versions(backend),
+        "settings": asdict(settings) | {"texts": {text.name: text.digest for text in texts}},
+    }
+
+
+def _plan_rows(
+    documents: list[Document], jobs: list[Job], settings: Settings, common: dict
+) -> tuple[dict[Place, list[dict]], list[dict]]:
+    """What identifies the rows at every place, and the pairs of job and task that are not for each other, which are named."""
+    skipped = []
+    for job, task in product(jobs, settings.tasks):
+        if not _runs(task, job):
+            reason = f"{job.method.name} is for files, the task {task} needs a live cache"
+            log.warning("Skipped %s at %g bits in the task %s: %s.", job.method.name, job.bits, task, reason)
+            skipped.append({"method": job.method.name, "bits": job.bits, "task": task, "reason": reason})
     keys = {
         (d, task, job): _keys(document, task, job, settings, common)
         for d, document in enumerate(documents)
-        for task in document.scored
-        for job in jobs
+        for task, job in product(document.scored, jobs)
         if _runs(task, job)
     }
+    return keys, skipped
 
-    def missing(place) -> list[dict]:
+
+def _run_rows(
+    runner: Runner, documents: list[Document], jobs: list[Job], keys: dict[Place, list[dict]], finished: RowFile
+) -> list[dict]:
+    """The row of every key, in their order; what `finished` lacks is measured now and added to it."""
+
+    def missing(place: Place) -> list[dict]:
         return [key for key in keys.get(place, ()) if finished.find(key) is None]
 
-    total, runner = sum(map(len, keys.values())), Runner(backend, model, settings)
+    total = sum(map(len, keys.values()))
     with tqdm(total=total, initial=total - sum(len(missing(place)) for place in keys), desc="eval", unit="row") as bar:
         for d, document in enumerate(documents):
             todo = {task: [job for job in jobs if missing((d, task, job))] for task in document.scored}
@@ -205,7 +238,10 @@ def evaluate(
                 if finished.find(key) is None:  # turns are run again from the first on
                     finished.append(key | numbers)
                     bar.update()
-    rows = [finished.find(key) for group in keys.values() for key in group]
+    return [finished.rows[row_key(key)] for group in keys.values() for key in group]
+
+
+def _warn_of_low_perplexity(rows: list[dict]) -> None:
     low = sorted({row["text"] for row in rows if row.get("low_ppl")})
     if low:
         log.warning(
@@ -213,15 +249,6 @@ def evaluate(
             ", ".join(low),
             LOW_PPL,
         )
-    return {
-        "rows": summarise(rows),
-        "documents": rows,
-        "skipped": skipped,
-        "layers": list(runner.layers),
-        **{key: value for key, value in common.items() if key != "library_version"},
-        "versions": versions(backend),
-        "settings": asdict(settings) | {"texts": {text.name: text.digest for text in texts}},
-    }
 
 
 def plan_jobs(
@@ -229,11 +256,11 @@ def plan_jobs(
 ) -> tuple[list[Job], list[dict]]:
     """Every pair of method and bits with its plan, and the pairs that cannot be reached, which are named.
 
-    A method without a choice of bits comes once. Raises ValueError when no pair is left or the profile does not fit.
+    A method without a choice of bits comes once. Raises UsageError when no pair is left or the profile does not fit.
     """
     shape, passed = backend.model_shape(model)
     if not shape.layers:
-        raise ValueError(
+        raise UsageError(
             f"Expected full-attention layers to compress, received only: {', '.join(set(passed.values()))}."
         )
     jobs, skipped = [], []
@@ -245,34 +272,44 @@ def plan_jobs(
             )
             found.check(shape)
             found.basis_set(method.profile_set)
-        keeps = settings.shares if _drops_tokens(method) else (None,)
-        low, high = bits_range(method)
-        grid = dict.fromkeys(settings.bits) if low < high else [low]
-        scorers = settings.rounding_scores or (None,) if _rounds(method) else (None,)
-        wavelets = settings.wavelets or (None,) if _has_wavelet(method) else (None,)
-        wanted = [(bits, scorer, None) for bits in (grid if keeps else ()) for scorer in scorers]
-        wanted += [(mean_bits(t), s, t) for t in (settings.tiers if _drops_tokens(method) else ()) for s in scorers]
-        for bits, scorer, tiers in wanted:
+        for bits, scorer, tiers in _plans_of(method, settings):
             try:
                 made = rounded_by(method, scorer)
                 plan = make_tiered_plan(shape, found, made, tiers) if tiers else make_plan(shape, found, made, bits)
-                if tiers:
-                    jobs.append(Job(made, bits, plan, plan.hash, None, scorer, tiers))
-                    continue
                 jobs += [
-                    Job(made, bits, plan, plan.hash, keep, scorer, None, wavelet)
-                    for keep in keeps
-                    for wavelet in wavelets
+                    Job(made, bits, plan, plan.hash, keep, scorer, tiers, wavelet)
+                    for keep, wavelet in _caches_of(method, settings, tiers)
                 ]
-            except ValueError as error:
+            except UsageError as error:
                 log.warning("Skipped %s at %g bits: %s", method.name, bits, error)
                 skipped.append({"method": method.name, "bits": bits, "reason": str(error)})
     if not jobs:
-        raise ValueError(
+        raise UsageError(
             f"Expected a method and bits that it can reach, received methods {', '.join(settings.methods)} with bits "
             f"{', '.join(f'{b:g}' for b in settings.bits)}: {skipped[-1]['reason']}"
         )
     return jobs, skipped
+
+
+def _plans_of(method: Method, settings: Settings) -> list[tuple[float, str | None, Tiers | None]]:
+    """(bits, rounding scores, tiers) of every plan of `method` that `settings` ask for; bits alone first, then tiers."""
+    drops, (low, high) = _drops_tokens(method), bits_range(method)
+    bits = dict.fromkeys(settings.bits) if low < high else (low,)
+    scorers = settings.rounding_scores or (None,) if _rounds(method) else (None,)
+    plans: list[tuple[float, str | None, Tiers | None]] = []
+    if settings.shares or not drops:
+        plans += [(b, scorer, None) for b, scorer in product(bits, scorers)]
+    if drops:
+        plans += [(mean_bits(tiers), scorer, tiers) for tiers, scorer in product(settings.tiers, scorers)]
+    return plans
+
+
+def _caches_of(method: Method, settings: Settings, tiers: Tiers | None) -> Iterable[tuple[float | None, str | None]]:
+    """(share of the tokens kept, wavelet) of every cache that a plan with `tiers`, or without, is measured in."""
+    if tiers:
+        return [(None, None)]
+    shares = settings.shares if _drops_tokens(method) else (None,)
+    return product(shares, settings.wavelets or (None,) if _has_wavelet(method) else (None,))
 
 
 def _calibrated(backend, model, tokenizer, basis_set: str) -> Profile:
@@ -286,7 +323,7 @@ def _drops_tokens(method: Method) -> bool:
 
 
 def _has_wavelet(method: Method) -> bool:
-    return _drops_tokens(method) and "wavelet" in get_scorer(method.scorer).options
+    return method.scorer is not None and "wavelet" in get_scorer(method.scorer).options
 
 
 def _rounds(method: Method) -> bool:

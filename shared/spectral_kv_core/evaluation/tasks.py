@@ -25,7 +25,7 @@ from ..scorers import get_scorer
 from .documents import Document
 from .fidelity import output_errors, output_perturbation, relative_error, sealed_span, spectral_fidelity
 
-LOW_PPL = 2.0  # a text this predictable was learnt by heart or repeats itself: little can go wrong on it
+LOW_PPL = 2.0  # a text this predictable was learned by heart or repeats itself: little can go wrong on it
 
 
 @dataclass(frozen=True, eq=False)  # a job is itself: plans are not compared
@@ -52,6 +52,17 @@ class Job:
 
     def budget_tokens(self, prefix: int) -> int | None:
         return None if self.keep is None else round(self.keep * prefix)
+
+    def options(self, prefix: int) -> dict:
+        """The fields of `CacheRequest` that ask for this cache after a prefix of so many tokens."""
+        asked = {
+            "method": self.method,  # with its rounding
+            "bits": None if self.tiers else self.bits,
+            "budget_tokens": self.budget_tokens(prefix),
+            "tiers": self.tiers,
+            "wavelet": self.wavelet,
+        }
+        return {name: value for name, value in asked.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -222,21 +233,9 @@ class Runner:
         return cache
 
     def _empty(self, job: Job, prefix: int):
-        settings, budget = self.settings, job.budget_tokens(prefix)
-        options = {} if budget is None else {"budget_tokens": budget}
-        if job.tiers:
-            options["tiers"] = job.tiers
-        if job.wavelet:
-            options["wavelet"] = job.wavelet
-        return self.backend.make_prompt_cache(
-            self.model,
-            job.plan.profile,
-            None if job.tiers else job.bits,
-            method=job.method,  # with its rounding
-            window=settings.window,
-            sinks=settings.sinks,
-            **options,
-        )
+        exact = {"window": self.settings.window, "sinks": self.settings.sinks}
+        options = job.options(prefix) | exact
+        return self.backend.make_prompt_cache(self.model, job.plan.profile, options.pop("bits", None), **options)
 
     def _copied(self, plain):
         cache = self.backend.plain_cache(self.model)
@@ -280,7 +279,7 @@ class Runner:
         for exact, (*vectors, positions) in zip(self.backend.held_vectors(plain, self.layers), held):
             errors = [relative_error(x, y, positions, span) for x, y in zip(exact, vectors)]
             spectra = [spectral_fidelity(x, y, positions, span) for x, y in zip(exact, vectors)]
-            sums += *errors, np.mean(spectra)
+            sums += np.array([*errors, np.mean(spectra)])
         return dict(zip(("key_error", "value_error", "spectral_fidelity"), (sums / len(self.layers)).tolist()))
 
     def _sizes(self, job: Job, stored) -> dict:

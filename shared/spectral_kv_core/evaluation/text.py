@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
-import inspect
 import re
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 
-CODE_MODULES = ("tarfile", "subprocess", "argparse")  # in no calibration text; long, and on every machine
+from ..errors import UsageError
+from ..planning.budget import SEAL
+
 _TITLE = re.compile(r"^ ?= (?:[^=\n]+ )?= ?$", re.MULTILINE)  # top-level heading of WikiText, empty when all was <unk>
 
 
@@ -27,16 +27,9 @@ class Text:
 
 
 def default_texts() -> list[Text]:
-    """`prose`, which ships, and `code`, the source of standard-library modules of the Python that runs."""
-    prose = (files("spectral_kv_core") / "data" / "evaluation" / "prose.txt").read_text(encoding="utf-8")
-    try:
-        code = "\n\n".join(inspect.getsource(importlib.import_module(name)) for name in CODE_MODULES)
-    except OSError as error:
-        raise ValueError(
-            f"Expected the source of Python's standard library for the text code, received none ({error}). Give texts "
-            "of your own: --text FILE"
-        ) from None
-    return [Text("prose", prose), Text("code", code)]
+    """`prose` and `code`, which ship (data/README.md): in no calibration text, and the same on every machine."""
+    folder = files("spectral_kv_core") / "data" / "evaluation"
+    return [Text(name, (folder / f"{name}.txt").read_bytes().decode("utf-8")) for name in ("prose", "code")]
 
 
 def detokenize(text: str) -> str:
@@ -56,7 +49,7 @@ def detokenize(text: str) -> str:
 
 
 def read_text(name: str, raw: str) -> Text:
-    """`raw` as a text to evaluate on; WikiText's tokenised style is undone."""
+    """`raw` as a text to evaluate on; WikiText's tokenized style is undone."""
     return Text(name, detokenize(raw) if " @-@ " in raw or "<unk>" in raw else raw)
 
 
@@ -67,12 +60,12 @@ def split_articles(text: str) -> list[str]:
 
 
 def split_documents(
-    tokenizer, text: Text, length: int, count: int, lower: str = "--prefix and --scored"
+    tokenizer, text: Text, length: int, count: int, lower: str = "`prefixes` and `scored`"
 ) -> list[list[int]]:
     """Up to `count` documents of `length` tokens out of `text`, at least one, evenly spread.
 
     Each is the start of an article where the text has articles, else a window; windows do not overlap. Where the
-    tokenizer marks the beginning of a text, every document begins so. Raises ValueError for a text that is too short,
+    tokenizer marks the beginning of a text, every document begins so. Raises UsageError for a text that is too short,
     which says what to `lower`.
     """
     first = first_tokens(tokenizer)
@@ -81,7 +74,7 @@ def split_documents(
     pieces = [list(tokenizer.encode(piece, add_special_tokens=False)) for piece in articles or [text.text]]
     longest = max(map(len, pieces))
     if longest < room:
-        raise ValueError(
+        raise UsageError(
             f"Expected {'an article of ' if articles else ''}at least {length:,} tokens in the text {text.name}, received "
             f"{longest + len(first):,}. Give a longer text or lower {lower}."
         )
@@ -104,21 +97,21 @@ def first_tokens(tokenizer) -> list[int]:
 def copy_span(prefix: int, scored: int, sinks: int, window: int) -> tuple[int, int]:
     """Where the copied tokens start and end in a prefix: from about a third of it, and all of them sealed.
 
-    Of 1,860 tokens and 128 scored that is 600..727. Raises ValueError for a prefix that is too short.
+    Of 1,860 tokens and 128 scored that is 600..727. Raises UsageError for a prefix that is too short.
     """
 
     def start(prefix: int) -> int:
         return max(prefix * 10 // 31, sinks)
 
     def fits(prefix: int) -> bool:
-        return start(prefix) + scored <= prefix - window - 15  # up to 15 tokens wait for their block to fill
+        return start(prefix) + scored <= prefix - window - (SEAL - 1)  # as many may wait for their block to fill
 
     if not fits(prefix):
         needed = prefix
         while not fits(needed):
             needed += 1
-        raise ValueError(
+        raise UsageError(
             f"Expected a prefix of at least {needed:,} tokens for the task copy with {scored} scored tokens and a window "
-            f"of {window}, received {prefix:,}. Raise --prefix, lower --scored or --window, or use --tasks text."
+            f"of {window}, received {prefix:,}. Raise `prefixes`, lower `scored` or `window`, or leave the task out."
         )
     return start(prefix), start(prefix) + scored

@@ -13,6 +13,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from ..errors import UsageError
+
 METADATA_KEY = "spectralkv"
 
 
@@ -46,7 +48,7 @@ class FileFormat:
     def load(self, path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
         """Arrays and header of `path`.
 
-        Raises FileNotFoundError, or ValueError for a file that is truncated, altered, of another kind or version.
+        Raises FileNotFoundError, or UsageError for a file that is truncated, altered, of another kind or version.
         """
         path = Path(path)
         if not path.is_file():
@@ -55,27 +57,28 @@ class FileFormat:
             )
         try:
             with safe_open(path, framework="numpy") as file:
-                header = _header(file)
-                self._check_kind(header, path)
+                header = self._checked(_header(file), path)
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, json.JSONDecodeError) as error:
-            raise ValueError(
+            raise UsageError(
                 f"Expected a whole {self.noun} file, {path} is truncated or damaged ({error}). Make it again."
             ) from None
         if _digest(arrays, header) != header.get("sha256"):
-            raise ValueError(f"Expected the contents that the header's hash names, {path} was altered. Make it again.")
+            raise UsageError(f"Expected the contents that the header's hash names, {path} was altered. Make it again.")
         return arrays, header
 
-    def _check_kind(self, header: dict | None, path: Path) -> None:
+    def _checked(self, header: dict | None, path: Path) -> dict:
+        """The header of a file of this kind and version."""
         if header is None:
-            raise ValueError(f"Expected a spectralkv {self.noun}, received another safetensors file: {path}.")
+            raise UsageError(f"Expected a spectralkv {self.noun}, received another safetensors file: {path}.")
         if header.get("format") != self.name:
-            raise ValueError(f"Expected a {self.noun}, received a {header.get('format')} file: {path}.")
+            raise UsageError(f"Expected a {self.noun}, received a {header.get('format')} file: {path}.")
         version = header.get("version", self.version)
         if version != self.version:
             newer = isinstance(version, int) and version > self.version
             todo = "Upgrade: pip install -U spectralkv" if newer else f"Make it again: {self.command}"
-            raise ValueError(f"Expected {self.noun} version {self.version}, received {version} from {path}. {todo}")
+            raise UsageError(f"Expected {self.noun} version {self.version}, received {version} from {path}. {todo}")
+        return header
 
 
 def format_name(path: str | os.PathLike) -> str | None:

@@ -8,6 +8,8 @@ import platform
 from importlib.metadata import entry_points
 from types import ModuleType
 
+from ..errors import UsageError
+
 log = logging.getLogger("spectralkv")
 GROUP = "spectralkv.backends"
 
@@ -21,7 +23,7 @@ def backend_names() -> list[str]:
 def load_backend(name: str = "auto", module: str = "generation") -> tuple[str, ModuleType]:
     """Name and `module` of backend `name`; `auto` takes the natural one, or whichever is installed.
 
-    Raises ValueError for an unknown name and ImportError, which names the extra, when its packages are missing.
+    Raises UsageError for an unknown name and ImportError, which names the extra, when its packages are missing.
     """
     names = backend_names()
     if not names:
@@ -30,7 +32,7 @@ def load_backend(name: str = "auto", module: str = "generation") -> tuple[str, M
         )
     if name != "auto":
         if name not in names:
-            raise ValueError(f"Expected a backend among {', '.join(['auto', *names])}, received {name!r}.")
+            raise UsageError(f"Expected a backend among {', '.join(['auto', *names])}, received {name!r}.")
         return name, _import(name, module)
     missing = None
     for candidate in names:
@@ -42,6 +44,7 @@ def load_backend(name: str = "auto", module: str = "generation") -> tuple[str, M
         if missing:
             log.warning("%s Using %s instead.", missing, candidate)
         return candidate, found
+    assert missing is not None, "no name was tried"
     raise missing
 
 

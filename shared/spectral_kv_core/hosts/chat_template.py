@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ..errors import UsageError
+
 PLACE = "[[spectralkv: content of the message]]"  # stands in the template for what the user says
 
 
@@ -33,10 +35,10 @@ def encode_rest(tokenizer, text: str, raw: bool) -> list[int]:
 def system_tokens(tokenizer) -> int:
     """How many tokens of a prompt in the template stand before what the user says: the system prompt, if there is one.
 
-    Raises ValueError for a model without a template.
+    Raises UsageError for a model without a template.
     """
     if not has_template(tokenizer):
-        raise ValueError("Expected a chat template, whose system prompt is to be protected, the model has none.")
+        raise UsageError("Expected a chat template, whose system prompt is to be protected, the model has none.")
     return len(tokenizer.encode(_frame(tokenizer)[0], add_special_tokens=False))
 
 
@@ -46,5 +48,5 @@ def _frame(tokenizer) -> tuple[str, str]:
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     head, place, tail = text.partition(PLACE)
     if not place or PLACE in tail:
-        raise ValueError("Expected a chat template that shows a message once, received another. Use --raw.")
+        raise UsageError("Expected a chat template that shows a message once, received another. Use `raw`.")
     return head, tail

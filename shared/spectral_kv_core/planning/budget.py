@@ -6,9 +6,12 @@ import operator
 
 import numpy as np
 
+from ..errors import UsageError
 from ..profile.model_shape import ModelShape
 
 SEAL = 16  # tokens are sealed in multiples of this, and of the block of their codec
+WINDOW = 64  # last tokens that a cache keeps exactly, unless told
+SINKS = 4  # first tokens that a cache keeps exactly, unless told
 CHUNK_TOKENS = 1024  # tokens of a full chunk: the unit that is decoded at a time
 
 
@@ -18,13 +21,13 @@ def elements_per_token(shape: ModelShape) -> int:
 
 
 def whole_number(name: str, value, least: int) -> None:
-    """Raise ValueError unless `value` is a number of tokens, `least` or more; NumPy's integers are, True is not."""
+    """Raise UsageError unless `value` is a number of tokens, `least` or more; NumPy's integers are, True is not."""
     try:
         right = not isinstance(value, bool) and operator.index(value) >= least
     except TypeError:
         right = False
     if not right:
-        raise ValueError(f"Expected {name} to be a number of tokens, {least} or more, received {value!r}.")
+        raise UsageError(f"Expected {name} to be a number of tokens, {least} or more, received {value!r}.")
 
 
 def bits_for_bytes(
@@ -42,7 +45,7 @@ def bits_for_bytes(
 
     `other_bytes`: what the layers that pass through need; `allowed`: lowest and highest bits of the method; `block`:
     tokens that are sealed at a time.
-    Raises ValueError with the possible range.
+    Raises UsageError with the possible range.
     """
     waiting = block - 1  # tokens, at most, until their block is full
     exact = min(context, sinks + window + waiting)
@@ -50,14 +53,14 @@ def bits_for_bytes(
     fixed = exact * per_token * element_bytes + other_bytes
     sealed = context - exact
     if sealed <= 0:
-        raise ValueError(
+        raise UsageError(
             f"Expected a max_context above sinks + window + {waiting} = {exact} tokens for budget_bytes, received {context}."
         )
     bits = (budget_bytes - fixed) * 8 / (sealed * per_token)
     if not bits >= allowed[0]:
         low = int(np.ceil(fixed + allowed[0] * sealed * per_token / 8))
         high = int(fixed + allowed[1] * sealed * per_token / 8)
-        raise ValueError(
+        raise UsageError(
             f"Expected budget_bytes between {low:,} and {high:,} for {context:,} tokens with {sinks} sinks and a window "
             f"of {window}, received {budget_bytes:,}."
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ..errors import UsageError
 from ..profile.basis_set import JOINT, PAIRS
 from ..scorers import SCORERS, get_scorer
 
@@ -53,26 +54,26 @@ class Method:
 
     def __post_init__(self):
         if self.codec not in CODECS:
-            raise ValueError(f"Expected a codec in {CODECS}, received {self.codec!r}.")
+            raise UsageError(f"Expected a codec in {CODECS}, received {self.codec!r}.")
         if self.rope not in ("pre", "post"):
-            raise ValueError(f"Expected rope pre or post, received {self.rope!r}.")
+            raise UsageError(f"Expected rope pre or post, received {self.rope!r}.")
         if self.group not in GROUPS:
-            raise ValueError(f"Expected a group in {GROUPS}, received {self.group!r}.")
+            raise UsageError(f"Expected a group in {GROUPS}, received {self.group!r}.")
         if self.quantizer not in QUANTIZERS:
-            raise ValueError(f"Expected a quantizer in {QUANTIZERS}, received {self.quantizer!r}.")
+            raise UsageError(f"Expected a quantizer in {QUANTIZERS}, received {self.quantizer!r}.")
         if self.rounding not in ROUNDINGS:
-            raise ValueError(f"Expected a rounding in {ROUNDINGS}, received {self.rounding!r}.")
+            raise UsageError(f"Expected a rounding in {ROUNDINGS}, received {self.rounding!r}.")
         if self.scorer is not None:
             get_scorer(self.scorer)
         one_layer = self.group in GROUPS[:3]
         # a live cache gets its layers one after the other, and attends to each alone
         fitting = ("spectral", "entropy-coded") if self.group == "layer2" else ("entropy-coded",)
         if self.live and not one_layer and self.codec not in fitting:
-            raise ValueError(
+            raise UsageError(
                 f"Expected the codec {' or '.join(fitting)} for the group {self.group}, received {self.codec!r}."
             )
         if self.scorer is not None and not one_layer:
-            raise ValueError(
+            raise UsageError(
                 f"Expected a method that codes every layer alone for the scorer {self.scorer}, {self.name} codes layers "
                 "together. Choose spectral-dense."
             )
@@ -290,7 +291,7 @@ BASIS_SETS = tuple(dict.fromkeys(m.basis_set for m in METHODS.values() if m.basi
 def get_method(name: str | Method) -> Method:
     """The row called `name`, or of `SCORER+METHOD` the method that drops tokens by that scorer.
 
-    Raises ValueError that lists the names there are.
+    Raises UsageError that lists the names there are.
     """
     if isinstance(name, Method):
         return name
@@ -299,7 +300,7 @@ def get_method(name: str | Method) -> Method:
     scorer, plus, codec = name.partition("+")
     if plus and scorer in SCORERS and codec in METHODS and METHODS[codec].can_drop:
         return replace(METHODS[codec], name=name, scorer=scorer, summary=f"{METHODS[codec].summary}; drops tokens")
-    raise ValueError(
+    raise UsageError(
         f"Expected a method among {', '.join(METHODS)}, or SCORER+METHOD such as triattention+spectral, received {name!r}."
     )
 
@@ -307,30 +308,30 @@ def get_method(name: str | Method) -> Method:
 def rounded_by(method: Method, scorer: str | None) -> Method:
     """`method` with the scores of `scorer` as weights of time rounding, or `nearest` codes; None: as it is.
 
-    Raises ValueError for a method that does not round in time.
+    Raises UsageError for a method that does not round in time.
     """
     if scorer is None:
         return method
     if method.rounding == "nearest":
-        raise ValueError(f"Expected a method that rounds by scores for rounding_scores, {method.name} does not.")
+        raise UsageError(f"Expected a method that rounds by scores for rounding_scores, {method.name} does not.")
     return replace(method, rounding=scorer)
 
 
 def get_keeping_method(name: str | Method) -> Method:
-    """`get_method` for what is stored as a whole; raises ValueError for a method that drops tokens."""
+    """`get_method` for what is stored as a whole; raises UsageError for a method that drops tokens."""
     method = get_method(name)
     if method.scorer is not None:
-        raise ValueError(
+        raise UsageError(
             f"Expected a method that keeps every token for a stored prompt, received {method.name}, which drops some."
         )
     return method
 
 
 def get_live_method(name: str | Method) -> Method:
-    """`get_method` for a cache in use; raises ValueError for a method that makes files only."""
+    """`get_method` for a cache in use; raises UsageError for a method that makes files only."""
     method = get_method(name)
     if not method.live:
-        raise ValueError(
+        raise UsageError(
             f"Expected a method with a live cache, received {method.name}, which is for files: use save_prompt_cache and "
             "load_prompt_cache, or spectralkv cache-prompt."
         )

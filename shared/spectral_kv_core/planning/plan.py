@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
+from ..errors import UsageError
 from ..profile.basis_set import BasisSet
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
@@ -90,15 +91,15 @@ class Plan:
 
     @classmethod
     def make(cls, shape: ModelShape, profile: Profile | None, method: Method, bits: float) -> Plan:
-        """The plan of most bits within `bits`; raises ValueError that says what can be reached."""
+        """The plan of most bits within `bits`; raises UsageError that says what can be reached."""
         raise NotImplementedError
 
     @classmethod
     def check_bits(cls, shape: ModelShape, method: Method, bits: float) -> None:
-        """Raise ValueError unless `bits` lie within what `method` can reach."""
+        """Raise UsageError unless `bits` lie within what `method` can reach."""
         low, high = cls.bits_range(shape, method)
         if not low <= bits <= high:
-            raise ValueError(f"Expected bits between {low:g} and {high:g} for {method.name}, received {bits:g}.")
+            raise UsageError(f"Expected bits between {low:g} and {high:g} for {method.name}, received {bits:g}.")
 
     @property
     def drops(self) -> bool:

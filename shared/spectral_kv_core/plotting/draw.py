@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from ..errors import UsageError
 from ..files.paths import write_whole
 from ..profile.profile import Profile
 from . import pictures
@@ -42,13 +43,13 @@ def draw(
 ) -> dict:
     """Draw what every result has the fields for into `folder`; `pictures` are the paths, `skipped` what was not drawn.
 
-    only: names of `PICTURES`. Raises ValueError for unknown names and formats or when nothing could be drawn, and
+    only: names of `PICTURES`. Raises UsageError for unknown names and formats or when nothing could be drawn, and
     ImportError, which names the extra, without matplotlib.
     """
-    for name, given, known in (("--format", formats, FORMATS), ("--only", only, tuple(PICTURES))):
+    for name, given, known in (("formats", formats, FORMATS), ("only", only, tuple(PICTURES))):
         for value in given:
             if value not in known:
-                raise ValueError(f"Expected {name} among {', '.join(known)}, received {value!r}.")
+                raise UsageError(f"Expected `{name}` among {', '.join(known)}, received {value!r}.")
     drawn, skipped = [], []
     for result, name, figure in figures(results, only):
         if isinstance(figure, Skip):
@@ -59,7 +60,7 @@ def draw(
         reasons = (
             "; ".join(f"{s['picture']}: {s['reason']}" for s in skipped) or f"only {', '.join(only)} were asked for"
         )
-        raise ValueError(f"Expected results to draw, found none: {reasons}.")
+        raise UsageError(f"Expected results to draw, found none: {reasons}.")
     return {"pictures": list(map(str, drawn)), "skipped": skipped}
 
 

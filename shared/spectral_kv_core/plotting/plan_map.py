@@ -8,7 +8,8 @@ from ..arrays.transform import band_sizes
 from ..codecs.registry import make_plan
 from ..codecs.transform import TransformPlan
 from ..planning.methods import METHODS, Method
-from ..profile.profile import BasisSet, Profile
+from ..profile.basis_set import BasisSet
+from ..profile.profile import Profile
 from .results import Skip
 
 

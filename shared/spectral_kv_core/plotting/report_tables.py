@@ -8,7 +8,8 @@ import numpy as np
 
 from ..arrays.basis import effective_rank, rank_for_energy
 from ..codecs.transform import TransformPlan
-from ..profile.profile import BasisSet, Profile
+from ..profile.basis_set import BasisSet
+from ..profile.profile import Profile
 from .markup import Markup, element, joined
 from .plan_map import bits_by_head, kept_by_head
 

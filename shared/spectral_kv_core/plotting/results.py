@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import UsageError
 from ..evaluation.rows import GROUP, MEANS, PLACES, VARIANT
 from ..files.container import format_name
 from ..files.paths import model_name
@@ -95,7 +96,7 @@ def read_results(paths: Iterable[str], bits: float | None = None) -> list[Result
         if path.is_dir():
             files = sorted(path.glob("*.json"))
             if not files:
-                raise ValueError(f"Expected result JSON in a folder, found no .json file in {path}.")
+                raise UsageError(f"Expected result JSON in a folder, found no .json file in {path}.")
         elif path.is_file():
             files = [path]
         else:
@@ -103,7 +104,7 @@ def read_results(paths: Iterable[str], bits: float | None = None) -> list[Result
         found += [_read(file, bits) for file in files]
     names = [result.stem for result in found]
     for name in {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"Expected results with different names, received {name} more than once: plot them apart.")
+        raise UsageError(f"Expected results with different names, received {name} more than once: plot them apart.")
     return found
 
 
@@ -184,7 +185,7 @@ def _read(path: Path, bits: float | None) -> Result:
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
         rows = None
     if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
-        raise ValueError(
+        raise UsageError(
             f"Expected a JSON object with rows, as spectralkv eval and bench write it, or a profile, {path} is neither."
         )
     _check_fields(content, path)
@@ -196,7 +197,7 @@ def _check_fields(content: dict, path: Path) -> None:
     """Raise ValueError where pictures and tables would trip over a field of the wrong kind, or of none."""
     documents = content.get("documents", [])
     if not isinstance(documents, list) or not all(isinstance(row, dict) for row in documents):
-        raise ValueError(f"Expected documents to be a list of objects, {path} has something else.")
+        raise UsageError(f"Expected documents to be a list of objects, {path} has something else.")
     for row in [*content["rows"], *documents]:
         for name, (kind, noun, needed) in _FIELDS.items():
             value = row.get(name)
@@ -206,9 +207,9 @@ def _check_fields(content: dict, path: Path) -> None:
                 or isinstance(value, bool)
                 or _huge(value)
             ):
-                raise ValueError(f"Expected {noun} as {name} of every row, {path} has {value!r}.")
+                raise UsageError(f"Expected {noun} as {name} of every row, {path} has {value!r}.")
         if not all(isinstance(x, (int, float)) for x in row.get("aop_layers") or ()):
-            raise ValueError(f"Expected numbers as aop_layers of every row, {path} has something else.")
+            raise UsageError(f"Expected numbers as aop_layers of every row, {path} has something else.")
     if any("ratio_to_dense" in row for row in content["rows"]):
         _check_bench(content, path)
 
@@ -224,15 +225,15 @@ def _check_bench(content: dict, path: Path) -> None:
     if not (
         isinstance(machine, dict) and {"cpu", "device"} <= set(machine) and isinstance(machine.get("threads"), int)
     ):
-        raise ValueError(f"Expected the machine of a benchmark with its cpu, device and threads, {path} has none.")
+        raise UsageError(f"Expected the machine of a benchmark with its cpu, device and threads, {path} has none.")
     if (
         not isinstance(content.get("bits"), _NUMBER)
         or "backend" not in content
         or not {"synthetic", "model"} & set(content)
     ):
-        raise ValueError(f"Expected backend, bits and the model or layer of a benchmark, {path} lacks some of them.")
+        raise UsageError(f"Expected backend, bits and the model or layer of a benchmark, {path} lacks some of them.")
     if not all(isinstance(row.get("context"), int) for row in content["rows"]):
-        raise ValueError(f"Expected a context in tokens in every row of a benchmark, {path} has rows without.")
+        raise UsageError(f"Expected a context in tokens in every row of a benchmark, {path} has rows without.")
 
 
 _NUMBER: tuple[type, ...] = (int, float)

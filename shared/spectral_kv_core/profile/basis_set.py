@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -77,7 +78,7 @@ class BasisSet:
     @classmethod
     def from_file(cls, arrays: dict[str, np.ndarray], levels: dict[int, np.ndarray], **description) -> BasisSet:
         """Inverse of `to_file`."""
-        fields = {key: arrays[key] for key in cls.ARRAYS}
+        fields: dict[str, Any] = {key: arrays[key] for key in cls.ARRAYS}
         fields["basis"] = arrays["basis"].astype(np.float32) * arrays["basis_scale"]
         made = cls(**description, **fields, levels=levels, histogram=arrays.get("histogram"))
         made.cost = (made.cost * made._loss()).astype(np.float32)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from ..arrays.basis import orthonormalize
-from ..arrays.rope import Rope
+from ..arrays.rope import Rope, pair_indices
+from ..errors import UsageError
 from .profile import Profile
 
 SHARED = "layer.pre"  # full-rank PCA of all keys and values of a layer: their covariance in another form
@@ -30,19 +31,19 @@ def means(profile: Profile, row: int) -> np.ndarray:
 
 
 def head_moments(profile: Profile, row: int) -> np.ndarray:
-    """Uncentred second moments [2H, D, D] float64 of keys before RoPE, then of values, of layer number `row`."""
+    """Uncentered second moments [2H, D, D] float64 of keys before RoPE, then of values, of layer number `row`."""
     mean = means(profile, row)
     blocks = np.stack([covariance(profile, row, i, i + 1) for i in range(len(mean))])
     return blocks + mean[:, :, None] * mean[:, None, :]
 
 
 def query_moment(profile: Profile, row: int) -> np.ndarray:
-    """Uncentred second moment [H, D, D] float64 of queries before RoPE, times the squared attention scale.
+    """Uncentered second moment [H, D, D] float64 of queries before RoPE, times the squared attention scale.
 
-    Mean over the query heads of a KV head. Raises ValueError for a profile without query statistics.
+    Mean over the query heads of a KV head. Raises UsageError for a profile without query statistics.
     """
     if profile.queries is None:
-        raise ValueError(
+        raise UsageError(
             f"Expected a profile with statistics of queries, {profile.path or 'this one'} is older. Calibrate again: "
             f"spectralkv profile --model {profile.model}"
         )
@@ -58,10 +59,7 @@ def rotated_energy(moment: np.ndarray, rope: Rope | None, positions: int) -> np.
         return energy
     angle = np.arange(positions)[:, None] * np.array(rope.inv_freq)
     cos, sin = np.cos(angle), np.sin(angle)
-    half = rope.rotary_dim // 2
-    first, second = np.arange(half), np.arange(half) + half
-    if rope.interleaved:
-        first, second = np.arange(half) * 2, np.arange(half) * 2 + 1
+    first, second = pair_indices(rope)
     a, b, cross = energy[..., first], energy[..., second], moment[..., first, second]
     cos2, sin2, both = (cos * cos).mean(0), (sin * sin).mean(0), (cos * sin).mean(0)
     energy[..., first] = cos2 * a + sin2 * b - 2 * both * cross

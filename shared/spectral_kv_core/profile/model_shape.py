@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass
 
 from ..arrays.rope import Rope
+from ..errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class ModelShape:
         """Indices of the layers that every row of a basis set of `group` (`methods.GROUPS`) stands for.
 
         One; for `layer2` and `layer4` up to so many that follow each other in the model, from the first on, what finds
-        no neighbour staying alone; for `model` all. Raises ValueError for `layer2` where no two layers follow each other.
+        no neighbor staying alone; for `model` all. Raises UsageError for `layer2` where no two layers follow each other.
         """
         if group == "model":
             return (self.layers,)
@@ -39,7 +40,7 @@ class ModelShape:
             else:
                 groups.append((layer_idx,))
         if group == "layer2" and all(len(layers) == 1 for layers in groups):
-            raise ValueError(
+            raise UsageError(
                 f"Expected layers that follow each other to pair, received the compressible layers "
                 f"{', '.join(map(str, self.layers))}. Use spectral-dense or spectral-stored, which code every layer alone."
             )
@@ -67,9 +68,9 @@ class ModelShape:
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 return f"{name} {theirs}, {owner} has {mine}"
-        if (self.rope is None) != (other.rope is None):
-            return "no rotary embedding on one side"
-        if self.rope is not None and not self.rope.matches(other.rope):
+        if self.rope is None or other.rope is None:
+            return None if self.rope is other.rope else "no rotary embedding on one side"
+        if not self.rope.matches(other.rope):
             return (
                 f"RoPE frequencies ending in {other.rope.inv_freq[-1]:.4g} rad/token (rotary_dim {other.rope.rotary_dim}), "
                 f"{owner} has {self.rope.inv_freq[-1]:.4g} (rotary_dim {self.rope.rotary_dim}); a checkpoint saved by "

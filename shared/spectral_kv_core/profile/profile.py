@@ -11,6 +11,7 @@ import numpy as np
 from .. import __version__
 from ..arrays.basis import effective_rank, orthonormalize, rank_for_energy
 from ..arrays.transform import band_sizes
+from ..errors import UsageError
 from ..files.container import FileFormat
 from ..quantization.quantizer import BIT_WIDTHS
 from .basis_set import ON_REQUEST, BasisSet
@@ -26,7 +27,7 @@ class QueryStatistics:
     """Queries before RoPE, times the attention scale; L compressible layers.
 
     mean [L, Hq, D]; root [L, H, D, D]: symmetric root of the covariance, averaged over the query heads of a KV head;
-    amplitude [L, Hq, rotary_dim / 2]: mean length of every rotary pair (with the mean, the centres of TriAttention).
+    amplitude [L, Hq, rotary_dim / 2]: mean length of every rotary pair (with the mean, the centers of TriAttention).
     """
 
     mean: np.ndarray
@@ -45,7 +46,32 @@ class QueryStatistics:
 
 @dataclass
 class Profile:
-    """Facts about one model from which the plan of any method and budget follows; see docs/reference/profile-file.md."""
+    """Facts about one model from which the plan of any method and budget follows: one file, read by both backends.
+
+    Args:
+        shape: Architecture numbers, which a model must agree with.
+        model: Name of the model, for messages.
+        calibration: The text, the tokens and the options that the profile was made with.
+        basis_sets: Bases, spectra and costs by name, such as `head.post`. `BasisSet` gives the shapes.
+        queries: Statistics of the queries before RoPE; None in older files. `QueryStatistics` gives the shapes.
+        weights_digest: Hash of the weights that were read; empty where it is not known.
+        library_version: The version of spectralkv that made the profile.
+        path: The file that it came from; None for one in memory.
+
+    Raises:
+        FileNotFoundError: `load` finds no file.
+        UsageError: `load` finds a file that is damaged or of another version, `check` a model of another shape,
+            `basis_set` and `get_projection` something that the profile does not have.
+
+    Examples:
+        >>> from spectral_kv_torch import SpectralProfile  # spectral_kv_mlx has the same
+        >>> from spectral_kv_core.profile.store import packaged_profiles
+        >>> profile = SpectralProfile.load(packaged_profiles()[0])
+        >>> profile.shape.num_layers, profile.shape.kv_heads, profile.shape.head_dim
+        (30, 3, 64)
+        >>> profile.get_projection(layer=8, head=0, energy=0.9).basis.shape  # [head_dim, rank]
+        (64, 50)
+    """
 
     shape: ModelShape
     model: str
@@ -58,7 +84,8 @@ class Profile:
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write the profile to `path` (temporary name, then rename); returns the path."""
-        arrays, sets = {}, {}
+        arrays: dict[str, np.ndarray] = {}
+        sets = {}
         for name, basis_set in self.basis_sets.items():
             arrays |= {f"{name}/{key}": array for key, array in basis_set.to_file().items()}
             for bits, levels in basis_set.levels.items():
@@ -80,15 +107,15 @@ class Profile:
     def load(cls, path: str | os.PathLike) -> Profile:
         """Read and check a profile file.
 
-        Raises FileNotFoundError, or ValueError for a file that is truncated, altered, of another kind or too new.
+        Raises FileNotFoundError, or UsageError for a file that is truncated, altered, of another kind or too new.
         """
         arrays, header = FORMAT.load(path)
         shape = ModelShape.from_json(header["shape"])
         sets = {}
         for name, fields in header["basis_sets"].items():
             levels = {b: arrays[f"{name}/levels/{b}"] for b in BIT_WIDTHS if b}
-            held = {key: arrays[f"{name}/{key}"] for key in BasisSet.FILE_ARRAYS}
-            held["histogram"] = arrays.get(f"{name}/histogram")
+            keys = [*BasisSet.FILE_ARRAYS, *["histogram"] * (f"{name}/histogram" in arrays)]
+            held = {key: arrays[f"{name}/{key}"] for key in keys}
             sets[name] = BasisSet.from_file(held, levels, **fields)
             _check_sizes(sets[name], shape, path)
         return cls(
@@ -105,10 +132,10 @@ class Profile:
         )
 
     def basis_set(self, name: str) -> BasisSet:
-        """The basis set `name`; raises ValueError with what to do when the profile lacks it."""
+        """The basis set `name`; raises UsageError with what to do when the profile lacks it."""
         if name not in self.basis_sets:
             self.shape.layer_groups(name.split(".")[0])  # raises where another calibration would not help
-            raise ValueError(
+            raise UsageError(
                 f"Expected a profile with the basis set {name}, {self.path or 'this one'} has {', '.join(self.basis_sets)}. "
                 f"Calibrate again: spectralkv profile --model {self.model}{ON_REQUEST.get(name, '')}"
             )
@@ -119,38 +146,38 @@ class Profile:
     ) -> Projection:
         """Components of the keys (after RoPE) or values of one KV head, for `SpectralKVCompressor`.
 
-        As many as hold the share `energy` of the variance (default: the profiler's target), or `rank`. Raises ValueError
+        As many as hold the share `energy` of the variance (default: the profiler's target), or `rank`. Raises UsageError
         for a layer or head that the profile lacks.
         """
         shape = self.shape
         if layer not in shape.layers:
             known = ", ".join(map(str, shape.layers))
-            raise ValueError(f"Expected a compressible layer of {self.model}, one of {known}, received {layer!r}.")
+            raise UsageError(f"Expected a compressible layer of {self.model}, one of {known}, received {layer!r}.")
         if head not in range(shape.kv_heads):
-            raise ValueError(f"Expected a KV head between 0 and {shape.kv_heads - 1}, received {head!r}.")
+            raise UsageError(f"Expected a KV head between 0 and {shape.kv_heads - 1}, received {head!r}.")
         if side not in SIDES:
-            raise ValueError(f"Expected a side of {SIDES}, received {side!r}.")
+            raise UsageError(f"Expected a side of {SIDES}, received {side!r}.")
         basis_set = self.basis_set("head.post")
         row, group = shape.layers.index(layer), head + shape.kv_heads * SIDES.index(side)
         variance = basis_set.channel_variance()[row, group].astype(np.float64)
         if rank is None:
             energy = energy or self.calibration.get("target_energy", 0.95)
             if not 0 < energy <= 1:
-                raise ValueError(f"Expected an energy in (0, 1], received {energy}.")
+                raise UsageError(f"Expected an energy in (0, 1], received {energy}.")
             rank = int(rank_for_energy(variance, energy))
         elif energy is not None:
-            raise ValueError("Expected rank or energy, received both.")
+            raise UsageError("Expected rank or energy, received both.")
         if rank not in range(1, basis_set.rank + 1):
-            raise ValueError(f"Expected a rank between 1 and {basis_set.rank}, received {rank!r}.")
+            raise UsageError(f"Expected a rank between 1 and {basis_set.rank}, received {rank!r}.")
         basis = orthonormalize(basis_set.basis[row, group])[:, :rank]
         mean = basis_set.mean[row, group].astype(np.float64)
         return Projection(self.model, layer, head, side, mean, basis, variance[:rank], basis_set.levels)
 
     def check(self, shape: ModelShape) -> None:
-        """Raise ValueError unless the profile was made for a model of this `shape`."""
+        """Raise UsageError unless the profile was made for a model of this `shape`."""
         difference = self.shape.mismatch(shape)
         if difference:
-            raise ValueError(
+            raise UsageError(
                 f"Expected a profile of this model, {self.path or 'the one given'} is for {self.model}: the model has "
                 f"{difference}. Calibrate this model: spectralkv profile --model MODEL"
             )
@@ -194,4 +221,4 @@ def _check_sizes(basis_set: BasisSet, shape: ModelShape, path: str | os.PathLike
     found = {name: getattr(basis_set, name).shape for name in expected}
     whole = rows == len(layer_groups) and groups * channels == heads * shape.head_dim
     if found != expected or not whole:
-        raise ValueError(f"Expected arrays that fit the model shape in the header, {path} has {found}. Make it again.")
+        raise UsageError(f"Expected arrays that fit the model shape in the header, {path} has {found}. Make it again.")

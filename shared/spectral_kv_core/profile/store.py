@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def cached_profile_path(shape: ModelShape, basis_set: str | None = None) -> Path
 
     Stored prompts need the very profile that they were made with.
     """
-    extra = ON_REQUEST.get(basis_set, "").replace(" --", "-")
+    extra = ON_REQUEST.get(basis_set or "", "").replace(" --", "-")
     return user_cache_dir() / "profiles" / f"{shape.fingerprint}-v{FORMAT_VERSION}{extra}.safetensors"
 
 
@@ -50,22 +51,14 @@ def auto_profile(shape: ModelShape, basis_set: str, calibrate: Callable[[], Prof
     return profile
 
 
-_warned: set[tuple[str, str]] = set()
-
-
 def warn_if_other_weights(profile: Profile, digest: str) -> None:
     """Warn, once, when `profile` was made on other weights of the same architecture."""
-    key = profile.weights_digest, digest
-    if all(key) and profile.weights_digest != digest and key not in _warned:
-        _warned.add(key)
-        log.warning(
-            "The profile of %s was made on other weights of this architecture (a fine-tune?): quality may suffer. "
-            "Calibrate these: spectralkv profile --model MODEL",
-            profile.model,
+    if profile.weights_digest and digest and profile.weights_digest != digest:
+        warn_once(
+            f"The profile of {profile.model} was made on other weights of this architecture (a fine-tune?): quality may "
+            "suffer. Calibrate these: spectralkv profile --model MODEL",
+            digest,
         )
-
-
-_named: set[tuple] = set()
 
 
 def name_passed_layers(passed: dict[int, str]) -> None:
@@ -73,8 +66,12 @@ def name_passed_layers(passed: dict[int, str]) -> None:
     reasons: dict[str, list[int]] = {}
     for layer, reason in passed.items():
         reasons.setdefault(reason, []).append(layer)
-    key = tuple(sorted((reason, tuple(layers)) for reason, layers in reasons.items()))
-    if key and key not in _named:
-        _named.add(key)
+    if reasons:
         text = "; ".join(f"{len(layers)} layers with {reason}" for reason, layers in reasons.items())
-        log.warning("Passed through uncompressed: %s", text)
+        warn_once(f"Passed through uncompressed: {text}", str(sorted(passed.items())))
+
+
+@cache
+def warn_once(message: str, of: str) -> None:
+    """Log a warning the first time that it is about `of`."""
+    log.warning("%s", message)

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..errors import UsageError
+
 PRECISION = 24  # bits of a probability in constriction's coders
 TOTAL = 1 << PRECISION
 # Bits per coefficient that tables are wanted at, denser where a band is nearly dropped; the finest ones protect the few
@@ -104,7 +106,7 @@ def step_table(histogram: np.ndarray, limit: float, step: float, offset: float) 
     wide = levels.astype(np.float64)
     error = variance - 2 * math.fsum(wide * first) + math.fsum(np.square(wide) * mass)
 
-    # every code has a frequency of 1 and a share of the rest; the centre takes what rounding down leaves
+    # every code has a frequency of 1 and a share of the rest; the center takes what rounding down leaves
     codes = 2 * top + 1
     share = (mass[1:] / 2 + 0.5) / (whole + codes / 2)
     side = 1 + np.floor(share * (TOTAL - codes)).astype(np.int64)
@@ -191,7 +193,7 @@ def encode_streams(codes: Sequence[np.ndarray], tables: Sequence[StepTable]) -> 
 def decode_streams(data: bytes, counts: Sequence[int], tables: Sequence[StepTable]) -> list[np.ndarray]:
     """Inverse of `encode_streams`: int16 codes [counts[i]] of every table.
 
-    Raises ValueError for data that are truncated, altered, or made with other tables, and ImportError without
+    Raises UsageError for data that are truncated, altered, or made with other tables, and ImportError without
     constriction.
     """
     counts = [int(n) for n in counts]
@@ -199,20 +201,20 @@ def decode_streams(data: bytes, counts: Sequence[int], tables: Sequence[StepTabl
         raise ValueError(f"Expected one count >= 0 for each of {len(tables)} tables, received {counts}.")
     data = bytes(data)
     if len(data) < _HEADER.size or not data.startswith(_MAGIC):
-        raise ValueError(
+        raise UsageError(
             f"Expected entropy-coded data, {_HEADER.size} bytes or more that start with {_MAGIC!r}, received {len(data)} "
             f"bytes that start with {data[:4]!r}."
         )
     _, words, total, codes_crc, data_crc = _HEADER.unpack_from(data)
     payload = data[_HEADER.size :]
     if len(payload) != 4 * words:
-        raise ValueError(
+        raise UsageError(
             f"Expected {_HEADER.size + 4 * words} bytes of entropy-coded data, received {len(data)}: truncated or altered."
         )
     if _data_crc((_MAGIC, words, total, codes_crc), payload) != data_crc:
-        raise ValueError("Expected entropy-coded data with a valid checksum: the data were altered. Encode them again.")
+        raise UsageError("Expected entropy-coded data with a valid checksum: the data were altered. Encode them again.")
     if sum(counts) != total:
-        raise ValueError(f"Expected counts that add up to the {total} codes in the data, received {sum(counts)}.")
+        raise UsageError(f"Expected counts that add up to the {total} codes in the data, received {sum(counts)}.")
     coder = _constriction().stream.stack.AnsCoder(np.frombuffer(payload, "<u4").astype(np.uint32))
     codes = []
     for n, t in zip(counts, tables):
@@ -221,7 +223,7 @@ def decode_streams(data: bytes, counts: Sequence[int], tables: Sequence[StepTabl
         else:
             codes.append(np.zeros(n, np.int16))
     if not coder.is_empty() or _codes_crc(codes) != codes_crc:
-        raise ValueError(
+        raise UsageError(
             "Expected data that were encoded with the same tables and counts, received others (or a version of "
             "constriction that codes differently). Use the profile and the plan that made the data."
         )
@@ -244,7 +246,7 @@ def _codes_crc(codes: list[np.ndarray]) -> int:
     """Checksum of decoded codes and of how they are split over tables."""
     crc = 0
     for c in codes:
-        crc = zlib.crc32(c.astype("<i2", copy=False), zlib.crc32(struct.pack("<Q", c.size), crc))
+        crc = zlib.crc32(c.astype("<i2", copy=False).tobytes(), zlib.crc32(struct.pack("<Q", c.size), crc))
     return crc
 
 

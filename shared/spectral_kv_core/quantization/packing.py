@@ -6,6 +6,9 @@ split into planes of 4, 2 and 1 bits so that no code straddles a byte and unpack
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 UNIT = 8  # codes per packed unit
 
 
@@ -46,7 +49,8 @@ def pack(xp, codes, bits: int):
 def unpack(xp, packed, bits: int, n: int):
     """Inverse of `pack`: [..., units, bits] uint8 -> codes [..., n] uint8."""
     *lead, units, _ = packed.shape
-    codes, start = None, 0
+    codes: Any = None
+    start = 0
     for width, shift in planes(bits):
         plane = packed[..., start : start + width]
         start += width
@@ -80,6 +84,11 @@ def pack_rows(xp, codes, bits: int):
     whole = n // UNIT * UNIT
     rest = codes[:, :, whole:].reshape(batch, rows * (n - whole))
     return pack(xp, codes[:, :, :whole], bits), pack(xp, rest, bits)
+
+
+def interleave(pairs: Iterable[tuple]) -> tuple:
+    """The whole units and the rest of every width one after the other, as a chunk holds them; `pairs` as of `pack_rows`."""
+    return tuple(array for pair in pairs for array in pair)
 
 
 def unpack_rows(xp, packed, bits: int, n: int):

@@ -10,7 +10,7 @@ CELLS, REACH = 256, 16  # thresholds lie on a grid of 1/256 standard deviation t
 
 
 def lloyd_max(values: np.ndarray, weights: np.ndarray, bits: int, iterations: int = 200) -> np.ndarray:
-    """Levels [2**bits] float32, ascending, that minimise the mean squared error on a weighted sample.
+    """Levels [2**bits] float32, ascending, that minimize the mean squared error on a weighted sample.
 
     Lloyd 1982 (IEEE Trans. IT 28(2), method I); the start is the quantizer of equal probability under density^(1/3)
     (Panter and Dite). `values` [n] ascending, `weights` [n] >= 0.
@@ -45,15 +45,15 @@ def empirical_tables(histogram: np.ndarray, limit: float) -> dict[int, np.ndarra
     Lloyd-Max from 3 bits on. Two bits get even spacing: it costs some 1.5 % of squared error, and matrix products of
     plain integer codes become possible. At 4 bits it would cost a quarter.
     """
-    centres = (np.arange(len(histogram)) + 0.5) * (limit / len(histogram))
-    values = np.concatenate([-centres[::-1], centres])
+    centers = (np.arange(len(histogram)) + 0.5) * (limit / len(histogram))
+    values = np.concatenate([-centers[::-1], centers])
     weights = np.concatenate([histogram[::-1], histogram]).astype(np.float64)
     tables = {b: _symmetric(lloyd_max(values, weights, b)) for b in BIT_WIDTHS if b}
-    return {**tables, 2: _even_levels(centres, np.asarray(histogram, np.float64))}
+    return {**tables, 2: _even_levels(centers, np.asarray(histogram, np.float64))}
 
 
 def _even_levels(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Four levels (-3, -1, 1, 3) * s that minimise the squared error of a symmetric density, `values` > 0."""
+    """Four levels (-3, -1, 1, 3) * s that minimize the squared error of a symmetric density, `values` > 0."""
     half_steps = np.sqrt((values**2 * weights).sum() / weights.sum()) * np.linspace(0.2, 0.9, 701)
     decided = np.where(values[:, None] >= 2 * half_steps, 3.0, 1.0) * half_steps
     error = ((values[:, None] - decided) ** 2 * weights[:, None]).sum(0)
@@ -65,7 +65,7 @@ def _symmetric(levels: np.ndarray) -> np.ndarray:
 
 
 def thresholds(levels: np.ndarray) -> np.ndarray:
-    """Decision thresholds [2**bits - 1] float64 halfway between neighbouring levels, moved to the border of a cell."""
+    """Decision thresholds [2**bits - 1] float64 halfway between neighboring levels, moved to the border of a cell."""
     levels = np.asarray(levels, np.float64)
     return np.round((levels[1:] + levels[:-1]) / 2 * CELLS) / CELLS
 
@@ -74,8 +74,8 @@ def code_table(levels: np.ndarray | None) -> np.ndarray:
     """Code of every cell of the grid: uint8 [2 * REACH * CELLS]; all zero for None, a coefficient without bits."""
     if levels is None:
         return np.zeros(2 * REACH * CELLS, np.uint8)
-    centres = (np.arange(2 * REACH * CELLS) + 0.5) / CELLS - REACH
-    return np.searchsorted(thresholds(levels), centres).astype(np.uint8)
+    centers = (np.arange(2 * REACH * CELLS) + 0.5) / CELLS - REACH
+    return np.searchsorted(thresholds(levels), centers).astype(np.uint8)
 
 
 def flat_tables(levels: dict[int, np.ndarray], decoded: dict[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

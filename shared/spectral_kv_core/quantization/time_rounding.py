@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..arrays.rope import Rope, rotate
+from ..arrays.rope import Rope, pair_indices, rotate
 from ..scorers import Tokens, get_scorer
 from ..scorers.terms import zscore
 
@@ -26,14 +26,14 @@ def future_queries(mean: np.ndarray, root: np.ndarray, rope: Rope | None) -> tup
     heads, dim = root.shape[:2]
     mean, root = np.asarray(mean, np.float64), np.asarray(root, np.float64)
     covariance = root @ root
-    linear, quadratic = [], np.zeros_like(covariance)
+    by_distance, quadratic = [], np.zeros_like(covariance)
     for distance in FUTURE if rope else (0,):
         turn = turn_matrix(rope, distance, dim)  # q' R(-d) k = (R(d) q)' k
-        linear.append(mean.reshape(heads, -1, dim) @ turn.T)
+        by_distance.append(mean.reshape(heads, -1, dim) @ turn.T)
         quadratic += turn @ covariance @ turn.T / (len(FUTURE) if rope else 1)
     value, vectors = np.linalg.eigh(quadratic)
     factor = vectors * np.sqrt(np.maximum(value, 0))[:, None, :] / np.sqrt(2)
-    linear = np.swapaxes(np.concatenate(linear, axis=1), -1, -2)
+    linear = np.swapaxes(np.concatenate(by_distance, axis=1), -1, -2)
     return linear.astype(np.float32), factor.astype(np.float32)
 
 
@@ -42,12 +42,7 @@ def turn_matrix(rope: Rope | None, tokens: int, dim: int) -> np.ndarray:
     matrix = np.eye(dim)
     if rope is None or not tokens:
         return matrix
-    half = rope.rotary_dim // 2
-    first, second = (
-        (np.arange(half) * 2, np.arange(half) * 2 + 1)
-        if rope.interleaved
-        else (np.arange(half), np.arange(half) + half)
-    )
+    first, second = pair_indices(rope)
     cos, sin = np.cos(tokens * np.array(rope.inv_freq)), np.sin(tokens * np.array(rope.inv_freq))
     matrix[first, first] = matrix[second, second] = cos
     matrix[first, second], matrix[second, first] = -sin, sin
@@ -80,12 +75,14 @@ class TokenWeights:
     of arrival changes a code.
 
     By `expected-attention` with the queries of a row of the plan (`expected_weights`), or exp(z) of what any other scorer
-    says (`BlockScores`), z normalised over the block.
+    says (`BlockScores`), z normalized over the block.
     """
 
     def __init__(self, xp, plan, row: int, table):
         """`table` makes an array that all sequences share."""
-        self.xp, self.block, self.scores, self.tables = xp, plan.basis_set.block, None, ()
+        self.xp, self.block = xp, plan.basis_set.block
+        self.scores: BlockScores | None = None
+        self.tables: tuple = ()
         if plan.method.rounding == "expected-attention":
             statistics = plan.query_statistics(row)
             mean, root = statistics["query_mean"], statistics["query_root"]
@@ -96,10 +93,11 @@ class TokenWeights:
     def __call__(self, keys, values):
         """Weights [B, H, T], mean 1 in every block, of pre-RoPE `keys` and `values` [B, H, T, D] float32."""
         if self.scores is None:
-            return expected_weights(self.xp, keys, values, *self.tables, self.block)
+            linear, quadratic = self.tables
+            return expected_weights(self.xp, keys, values, linear, quadratic, self.block)
         xp, shape = self.xp, keys.shape[:3]
         scores = self.scores(keys, values).reshape(*shape[:2], -1, self.block)
-        return _normalised(xp, xp.exp(zscore(xp, scores))).reshape(*shape)
+        return _normalized(xp, xp.exp(zscore(xp, scores))).reshape(*shape)
 
 
 def expected_weights(xp, keys, values, linear, quadratic, block: int):
@@ -114,17 +112,17 @@ def expected_weights(xp, keys, values, linear, quadratic, block: int):
     weights = xp.exp(scores - xp.max(scores, axis=3, keepdims=True))
     weights = xp.mean(weights / xp.sum(weights, axis=3, keepdims=True), axis=-1)
     norm = xp.sqrt(xp.sum(xp.square(values), axis=-1)).reshape(*weights.shape)
-    return _normalised(xp, weights * (norm + 1e-30)).reshape(batch, heads, tokens)
+    return _normalized(xp, weights * (norm + 1e-30)).reshape(batch, heads, tokens)
 
 
-def _normalised(xp, weights):
+def _normalized(xp, weights):
     """`weights` [..., block] over their mean, clipped, with mean 1."""
     weights = xp.clip(weights / xp.mean(weights, axis=-1, keepdims=True), 1 / CLIP, CLIP)
     return weights / xp.mean(weights, axis=-1, keepdims=True)
 
 
 def round_in_time(xp, z, weights, gain, matrix, tables):
-    """Codes uint8 [B, G, n, F, R] that minimise the weighted error of every block, summed over its tokens.
+    """Codes uint8 [B, G, n, F, R] that minimize the weighted error of every block, summed over its tokens.
 
     `z` [B, G, n, F, R]: coefficients in standard deviations; `weights` [B, G, n, F] of a block's tokens; `gain`
     [G, 1, F, R]: root of what losing the whole coefficient costs; `matrix` [F, F]: the time transform; `tables`: the

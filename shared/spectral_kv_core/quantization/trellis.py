@@ -5,7 +5,7 @@ The coefficients of all components of a layer at one frequency of a block form a
 quarter of a codebook of twice as many levels the other bits choose from (`label`): Ungerboeck's code of 32 states (1982,
 table I), as Marcellin and Fischer 1990 (IEEE Trans. Comm. 38(1)) quantize with it. Which codes are best is a search over all
 paths (Viterbi); it takes the place of rounding in both passes of time rounding (`rounding.round_in_time`), whose errors
-and weights it minimises. results/experiments.md measures what it gains.
+and weights it minimizes. results/experiments.md measures what it gains.
 
 The search runs on the host, in C (`native/trellis.c`) or, slowly, in NumPy: codes are the same for every array library.
 """
@@ -20,6 +20,7 @@ from functools import cache
 
 import numpy as np
 
+from ..arrays.transform import FREQUENCIES
 from ..native import library
 from .quantizer import BIT_WIDTHS, CELLS, REACH, gaussian_tables
 
@@ -29,7 +30,6 @@ DISTANCES = (2, 3, 5)  # rows before a row whose path bits choose its quarter, w
 BLOCKS_AT_ONCE = 16  # of a call of the kernel, whose registers have up to so many lanes
 NUMPY_BLOCKS = 128
 MIN_COST = 1e-4  # of the mean of a sequence: a row that costs next to nothing still has a defined code
-FREQUENCIES = 16  # tokens of a block that the kernel is compiled for
 
 # Upper halves of the codebooks of 2**(bits + 1) levels for the standard normal density, by the alternation of Lloyd 1982
 # with the search in place of the nearest level.
@@ -152,7 +152,9 @@ class _Search(ctypes.Structure):
 
 def _native(rows: Rows, z: np.ndarray, weights: np.ndarray | None, codes: np.ndarray) -> None:
     """Fill `codes` by the kernel, some blocks per thread at a time."""
-    run = library().spectralkv_trellis
+    kernels = library()
+    assert kernels is not None, "chosen where there is a library"
+    run = kernels.spectralkv_trellis
     run.argtypes, run.restype = (POINTER(_Search),), ctypes.c_int
     batch, groups, blocks, _, rank = z.shape
     tables = rows.gain, rows.cost, rows.slots, rows.order, rows.time, rows.cells, rows.levels, rows.decoded
@@ -209,7 +211,7 @@ def _search_blocks(rows: Rows, z: np.ndarray, metric: np.ndarray | None) -> np.n
             aim, own = z[f], np.ones((groups, 1, 1), np.float32)
             if metric is not None:
                 own = metric[:, f, f, None]  # [G, 1, N]
-            if again:
+            if metric is not None and again:
                 grouped = error.reshape(frequencies, groups, rank, -1)
                 others = np.einsum("ghn,hgrn->grn", metric[:, f], grouped) / own
                 aim = z[f] + (others.reshape(z[f].shape) - error[f]) / gain[f, :, None]

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..errors import UsageError
 from . import (
     expected_attention,
     fourierkv,
@@ -58,14 +59,14 @@ class Scorer:
     def __call__(self, tokens: Tokens, **options):
         """Scores [B, Hkv, T] float32 of `tokens`; `options` are those of the scorer.
 
-        Raises ValueError when `tokens` lacks what the scorer needs.
+        Raises UsageError when `tokens` lacks what the scorer needs.
         """
         if not tokens.count:
             return tokens.xp.zeros(tuple(tokens.post_rope.shape[:3]), like=tokens.post_rope)
         given = {name: getattr(tokens, name) for name in self.needs}
         missing = [name for name, value in given.items() if value is None and name not in OPTIONAL]
         if missing:
-            raise ValueError(f"Expected {', '.join(missing)} for the scorer {self.name}, received none.")
+            raise UsageError(f"Expected {', '.join(missing)} for the scorer {self.name}, received none.")
         return self.scores(tokens.xp, *given.values(), **options)
 
 
@@ -85,7 +86,7 @@ SCORERS = {
             "waveletkv",
             waveletkv.scores,
             ("pre_rope",),
-            "departure from the neighbours at every scale of time",
+            "departure from the neighbors at every scale of time",
             "undecimated wavelets over time (Holschneider et al. 1989); derived, no paper",
         ),
         Scorer(
@@ -145,15 +146,15 @@ SCORERS = {
 
 
 def check_wavelet(scorer: Scorer, wavelet: str) -> None:
-    """Raise ValueError for a scorer that has no wavelet, and for a `wavelet` that is none."""
+    """Raise UsageError for a scorer that has no wavelet, and for a `wavelet` that is none."""
     if "wavelet" not in scorer.options:
         able = ", ".join(name for name, other in SCORERS.items() if "wavelet" in other.options)
-        raise ValueError(f"Expected one of the scorers {able} for wavelet, {scorer.name} has none.")
+        raise UsageError(f"Expected one of the scorers {able} for wavelet, {scorer.name} has none.")
     waveletkv.filter_bank(wavelet)
 
 
 def get_scorer(name: str) -> Scorer:
-    """The row called `name`; raises ValueError that lists the names there are."""
+    """The row called `name`; raises UsageError that lists the names there are."""
     if name not in SCORERS:
-        raise ValueError(f"Expected a scorer among {', '.join(SCORERS)}, received {name!r}.")
+        raise UsageError(f"Expected a scorer among {', '.join(SCORERS)}, received {name!r}.")
     return SCORERS[name]

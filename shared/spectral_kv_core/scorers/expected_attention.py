@@ -11,7 +11,7 @@ def scores(xp, post_rope, values, query_mean, query_root, rope: Rope | None, now
     """Expected share of attention times the norm of the value, of `post_rope`, `values` [B, H, T, D] -> [B, H, T] float32.
 
     Devoto et al. 2025 (arXiv 2510.00636): queries are Gaussian before RoPE, which is replaced by its mean over the next
-    `future` positions; the weight exp(q'k + k'Ck / 2) is normalised over the tokens for every query head, then averaged
+    `future` positions; the weight exp(q'k + k'Ck / 2) is normalized over the tokens for every query head, then averaged
     over the heads of a KV head. `query_mean` [Hq, D], `query_root` [H, D, D] of `QueryStatistics`; `now`: position of the
     last token seen. Departures: statistics come from calibration instead of the prompt, and query heads of a KV head
     share a covariance. When a token is appended, every score may change: `now` moves.

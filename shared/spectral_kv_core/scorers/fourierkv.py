@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..errors import UsageError
 from .terms import with_terms
 
 BANDS = ("low", "high")
@@ -18,16 +19,16 @@ def scores(xp, pre_rope, band="low", cutoff=0.5, roll=0.5, recency=0.0, norm=-0.
     transform over all tokens: when one is appended, every score may change.
     """
     if band not in BANDS:
-        raise ValueError(f"Expected a band in {BANDS}, received {band!r}.")
+        raise UsageError(f"Expected a band in {BANDS}, received {band!r}.")
     keys = xp.astype(pre_rope, xp.float32)
-    centred = keys - xp.mean(keys, axis=2, keepdims=True)
-    low = low_pass(xp, centred, cutoff, roll)
-    part = low if band == "low" else centred - low
+    centered = keys - xp.mean(keys, axis=2, keepdims=True)
+    low = low_pass(xp, centered, cutoff, roll)
+    part = low if band == "low" else centered - low
     return with_terms(xp, xp.sqrt(xp.sum(xp.square(part), axis=-1)), keys, recency, norm)
 
 
 def low_pass(xp, x, cutoff: float, roll: float):
-    """`x` [..., T, D] float32, mean 0, with a Tukey mask on its spectrum over time; first and last token are neighbours."""
+    """`x` [..., T, D] float32, mean 0, with a Tukey mask on its spectrum over time; first and last token are neighbors."""
     tokens = x.shape[-2]
     mask = tukey(np.fft.rfftfreq(tokens), 0.0, cutoff / 2, roll)[:, None]
     mask[0] = 0  # what is left of the mean is rounding, and all there is in a short text

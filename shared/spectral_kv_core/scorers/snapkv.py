@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from ..arrays.attention import causal_rows, group_queries, partial_from_scores
+from ..errors import UsageError
 
 
 def scores(xp, post_rope, recent, kernel=5):
-    """Mean attention of the last queries, pooled over neighbours, to `post_rope` [B, H, T, D] -> [B, H, T] float32.
+    """Mean attention of the last queries, pooled over neighbors, to `post_rope` [B, H, T, D] -> [B, H, T] float32.
 
     Li et al. 2024 (arXiv 2404.14469), listing 1, and its code: average pooling with `kernel` (odd) tokens. `recent`
     [B, Hq, L, D]: queries of the last L stored tokens after RoPE, times the attention scale. The L tokens of this
@@ -14,7 +15,7 @@ def scores(xp, post_rope, recent, kernel=5):
     what is kept (as kvpress does).
     """
     if kernel % 2 == 0:
-        raise ValueError(f"Expected an odd kernel, received {kernel}.")
+        raise UsageError(f"Expected an odd kernel, received {kernel}.")
     keys, recent = xp.astype(post_rope, xp.float32), xp.astype(recent, xp.float32)
     batch, heads, tokens, _ = keys.shape
     length = recent.shape[2]

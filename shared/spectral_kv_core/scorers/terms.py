@@ -1,18 +1,20 @@
-"""What scorers share: normalisation over the tokens that compete, and the terms for recency and key norm."""
+"""What scorers share: normalization over the tokens that compete, and the terms for recency and key norm."""
 
 from __future__ import annotations
 
 import numpy as np
+
+from ..errors import UsageError
 
 FLAT = 1e-6  # a spread below this share of the scores' size is rounding: such scores are all alike
 
 
 def zscore(xp, scores, axis: int = -1):
     """`scores` minus their mean, over their standard deviation along `axis`."""
-    centred = scores - xp.mean(scores, axis=axis, keepdims=True)
-    spread = xp.sqrt(xp.mean(xp.square(centred), axis=axis, keepdims=True))
+    centered = scores - xp.mean(scores, axis=axis, keepdims=True)
+    spread = xp.sqrt(xp.mean(xp.square(centered), axis=axis, keepdims=True))
     size = xp.sqrt(xp.mean(xp.square(scores), axis=axis, keepdims=True))
-    return centred / xp.maximum(spread, FLAT * size + 1e-18)  # 1e-18: so small that squares underflow
+    return centered / xp.maximum(spread, FLAT * size + 1e-18)  # 1e-18: so small that squares underflow
 
 
 def ranks(xp, scores):
@@ -29,7 +31,7 @@ def with_terms(xp, scores, keys, recency: float = 0.0, norm: float = 0.0):
     """
     share = 1 - abs(recency) - abs(norm)
     if share < 0:
-        raise ValueError(f"Expected |recency| + |norm| <= 1, received recency={recency}, norm={norm}.")
+        raise UsageError(f"Expected |recency| + |norm| <= 1, received recency={recency}, norm={norm}.")
     if share == 1:
         return scores
     age = np.linspace(0, 1, scores.shape[-1], dtype=np.float32)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays.namespace import ArrayNamespace
 from ..arrays.rope import Rope, unrotate_at
 
 
@@ -21,7 +22,7 @@ class Tokens:
     last L tokens after RoPE, times the attention scale.
     """
 
-    xp: Any
+    xp: ArrayNamespace
     post_rope: Any
     values: Any = None
     positions: np.ndarray | None = None
@@ -51,4 +52,7 @@ class Tokens:
     def pre_rope(self):
         """Keys before RoPE, float32: turned back from their true positions."""
         keys = self.xp.astype(self.post_rope, self.xp.float32)
-        return keys if self.rope is None else unrotate_at(self.xp, keys, self.rope, self.positions)
+        if self.rope is None:
+            return keys
+        assert self.positions is not None, "__post_init__ fills them in"
+        return unrotate_at(self.xp, keys, self.rope, self.positions)

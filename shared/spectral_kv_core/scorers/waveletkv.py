@@ -8,6 +8,7 @@ from functools import cache
 import numpy as np
 import pywt
 
+from ..errors import UsageError
 from .terms import with_terms
 
 WAVELET = "db2"  # by results/experiments.md
@@ -39,12 +40,12 @@ def filter_bank(wavelet: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     wavelet: a name of PyWavelets, such as haar, db2, sym4, coif1 or bior2.2. PyWavelets fills the filters of biorthogonal
     wavelets with zeros to one even length. These zeros are cut off, so that every filter has its own length and center.
     Long filters of the families db and coif are lopsided: the middle of their taps is not where their energy is, and with
-    db20 a token stands out 14 places early. The other families keep it in place. Raises ValueError for any other name.
+    db20 a token stands out 14 places early. The other families keep it in place. Raises UsageError for any other name.
     """
     discrete = pywt.wavelist(kind="discrete")
     if wavelet not in discrete:
         families = (family for family in pywt.families() if pywt.wavelist(family)[0] in discrete)
-        raise ValueError(
+        raise UsageError(
             f"Expected a discrete wavelet of the families {', '.join(families)}, such as db2 or bior2.2, received "
             f"{wavelet!r}."
         )
@@ -71,7 +72,7 @@ def bands(xp, x, wavelet: str) -> Iterator:
     """Undecimated transform of `x` [B, H, T, D] over time: details of level 1 to J, then the approximation, each [B, H, T, D].
 
     A trous (Shensa 1992, IEEE Trans. Signal Processing 40): filters of level j are spread by 2^(j - 1), nothing is left
-    out, so a token keeps its coefficients when the text is longer by one. Filters are centred on the token; first and
+    out, so a token keeps its coefficients when the text is longer by one. Filters are centered on the token; first and
     last token are repeated outwards. Scaled so that the approximation is a weighted mean.
     """
     (low, high), tokens = filter_bank(wavelet), x.shape[2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..errors import UsageError
 from . import triattention, waveletkv
 from .terms import with_terms, zscore
 from .waveletkv import WAVELET
@@ -16,7 +17,7 @@ def scores(
     a token is appended, every score may change.
     """
     if not 0 <= weight <= 1:
-        raise ValueError(f"Expected a weight in [0, 1], received {weight}.")
+        raise UsageError(f"Expected a weight in [0, 1], received {weight}.")
     text = waveletkv.scores(xp, pre_rope, wavelet)
     queries = triattention.scores(xp, post_rope, query_mean, query_amplitude, rope, now)
     blend = weight * zscore(xp, text) + (1 - weight) * zscore(xp, queries)

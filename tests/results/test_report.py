@@ -24,7 +24,7 @@ from spectral_kv_core.plotting import plan_map, report_page, report_tables
 from spectral_kv_core.plotting.markup import Markup, element
 from spectral_kv_core.plotting.results import read_results
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PUBLISHED = ROOT / "results" / "report.html"
 PROFILE = ROOT / "profiles" / "smollm2-135m-instruct.safetensors"
 VOID = {"meta", "img", "br", "hr", "link", "input"}

@@ -1,0 +1,156 @@
+"""The compressed layers of a model's cache, as far as they are the same in every host."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import UsageError
+from ..planning.plan import Plan
+from .eviction import Eviction
+from .layer_cache import LayerCache
+
+
+class CompressedLayer:
+    """Layer group number `row` of a plan: one layer, or the first of several that are coded together, whose tokens it keeps.
+
+    A host's own cache layer inherits it, and gives `xp`. `taken`: by layer of the group, keys and values [B, H, L, D] that
+    came in and that nobody has attended to yet. `store`: None until the device is known.
+    """
+
+    xp: Any = None
+    store: Any  # LayerCache | None
+    taken: dict[int, Any]
+
+    def __init__(
+        self,
+        plan: Plan,
+        row: int,
+        sinks: int,
+        window: int,
+        eviction: Eviction | None = None,
+        working_set: int = 0,
+    ):
+        super().__init__()
+        self.plan, self.row, self.sinks, self.window = plan, row, sinks, window
+        self.eviction, self.working_set = eviction, working_set
+        self.store, self.taken = None, {}
+
+    def __deepcopy__(self, memo):
+        """An independent layer that shares the plan and the arrays: a prefix can be read once and copied."""
+        self.commit()
+        new = copy.copy(self)
+        new.taken = {}
+        new.store = copy.deepcopy(self.store, memo)
+        new.eviction = copy.deepcopy(self.eviction, memo)
+        return new
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Indices of the layers of the group."""
+        return self.plan.layer_groups[self.row]
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads of all of these layers."""
+        return self.plan.shape.kv_heads * len(self.layers)
+
+    @property
+    def waiting(self) -> int:
+        """Slots of the tokens that wait to enter."""
+        return next((keys.shape[2] for keys, _ in self.taken.values()), 0)
+
+    def open(self, device=None) -> LayerCache:
+        """Put the codec's tables on `device`; returns the store, empty."""
+        codec = self.plan.codecs(self.xp, device)[self.row]
+        staging, at_more_bits = None, self.plan.staging
+        if at_more_bits and self.eviction is None:
+            staging = lambda: at_more_bits.codecs(self.xp, device)[self.row]  # noqa: E731
+        made = self.sinks, self.window, staging, self.eviction, self.row, self.working_set
+        self.store = LayerCache(self.xp, codec, *made)
+        return self.store
+
+    def check(self, keys, layers: int = 1) -> None:
+        """Raise UsageError unless `keys` are those of `layers` layers of the plan's model."""
+        expected = layers * self.plan.shape.kv_heads, self.plan.shape.head_dim
+        received = keys.shape[1], keys.shape[3]
+        if expected != received:
+            raise UsageError(
+                f"Expected keys with (kv_heads, head_dim) {expected}, received {received}: the profile is of another model."
+            )
+
+    def start(self, batch: int, padding: Sequence[int] | None = None) -> None:
+        """Open the empty store for `batch` sequences; `padding` [batch] counts left padding in slots."""
+        self.store.start(batch, padding)
+
+    def commit(self) -> None:
+        """Let tokens that nobody attended to through us enter the cache."""
+        taken, self.taken = self.taken, {}
+        for number, (keys, values) in taken.items():
+            if not self.store.lanes:
+                self.start(keys.shape[0])
+            self.store.append(keys, values, number)
+
+    def append(self, keys, values, padding: Sequence[int] | None = None) -> None:
+        """Take in [B, layers * H, L, D] post-RoPE keys and values without attending; `padding` [B] at the first call."""
+        self.check(keys, len(self.layers))
+        if self.store is None:
+            self.open(keys.device)
+        self.commit()
+        if not self.store.lanes:
+            self.start(keys.shape[0], padding)
+        self.store.append(keys, values)
+
+    def keys_and_values(self) -> tuple[Any, Any]:
+        """Decoded keys and values [B, layers * H, seen, D]; None twice when empty."""
+        self.commit()
+        return (self.store.dense() if self.store is not None else None) or (None, None)
+
+    def finalize(self) -> None:
+        """End the prompt now instead of at the next call with at most 16 tokens: the layer takes its final size."""
+        self.commit()
+        self.end_prompt()
+
+    def end_prompt(self) -> None:
+        """Encode what a prompt staged at more bits at the plan's."""
+        if self.store is not None and self.store.is_staged:
+            self.store.finalize()
+            self.xp.evaluate(*self.store.arrays())  # else the decoded prompt of every layer lives until the last one
+
+    def arrays(self) -> list:
+        """Every array held for the sequences."""
+        self.commit()
+        return self.store.arrays() if self.store is not None else []
+
+    def tables(self) -> list:
+        """Every array that all sequences share."""
+        return self.store.tables() if self.store is not None else []
+
+
+class FollowingLayer:
+    """Layer number `number` of a layer group: `first` keeps its tokens, and what happens to them happens there."""
+
+    def __init__(self, first: CompressedLayer, number: int):
+        super().__init__()
+        self.first, self.number = first, number
+
+    def __deepcopy__(self, memo):
+        new = copy.copy(self)
+        new.first = copy.deepcopy(self.first, memo)
+        return new
+
+    @property
+    def store(self) -> Any:
+        """The `LayerCache` of the whole group, or None."""
+        return self.first.store
+
+
+def is_compressed(layer) -> bool:
+    """Whether `layer` is ours, and none of the host's own."""
+    return isinstance(layer, (CompressedLayer, FollowingLayer))
+
+
+def leading_layers(layers: Sequence) -> list[CompressedLayer]:
+    """Those of a cache's `layers` that hold tokens of ours: one for every layer group of the plan."""
+    return [layer for layer in layers if isinstance(layer, CompressedLayer)]

@@ -1,0 +1,125 @@
+"""The cache of a whole model, whatever the host: made, filled from another, looked into, and weighed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+from ..codecs.chunk import join_layers, split_layers
+from ..hosts.protocol import Host
+from ..planning.budget import elements_per_token
+from ..profile.profile import Profile
+from .compressed_layer import CompressedLayer, FollowingLayer, is_compressed, leading_layers
+from .request import CacheRequest
+from .size import CacheSize
+
+
+def build_cache(
+    host: Host,
+    model,
+    profile: Profile | None,
+    request: CacheRequest,
+    tokenizer=None,
+    left_padding: list[int] | None = None,
+):
+    """An empty compressed cache for `model`, which attends to it as codes from now on.
+
+    profile None looks for one, and calibrates (with `tokenizer`) if there is none. left_padding: slots before every
+    sequence of a batch, for a host that is told them here. Raises UsageError for a profile of another model, a budget out of
+    range, or nothing to compress.
+    """
+    shape, passed, profile = host.profile_for(model, request.recipe, profile, tokenizer)
+    layers = host.models.host_layers(model, left_padding)
+    element_bytes = host.xp.zeros((), dtype=host.models.model_dtype(model)).nbytes
+    of_token = elements_per_token(shape) // len(shape.layers) * element_bytes
+    other = sum(host.most_tokens(layers[i]) for i in passed) * of_token
+    plan, eviction = request.plan(shape, profile, element_bytes, other)
+    host.install(model)
+    exact = request.sinks, request.window
+    return host.compressed_cache(plan, layers, *exact, eviction, request.working_set, left_padding)
+
+
+def fill(host: Host, cache, plain) -> None:
+    """Let the empty `cache` take over the tokens of another, as one call with all of them would have left it.
+
+    A single call to an empty cache attends exactly, so only what is stored can differ. `plain`, which may be compressed
+    itself, stays as it is. Sequences of a batch must be of equal length in a plain cache of a host that does not know its
+    padding.
+    """
+    layers = host.layers(cache)
+    with host.no_gradients():
+        for layer_idx, held in enumerate(host.layers(plain)):
+            if not is_compressed(layers[layer_idx]):
+                layers[layer_idx] = host.copy_layer(held)
+        compressed = [layer_idx for layer_idx, layer in enumerate(layers) if is_compressed(layer)]
+        contents = layer_contents(host, plain, compressed)
+        for layer in leading_layers(layers):
+            held, paddings = zip(*islice(contents, len(layer.layers)))
+            keys, values = join_layers(host.xp, held)
+            layer.append(keys, values, paddings[0])
+            host.xp.evaluate(*layer.arrays())  # else the keys and values of every layer live until the last one
+
+
+def layer_contents(host: Host, cache, layers: Sequence[int]) -> Iterator[tuple]:
+    """((keys, values) [B, H, seen, D], left padding [B] or None) of every one of `layers`, ascending; codes are decoded.
+
+    Layer groups, which are in `layers` whole, are decoded once.
+    """
+    held_layers = host.layers(cache)
+    for layer in (held_layers[layer_idx] for layer_idx in layers):
+        if isinstance(layer, FollowingLayer):
+            continue
+        if isinstance(layer, CompressedLayer):
+            if layer.store is not None:
+                layer.store.check_complete()
+            keys, values = layer.keys_and_values()
+            for held in split_layers(keys, values, len(layer.layers)):
+                yield held, layer.store.padding
+        else:
+            exact = host.models.exact_layer(layer)
+            yield (exact.keys, exact.values), exact.padding
+
+
+def held_vectors(host: Host, cache, layers: Sequence[int]) -> Iterator[tuple]:
+    """Of every one of `layers`, ascending: keys and values [H, N, D] float32, NumPy, of the first sequence, and positions.
+
+    Codes are decoded as they are after the prompt. Positions [H or 1, N] are None where every token is held.
+    """
+    xp, held_layers = host.xp, host.layers(cache)
+    same: dict = {}  # what layers share stays shared
+    for layer in leading_layers(held_layers):  # heads may keep the same tokens in all layers
+        layer.commit()
+    for layer in (held_layers[layer_idx] for layer_idx in layers):
+        if isinstance(layer, FollowingLayer):
+            continue
+        if isinstance(layer, CompressedLayer):
+            ended = copy.deepcopy(layer, same)
+            ended.finalize()
+            keys, values = ended.keys_and_values()
+            for held in split_layers(keys, values, len(layer.layers)):
+                yield *(xp.to_numpy(x[0]) for x in held), ended.store.positions()
+        else:
+            exact = host.models.exact_layer(layer)
+            yield xp.to_numpy(exact.keys[0]), xp.to_numpy(exact.values[0]), None
+
+
+def cache_nbytes(host: Host, cache) -> CacheSize:
+    """Bytes of every array that `cache` holds for its sequences, window, sinks and passed-through layers included."""
+    stored = dense = 0
+    tables: dict[int, int] = {}
+    layers = host.layers(cache)
+    for layer in leading_layers(layers):  # heads may keep the same tokens in all layers
+        layer.commit()
+    for layer in layers:
+        if isinstance(layer, FollowingLayer):
+            continue
+        if isinstance(layer, CompressedLayer):
+            arrays = layer.arrays()
+            tables |= host.buffers(layer.tables())  # some are shared by all layers
+            elements = layer.store.tokens() * 2 * layer.kv_heads * layer.plan.shape.head_dim if layer.store else 0
+        else:
+            arrays, elements = host.held(layer)
+        stored += sum(host.buffers(arrays).values())
+        dense += 2 * elements
+    return CacheSize(stored, dense, sum(tables.values()))

@@ -1,0 +1,176 @@
+"""What a caller may ask of a compressed cache: every option, its default, and which of them go together."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from numbers import Real
+
+from ..codecs.registry import plan_for, usable_method
+from ..codecs.tiers import check_tiers, make_tiered_plan
+from ..errors import UsageError
+from ..planning.budget import SINKS, WINDOW, elements_per_token, whole_number
+from ..planning.methods import DEFAULT_METHOD, Method, get_live_method, rounded_by
+from ..planning.plan import Plan
+from ..profile.model_shape import ModelShape
+from ..profile.profile import Profile
+from ..scorers import check_wavelet, get_scorer
+from ..scorers.selection import MODES
+from .decoded_chunks import check_working_set
+from .eviction import EVERY, Eviction
+
+DROPS = ("budget_tokens", "protect", "selection", "evict_every", "wavelet")  # options of methods that drop tokens
+
+
+@dataclass(frozen=True)
+class CacheRequest:
+    """The options of a compressed cache. A request that exists has been checked.
+
+    method: name of a recipe, or the recipe itself.
+    bits: average stored bits per sealed element, a ceiling; None for the method's own.
+    budget_bytes, max_context: in place of bits, the bytes that a cache of so many tokens may take.
+    window, sinks: last and first tokens that stay exact.
+    budget_tokens: all tokens that stay stored, for a method that drops tokens; or budget_bytes.
+    protect: spans (start, end) of positions that are never dropped.
+    selection: who keeps the same tokens (`scorers.selection.MODES`).
+    evict_every: generated tokens between two evictions.
+    wavelet: filters of a wavelet scorer.
+    tiers: pairs (share, bits) by rank, in place of dropping.
+    rounding_scores: the scorer that weighs tokens when codes are rounded, or `nearest`.
+    working_set: bytes that decoded chunks may take in all, for a method that decodes its history.
+
+    None leaves a choice to the method. Raises UsageError, or TypeError for options that are wrong or do not go together.
+    """
+
+    method: str | Method = DEFAULT_METHOD
+    bits: float | None = None
+    budget_bytes: int | None = None
+    max_context: int | None = None
+    window: int = WINDOW
+    sinks: int = SINKS
+    budget_tokens: int | None = None
+    protect: Sequence[tuple[int, int]] = ()
+    selection: str | None = None
+    evict_every: int | None = None
+    wavelet: str | None = None
+    tiers: Sequence[tuple[float, float]] | None = None
+    rounding_scores: str | None = None
+    working_set: int = 0
+
+    def __post_init__(self):
+        for name in ("window", "sinks"):
+            whole_number(name, getattr(self, name), 0)
+        for name in ("bits", "budget_bytes"):
+            _check_number(name, getattr(self, name))
+        for name in ("max_context", "budget_tokens", "evict_every"):
+            if getattr(self, name) is not None:
+                whole_number(name, getattr(self, name), 1)
+        object.__setattr__(self, "protect", _spans(self.protect))
+        check_working_set(self.recipe, self.working_set)
+        if self.selection is not None and self.selection not in MODES:
+            raise UsageError(f"Expected a selection among {', '.join(MODES)}, received {self.selection!r}.")
+        if self.tiers is not None:
+            self._check_tiers(self.tiers)
+        elif self.recipe.scorer is None:
+            self._check_keeping()
+        else:
+            self._check_dropping(self.recipe.scorer)
+
+    @cached_property
+    def recipe(self) -> Method:
+        """The method, with the rounding that was asked for."""
+        if not isinstance(self.method, (str, Method)):
+            raise TypeError(f"Expected the name of a method, received a {type(self.method).__name__}.")
+        return rounded_by(get_live_method(self.method), self.rounding_scores)
+
+    def plan(
+        self, shape: ModelShape, profile: Profile | None, element_bytes: int = 2, other_bytes: int = 0
+    ) -> tuple[Plan, Eviction | None]:
+        """What a cache of a model of this `shape` stores, and what it drops; None for a method that keeps every token.
+
+        element_bytes: size of an exact element. other_bytes: what the layers that pass through need. Raises UsageError
+        for bits out of range, a budget that is too small for what must stay, and a profile that does not fit.
+        """
+        method, exact = usable_method(self.recipe), (self.window, self.sinks, element_bytes, other_bytes)
+        if self.tiers is not None:
+            return make_tiered_plan(shape, profile, method, self.tiers), None  # type: ignore[arg-type]  # it has one
+        if method.scorer is None:
+            return plan_for(shape, profile, method, self.bits, self.budget_bytes, self.max_context, *exact), None
+        plan = plan_for(shape, profile, method, self.bits, None, None, *exact)
+        tokens = self.budget_tokens
+        if self.budget_bytes is not None:
+            tokens = _tokens_for_bytes(plan, self.budget_bytes, *exact)
+        mode = self.selection or MODES[0]
+        every = EVERY if self.evict_every is None else int(self.evict_every)
+        sizes = int(tokens or 0), int(self.sinks), int(self.window)
+        return plan, Eviction(plan, *sizes, tuple(self.protect), mode, every, self.wavelet)
+
+    def _given(self, *names: str) -> list[str]:
+        """Those of the fields `names` that were given."""
+        return [name for name in names if getattr(self, name) is not None and (name != "protect" or self.protect)]
+
+    def _check_tiers(self, tiers) -> None:
+        for name in self._given("bits", "budget_bytes", "max_context", *DROPS):
+            raise UsageError(f"Expected tiers alone, which say bits and drop no token, received {name} too.")
+        check_tiers(self.recipe, tiers)
+        object.__setattr__(self, "tiers", tuple((float(share), float(bits)) for share, bits in tiers))
+
+    def _check_keeping(self) -> None:
+        method = self.recipe
+        for name in self._given(*DROPS):
+            codec = f"+{method.name}" if method.can_drop else ""
+            raise UsageError(
+                f"Expected a method that drops tokens for {name}, {method.name} keeps every token. Take for example "
+                f"wavelettriattention{codec}."
+            )
+        if self.budget_bytes is None:
+            return
+        if self.bits is not None:
+            raise UsageError("Expected bits or budget_bytes, received both.")
+        if self.max_context is None:
+            raise UsageError("Expected max_context, the tokens that budget_bytes must hold, received none.")
+
+    def _check_dropping(self, scorer: str) -> None:
+        method = self.recipe
+        if (self.budget_tokens is None) == (self.budget_bytes is None):
+            raise UsageError(
+                f"Expected either budget_tokens or budget_bytes for {method.name}, which drops tokens, received "
+                f"{'none' if self.budget_tokens is None else 'both'}."
+            )
+        if self.wavelet is not None:
+            check_wavelet(get_scorer(scorer), self.wavelet)
+
+
+def _check_number(name: str, value) -> None:
+    """Raise UsageError unless `value` is None or a number above 0."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if value is not None and not (number and math.isfinite(value) and value > 0):
+        raise UsageError(f"Expected {name} to be a number above 0, received {value!r}.")
+
+
+def _spans(protect) -> tuple[tuple[int, int], ...]:
+    """`protect` as a tuple of pairs of ints; raises UsageError for spans that are none."""
+    try:
+        spans = tuple((operator.index(start), operator.index(end)) for start, end in protect or ())
+    except (TypeError, ValueError):
+        spans = ((0, 0),)
+    if not all(0 <= start < end for start, end in spans):
+        raise UsageError(f"Expected protected spans (start, end) of positions with start < end, received {protect!r}.")
+    return spans
+
+
+def _tokens_for_bytes(
+    plan: Plan, budget_bytes: int, window: int, sinks: int, element_bytes: int, other_bytes: int
+) -> int:
+    """Tokens that a cache of `budget_bytes` may hold under `plan`, positions of kept tokens included."""
+    elements = elements_per_token(plan.shape)
+    places = 4 * len(plan.shape.layers) * plan.shape.kv_heads
+    exact = elements * element_bytes + places
+    if not plan.method.compresses:
+        return max(int((budget_bytes - other_bytes) // exact), 1)
+    whole = sinks + window + 15  # of which up to 15 wait for their block to fill
+    left = budget_bytes - other_bytes - whole * exact
+    return whole + max(int(left // (elements * plan.bits_per_element / 8 + places)), 0)

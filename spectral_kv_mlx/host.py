@@ -1,0 +1,64 @@
+"""mlx-lm as the core sees it: `spectral_kv_core.hosts.protocol.Host`."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import BatchRotatingKVCache, KVCache, RotatingKVCache
+
+from spectral_kv_core.cache.decoded_chunks import bytes_per_layer
+
+from . import integration, ops
+from .cache import SpectralKVCache, put_row
+from .profiler import SpectralProfiler
+
+models, xp, install, copy_layer = integration, ops, integration.install, copy.deepcopy
+no_gradients = nullcontext  # MLX keeps nothing for a backward pass that nobody asked for
+
+
+def profile_for(model, method, profile=None, tokenizer=None) -> tuple:
+    """`ProfilerBase.profile_for`."""
+    return SpectralProfiler().profile_for(model, method, profile, tokenizer)
+
+
+def device(model=None) -> None:
+    """Memory is unified."""
+
+
+def compressed_cache(
+    plan, layers: list, sinks: int, window: int, eviction=None, working_set: int = 0, left_padding=None
+) -> list:
+    """A cache of `layers` in which those that `plan` codes are compressed."""
+    share = bytes_per_layer(plan, working_set)
+    for row in range(len(plan.layer_groups)):
+        put_row(layers, SpectralKVCache(plan, row, sinks, window, left_padding, eviction, share))
+    return layers
+
+
+def layers(cache: list) -> list:
+    """The layers of `cache`: the list itself."""
+    return cache
+
+
+def held(layer) -> tuple[list[mx.array], int]:
+    """Every array that a layer of the host's own holds, and how many of their elements are in use."""
+    if layer.empty():
+        return [], 0
+    exact = isinstance(layer, (KVCache, RotatingKVCache, BatchRotatingKVCache))
+    state = (layer.keys, layer.values) if exact else layer.state
+    arrays = [x for _, x in tree_flatten(state) if isinstance(x, mx.array)]
+    # those that keep keys and values allocate ahead, in steps of 256 tokens
+    return arrays, sum(x[:, :, : layer.size()].size if exact else x.size for x in arrays)
+
+
+def most_tokens(layer) -> int:
+    """How many tokens a layer with a sliding window keeps; 0 for others."""
+    return getattr(layer, "max_size", 0)
+
+
+def buffers(arrays) -> dict[int, int]:
+    """Bytes of `arrays`, by array."""
+    return {id(x): x.nbytes for x in arrays}

@@ -1,0 +1,66 @@
+"""transformers as the core sees it: `spectral_kv_core.hosts.protocol.Host`."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from transformers.cache_utils import Cache
+
+from . import integration, ops
+from .cache import SpectralCache, storages
+from .kernels.build import prepare
+from .profiler import SpectralProfiler
+
+models, xp, buffers, no_gradients = integration, ops, storages, torch.no_grad
+
+
+def profile_for(model, method, profile=None, tokenizer=None) -> tuple:
+    """`ProfilerBase.profile_for`."""
+    return SpectralProfiler().profile_for(model, method, profile, tokenizer)
+
+
+def install(model) -> None:
+    """`integration.install`, and kernels that are built before anything is timed."""
+    integration.install(model)
+    prepare(model.device)
+
+
+def device(model=None) -> torch.device:
+    """Where tensors for `model` go; without a model, those for one that is loaded now."""
+    if model is not None:
+        return model.device
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compressed_cache(
+    plan, layers: list, sinks: int, window: int, eviction=None, working_set: int = 0, left_padding=None
+) -> SpectralCache:
+    """A cache of `layers` in which those that `plan` codes are compressed; padding is read off the mask."""
+    options = {"eviction": eviction, "working_set": working_set}
+    return SpectralCache(plan=plan, layers=layers, sinks=sinks, window=window, **options)
+
+
+def layers(cache: Cache) -> list:
+    """The layers of `cache`."""
+    return cache.layers
+
+
+def copy_layer(layer):
+    """An independent copy of a layer of the host's own."""
+    sides = [x for x in (getattr(layer, "keys", None), getattr(layer, "values", None)) if x is not None]
+    # a sliding window is a view of all that came in, and deepcopy copies what a view keeps alive
+    return copy.deepcopy(layer, {id(x): ops.copy(x) for x in sides})
+
+
+def held(layer) -> tuple[list[torch.Tensor], int]:
+    """Every tensor that a layer of the host's own holds, and how many elements they have."""
+    if not getattr(layer, "is_initialized", False):
+        return [], 0
+    tensors = [x for x in (layer.keys, layer.values) if x is not None]
+    return tensors, sum(x.numel() for x in tensors)
+
+
+def most_tokens(layer) -> int:
+    """How many tokens a layer with a sliding window keeps: one less than its window; 0 for others."""
+    return getattr(layer, "sliding_window", 1) - 1
