@@ -11,7 +11,7 @@ from mlx_lm.models.cache import create_attention_mask, create_causal_mask
 from spectral_kv_core.cache.compressed_layer import CompressedLayer, FollowingLayer, leading_layers
 from spectral_kv_core.cache.eviction import Eviction
 from spectral_kv_core.cache.layer_cache import LATENT_QUERIES
-from spectral_kv_core.cache.padding_group import Lane
+from spectral_kv_core.cache.padding_group import PaddingGroup
 from spectral_kv_core.codecs.chunk import Chunk, split_layers
 from spectral_kv_core.errors import UsageError
 from spectral_kv_core.planning.plan import Plan
@@ -71,7 +71,7 @@ class SpectralKVCache(CompressedLayer, RoutedCache):
     def attend(self, queries: mx.array, scale: float, fused, number: int = 0) -> mx.array:
         """Attention [B, Hq, L, D] of the pending tokens of layer number `number` of the row; they enter with the last's."""
         keys, values = self.taken.pop(number)
-        if not self.store.lanes:
+        if not self.store.padding_groups:
             self.start(keys.shape[0])
         if queries.shape[2] <= LATENT_QUERIES:
             self.end_prompt()
@@ -130,18 +130,23 @@ class SpectralKVCache(CompressedLayer, RoutedCache):
         """
         self.commit()
         arrays = self.store.state_arrays()
-        lanes = [
+        padding_groups = [
             {
-                "rows": lane.rows,
-                "pad": lane.pad,
-                "exact": lane.exact_keys is not None,
-                "dropped": lane.dropped,
-                "chunks": [_fields(chunk) for chunk in lane.chunks],
-                "staged": [_fields(chunk) for chunk in lane.staged],
+                "sequences": group.sequences,
+                "pad": group.pad,
+                "exact": group.exact_keys is not None,
+                "dropped": group.dropped,
+                "chunks": [_fields(chunk) for chunk in group.chunks],
+                "staged": [_fields(chunk) for chunk in group.staged],
             }
-            for lane in self.store.lanes
+            for group in self.store.padding_groups
         ]
-        layout = {"seen": self.store.seen, "left_padding": self.left_padding, "plan": self.plan.hash, "lanes": lanes}
+        layout = {
+            "seen": self.store.seen,
+            "left_padding": self.left_padding,
+            "plan": self.plan.hash,
+            "padding_groups": padding_groups,
+        }
         return json.dumps(layout), *arrays
 
     @state.setter
@@ -153,18 +158,18 @@ class SpectralKVCache(CompressedLayer, RoutedCache):
                 "the same profile, method and bits."
             )
         self.taken, self.left_padding = {}, layout["left_padding"]
-        self.store.seen, self.store.lanes = layout["seen"], []
-        for fields in layout["lanes"]:
-            lane = Lane(fields["rows"], fields["pad"], dropped=fields["dropped"])
+        self.store.seen, self.store.padding_groups = layout["seen"], []
+        for fields in layout["padding_groups"]:
+            group = PaddingGroup(fields["sequences"], fields["pad"], dropped=fields["dropped"])
             if fields["exact"]:
-                lane.exact_keys, lane.exact_values = next(arrays), next(arrays)
-            if lane.dropped:
-                lane.positions = next(arrays)
-            for chunks, held in ((lane.chunks, fields["chunks"]), (lane.staged, fields["staged"])):
+                group.exact_keys, group.exact_values = next(arrays), next(arrays)
+            if group.dropped:
+                group.positions = next(arrays)
+            for chunks, held in ((group.chunks, fields["chunks"]), (group.staged, fields["staged"])):
                 for batch, start, tokens, count in held:
                     codes = tuple(next(arrays) for _ in range(count))
                     chunks.append(Chunk(batch, next(arrays) if start is None else start, tokens, codes))
-            self.store.lanes.append(lane)
+            self.store.padding_groups.append(group)
 
     @classmethod
     def from_state(cls, state):

@@ -12,7 +12,7 @@ from spectral_kv_core.cache.compressed_layer import CompressedLayer, FollowingLa
 from spectral_kv_core.cache.decoded_chunks import bytes_per_layer
 from spectral_kv_core.cache.eviction import Eviction
 from spectral_kv_core.cache.layer_cache import LayerCache
-from spectral_kv_core.cache.padding_group import Lane
+from spectral_kv_core.cache.padding_group import PaddingGroup
 from spectral_kv_core.codecs.chunk import split_layers
 from spectral_kv_core.codecs.registry import plan_for
 from spectral_kv_core.errors import UsageError
@@ -61,7 +61,7 @@ class SpectralKVLayer(CompressedLayer, CacheLayerMixin):
 
     def attend(self, pending: Pending, queries, scale: float, fused, padding=None):
         """Attention [B, Hq, L, D] of the tokens of `pending`, which enter the cache; `padding` [B] at the first call."""
-        if not self.store.lanes:
+        if not self.store.padding_groups:
             self.store.start(queries.shape[0], padding)
         elif padding is not None:
             self.store.repad([p + self.store.seen - self.store.slots for p in padding])
@@ -81,7 +81,7 @@ class SpectralKVLayer(CompressedLayer, CacheLayerMixin):
 
     def is_empty(self) -> bool:
         """Whether some row has no token yet, so that its left padding is still to be told."""
-        return not all(lane.exact for lane in self.store.lanes or [Lane([], 0)])
+        return not all(group.exact for group in self.store.padding_groups or [PaddingGroup([], 0)])
 
     def get_seq_length(self) -> int:
         """Slots seen, padding included."""
@@ -97,7 +97,7 @@ class SpectralKVLayer(CompressedLayer, CacheLayerMixin):
     @property
     def slots(self) -> int:
         """Slots that the dense keys and values have."""
-        if self.store is None or not self.store.lanes:
+        if self.store is None or not self.store.padding_groups:
             return self.get_seq_length()
         return self.store.slots + self.waiting
 
@@ -122,7 +122,7 @@ class SpectralKVLayer(CompressedLayer, CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.get_seq_length():
             self.commit()
-            rows = sum(len(lane.rows) for lane in self.store.lanes)
+            rows = sum(len(group.sequences) for group in self.store.padding_groups)
             self.store.select([row for row in range(rows) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:

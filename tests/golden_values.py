@@ -17,7 +17,7 @@ import numpy as np
 
 from spectral_kv_core.arrays import ops
 from spectral_kv_core.cache.layer_cache import LayerCache
-from spectral_kv_core.cache.padding_group import Lane
+from spectral_kv_core.cache.padding_group import PaddingGroup
 from spectral_kv_core.cache.prompt_cache_file import ExactLayer, PromptFile
 from spectral_kv_core.codecs.registry import make_plan
 from spectral_kv_core.planning.methods import METHODS
@@ -103,9 +103,11 @@ def stored_prompt(profile: Profile) -> dict:
         plan, chunk = coded(ops, profile, "spectral", 2.0, row, 64)
         store = LayerCache(ops, plan.make_codec(ops, row), 4, 64)
         size = (1, profile.shape.kv_heads, 4 + 64, profile.shape.head_dim)
-        lane = Lane([0], 0, numbers(size, 40 + row).astype(np.float16), numbers(size, 80 + row).astype(np.float16))
-        lane.chunks = [chunk]
-        store.lanes, store.seen = [lane], lane.seen
+        group = PaddingGroup(
+            [0], 0, numbers(size, 40 + row).astype(np.float16), numbers(size, 80 + row).astype(np.float16)
+        )
+        group.chunks = [chunk]
+        store.padding_groups, store.seen = [group], group.seen
         layers.append(store)
     file = PromptFile.of(
         ops, replace(plan, profile=replace(profile, path="profile.safetensors")), layers, tokens=list(range(132))

@@ -281,7 +281,7 @@ def test_a_prompt_coded_several_chunks_at_a_time(monkeypatch):
         stores.append(LayerCache(ops, codec, 4, 16))
         for p in (slice(0, 2500), slice(2500, 2600)):
             stores[-1].append(k[:, :, p], v[:, :, p])
-    one, many = (store.lanes[0].chunks for store in stores)
+    one, many = (store.padding_groups[0].chunks for store in stores)
     assert [(c.start, c.tokens) for c in one] == [(c.start, c.tokens) for c in many]
     for a, b in zip(one, many):
         assert_codes_close("codes", codes_of(codec, b), codes_of(codec, a))

@@ -56,7 +56,7 @@ def test_codes_are_attended_as_the_decoded_cache_would_be(host, family):
     close(theirs, ours, atol=1e-4, rtol=1e-4)
     assert np.abs(theirs - host.logits(model, ids, host.plain_cache(model)))[100:].max() > 1e-4
     stores = host.stores(cache)
-    assert all(store.lanes[0].sealed > 0 for store in stores)
+    assert all(store.padding_groups[0].sealed > 0 for store in stores)
     for store, other in zip(stores, host.stores(decoded), strict=True):
         for a, b in zip(dense(store), dense(other), strict=True):
             close(a, b, atol=1e-4, rtol=1e-3)
@@ -121,7 +121,7 @@ def test_a_loop_of_ones_own_gets_all_tokens(host):
                 if cache is exact:
                     np.testing.assert_array_equal(got, expected[:, :, : start + 100])
             assert host.stores(cache)[0].seen == start + 100
-    assert host.stores(coded)[0].lanes[0].sealed > 0
+    assert host.stores(coded)[0].padding_groups[0].sealed > 0
 
 
 def test_another_models_vectors_are_refused(host):
@@ -162,8 +162,8 @@ def check_padded(host, family: str, lengths: list[int], cuts: list[int], cached:
             assert relative_rms(got, expected) < relative_rms(expected, true) / 4
         else:
             close(got, expected, atol=1e-4, rtol=1e-3)
-    lanes = host.stores(cache)[0].lanes
-    assert len(lanes) == len(set(lengths))
+    padding_groups = host.stores(cache)[0].padding_groups
+    assert len(padding_groups) == len(set(lengths))
     if family != "gemma3":  # whose layers with a sliding window keep padding
         assert int(host.cache_nbytes(cache)) == alone_bytes
 
@@ -347,20 +347,20 @@ def test_decoded_chunks_stay_where_they_may(host):
         np.testing.assert_array_equal(read, outputs[0][0])
         assert_close("logits from chunks in 16 bits", decoded, outputs[0][1], "float16")
         for store, plain in zip(host.stores(cache), host.stores(caches[0]), strict=True):
-            (lane,), (other,) = store.lanes, plain.lanes
-            for chunk, expected in zip(lane.chunks, other.chunks, strict=True):
+            (group,), (other,) = store.padding_groups, plain.padding_groups
+            for chunk, expected in zip(group.chunks, other.chunks, strict=True):
                 for a, b in zip(chunk.arrays, expected.arrays, strict=True):
                     np.testing.assert_array_equal(store.xp.to_numpy(a), store.xp.to_numpy(b))
-            for (chunk, _), held in lane.decoded.items():
+            for (chunk, _), held in group.decoded.items():
                 for x, exact in zip(held, store.codec.decode(chunk)):
                     assert host.dtype_of(x) == "float16"
                     np.testing.assert_array_equal(
                         store.xp.to_numpy(x), store.xp.to_numpy(exact).astype(np.float16).astype(np.float32)
                     )
-    (lane,) = host.stores(caches[1])[0].lanes
-    assert len(lane.decoded) == len(lane.chunks)
+    (group,) = host.stores(caches[1])[0].padding_groups
+    assert len(group.decoded) == len(group.chunks)
     none, all_of_it, some = (int(host.cache_nbytes(cache)) for cache in caches)
-    assert all_of_it - none == lane.sealed * elements(profile.shape) * 2 and some == none
+    assert all_of_it - none == group.sealed * elements(profile.shape) * 2 and some == none
     size = host.cache_nbytes(caches[1])
     assert reachable_bytes(host, caches[1]) == int(size) + size.table_nbytes
 
@@ -371,8 +371,8 @@ def test_sealed_bits_stay_below_the_ceiling(host):
         cache = host.make_prompt_cache(model, profile, bits)
         host.logits(model, tokens(1500), cache)
         stores = host.stores(cache)
-        stored = sum(a.nbytes for s in stores for chunk in s.lanes[0].chunks for a in chunk.arrays)
-        sealed = stores[0].lanes[0].sealed * elements(profile.shape)
+        stored = sum(a.nbytes for s in stores for chunk in s.padding_groups[0].chunks for a in chunk.arrays)
+        sealed = stores[0].padding_groups[0].sealed * elements(profile.shape)
         assert 0.93 * bits < stored * 8 / sealed <= bits
 
 

@@ -221,7 +221,7 @@ def test_torch_steps_attend_to_what_they_should(torch_bench, monkeypatch):
 
     def watch(self, pending, *args):
         out = attend(self, pending, *args)
-        seen.append((self.store.seen, self.store.lanes[0].sealed))
+        seen.append((self.store.seen, self.store.padding_groups[0].sealed))
         return out
 
     monkeypatch.setattr(torch_bench.SpectralKVLayer, "attend", watch)

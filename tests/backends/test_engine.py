@@ -77,7 +77,7 @@ def test_the_engine_answers_from_the_compressed_cache(engine, profile):
     shown = []
     answer = engine.generate(PROMPT, max_tokens=30, raw=True, on_token=shown.append)
     layers = engine.cache.layers
-    assert all(isinstance(layer, SpectralKVLayer) and layer.store.lanes[0].chunks for layer in layers)
+    assert all(isinstance(layer, SpectralKVLayer) and layer.store.padding_groups[0].chunks for layer in layers)
     assert engine.cache.plan.bits == 2 and engine.cache_nbytes == cache_nbytes(engine.cache)
     assert engine.cache_nbytes.compression > 2  # in float32, with a window of 64 of 830 tokens
     tokens = engine.tokenizer.encode(PROMPT)

@@ -26,12 +26,12 @@ def test_a_model_generates(host, name):
     model, profile, cache = host.model(FAMILY), host.profile(FAMILY), new(host, name)
     assert len(host.greedy(model, PROMPT, cache, 30)) == 30 and host.seen(cache) in (429, 430)
     shape, stores = profile.shape, host.stores(cache)
-    plan, lane = make_plan(shape, profile, name), stores[0].lanes[0]
-    stored = sum(x.nbytes for store in stores for lane in store.lanes for c in lane.chunks for x in c.arrays)
+    plan, group = make_plan(shape, profile, name), stores[0].padding_groups[0]
+    stored = sum(x.nbytes for store in stores for group in store.padding_groups for c in group.chunks for x in c.arrays)
     # of its one chunk per layer, which is not full
     masks = len(shape.layers) * shape.kv_heads * shape.head_dim if name == "think" else 0
-    sealed = lane.sealed * elements_per_token(shape) * plan.bits_per_element
-    assert lane.sealed >= 256 and 8 * stored == pytest.approx(sealed + masks, abs=masks)
+    sealed = group.sealed * elements_per_token(shape) * plan.bits_per_element
+    assert group.sealed >= 256 and 8 * stored == pytest.approx(sealed + masks, abs=masks)
     size = host.cache_nbytes(cache)
     assert stored < size < size.dense_nbytes * 2  # the tiny model is float32
 

@@ -28,7 +28,7 @@ def test_scorers_that_need_no_profile_take_none(host):
     model = host.new_model("llama")
     cache = host.make_prompt_cache(model, method="waveletkv", **TIGHT)
     host.logits(model, tokens(120), cache)
-    assert all(store.lanes[0].stored == TIGHT["budget_tokens"] for store in host.stores(cache))
+    assert all(store.padding_groups[0].stored == TIGHT["budget_tokens"] for store in host.stores(cache))
 
 
 @pytest.mark.parametrize("name", SCORERS)
@@ -41,7 +41,7 @@ def test_generation_stays_within_the_budget(host, name):
             out = host.generate(model, ByteTokenizer(), tokens(count), cache, more, True, lambda token: None)
             seen, window = host.seen(cache), options.get("window", 64)
             assert len(out.tokens) == more and seen in (count + more - 1, count + more)
-            assert all(store.lanes[0].stored <= options["budget_tokens"] for store in host.stores(cache))
+            assert all(store.padding_groups[0].stored <= options["budget_tokens"] for store in host.stores(cache))
             assert (places(host, cache)[:, :, -window:] == np.arange(seen - window, seen)).all()
             size = host.cache_nbytes(cache)
             held = dict(host.storage(x) for store in host.stores(cache) for x in store.arrays())
@@ -56,9 +56,11 @@ def test_a_prompt_may_come_in_pieces(host):
     cache = new(host, "triattention+spectral", 8, budget_tokens=200)
     for start in range(0, 650, 100):
         host.logits(model, ids[start : start + 100], cache)
-        assert all(store.lanes[0].stored <= 200 and not store.lanes[0].sealed for store in host.stores(cache))
+        assert all(
+            store.padding_groups[0].stored <= 200 and not store.padding_groups[0].sealed for store in host.stores(cache)
+        )
     host.logits(model, ids[:1], cache)
-    assert all(store.lanes[0].sealed and store.lanes[0].stored <= 200 for store in host.stores(cache))
+    assert all(store.padding_groups[0].sealed and store.padding_groups[0].stored <= 200 for store in host.stores(cache))
 
 
 @pytest.mark.parametrize("options", [{"budget_tokens": BUDGET}, TIGHT], ids=["usual", "small"])
@@ -131,7 +133,7 @@ def test_the_wavelet_decides_who_stays(host):
     for wavelet in (None, "db2", "haar", "bior2.2"):
         cache = new(host, "waveletkv", budget_tokens=BUDGET, wavelet=wavelet)
         out = host.generate(model, ByteTokenizer(), tokens(300), cache, 20, True, lambda token: None)
-        assert len(out.tokens) == 20 and all(store.lanes[0].stored <= BUDGET for store in host.stores(cache))
+        assert len(out.tokens) == 20 and all(store.padding_groups[0].stored <= BUDGET for store in host.stores(cache))
         held[wavelet] = places(host, cache).tolist()
         sizes.add(int(host.cache_nbytes(cache)))
     assert held[None] == held["db2"] and len(sizes) == 1
@@ -158,7 +160,7 @@ def test_layers_agree_on_how_many_tokens_they_hold(host):
     host.logits(model, ids[:300], cache)
     for start in range(300, 400, 4):
         host.logits(model, ids[start : start + 4], cache)
-        assert len({store.lanes[0].stored for store in host.stores(cache)}) == 1
+        assert len({store.padding_groups[0].stored for store in host.stores(cache)}) == 1
     host.crop_layers(cache, 5)
     assert {store.seen for store in host.stores(cache)} == {395}
     other = copy.deepcopy(cache)

@@ -117,7 +117,7 @@ def test_attention_is_that_over_what_is_decoded(host, family, step):
     cache, more = new(host, family=family), tokens(40 if step == 40 else 8, seed=4)  # before the next block is full
     host.logits(model, tokens(300), cache)
     plain = host.decode_cache(cache, model)
-    assert any(len(row.layers) == 2 and row.store.lanes[0].sealed == 224 for row in host.rows_of(cache))
+    assert any(len(row.layers) == 2 and row.store.padding_groups[0].sealed == 224 for row in host.rows_of(cache))
     close(host.logits(model, more, cache, step), host.logits(model, more, plain, step), atol=1e-4, rtol=1e-3)
 
 
@@ -146,8 +146,8 @@ def test_tokens_are_sealed_as_they_come(host, step):
     assert 0 < relative_rms(got, expected) < 0.05
     for row in host.rows_of(cache):
         row.finalize()
-        (lane,) = row.store.lanes
-        assert (lane.sealed, lane.exact, row.store.seen, lane.staged) == (224, 76, 300, [])
+        (group,) = row.store.padding_groups
+        assert (group.sealed, group.exact, row.store.seen, group.staged) == (224, 76, 300, [])
     assert 0.9 * 6 < host.sealed_bits(cache) <= 6 and host.seen(cache) == 300
 
 
@@ -162,7 +162,7 @@ def test_padded_rows_come_out_as_if_they_were_alone(host):
             first = max(start, 70)
             expected = host.logits(model, rows[1][first:stop], alone)
             close(got[first - start :], expected, atol=1e-4, rtol=1e-3)
-    assert [lane.sealed for lane in host.stores(cache)[0].lanes] == [144, 80]
+    assert [group.sealed for group in host.stores(cache)[0].padding_groups] == [144, 80]
 
 
 def test_trim_and_copy(host):
@@ -207,8 +207,8 @@ def test_decoded_chunks_stay_by_layer(host):
         close(other, got[0], atol=0.02, rtol=0.02)  # they stay in float16
     none, all_of_it, some = (int(host.cache_nbytes(cache)) for cache in caches)
     assert all_of_it - none == 3 * chunk and some - none == chunk
-    (lane,) = host.stores(caches[1])[0].lanes
-    assert set(lane.decoded) == {(lane.chunks[0], n) for n in (0, 1)}
+    (group,) = host.stores(caches[1])[0].padding_groups
+    assert set(group.decoded) == {(group.chunks[0], n) for n in (0, 1)}
 
 
 def test_generation(host):
@@ -216,7 +216,7 @@ def test_generation(host):
     for window in (64, 32):
         cache = new(host, window=window)
         made = host.generate(model, ByteTokenizer(), tokens(120), cache, 10, True, lambda token: None)
-        assert len(made.tokens) == 10 and host.stores(cache)[0].lanes[0].sealed >= 48
+        assert len(made.tokens) == 10 and host.stores(cache)[0].padding_groups[0].sealed >= 48
     small = new(host, window=16, sinks=4)
     assert len(host.greedy(model, tokens(100), small, 10)) == 10 and host.cache_nbytes(small).compression > 1.4
     exact = new(host, 8.0, window=128)

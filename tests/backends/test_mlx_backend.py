@@ -98,7 +98,7 @@ def test_mlx_lm_generate_and_several_turns(checkpoint):
     cache = make_prompt_cache(model, calibrate(model), 3.0, **SMALL)
     parts = list(mlx_lm.stream_generate(model, tokenizer, "once more " * 8, prompt_cache=cache, max_tokens=20))
     assert len(parts) >= 1 and cache[0].offset > 80
-    assert cache[0].store.lanes[0].sealed > 0
+    assert cache[0].store.padding_groups[0].sealed > 0
 
 
 @only("mlx", "caches of mlx-lm alone")
@@ -266,7 +266,7 @@ def test_mlx_lm_reads_a_prompt_in_pieces_as_one_prompt(tiny):
     feed(tiny.model, caches[1], prompt.tolist()[:149], 50)
     feed(tiny.model, caches[1], make_tokens(1), 1)
     for ours, theirs in zip(*caches):
-        assert theirs.store.lanes[0].sealed == 128
+        assert theirs.store.padding_groups[0].sealed == 128
         for a, b in zip(ours.store.dense(), theirs.store.dense()):
             assert mx.array_equal(a[:, :, 4:132], b[:, :, 4:132])
 
@@ -285,8 +285,8 @@ def test_bytes_of_every_array(family):
     held = [a for i in shape.layers for a in cache[i].state[1:]]
     assert cache_nbytes(cache) == sum(a.nbytes for a in held) + cache_nbytes([cache[i] for i in passed])
     ours = [cache[i] for i in shape.layers]
-    sealed = ours[0].store.lanes[0].sealed
-    codes = sum(a.nbytes for c in ours for chunk in c.store.lanes[0].chunks for a in chunk.arrays)
+    sealed = ours[0].store.padding_groups[0].sealed
+    codes = sum(a.nbytes for c in ours for chunk in c.store.padding_groups[0].chunks for a in chunk.arrays)
     assert sealed >= 256 and 2.5 < codes * 8 / (full * sealed / 300) <= 3.01  # rows end in whole bytes
     assert cache_nbytes(cache).table_nbytes > 0 and cache_nbytes(make_prompt_cache(model, method="identity")) == 0
 

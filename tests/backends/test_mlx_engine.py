@@ -50,7 +50,7 @@ def test_the_engine_answers_from_the_compressed_cache(model, profile, quantize):
     engine = InferenceEngine(model_name=model, quantize=quantize, bits=2).load()
     assert engine.profile.path == str(profile)
     answer = engine.generate(PROMPT, max_tokens=20, raw=True)
-    assert all(isinstance(layer, SpectralKVCache) and layer.store.lanes[0].chunks for layer in engine.cache)
+    assert all(isinstance(layer, SpectralKVCache) and layer.store.padding_groups[0].chunks for layer in engine.cache)
     assert engine.cache[0].plan.bits == 2 and engine.cache_nbytes == cache_nbytes(engine.cache)
     cache = make_prompt_cache(engine.model, Profile.load(profile), 2)
     tokens = engine.tokenizer.encode(PROMPT)

@@ -29,7 +29,7 @@ def stores(cache) -> list:
 
 def places(cache, layer: int = 0) -> np.ndarray:
     store = stores(cache)[layer]
-    return positions_of(store, heads=store.lanes[0].exact_keys.shape[1])
+    return positions_of(store, heads=store.padding_groups[0].exact_keys.shape[1])
 
 
 @only("mlx", "generate_step reads a prompt in pieces of a given size")

@@ -190,8 +190,8 @@ def test_a_later_part_of_a_prompt_attends_to_one_chunk_at_a_time(monkeypatch, dt
         monkeypatch.setattr(ops, "kernels", kernels)
         store = LayerCache(ops, make_codec(ops, plan, 0), 4, 64, lambda: make_codec(ops, plan.staging, 0))
         store.start(2, [0, 30])
-        whole = store.lane_dense
-        monkeypatch.setattr(store, "lane_dense", lambda *a, whole=whole: decoded.append(1) or whole(*a))
+        whole = store.dense_of
+        monkeypatch.setattr(store, "dense_of", lambda *a, whole=whole: decoded.append(1) or whole(*a))
         parts = [slice(0, 1300), slice(1300, 1900), slice(1900, 2200)]
         outputs.append([store.attend(q[:, :, p], k[:, :, p], v[:, :, p], 0.125, fused) for p in parts])
         assert store.is_staged

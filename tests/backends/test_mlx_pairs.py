@@ -53,7 +53,7 @@ def follow(backend, model, cache, tokens, step: int = 1) -> np.ndarray:
 
 def codes(layers) -> list[np.ndarray]:
     held = [layer.store for layer in layers]
-    return [s.xp.to_numpy(x) for s in held for lane in s.lanes for c in lane.chunks for x in c.arrays]
+    return [s.xp.to_numpy(x) for s in held for group in s.padding_groups for c in group.chunks for x in c.arrays]
 
 
 @only("mlx", "both hosts on one checkpoint, in the process of MLX")

@@ -59,7 +59,7 @@ def pair(request, tmp_path_factory):
 
 
 def codes(store) -> list[np.ndarray]:
-    return [store.xp.to_numpy(x) for lane in store.lanes for chunk in lane.chunks for x in chunk.arrays]
+    return [store.xp.to_numpy(x) for group in store.padding_groups for chunk in group.chunks for x in chunk.arrays]
 
 
 def stores(cache) -> list:
@@ -209,7 +209,7 @@ def test_bfloat16_travels_to_the_bit(pair, tmp_path):
     path = spectral_kv_torch.save_prompt_cache(tmp_path / "c", cache)
     loaded, _ = spectral_kv_mlx.load_prompt_cache(path, ours, pair.profile)
     for made, held in zip(stores(cache), stores(loaded), strict=True):
-        assert held.lanes[0].exact_keys.dtype == mx.bfloat16
+        assert held.padding_groups[0].exact_keys.dtype == mx.bfloat16
         for a, b in zip(made.arrays(), held.arrays()):
             np.testing.assert_array_equal(made.xp.to_file(a)[0], held.xp.to_file(b)[0])
     path = spectral_kv_mlx.save_prompt_cache(tmp_path / "d", loaded)

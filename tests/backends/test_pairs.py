@@ -208,7 +208,7 @@ def test_from_and_to_live_methods(tmp_path):
         for a, b, c in zip(layer.keys_and_values(), other.keys_and_values(), layers_of(plain)[layer_idx]):
             assert torch.equal(b, c) and 0 < relative_rms(b, a) < 0.1
     other = load_prompt_cache(path, model, profile, method="spectral-dense", bits=3.0)[0]
-    assert other.plan.bits == 3.0 and other.layers[1].store.lanes[0].sealed > 0
+    assert other.plan.bits == 3.0 and other.layers[1].store.padding_groups[0].sealed > 0
 
 
 def test_the_file(tmp_path):
@@ -217,11 +217,13 @@ def test_the_file(tmp_path):
     path = save(tmp_path / "c", "llama", *read("llama"))
     file = PromptFile.load(path)
     assert file.layers[1] == {} and not any(name.startswith("layers/1/") for name in file.arrays)
-    assert file.arrays["layers/0/lanes/0/keys"].shape == (1, 4, 76, 16)
-    assert file.arrays["layers/2/lanes/0/keys"].shape == (1, 2, 76, 16)
-    file.arrays["layers/0/lanes/0/keys"] = np.ascontiguousarray(file.arrays["layers/0/lanes/0/keys"][:, :2])
+    assert file.arrays["layers/0/padding_groups/0/keys"].shape == (1, 4, 76, 16)
+    assert file.arrays["layers/2/padding_groups/0/keys"].shape == (1, 2, 76, 16)
+    file.arrays["layers/0/padding_groups/0/keys"] = np.ascontiguousarray(
+        file.arrays["layers/0/padding_groups/0/keys"][:, :2]
+    )
     file.save(path)
-    with pytest.raises(ValueError, match=r"Expected .*layers/0/lanes/0/keys"):
+    with pytest.raises(ValueError, match=r"Expected .*layers/0/padding_groups/0/keys"):
         load_prompt_cache(path, model, profile)
 
 
@@ -293,7 +295,7 @@ def test_attention_without_kernels_is_that_over_what_is_decoded(name, step, monk
     cache, more = live(name), tokens(40 if step == 40 else 8, seed=4)  # before the next block is full
     logits_of(model, tokens(300), cache)
     plain = backend.decode_cache(cache, model)
-    assert any(len(layer.layers) == 2 and layer.store.lanes[0].sealed == 224 for layer in rows_of(cache))
+    assert any(len(layer.layers) == 2 and layer.store.padding_groups[0].sealed == 224 for layer in rows_of(cache))
     torch.testing.assert_close(
         logits_of(model, more, cache, step), logits_of(model, more, plain, step), atol=1e-4, rtol=1e-3
     )
@@ -334,7 +336,7 @@ def test_generate_of_transformers():
         exact, coded = live("llama", 8.0, window=128), live("llama", 8.0, window=32)
         assert torch.equal(model.generate(ids, past_key_values=exact, **kwargs), expected)
         assert model.generate(ids, past_key_values=coded, **kwargs).shape == expected.shape
-        assert coded.layers[0].store.lanes[0].sealed >= 80 and coded.is_initialized
+        assert coded.layers[0].store.padding_groups[0].sealed >= 80 and coded.is_initialized
 
 
 def test_layers_out_of_order_are_refused():

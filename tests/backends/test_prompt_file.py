@@ -166,10 +166,12 @@ def test_half_precision_is_kept_to_the_bit(tmp_path):
     path = save_prompt_cache(tmp_path / "c", cache, ids)
     loaded, _ = load_prompt_cache(path, model, profile)
     same(loaded, cache)
-    assert loaded.layers[0].store.lanes[0].exact_keys.dtype == torch.bfloat16
-    assert load_file(path)["layers/0/lanes/0/keys"].dtype == np.uint16
-    wider = load_prompt_cache(path, model.float(), profile)[0].layers[0].store.lanes[0].exact_keys
-    assert wider.dtype == torch.float32 and torch.equal(wider, cache.layers[0].store.lanes[0].exact_keys.float())
+    assert loaded.layers[0].store.padding_groups[0].exact_keys.dtype == torch.bfloat16
+    assert load_file(path)["layers/0/padding_groups/0/keys"].dtype == np.uint16
+    wider = load_prompt_cache(path, model.float(), profile)[0].layers[0].store.padding_groups[0].exact_keys
+    assert wider.dtype == torch.float32 and torch.equal(
+        wider, cache.layers[0].store.padding_groups[0].exact_keys.float()
+    )
 
 
 def test_a_staged_prompt_is_ended_first(tmp_path):
@@ -194,7 +196,7 @@ def test_several_chunks_and_none(tmp_path, monkeypatch):
     monkeypatch.setattr("spectral_kv_core.codecs.base.Codec.chunk_tokens", 64)
     cache, _ = read(new())
     loaded, _ = load_prompt_cache(save_prompt_cache(tmp_path / "c", cache), model, profile)
-    assert [(c.start, c.tokens) for c in loaded.layers[0].store.lanes[0].chunks] == [
+    assert [(c.start, c.tokens) for c in loaded.layers[0].store.padding_groups[0].chunks] == [
         (4, 64),
         (68, 64),
         (132, 64),
@@ -230,7 +232,7 @@ def test_from_one_method_to_another(path):
     held = cache.layers[1].keys_and_values()
     same(load_prompt_cache(path, model, profile, method="spectral", bits=3.0)[0], cache)  # nothing is coded twice
     other, _ = load_prompt_cache(path, model, profile, method="spectral-dense", bits=6.0)
-    assert other.plan.method.name == "spectral-dense" and other.layers[1].store.lanes[0].sealed == 224
+    assert other.plan.method.name == "spectral-dense" and other.layers[1].store.padding_groups[0].sealed == 224
     for a, b in zip(other.layers[1].keys_and_values(), held):
         assert 0 < float((a - b).norm() / b.norm()) < 0.2
     plain = load_prompt_cache(path, model, profile, method="plain")[0]
@@ -268,12 +270,14 @@ def test_pinned_header(path):
         "sha256", "shape", "sinks", "version", "weights_digest", "window",
     ]  # fmt: skip
     assert (metadata["format"], metadata["version"], metadata["seen"]) == ("spectralkv-cache", 2, 300)
-    assert metadata["layers"] == 3 * [{"dtype": "float32", "lanes": [{"rows": [0], "pad": 0, "chunks": [[4, 224]]}]}]
+    assert metadata["layers"] == 3 * [
+        {"dtype": "float32", "padding_groups": [{"sequences": [0], "pad": 0, "chunks": [[4, 224]]}]}
+    ]
     assert sorted(metadata["method"]) == [
         "block", "codec", "group", "group_size", "name", "quantizer", "reads", "rope", "rounding", "time",
     ]  # fmt: skip
     assert header["tokens"]["dtype"] == "I32" and header["tokens"]["shape"] == [300]
-    assert header["layers/2/lanes/0/values"]["shape"] == [1, 2, 76, 16]
+    assert header["layers/2/padding_groups/0/values"]["shape"] == [1, 2, 76, 16]
     assert all(name.startswith(("tokens", "layers/")) for name in header)
 
 
@@ -351,11 +355,11 @@ def test_another_profile(path, tmp_path, monkeypatch):
     "name,change",
     [
         ("tokens", lambda x: x[1:]),
-        ("layers/1/lanes/0/keys", lambda x: x[:, :, 1:]),
-        ("layers/1/lanes/0/values", lambda x: x.astype(np.float16)),
-        ("layers/0/lanes/0/chunks/0/0", lambda x: np.concatenate([x, x], axis=1)),
-        ("layers/2/lanes/0/chunks/0/1", lambda x: x.astype(np.uint16)),
-        ("layers/0/lanes/0/chunks/1/0", lambda x: np.zeros(3, np.uint8)),
+        ("layers/1/padding_groups/0/keys", lambda x: x[:, :, 1:]),
+        ("layers/1/padding_groups/0/values", lambda x: x.astype(np.float16)),
+        ("layers/0/padding_groups/0/chunks/0/0", lambda x: np.concatenate([x, x], axis=1)),
+        ("layers/2/padding_groups/0/chunks/0/1", lambda x: x.astype(np.uint16)),
+        ("layers/0/padding_groups/0/chunks/1/0", lambda x: np.zeros(3, np.uint8)),
     ],
 )
 def test_arrays_must_fit_header_and_plan(path, name, change):
@@ -367,7 +371,7 @@ def test_arrays_must_fit_header_and_plan(path, name, change):
 
 def test_chunks_must_not_leave_gaps(path):
     file = PromptFile.load(path)
-    file.layers[1]["lanes"][0]["chunks"] = [[20, 224]]
+    file.layers[1]["padding_groups"][0]["chunks"] = [[20, 224]]
     file.save(path)
     assert "gaps" in refused(path)
 

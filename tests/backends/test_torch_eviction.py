@@ -43,8 +43,10 @@ def test_logits_are_those_of_a_plain_cache_with_a_mask(name):
         held = [np.arange(start)[None]] * 2
         if start:
             store = stores(cache)[0]
-            rows = [next(i for i, lane in enumerate(store.lanes) if row in lane.rows) for row in range(2)]
-            held = [positions_of(store, lane, heads)[0, 0] + pad for lane, pad in zip(rows, pads)]
+            rows = [
+                next(i for i, group in enumerate(store.padding_groups) if row in group.sequences) for row in range(2)
+            ]
+            held = [positions_of(store, group, heads)[0, 0] + pad for group, pad in zip(rows, pads)]
         visible = torch.zeros(2, 1, stop - start, stop, dtype=torch.bool)
         for row, (slots, pad) in enumerate(zip(held, pads)):
             visible[row, 0, :, torch.as_tensor(np.ravel(slots))] = True
@@ -74,7 +76,7 @@ def test_logits_are_those_of_a_plain_cache_with_a_mask(name):
             ).logits
         real = mask[:, window].bool()
         assert float((got - expected)[real].abs().max()) < 2e-3 * float(expected.abs().max())
-    assert all(lane.dropped for store in stores(cache) for lane in store.lanes)
+    assert all(group.dropped for store in stores(cache) for group in store.padding_groups)
 
 
 @only("torch", "MLX keeps the left padding in the cache")

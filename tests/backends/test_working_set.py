@@ -70,7 +70,7 @@ def test_chunks_are_decoded_once_and_counted(xp, monkeypatch):
     reader = Reader(xp, 10 * CHUNK)
     assert reader.bytes() == 0
     assert [reader.step(monkeypatch) for _ in range(3)] == [3, 0, 0]
-    sealed = reader.cache.lanes[0].sealed
+    sealed = reader.cache.padding_groups[0].sealed
     assert reader.bytes() == sealed * CHUNK // CHUNK_TOKENS
     assert sum(x.nbytes for x in reader.plain.arrays()) == sum(x.nbytes for x in reader.cache.state_arrays())
 
@@ -78,15 +78,20 @@ def test_chunks_are_decoded_once_and_counted(xp, monkeypatch):
 def test_what_came_first_stays_within_the_limit(xp, monkeypatch):
     reader = Reader(xp, int(1.9 * CHUNK))
     assert [reader.step(monkeypatch) for _ in range(3)] == [3, 1, 1]  # the last chunk is short and fits too
-    first, *_, last = reader.cache.lanes[0].chunks
-    assert list(reader.cache.lanes[0].decoded) == [(first, 0), (last, 0)] and CHUNK < reader.bytes() <= 1.9 * CHUNK
+    first, *_, last = reader.cache.padding_groups[0].chunks
+    assert (
+        list(reader.cache.padding_groups[0].decoded) == [(first, 0), (last, 0)]
+        and CHUNK < reader.bytes() <= 1.9 * CHUNK
+    )
 
 
 def test_a_chunk_that_has_grown_is_decoded_again(xp, monkeypatch):
     reader = Reader(xp, 10 * CHUNK)
     assert [reader.step(monkeypatch) for _ in range(40)].count(1) == 2  # of 16 tokens each
-    assert [chunk for chunk, _ in reader.cache.lanes[0].decoded][:2] == reader.cache.lanes[0].chunks[:2]
-    assert len(reader.cache.lanes[0].decoded) == 3
+    assert [chunk for chunk, _ in reader.cache.padding_groups[0].decoded][:2] == reader.cache.padding_groups[0].chunks[
+        :2
+    ]
+    assert len(reader.cache.padding_groups[0].decoded) == 3
 
 
 def test_cropped_selected_and_copied_caches(xp, monkeypatch):
@@ -98,13 +103,13 @@ def test_cropped_selected_and_copied_caches(xp, monkeypatch):
     assert reader.bytes() == 0
     reader.step(monkeypatch)
     held = reader.bytes()
-    assert held == sum(lane.sealed for lane in reader.cache.lanes) * CHUNK // CHUNK_TOKENS
+    assert held == sum(group.sealed for group in reader.cache.padding_groups) * CHUNK // CHUNK_TOKENS
     for cache in (reader.cache, reader.plain):
         cache.select([1, 0])
     assert reader.bytes() == 0
     reader.step(monkeypatch)
     assert reader.bytes() == held
-    assert sum(len(lane.decoded) for lane in other.lanes) == 6  # which the copy still has
+    assert sum(len(group.decoded) for group in other.padding_groups) == 6  # which the copy still has
 
 
 def test_the_limit_is_that_of_all_lanes(xp, monkeypatch):
@@ -120,7 +125,7 @@ def test_half_precision_stays_as_it_is(xp, monkeypatch, dtype):
         dtype = "float16"  # NumPy has no bfloat16
     reader = Reader(xp, 10 * CHUNK, dtype)
     assert [reader.step(monkeypatch) for _ in range(2)] == [3, 0]
-    keys, _ = next(iter(reader.cache.lanes[0].decoded.values()))
+    keys, _ = next(iter(reader.cache.padding_groups[0].decoded.values()))
     assert keys.dtype == reader.vectors[0].dtype
 
 

@@ -42,8 +42,8 @@ def dense(cache) -> tuple[np.ndarray, np.ndarray]:
     return tuple(map(cache.xp.to_numpy, cache.dense()))
 
 
-def all_codes(cache, lane: int = 0) -> np.ndarray:
-    return np.concatenate([codes_of(cache.codec, chunk) for chunk in cache.lanes[lane].chunks], axis=2)
+def all_codes(cache, group: int = 0) -> np.ndarray:
+    return np.concatenate([codes_of(cache.codec, chunk) for chunk in cache.padding_groups[group].chunks], axis=2)
 
 
 def pieces(parts, sizes):
@@ -63,7 +63,7 @@ def test_everything_that_went_in_comes_out(xp, case, bits):
     got_keys, got_values = dense(cache)
     sealed = 0 if bits is None else max(case.tokens - 68, 0) // 16 * 16
     assert cache.seen == case.tokens and cache.tokens() == case.tokens * case.batch
-    assert cache.lanes[0].sealed == sealed
+    assert cache.padding_groups[0].sealed == sealed
     for got, expected in ((got_keys, keys), (got_values, values)):
         np.testing.assert_array_equal(got[:, :, :4], expected[:, :, :4])
         np.testing.assert_array_equal(got[:, :, 4 + sealed :], expected[:, :, 4 + sealed :])
@@ -85,7 +85,7 @@ def test_attention_is_attention_over_what_the_cache_holds(xp, bits, group, rope)
         expected = attention(queries, np.concatenate([held[0], keys], 2), np.concatenate([held[1], values], 2), SCALE)
         got = attend(cache, queries, keys, values)
         assert_close(f"output at {cache.seen}", got, expected, limit=ATTENTION_RMS)
-    assert cache.lanes[0].sealed > CHUNK_TOKENS or bits is None
+    assert cache.padding_groups[0].sealed > CHUNK_TOKENS or bits is None
 
 
 def test_a_step_joins_exact_tokens_once(xp, monkeypatch):
@@ -121,7 +121,7 @@ def test_codes_do_not_depend_on_how_tokens_came(xp, sizes, rope):
         append(cache, *piece)
     assert_codes_close("codes", all_codes(cache), all_codes(at_once))
     np.testing.assert_array_equal(dense(cache)[0][:, :, -64:], parts[0][:, :, -64:])
-    assert cache.lanes[0].exact == at_once.lanes[0].exact
+    assert cache.padding_groups[0].exact == at_once.padding_groups[0].exact
 
 
 def test_a_token_is_quantized_once(xp):
@@ -135,7 +135,7 @@ def test_a_token_is_quantized_once(xp):
             np.testing.assert_array_equal(codes[:, :, : before.shape[2]], before)
         before = codes
     assert before.shape[2] == (1300 - 68) // 16
-    assert [chunk.start for chunk in cache.lanes[0].chunks] == [4, 4 + CHUNK_TOKENS]
+    assert [chunk.start for chunk in cache.padding_groups[0].chunks] == [4, 4 + CHUNK_TOKENS]
 
 
 LAYERS = 2
@@ -150,7 +150,7 @@ def sealed_bits(bits: float, lengths) -> dict[int, float]:
     for length in range(16, longest + 1, 16):
         for cache, parts in zip(caches, data):
             cache.append(*(x[:, :, length - 16 : length] for x in parts))
-            assert cache.lanes[0].sealed == length and cache.lanes[0].exact == 0
+            assert cache.padding_groups[0].sealed == length and cache.padding_groups[0].exact == 0
         if length in lengths:
             held = sum(a.nbytes for cache in caches for a in cache.arrays())
             stored[length] = held * 8 / (length * LAYERS * 2 * MODEL.kv_heads * MODEL.head_dim)
@@ -192,7 +192,7 @@ def test_crop_keeps_the_prefix_and_goes_on(xp, forget):
         assert_close("output", got, expected, limit=ATTENTION_RMS)
         left += size
     assert_close("keys", dense(cache)[0], keys[:, :, :left], limit=0.015)
-    assert cache.lanes[0].exact < 68 + 16
+    assert cache.padding_groups[0].exact < 68 + 16
 
 
 @pytest.mark.parametrize("forget", [300, 1000])
@@ -263,12 +263,13 @@ def test_a_padded_row_comes_out_as_if_alone(xp, sizes, rope):
         ends = np.maximum(np.cumsum((*sizes, 1, 5)) - padding, 0)
         own_sizes = [size for size in np.diff(ends, prepend=0) if size]
         expected = np.concatenate([attend(alone, *piece) for piece in pieces(mine, own_sizes)], axis=2)
-        lane = next(lane for lane in batch.lanes if row in lane.rows)
+        group = next(group for group in batch.padding_groups if row in group.sequences)
         for got, wanted in zip(
-            (lane.exact_keys, lane.exact_values), (alone.lanes[0].exact_keys, alone.lanes[0].exact_values)
+            (group.exact_keys, group.exact_values),
+            (alone.padding_groups[0].exact_keys, alone.padding_groups[0].exact_values),
         ):
             np.testing.assert_array_equal(xp.to_numpy(got), xp.to_numpy(wanted))
-        for got, wanted in zip(lane.chunks, alone.lanes[0].chunks, strict=True):
+        for got, wanted in zip(group.chunks, alone.padding_groups[0].chunks, strict=True):
             assert (got.start, got.tokens) == (wanted.start, wanted.tokens)
             for a, b in zip(got.arrays, wanted.arrays):
                 np.testing.assert_array_equal(xp.to_numpy(a), xp.to_numpy(b))
@@ -281,7 +282,7 @@ def test_rows_of_equal_padding_share_a_lane(xp):
     cache = make_cache(xp, 3)
     cache.start(4, [7, 0, 7, 0])
     got = attend(cache, queries, keys, values)
-    assert [lane.rows for lane in cache.lanes] == [[1, 3], [0, 2]]
+    assert [group.sequences for group in cache.padding_groups] == [[1, 3], [0, 2]]
     for row, padding in enumerate([7, 0, 7, 0]):
         mine = (x[row : row + 1, :, padding:] for x in (queries, keys, values))
         assert_close("output", got[row : row + 1, :, padding:], attention(*mine, SCALE))
@@ -309,7 +310,7 @@ def test_no_window_and_no_sinks(xp, window, sinks, tokens):
     cache = make_cache(xp, 8, window=window, sinks=sinks)
     queries, (keys, values) = MODEL.queries(1, tokens + 3), MODEL.sample(1, tokens + 3)
     append(cache, keys[:, :, :tokens], values[:, :, :tokens])
-    assert cache.lanes[0].sealed == max(tokens - window - sinks, 0) // 16 * 16
+    assert cache.padding_groups[0].sealed == max(tokens - window - sinks, 0) // 16 * 16
     for size in (1, 2):
         part = slice(cache.seen, cache.seen + size)
         held = dense(cache)
@@ -349,7 +350,7 @@ def test_exact_tokens_keep_their_dtype(xp):
     cache = make_cache(xp, 3)
     keys, values = (xp.astype(xp.asarray(x), xp.float16) for x in MODEL.sample(1, 300))
     cache.append(keys, values)
-    assert cache.lanes[0].exact_keys.dtype == xp.float16
+    assert cache.padding_groups[0].exact_keys.dtype == xp.float16
     assert cache.dense()[0].dtype == xp.float16 and cache.dense(xp.float32)[0].dtype == xp.float32
 
 
@@ -387,7 +388,7 @@ def staged_cache(xp):
 
 
 def held_bits(cache) -> float:
-    chunks = [c for lane in cache.lanes for c in (*lane.chunks, *lane.staged)]
+    chunks = [c for group in cache.padding_groups for c in (*group.chunks, *group.staged)]
     return sum(a.nbytes for c in chunks for a in c.arrays) * 8 / (sum(c.tokens for c in chunks) * 2 * 2 * 64)
 
 
@@ -397,14 +398,14 @@ def test_a_prompt_in_pieces_is_staged_until_it_ends(xp, staged_cache):
     assert not staged_cache.is_staged and held_bits(staged_cache) < 2.01  # the first call is encoded for good
     staged_cache.append(keys[:, :, 300:600], values[:, :, 300:600])
     staged_cache.append(keys[:, :, 600:880], values[:, :, 600:880])
-    lane = staged_cache.lanes[0]
-    assert staged_cache.is_staged and (lane.exact, lane.sealed, staged_cache.tokens()) == (80, 800, 880)
-    staged_bits = sum(a.nbytes for c in lane.staged for a in c.arrays) * 8 / (576 * 256)
+    group = staged_cache.padding_groups[0]
+    assert staged_cache.is_staged and (group.exact, group.sealed, staged_cache.tokens()) == (80, 800, 880)
+    staged_bits = sum(a.nbytes for c in group.staged for a in c.arrays) * 8 / (576 * 256)
     assert 3.9 < staged_bits < 4.01
     staged = [xp.to_numpy(x) for x in staged_cache.dense()]
     staged_cache.append(keys[:, :, 880:881], values[:, :, 880:881])
     assert not staged_cache.is_staged and held_bits(staged_cache) < 2.01
-    assert staged_cache.lanes[0].sealed == 800
+    assert staged_cache.padding_groups[0].sealed == 800
     final = [xp.to_numpy(x)[:, :, :880] for x in staged_cache.dense()]
     for exact, before, after in zip((keys, values), staged, final):
         exact = xp.to_numpy(exact)[:, :, 228:804]
@@ -418,11 +419,11 @@ def test_ending_a_prompt_is_encoding_what_was_staged(xp, staged_cache):
         staged_cache.append(keys[:, :, start:stop], values[:, :, start:stop])
     staged_cache.select([1, 0, 1])
     assert staged_cache.is_staged and staged_cache.tokens() == 3 * 700
-    lane = staged_cache.lanes[0]
-    (first,), (second,) = lane.chunks, lane.staged
+    group = staged_cache.padding_groups[0]
+    (first,), (second,) = group.chunks, group.staged
     expected = staged_cache.codec.append(first, *staged_cache.staging.decode(second))
     staged_cache.crop(1)
-    (got,) = staged_cache.lanes[0].chunks
+    (got,) = staged_cache.padding_groups[0].chunks
     np.testing.assert_array_equal(codes_of(staged_cache.codec, got), codes_of(staged_cache.codec, expected))
     assert staged_cache.tokens() == 3 * 699 and not staged_cache.is_staged
 

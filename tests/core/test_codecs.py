@@ -197,8 +197,8 @@ def test_the_live_cache_seals_whole_blocks(xp, name, sizes):
         cache.append(*arrays(xp, keys[:, :, done : done + size], values[:, :, done : done + size]))
         done += size
     seal = max(16, get_method(name).block)
-    assert cache.lanes[0].sealed == (700 - 68) // seal * seal == once.lanes[0].sealed
-    for got, expected in zip(cache.lanes[0].chunks, once.lanes[0].chunks, strict=True):
+    assert cache.padding_groups[0].sealed == (700 - 68) // seal * seal == once.padding_groups[0].sealed
+    for got, expected in zip(cache.padding_groups[0].chunks, once.padding_groups[0].chunks, strict=True):
         assert_same_codes(name, *([xp.to_numpy(a) for a in c.arrays] for c in (got, expected)))
     before = cache.dense()
     cache.crop(250)  # into a sealed block, which is decoded

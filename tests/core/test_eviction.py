@@ -35,9 +35,9 @@ def make_caches(xp, name: str, budget: int, bits: float | None = None, layers: i
     return [LayerCache(xp, make_codec(xp, plan, row), 4, window, None, eviction, row) for row in range(layers)]
 
 
-def positions_of(cache, lane: int = 0, heads: int = MODEL.kv_heads) -> np.ndarray:
-    """Positions [b, H, stored] of all tokens that a lane holds, in the order of `dense`."""
-    places = cache.lanes[lane].all_places(cache.xp, cache.sinks)
+def positions_of(cache, group: int = 0, heads: int = MODEL.kv_heads) -> np.ndarray:
+    """Positions [b, H, stored] of all tokens that a group holds, in the order of `dense`."""
+    places = cache.padding_groups[group].all_places(cache.xp, cache.sinks)
     return np.broadcast_to(places, (places.shape[0], heads, places.shape[2]))
 
 
@@ -59,8 +59,8 @@ def test_a_prompt_is_cut_to_the_budget_and_generation_stays_below_it(xp, name):
     for part in steps(400, 300):
         append(cache, keys[:, :, part], values[:, :, part])
         if part.stop == 300:
-            assert cache.lanes[0].stored == 150
-        assert cache.lanes[0].stored <= 150
+            assert cache.padding_groups[0].stored == 150
+        assert cache.padding_groups[0].stored <= 150
     places = positions_of(cache)
     assert (np.diff(places) > 0).all(), "tokens stay in the order of the text"
     np.testing.assert_array_equal(places[:, :, :4], np.broadcast_to(np.arange(4), (2, 2, 4)))
@@ -84,7 +84,7 @@ def test_eviction_works_in_batches(xp, name, options):
     dropped = []
     for part in steps(500, 300):
         append(cache, keys[:, :, part], values[:, :, part])
-        dropped.append(cache.lanes[0].dropped)
+        dropped.append(cache.padding_groups[0].dropped)
     changes = np.flatnonzero(np.diff(dropped))
     assert len(changes) == -(-200 // (every + 1)) and (np.diff(changes) == every + 1).all()
 
@@ -107,13 +107,13 @@ def test_codec_keeps_the_tokens_that_it_is_told_to(xp, codec, bits):
     queries = MODEL.queries(1, 700)
     for number, part in enumerate(steps(700, 400, 90, 1, 30, 40)):
         attend(cache, queries[:, :, part], keys[:, :, part], values[:, :, part])
-        lane = cache.lanes[0]
-        assert lane.stored <= 330 and lane.seen == part.stop
+        group = cache.padding_groups[0]
+        assert group.stored <= 330 and group.seen == part.stop
         if number in (0, 1):
-            assert not lane.sealed, "a prompt stays exact until it ends"
+            assert not group.sealed, "a prompt stays exact until it ends"
     cache.finalize()
     places = positions_of(cache)
-    assert cache.lanes[0].sealed > 150 and cache.lanes[0].dropped >= 370
+    assert cache.padding_groups[0].sealed > 150 and cache.padding_groups[0].dropped >= 370
     assert (np.diff(places) > 0).all()
     if codec == "spectral-dense":
         assert (places == places[:, :1]).all(), "heads that are coded together keep the same tokens"
@@ -142,9 +142,9 @@ def test_sealed_tokens_are_dropped_without_a_second_loss(xp, codec):
         np.put_along_axis(x, positions_of(cache)[..., None], xp.to_numpy(got), axis=2)
     for part in steps(1520, 1400)[1:]:
         append(cache, keys[:, :, part], values[:, :, part])
-    assert cache.lanes[0].dropped
+    assert cache.padding_groups[0].dropped
     places = positions_of(cache)
-    assert len(cache.lanes[0].chunks) == 2, "what is left is packed into whole chunks again"
+    assert len(cache.padding_groups[0].chunks) == 2, "what is left is packed into whole chunks again"
     old = (places < 1328).all((0, 1))  # sealed from the beginning
     assert old.sum() > 1000
     for got, x in zip(cache.dense(), before):
@@ -179,7 +179,7 @@ def test_heads_keep_the_same_tokens_in_all_layers_on_request(xp):
     for part in steps(400, 300):
         for cache, (keys, values) in zip(layers, samples):
             append(cache, keys[:, :, part], values[:, :, part])
-        assert all(cache.lanes[0].stored <= 150 for cache in layers)
+        assert all(cache.padding_groups[0].stored <= 150 for cache in layers)
     places = [positions_of(cache) for cache in layers]
     np.testing.assert_array_equal(*places)
     assert (places[0][:, 0] != places[0][:, 1]).any()
@@ -203,14 +203,14 @@ def test_padded_rows_are_as_if_alone(xp, name, bits):
     outputs = [attend(together, *(x[:, :, part] for x in (queries, keys, values))) for part in parts]
     for row, pad in enumerate(pads):
         (alone,) = make_caches(xp, name, 200, bits)
-        lane = next(i for i, lane in enumerate(together.lanes) if row in lane.rows)
+        group = next(i for i, group in enumerate(together.padding_groups) if row in group.sequences)
         for part, output in zip(parts, outputs):
             own = slice(max(part.start, pad), max(part.stop, pad))
             if own.stop > own.start:
                 got = attend(alone, *(x[row : row + 1, :, own] for x in (queries, keys, values)))
                 assert_close("output", output[row : row + 1, :, own.start - part.stop or None :], got)
-        np.testing.assert_array_equal(positions_of(together, lane), positions_of(alone))
-        assert alone.lanes[0].dropped
+        np.testing.assert_array_equal(positions_of(together, group), positions_of(alone))
+        assert alone.padding_groups[0].dropped
 
 
 def test_rows_are_selected_with_their_positions(xp):

@@ -173,7 +173,7 @@ def test_a_prompt_is_one_chunk(name, block):
     cache = LayerCache(ops, plan_of(name, BITS[name][2]).make_codec(ops, 0), 4, 16)
     keys, values = (np.concatenate([x] * 4, axis=2) for x in sample(name=name))
     cache.append(keys, values)
-    assert [c.tokens for c in cache.lanes[0].chunks] == [(4 * TOKENS - 20) // block * block]
+    assert [c.tokens for c in cache.padding_groups[0].chunks] == [(4 * TOKENS - 20) // block * block]
 
 
 def test_svdq_prompt_is_its_paper():

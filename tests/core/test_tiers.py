@@ -114,10 +114,10 @@ def test_a_cache_of_tiers_attends_to_what_it_holds(xp, name):
         got = xp.to_numpy(cache.attend(*map(xp.asarray, new), 0.125, fused))
         assert_close("output", got, expected, limit=ATTENTION_RMS)
         start += tokens
-    lane = cache.lanes[0]
-    assert lane.sealed % GROUP == 0 and lane.exact < 4 + 64 + GROUP and not lane.staged
+    group = cache.padding_groups[0]
+    assert group.sealed % GROUP == 0 and group.exact < 4 + 64 + GROUP and not group.staged
     cache.crop(200)
-    assert cache.lanes[0].stored == 550
+    assert cache.padding_groups[0].stored == 550
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ class CompressedLayer:
         """Let tokens that nobody attended to through us enter the cache."""
         taken, self.taken = self.taken, {}
         for number, (keys, values) in taken.items():
-            if not self.store.lanes:
+            if not self.store.padding_groups:
                 self.start(keys.shape[0])
             self.store.append(keys, values, number)
 
@@ -98,7 +98,7 @@ class CompressedLayer:
         if self.store is None:
             self.open(keys.device)
         self.commit()
-        if not self.store.lanes:
+        if not self.store.padding_groups:
             self.start(keys.shape[0], padding)
         self.store.append(keys, values)
 

@@ -31,28 +31,28 @@ def bytes_per_layer(plan: Plan, limit: int) -> int:
     return limit // len(plan.layer_groups)
 
 
-def held(lane, layer: int | None = None) -> list:
-    """The decoded arrays that stay in `lane`, of `layer` of its row or of all."""
-    return [x for (_, of), pair in lane.decoded.items() if layer in (None, of) for x in pair]
+def held(group, layer: int | None = None) -> list:
+    """The decoded arrays that stay in `group`, of `layer` of its row or of all."""
+    return [x for (_, of), pair in group.decoded.items() if layer in (None, of) for x in pair]
 
 
-def decode_step(xp, codec, lane, layer: int, limit: int, queries, keys, values, scale: float):
-    """`attention.decode_step` over the chunks of `lane`, of which those that fit in `limit` bytes stay decoded in it.
+def decode_step(xp, codec, group, layer: int, limit: int, queries, keys, values, scale: float):
+    """`attention.decode_step` over the chunks of `group`, of which those that fit in `limit` bytes stay decoded in it.
 
     `codec`: that of layer number `layer` of the row. Chunks stay in 16 bits: in the dtype of `queries` where that has as
     many, else in float16.
     """
     kind = queries.dtype if queries.nbytes == 2 * prod(queries.shape) else xp.float16
-    there = set(lane.chunks)
-    lane.decoded = {key: pair for key, pair in lane.decoded.items() if key[0] in there}
-    decoded, left = dict(lane.decoded), limit - sum(x.nbytes for x in held(lane, layer))
+    there = set(group.chunks)
+    group.decoded = {key: pair for key, pair in group.decoded.items() if key[0] in there}
+    decoded, left = dict(group.decoded), limit - sum(x.nbytes for x in held(group, layer))
     heads, (batch, q_heads, length, dim) = keys.shape[1], queries.shape
     size = 2 * 2 * batch * heads * dim  # bytes of a token
     rows = xp.astype(attention.group_queries(queries, heads), xp.float32)
 
     def partials():
         nonlocal left
-        for chunk in lane.chunks:
+        for chunk in group.chunks:
             key = chunk, layer
             if key not in decoded and chunk.tokens * size > left:
                 yield codec.attend(chunk, rows, scale)
@@ -67,7 +67,7 @@ def decode_step(xp, codec, lane, layer: int, limit: int, queries, keys, values, 
         yield attention.dense_partial(xp, rows, k, v, scale, mask)
 
     out = attention.merge_partials(xp, partials())
-    lane.decoded = decoded
+    group.decoded = decoded
     return xp.astype(out.reshape(*queries.shape[:3], values.shape[3]), queries.dtype)
 
 

@@ -18,7 +18,7 @@ from ..planning.budget import CHUNK_TOKENS
 from ..planning.plan import Plan, needed
 from ..scorers import Scorer, Tokens, get_scorer
 from ..scorers.selection import MODES, select
-from .padding_group import Lane
+from .padding_group import PaddingGroup
 
 EVERY = 64
 
@@ -108,68 +108,70 @@ class Eviction:
         scores = self.scorer(tokens, **options)
         return xp.mean(scores, axis=1, keepdims=True) if self.joint else scores
 
-    def cut(self, cache, lane: Lane, prompt: bool, recent) -> None:
-        """Bring `lane` of the layer `cache` within the budget; after generated tokens with room for those that come.
+    def cut(self, cache, group: PaddingGroup, prompt: bool, recent) -> None:
+        """Bring `group` of the layer `cache` within the budget; after generated tokens with room for those that come.
 
         `recent`: see `scores`; None where nothing attended.
         """
-        if lane.stored <= self.budget:
+        if group.stored <= self.budget:
             return
         target = self.budget if prompt else self.target
-        scores, places = self._scored(cache, lane, recent)
+        scores, places = self._scored(cache, group, recent)
         if self.mode == "per_layer_per_head":
-            self._drop(cache, lane, scores, places, target)
+            self._drop(cache, group, scores, places, target)
             return
-        self.waiting = [entry for entry in self.waiting if (entry[0].row, entry[1].rows) != (cache.row, lane.rows)]
-        self.waiting.append((cache, lane, scores, places))
-        layers = [entry for entry in self.waiting if entry[1].rows == lane.rows]
+        self.waiting = [
+            entry for entry in self.waiting if (entry[0].row, entry[1].sequences) != (cache.row, group.sequences)
+        ]
+        self.waiting.append((cache, group, scores, places))
+        layers = [entry for entry in self.waiting if entry[1].sequences == group.sequences]
         if len(layers) < len(self.plan.layer_groups):
             return
         mean = cache.xp.mean(cache.xp.stack([entry[2] for entry in layers]), axis=0)
-        self.waiting = [entry for entry in self.waiting if entry[1].rows != lane.rows]
-        for layer, its_lane, _, its_places in layers:
-            self._drop(layer, its_lane, mean, its_places, target)
+        self.waiting = [entry for entry in self.waiting if entry[1].sequences != group.sequences]
+        for layer, its_group, _, its_places in layers:
+            self._drop(layer, its_group, mean, its_places, target)
 
-    def _scored(self, cache, lane: Lane, recent):
-        """Scores [b, H or 1, stored] of all tokens of `lane`, and their positions, NumPy: sinks, sealed ones, the rest."""
+    def _scored(self, cache, group: PaddingGroup, recent):
+        """Scores [b, H or 1, stored] of all tokens of `group`, and their positions, NumPy: sinks, sealed ones, the rest."""
         xp = cache.xp
-        keys, values = cache.lane_dense(lane, xp.float32)
-        places = lane.all_places(xp, self.sinks)
+        keys, values = cache.dense_of(group, xp.float32)
+        places = group.all_places(xp, self.sinks)
         everywhere = np.broadcast_to(places, keys.shape[:3])
-        scores = self.scores(xp, cache.row, keys, values, everywhere, lane.seen - 1, recent)
+        scores = self.scores(xp, cache.row, keys, values, everywhere, group.seen - 1, recent)
         return scores, np.broadcast_to(places, scores.shape)
 
-    def _drop(self, cache, lane: Lane, scores, places: np.ndarray, target: int) -> None:
+    def _drop(self, cache, group: PaddingGroup, scores, places: np.ndarray, target: int) -> None:
         """Keep the `target` best tokens of every head; of sealed ones whole blocks, as many in every head."""
-        xp, before = cache.xp, lane.stored
-        spans, fixed = self.spans(lane.seen), (self.sinks, self.window)
-        start, sealed = min(self.sinks, lane.exact), lane.sealed
-        now = lane.places(xp, self.sinks)
+        xp, before = cache.xp, group.stored
+        spans, fixed = self.spans(group.seen), (self.sinks, self.window)
+        start, sealed = min(self.sinks, group.exact), group.sealed
+        now = group.places(xp, self.sinks)
         if sealed:
             best = xp.to_numpy(select(xp, scores, target, *fixed, spans, places))
             inside = float(((best >= start) & (best < start + sealed)).sum(-1).mean())
             block = cache.codec.block
-            rows, blocks = tuple(lane.rows), max(int(inside // block), (target - lane.exact) // block)
-            if self.agreed.get(rows, (None,))[0] != (lane.seen, lane.stored) or cache.row == 0:
-                self.agreed[rows] = (lane.seen, lane.stored), blocks
+            rows, blocks = tuple(group.sequences), max(int(inside // block), (target - group.exact) // block)
+            if self.agreed.get(rows, (None,))[0] != (group.seen, group.stored) or cache.row == 0:
+                self.agreed[rows] = (group.seen, group.stored), blocks
             blocks = self.agreed[rows][1]
-            lane.decoded = {}
-            lane.chunks = self._best_blocks(
-                cache, lane, scores[:, :, start : start + sealed], places[:, :, start : start + sealed], spans, blocks
+            group.decoded = {}
+            group.chunks = self._best_blocks(
+                cache, group, scores[:, :, start : start + sealed], places[:, :, start : start + sealed], spans, blocks
             )
-            target = min(target - lane.sealed, lane.exact)
+            target = min(target - group.sealed, group.exact)
             scores = xp.concat([scores[:, :, :start], scores[:, :, start + sealed :]], axis=2)
             places = np.concatenate([places[:, :, :start], places[:, :, start + sealed :]], axis=2)
-        lane.positions = now + xp.zeros((*scores.shape[:2], 1), dtype=xp.int32, like=scores)
-        if target < lane.exact:
+        group.positions = now + xp.zeros((*scores.shape[:2], 1), dtype=xp.int32, like=scores)
+        if target < group.exact:
             index = select(xp, scores, target, *fixed, spans, places)
-            lane.positions = xp.take_along_axis(lane.positions, index, axis=2)
-            lane.exact_keys = xp.take_along_axis(lane.exact_keys, index[..., None], axis=2)
-            lane.exact_values = xp.take_along_axis(lane.exact_values, index[..., None], axis=2)
-        lane.dropped += before - lane.stored
+            group.positions = xp.take_along_axis(group.positions, index, axis=2)
+            group.exact_keys = xp.take_along_axis(group.exact_keys, index[..., None], axis=2)
+            group.exact_values = xp.take_along_axis(group.exact_values, index[..., None], axis=2)
+        group.dropped += before - group.stored
 
-    def _best_blocks(self, cache, lane: Lane, scores, places: np.ndarray, spans, count: int) -> list[Chunk]:
-        """The chunks of `lane` with the `count` best blocks of every head, and at least those with protected tokens."""
+    def _best_blocks(self, cache, group: PaddingGroup, scores, places: np.ndarray, spans, count: int) -> list[Chunk]:
+        """The chunks of `group` with the `count` best blocks of every head, and at least those with protected tokens."""
         xp, block = cache.xp, cache.codec.block
         scores = xp.mean(scores.reshape(*scores.shape[:2], -1, block), axis=-1)
         if spans:
@@ -181,4 +183,4 @@ class Eviction:
             scores = xp.where(xp.asarray(protected, like=scores), 3e38, scores)
         if not count:
             return []
-        return cache.codec.keep(lane.chunks, select(xp, scores, count, 0, 0), CHUNK_TOKENS)
+        return cache.codec.keep(group.chunks, select(xp, scores, count, 0, 0), CHUNK_TOKENS)

@@ -1,7 +1,7 @@
 """The live cache of one attention layer, or of layers coded together: exact sinks, sealed chunks of packed codes, an
 exact recent window.
 
-Rows of a batch that start at the same slot form a *lane* and are stored and attended together; left padding is never
+Rows of a batch that start at the same slot form a *group* and are stored and attended together; left padding is never
 stored, so every row has its own sinks and block alignment and comes out as if it were alone. A cache with an `Eviction`
 holds no more tokens than its budget and knows the positions of those that are left.
 """
@@ -20,7 +20,7 @@ from ..errors import UsageError
 from ..planning.budget import SEAL
 from . import decoded_chunks as working_set
 from .eviction import Eviction
-from .padding_group import Lane
+from .padding_group import PaddingGroup
 
 RECENT = 64  # queries of a call that scorers may look at
 LATENT_QUERIES = 16  # up to so many new tokens attend to the codes; more are a prefill and use the host's fused kernel
@@ -57,37 +57,41 @@ class LayerCache:
         self.layers = 1 if codec is None else codec.layers
         self._arrived: list[tuple] = []  # keys and values of the row's first layers, until those of its last are there
         self.seal = SEAL if codec is None else max(SEAL, codec.block)  # tokens are sealed in multiples of this
-        self.lanes: list[Lane] = []
+        self.padding_groups: list[PaddingGroup] = []
         self.seen = 0  # slots seen, padding included
 
     def __deepcopy__(self, memo) -> LayerCache:
         """An independent cache of the same codec; arrays are never changed in place, so both share them."""
         new = copy(self)
         new._arrived = list(self._arrived)
-        new.lanes = [
-            replace(lane, rows=list(lane.rows), chunks=list(lane.chunks), staged=list(lane.staged))
-            for lane in self.lanes
+        new.padding_groups = [
+            replace(group, sequences=list(group.sequences), chunks=list(group.chunks), staged=list(group.staged))
+            for group in self.padding_groups
         ]
         new.eviction = deepcopy(self.eviction, memo)
         return new
 
     def start(self, batch: int, padding=None) -> None:
-        """Open the lanes of an empty cache for `batch` rows; `padding` [batch] counts left padding in slots."""
+        """Open the padding groups of an empty cache for `batch` rows; `padding` [batch] counts left padding in slots."""
         pads = [0] * batch if padding is None else [int(p) for p in padding]
         if len(pads) != batch:
             raise UsageError(f"Expected left padding for {batch} rows, received {len(pads)} numbers.")
-        self.lanes = [Lane([i for i, p in enumerate(pads) if p == pad], pad) for pad in sorted(set(pads))]
+        self.padding_groups = [
+            PaddingGroup([i for i, p in enumerate(pads) if p == pad], pad) for pad in sorted(set(pads))
+        ]
 
     def repad(self, padding: list[int]) -> None:
         """Left padding [batch] in slots, of which a call that ended inside it has told only a part."""
-        rows = [row for lane in self.lanes if not lane.exact for row in lane.rows]
-        self.lanes = [lane for lane in self.lanes if lane.exact]
-        self.lanes += [Lane([r for r in rows if padding[r] == p], p) for p in sorted({padding[r] for r in rows})]
+        empty = [i for group in self.padding_groups if not group.exact for i in group.sequences]
+        self.padding_groups = [group for group in self.padding_groups if group.exact]
+        self.padding_groups += [
+            PaddingGroup([i for i in empty if padding[i] == p], p) for p in sorted({padding[i] for i in empty})
+        ]
 
     @property
     def padding(self) -> list[int]:
         """Left padding of every row of the batch, in slots."""
-        return [pad for _, pad in sorted((row, lane.pad) for lane in self.lanes for row in lane.rows)]
+        return [pad for _, pad in sorted((row, group.pad) for group in self.padding_groups for row in group.sequences)]
 
     def attend(self, queries, keys, values, scale: float, fused, layer: int = 0):
         """Append L tokens and attend to everything up to each of them.
@@ -96,23 +100,23 @@ class LayerCache:
         is the host's dense attention for L queries at the end of k, causal, in any dtype. Returns [B, Hq, L, D] in the
         dtype of `queries`. Raises UsageError for layers out of order.
         """
-        if not self.lanes:
+        if not self.padding_groups:
             self.start(keys.shape[0])
         prompt = self.begin(keys.shape[2])
         entering, alone = self._arrive(keys, values, layer), self.layers == 1
         outputs = []
-        for lane in self.lanes:
-            q, k, v = (self._lane_slice(lane, x) for x in (queries, keys, values))
+        for group in self.padding_groups:
+            q, k, v = (self._sliced(group, x) for x in (queries, keys, values))
             missing = queries.shape[2] - q.shape[2]
             if not q.shape[2]:
-                outputs.append(self.xp.zeros(self._take(lane, queries).shape, dtype=queries.dtype, like=queries))
+                outputs.append(self.xp.zeros(self._take(group, queries).shape, dtype=queries.dtype, like=queries))
                 continue
-            out, joined = self._attend_lane(lane, q, k, v, scale, fused, layer)
+            out, joined = self._attend_group(group, q, k, v, scale, fused, layer)
             if entering:
                 recent = q[:, :, -RECENT:] * scale if self.eviction else None
                 if not alone:
-                    k, v = (self._lane_slice(lane, x) for x in entering)
-                self._append_lane(lane, k, v, prompt, recent, joined if alone else None)
+                    k, v = (self._sliced(group, x) for x in entering)
+                self._append_group(group, k, v, prompt, recent, joined if alone else None)
             if missing:
                 blank = self.xp.zeros((*out.shape[:2], missing, out.shape[3]), dtype=out.dtype, like=out)
                 out = self.xp.concat([blank, out], axis=2)
@@ -123,16 +127,16 @@ class LayerCache:
 
     def append(self, keys, values, layer: int | None = None) -> None:
         """Append L tokens without attending: [B, layers * H, L, D] of all layers, or [B, H, L, D] of one as in `attend`."""
-        if not self.lanes:
+        if not self.padding_groups:
             self.start(keys.shape[0])
         prompt = self.begin(keys.shape[2])
         entering = (keys, values) if layer is None else self._arrive(keys, values, layer)
         if not entering:
             return
-        for lane in self.lanes:
-            k, v = (self._lane_slice(lane, x) for x in entering)
+        for group in self.padding_groups:
+            k, v = (self._sliced(group, x) for x in entering)
             if k.shape[2]:
-                self._append_lane(lane, k, v, prompt)
+                self._append_group(group, k, v, prompt)
         self.seen += keys.shape[2]
 
     def _arrive(self, keys, values, layer: int) -> tuple | None:
@@ -160,12 +164,12 @@ class LayerCache:
     @property
     def is_staged(self) -> bool:
         """Whether a prompt is held at more bits than the plan has, until it ends."""
-        return any(lane.staged or (self.eviction and self._ready(lane)) for lane in self.lanes)
+        return any(group.staged or (self.eviction and self._ready(group)) for group in self.padding_groups)
 
     @property
     def has_dropped(self) -> bool:
         """Whether any token is no longer there."""
-        return any(lane.dropped for lane in self.lanes)
+        return any(group.dropped for group in self.padding_groups)
 
     def check_complete(self) -> None:
         """Raise UsageError when some tokens are no longer there: what is left is not a prompt."""
@@ -177,46 +181,46 @@ class LayerCache:
     @property
     def slots(self) -> int:
         """Slots that `dense` gives back: all that were seen, or as many as the fullest rows hold once some were dropped."""
-        return max(lane.stored for lane in self.lanes) if self.has_dropped else self.seen
+        return max(group.stored for group in self.padding_groups) if self.has_dropped else self.seen
 
     def positions(self, row: int = 0) -> np.ndarray | None:
         """Positions [H or 1, stored] of the tokens that row `row` of the batch holds, in the order of `dense`, padding not
         counted; None where nothing was dropped."""
-        (lane,) = (lane for lane in self.lanes if row in lane.rows)
-        return lane.all_places(self.xp, self.sinks)[lane.rows.index(row)] if lane.dropped else None
+        (group,) = (group for group in self.padding_groups if row in group.sequences)
+        return group.all_places(self.xp, self.sinks)[group.sequences.index(row)] if group.dropped else None
 
     def finalize(self) -> None:
         """End the prompt: what was staged is encoded at the plan's bits, chunk by chunk."""
-        for lane in self.lanes:
+        for group in self.padding_groups:
             if self.eviction:
-                self._seal(lane, staged=False)
+                self._seal(group, staged=False)
                 continue
-            position = self.sinks + sum(chunk.tokens for chunk in lane.chunks)
-            for k, v in decoded(self.xp, self.staging, lane.staged, self.xp.float32) if lane.staged else ():
-                lane.chunks = self._sealed(self.codec, lane.chunks, k, v, position)
+            position = self.sinks + sum(chunk.tokens for chunk in group.chunks)
+            for k, v in decoded(self.xp, self.staging, group.staged, self.xp.float32) if group.staged else ():
+                group.chunks = self._sealed(self.codec, group.chunks, k, v, position)
                 position += k.shape[2]
-            lane.staged = []
+            group.staged = []
 
     def dense(self, dtype=None):
         """Keys and values [B, layers * H, slots, D] of everything held, decoded; padded slots are zero. None when empty.
 
         Raises UsageError where dropped tokens have left rows of a batch with more tokens than others.
         """
-        if self.has_dropped and len({lane.stored for lane in self.lanes}) > 1:
+        if self.has_dropped and len({group.stored for group in self.padding_groups}) > 1:
             raise UsageError(
                 "Expected rows of a batch that hold equally many tokens, received others after tokens were dropped: only "
                 "spectralkv's own attention can attend to them. Give the model no other attention, or no left padding."
             )
-        like = next((lane.exact_keys for lane in self.lanes if lane.exact_keys is not None), None)
+        like = next((group.exact_keys for group in self.padding_groups if group.exact_keys is not None), None)
         if like is None:
             return None
         sides: tuple[list, list] = ([], [])
         dtype = dtype or like.dtype
-        for lane in self.lanes:
-            if lane.exact_keys is not None:
-                held = self.lane_dense(lane, dtype)
+        for group in self.padding_groups:
+            if group.exact_keys is not None:
+                held = self.dense_of(group, dtype)
             else:  # only padding so far
-                size = len(lane.rows), like.shape[1], 0, like.shape[3]
+                size = len(group.sequences), like.shape[1], 0, like.shape[3]
                 held = 2 * (self.xp.zeros(size, dtype=dtype, like=like),)
             for side, x in zip(sides, held):
                 missing = self.slots - x.shape[2]
@@ -233,7 +237,7 @@ class LayerCache:
         """
         self.finalize()
         tokens = min(int(tokens), self.seen)
-        recent = min((lane.recent(self.xp, self.window) for lane in self.lanes), default=0)
+        recent = min((group.recent(self.xp, self.window) for group in self.padding_groups), default=0)
         if self.has_dropped and recent < tokens < self.seen:
             raise UsageError(
                 f"Expected at most {recent} tokens to forget, as tokens before the recent window were dropped, received "
@@ -241,45 +245,45 @@ class LayerCache:
             )
         self.seen -= tokens
         if not self.seen:
-            self.lanes = []
+            self.padding_groups = []
             return
-        for lane in self.lanes:
-            lane.decoded = {}
-            self._crop_lane(lane, tokens)
+        for group in self.padding_groups:
+            group.decoded = {}
+            self._crop_group(group, tokens)
 
     def select(self, rows) -> None:
         """Make the batch out of the old rows `rows` (ints, in the new order, repeats allowed)."""
-        rows, batch = [int(r) for r in rows], sum(len(lane.rows) for lane in self.lanes)
+        rows, batch = [int(r) for r in rows], sum(len(group.sequences) for group in self.padding_groups)
         if not all(0 <= r < batch for r in rows):
             raise UsageError(f"Expected rows between 0 and {batch - 1}, received {rows}.")
-        lanes = []
-        for lane in self.lanes:
-            new = [i for i, old in enumerate(rows) if old in lane.rows]
+        padding_groups = []
+        for group in self.padding_groups:
+            new = [i for i, old in enumerate(rows) if old in group.sequences]
             if not new:
                 continue
-            local = np.array([lane.rows.index(rows[i]) for i in new], np.int32)
-            kept = Lane(new, lane.pad, dropped=lane.dropped)
-            if lane.exact_keys is not None:
-                index = self.xp.asarray(local, like=lane.exact_keys)
-                kept.exact_keys = self.xp.take(lane.exact_keys, index, axis=0)
-                kept.exact_values = self.xp.take(lane.exact_values, index, axis=0)
-                kept.chunks = [select_rows(self.xp, chunk, index) for chunk in lane.chunks]
-                kept.staged = [select_rows(self.xp, chunk, index) for chunk in lane.staged]
-                if lane.positions is not None:
-                    kept.positions = self.xp.take(lane.positions, index, axis=0)
-            lanes.append(kept)
-        self.lanes = lanes
+            local = np.array([group.sequences.index(rows[i]) for i in new], np.int32)
+            kept = PaddingGroup(new, group.pad, dropped=group.dropped)
+            if group.exact_keys is not None:
+                index = self.xp.asarray(local, like=group.exact_keys)
+                kept.exact_keys = self.xp.take(group.exact_keys, index, axis=0)
+                kept.exact_values = self.xp.take(group.exact_values, index, axis=0)
+                kept.chunks = [select_rows(self.xp, chunk, index) for chunk in group.chunks]
+                kept.staged = [select_rows(self.xp, chunk, index) for chunk in group.staged]
+                if group.positions is not None:
+                    kept.positions = self.xp.take(group.positions, index, axis=0)
+            padding_groups.append(kept)
+        self.padding_groups = padding_groups
 
     def arrays(self) -> list:
         """Every array held for the sequences."""
-        return self.state_arrays() + [x for lane in self.lanes for x in working_set.held(lane)]
+        return self.state_arrays() + [x for group in self.padding_groups for x in working_set.held(group)]
 
     def state_arrays(self) -> list:
         """`arrays` without what others of them decode to."""
         held = []
-        for lane in self.lanes:
-            held += [x for x in (lane.exact_keys, lane.exact_values, lane.positions) if x is not None]
-            held += [a for chunk in (*lane.chunks, *lane.staged) for a in chunk.held]
+        for group in self.padding_groups:
+            held += [x for x in (group.exact_keys, group.exact_values, group.positions) if x is not None]
+            held += [a for chunk in (*group.chunks, *group.staged) for a in chunk.held]
         return held
 
     def tables(self) -> list:
@@ -289,7 +293,7 @@ class LayerCache:
 
     def tokens(self) -> int:
         """Tokens seen, dropped ones included, summed over the rows, padding not counted."""
-        return sum(lane.seen * len(lane.rows) for lane in self.lanes)
+        return sum(group.seen * len(group.sequences) for group in self.padding_groups)
 
     def begin(self, tokens: int) -> bool:
         """Whether a call with so many `tokens` may go on with a prompt that is staged; ends the prompt if not."""
@@ -298,76 +302,77 @@ class LayerCache:
         self.finalize()
         return False
 
-    def _take(self, lane: Lane, x):
-        if len(lane.rows) == x.shape[0]:
+    def _take(self, group: PaddingGroup, x):
+        if len(group.sequences) == x.shape[0]:
             return x
-        return self.xp.take(x, self.xp.asarray(np.array(lane.rows, np.int32), like=x), axis=0)
+        return self.xp.take(x, self.xp.asarray(np.array(group.sequences, np.int32), like=x), axis=0)
 
-    def _lane_slice(self, lane: Lane, x):
-        """The rows of a lane, without the slots of `x` that are padding for it."""
-        skip = min(max(lane.pad - self.seen, 0), x.shape[2])
-        x = self._take(lane, x)
+    def _sliced(self, group: PaddingGroup, x):
+        """The rows of a group, without the slots of `x` that are padding for it."""
+        skip = min(max(group.pad - self.seen, 0), x.shape[2])
+        x = self._take(group, x)
         return x[:, :, skip:] if skip else x
 
     def _join(self, parts: list):
         if len(parts) == 1:
             return parts[0]
-        order = np.argsort([row for lane in self.lanes for row in lane.rows]).astype(np.int32)
+        order = np.argsort([row for group in self.padding_groups for row in group.sequences]).astype(np.int32)
         joined = self.xp.concat(parts, axis=0)
         return self.xp.take(joined, self.xp.asarray(order, like=joined), axis=0)
 
-    def _attend_lane(self, lane: Lane, q, k, v, scale, fused, layer: int) -> tuple:
+    def _attend_group(self, group: PaddingGroup, q, k, v, scale, fused, layer: int) -> tuple:
         """The output, and keys and values of the exact tokens with `k` and `v` behind them, or None where it took none."""
         xp = self.xp
-        if not lane.sealed:
-            joined = self._joined(lane, k, v, layer)
+        if not group.sealed:
+            joined = self._joined(group, k, v, layer)
             return fused(q, *joined, scale), joined
         codec = self._of_layer(self.codec, layer)
         if q.shape[2] > LATENT_QUERIES:
-            at_once = codec.decoder and lane.sealed <= DENSE_TOKENS
+            at_once = codec.decoder and group.sealed <= DENSE_TOKENS
             if not at_once and xp.kernels and xp.kernels.supports_partial_attention(q):
-                return self._attend_blocks(lane, q, k, v, scale, layer), None
-            return fused(q, *self.lane_dense(lane, k.dtype, (k, v), layer), scale), None
-        joined = self._joined(lane, k, v, layer)
+                return self._attend_blocks(group, q, k, v, scale, layer), None
+            return fused(q, *self.dense_of(group, k.dtype, (k, v), layer), scale), None
+        joined = self._joined(group, k, v, layer)
         if self.working_set:
-            others = sum(x.nbytes for other in self.lanes if other is not lane for x in working_set.held(other, layer))
-            limit = self.working_set // self.layers - others
-            out = working_set.decode_step(xp, codec, lane, layer, limit, q, joined[0], joined[1], scale)
+            others = [other for other in self.padding_groups if other is not group]
+            taken = sum(x.nbytes for other in others for x in working_set.held(other, layer))
+            limit = self.working_set // self.layers - taken
+            out = working_set.decode_step(xp, codec, group, layer, limit, q, joined[0], joined[1], scale)
         else:
-            out = codec.decode_step(lane.chunks, q, joined[0], joined[1], scale)
+            out = codec.decode_step(group.chunks, q, joined[0], joined[1], scale)
         return out, joined
 
     def _of_layer(self, codec, layer: int | None):
         """What decodes for `layer` alone, or for all layers (None)."""
         return codec if layer is None or self.layers == 1 else codec.of_layers[layer]
 
-    def _tiles(self, lane: Lane, dtype, layer: int | None):
+    def _tiles(self, group: PaddingGroup, dtype, layer: int | None):
         """Keys and values [b, H, T, D] of what is sealed, in its order, of one layer or of all, decoded part by part."""
-        if lane.chunks:
-            yield from decoded(self.xp, self._of_layer(self.codec, layer), lane.chunks, dtype)
-        if lane.staged:
-            yield from decoded(self.xp, self._of_layer(self.staging, layer), lane.staged, dtype)
+        if group.chunks:
+            yield from decoded(self.xp, self._of_layer(self.codec, layer), group.chunks, dtype)
+        if group.staged:
+            yield from decoded(self.xp, self._of_layer(self.staging, layer), group.staged, dtype)
 
-    def _exact(self, lane: Lane, layer: int | None = None) -> tuple:
+    def _exact(self, group: PaddingGroup, layer: int | None = None) -> tuple:
         """Exact keys and values [b, H, exact, D] of one layer, or of all (None)."""
-        sides = lane.exact_keys, lane.exact_values
+        sides = group.exact_keys, group.exact_values
         return sides if layer is None or self.layers == 1 else split_layers(*sides, self.layers)[layer]
 
-    def _joined(self, lane: Lane, k, v, layer: int | None = None) -> tuple:
-        """Keys and values of the exact tokens of `lane`, with `k` and `v` behind them."""
-        if not lane.exact:
+    def _joined(self, group: PaddingGroup, k, v, layer: int | None = None) -> tuple:
+        """Keys and values of the exact tokens of `group`, with `k` and `v` behind them."""
+        if not group.exact:
             return k, v
-        return tuple(self.xp.concat(list(pair), axis=2) for pair in zip(self._exact(lane, layer), (k, v)))
+        return tuple(self.xp.concat(list(pair), axis=2) for pair in zip(self._exact(group, layer), (k, v)))
 
-    def _attend_blocks(self, lane: Lane, q, k, v, scale, layer: int):
+    def _attend_blocks(self, group: PaddingGroup, q, k, v, scale, layer: int):
         """Attention of many new tokens, with never more of the history decoded than `decoded` gives at a time."""
         xp, attend = self.xp, self.xp.kernels.partial_attention
 
         def partials():
             yield attend(q, k, v, scale, causal=True)
-            if lane.exact:  # no fused kernel takes 0 keys
-                yield attend(q, *self._exact(lane, layer), scale)
-            for tile in self._tiles(lane, q.dtype, layer):
+            if group.exact:  # no fused kernel takes 0 keys
+                yield attend(q, *self._exact(group, layer), scale)
+            for tile in self._tiles(group, q.dtype, layer):
                 yield attend(q, *tile, scale)
 
         parts = partials()
@@ -379,44 +384,44 @@ class LayerCache:
         o, _, l = total
         return xp.astype((o / l).reshape(q.shape), q.dtype)
 
-    def _append_lane(self, lane: Lane, k, v, prompt: bool, recent=None, joined: tuple | None = None) -> None:
-        """Put `k` and `v` behind the exact tokens of `lane`, which may be `_joined` already, and seal what is ready."""
+    def _append_group(self, group: PaddingGroup, k, v, prompt: bool, recent=None, joined: tuple | None = None) -> None:
+        """Put `k` and `v` behind the exact tokens of `group`, which may be `_joined` already, and seal what is ready."""
         xp = self.xp
         # the first call is encoded for good: most prompts come in one, and nothing was attended to with an error yet
-        staged = prompt and lane.exact > 0
-        lane.exact_keys, lane.exact_values = joined or self._joined(lane, k, v)
+        staged = prompt and group.exact > 0
+        group.exact_keys, group.exact_values = joined or self._joined(group, k, v)
         if self.eviction is None:
-            self._seal(lane, staged)
+            self._seal(group, staged)
         else:
             if not prompt:
-                self._seal(lane, staged=False)
-            self.eviction.cut(self, lane, prompt, recent)
-        if lane.exact_keys is k:  # what came in may be a view of the projection of all heads
-            lane.exact_keys, lane.exact_values = xp.copy(k), xp.copy(v)
+                self._seal(group, staged=False)
+            self.eviction.cut(self, group, prompt, recent)
+        if group.exact_keys is k:  # what came in may be a view of the projection of all heads
+            group.exact_keys, group.exact_values = xp.copy(k), xp.copy(v)
 
-    def _ready(self, lane: Lane) -> int:
-        """Exact tokens of `lane` that lie before the window and fill blocks."""
-        return 0 if self.codec is None else max(lane.exact - self.sinks - self.window, 0) // self.seal * self.seal
+    def _ready(self, group: PaddingGroup) -> int:
+        """Exact tokens of `group` that lie before the window and fill blocks."""
+        return 0 if self.codec is None else max(group.exact - self.sinks - self.window, 0) // self.seal * self.seal
 
-    def _seal(self, lane: Lane, staged: bool) -> None:
-        xp, ready = self.xp, self._ready(lane)
+    def _seal(self, group: PaddingGroup, staged: bool) -> None:
+        xp, ready = self.xp, self._ready(group)
         if not ready:
             return
         stop = self.sinks + ready
-        k, v = (x[:, :, self.sinks : stop] for x in (lane.exact_keys, lane.exact_values))
-        if lane.dropped:
-            places = lane.places(xp, self.sinks)
+        k, v = (x[:, :, self.sinks : stop] for x in (group.exact_keys, group.exact_values))
+        if group.dropped:
+            places = group.places(xp, self.sinks)
             position = places[:, :, self.sinks : stop]
-            lane.positions = xp.concat([places[:, :, : self.sinks], places[:, :, stop:]], axis=2)
+            group.positions = xp.concat([places[:, :, : self.sinks], places[:, :, stop:]], axis=2)
         else:
-            position = self.sinks + lane.sealed
+            position = self.sinks + group.sealed
         if staged:
-            lane.staged = self._sealed(self.staging, lane.staged, k, v, position)
+            group.staged = self._sealed(self.staging, group.staged, k, v, position)
         else:
-            lane.chunks = self._sealed(self.codec, lane.chunks, k, v, position)
+            group.chunks = self._sealed(self.codec, group.chunks, k, v, position)
         for name in ("exact_keys", "exact_values"):
-            x = getattr(lane, name)
-            setattr(lane, name, xp.concat([x[:, :, : self.sinks], x[:, :, stop:]], axis=2))
+            x = getattr(group, name)
+            setattr(group, name, xp.concat([x[:, :, : self.sinks], x[:, :, stop:]], axis=2))
 
     @staticmethod
     def _sealed(codec: Codec, chunks: list[Chunk], k, v, position) -> list[Chunk]:
@@ -443,14 +448,14 @@ class LayerCache:
                     chunks.append(codec.append(last, k[:, :, start:end], v[:, :, start:end], told))
         return chunks
 
-    def lane_dense(self, lane: Lane, dtype, new=(), layer: int | None = None) -> tuple:
-        """Keys and values [b, H, stored, D] of a lane, decoded: sinks, what is sealed, the rest, and those of `new` tokens.
+    def dense_of(self, group: PaddingGroup, dtype, new=(), layer: int | None = None) -> tuple:
+        """Keys and values [b, H, stored, D] of a group, decoded: sinks, what is sealed, the rest, and those of `new` tokens.
 
         Of `layer` of the row, or of all its layers (None).
         """
-        xp, sinks, exact = self.xp, min(self.sinks, lane.exact), self._exact(lane, layer)
+        xp, sinks, exact = self.xp, min(self.sinks, group.exact), self._exact(group, layer)
         parts = [[x[:, :, :sinks]] for x in exact]
-        for tile in self._tiles(lane, dtype, layer):
+        for tile in self._tiles(group, dtype, layer):
             for side, x in zip(parts, tile):
                 side.append(x)
         for side, x in zip(parts, exact):
@@ -459,33 +464,35 @@ class LayerCache:
             side.append(x)
         return tuple(xp.concat([xp.astype(x, dtype) for x in side], axis=2) for side in parts)
 
-    def _crop_lane(self, lane: Lane, tokens: int) -> None:
+    def _crop_group(self, group: PaddingGroup, tokens: int) -> None:
         xp = self.xp
-        keep = lane.exact + lane.sealed - tokens
+        keep = group.exact + group.sealed - tokens
         if keep <= 0:
-            lane.exact_keys = lane.exact_values = lane.positions = None
-            lane.chunks, lane.dropped = [], 0
+            group.exact_keys = group.exact_values = group.positions = None
+            group.chunks, group.dropped = [], 0
             return
-        if lane.dropped:
-            lane.positions = xp.copy(lane.positions[:, :, : lane.exact - tokens])
-        recent = lane.exact - min(self.sinks, lane.exact)
-        if not lane.chunks or tokens <= recent:
-            left = lane.exact - tokens
-            lane.exact_keys, lane.exact_values = (xp.copy(x[:, :, :left]) for x in (lane.exact_keys, lane.exact_values))
+        if group.dropped:
+            group.positions = xp.copy(group.positions[:, :, : group.exact - tokens])
+        recent = group.exact - min(self.sinks, group.exact)
+        if not group.chunks or tokens <= recent:
+            left = group.exact - tokens
+            group.exact_keys, group.exact_values = (
+                xp.copy(x[:, :, :left]) for x in (group.exact_keys, group.exact_values)
+            )
             return
-        sinks = [x[:, :, : min(self.sinks, keep)] for x in (lane.exact_keys, lane.exact_values)]
+        sinks = [x[:, :, : min(self.sinks, keep)] for x in (group.exact_keys, group.exact_values)]
         left = max(keep - self.sinks, 0)
         chunks, tail = [], None
-        for chunk in lane.chunks:
+        for chunk in group.chunks:
             whole = min(left, chunk.tokens) // self.seal * self.seal
             if whole:
                 chunks.append(chunk if whole == chunk.tokens else self.codec.cut(chunk, whole))
             if whole < min(left, chunk.tokens):
-                tail = [xp.astype(x[:, :, whole:left], lane.exact_keys.dtype) for x in self.codec.decode(chunk)]
+                tail = [xp.astype(x[:, :, whole:left], group.exact_keys.dtype) for x in self.codec.decode(chunk)]
             left -= min(left, chunk.tokens)
             if not left:
                 break
         if tail:
             sinks = [xp.concat([a, b], axis=2) for a, b in zip(sinks, tail)]
-        lane.exact_keys, lane.exact_values = xp.copy(sinks[0]), xp.copy(sinks[1])
-        lane.chunks = chunks
+        group.exact_keys, group.exact_values = xp.copy(sinks[0]), xp.copy(sinks[1])
+        group.chunks = chunks

@@ -1,4 +1,4 @@
-"""What a cache layer holds for batch rows that start at the same slot."""
+"""What a cache layer holds for the sequences of a batch that start at the same slot."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ..codecs.chunk import Chunk, positions_of
 
 
 @dataclass
-class Lane:
-    """State of batch rows `rows` that share their left padding `pad` (slots)."""
+class PaddingGroup:
+    """State of the sequences of a batch, by their numbers, that share their left padding `pad` (slots)."""
 
-    rows: list[int]
+    sequences: list[int]
     pad: int
     exact_keys: Any = None  # [b, H, sinks + window, D], sinks first
     exact_values: Any = None
@@ -69,5 +69,5 @@ class Lane:
         exact, first = self.places(xp, sinks), min(sinks, self.exact)
         sealed = [positions_of(xp, chunk, exact) for chunk in (*self.chunks, *self.staged)]
         parts = [xp.to_numpy(x) for x in (exact[:, :, :first], *sealed, exact[:, :, first:])]
-        shape = len(self.rows), max(part.shape[1] for part in parts)
+        shape = len(self.sequences), max(part.shape[1] for part in parts)
         return np.concatenate([np.broadcast_to(part, (*shape, part.shape[2])) for part in parts], axis=2)

@@ -27,7 +27,7 @@ from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
 from ..profile.store import find_profile
 from .layer_cache import LayerCache
-from .padding_group import Lane
+from .padding_group import PaddingGroup
 from .size import CacheSize
 
 log = logging.getLogger("spectralkv")
@@ -54,9 +54,9 @@ class PromptFile:
     """What a stored prompt cache says about itself, and its arrays as the file has them.
 
     method, bits, shape: what the plan called `plan_hash` follows from, with the profile that `profile` describes.
-    seen: slots, padding included. layers: per layer of the model its dtype and its lanes, or its `size` [H, n, D] where
-    it passes through, or nothing where the plan codes it together with an earlier one: lanes then hold the heads of all
-    of these layers. metadata: what the writer wanted to add.
+    seen: slots, padding included. layers: per layer of the model its dtype and its padding groups, or its `size` [H, n, D]
+    where it passes through, or nothing where the plan codes it together with an earlier one: padding groups then hold the
+    heads of all of these layers. metadata: what the writer wanted to add.
     """
 
     method: Method
@@ -117,12 +117,15 @@ class PromptFile:
                 continue
             name = f"layers/{layer_idx}"
             if isinstance(layer, LayerCache):
-                states.append(_pack_lanes(xp, name, layer, arrays))
+                states.append(_pack_groups(xp, name, layer, arrays))
             else:
                 states.append(_pack_exact(xp, name, layer, arrays))
         if tokens is not None:
             ids = np.array(tokens.tolist() if hasattr(tokens, "tolist") else tokens, np.int32)
-            if ids.shape not in ((first.seen,), (sum(len(lane.rows) for lane in first.lanes), first.seen)):
+            if ids.shape not in (
+                (first.seen,),
+                (sum(len(group.sequences) for group in first.padding_groups), first.seen),
+            ):
                 raise UsageError(
                     f"Expected the ids of the {first.seen:,} tokens that the cache has seen, received an array of shape "
                     f"{ids.shape}. Give what was fed, padding included, or tokens=None."
@@ -164,8 +167,8 @@ class PromptFile:
     @property
     def padding(self) -> list[int]:
         """Left padding of every row of the batch, in slots."""
-        lanes = self.layers[self.shape.layers[0]]["lanes"]
-        return [pad for _, pad in sorted((row, lane["pad"]) for lane in lanes for row in lane["rows"])]
+        padding_groups = self.layers[self.shape.layers[0]]["padding_groups"]
+        return [pad for _, pad in sorted((row, group["pad"]) for group in padding_groups for row in group["sequences"])]
 
     def check(self, shape: ModelShape, weights_digest: str = "") -> None:
         """Raise UsageError unless the cache is of a model of this `shape`; warn when it is of other weights."""
@@ -208,17 +211,17 @@ class PromptFile:
     def restore(self, layer_idx: int, store: LayerCache, dtype, like=None) -> None:
         """Fill the empty `store` of a compressed layer, the first of its row; exact keys and values become `dtype`."""
         xp, state = store.xp, self.layers[layer_idx]
-        for number, fields in enumerate(state["lanes"]):
-            name = f"layers/{layer_idx}/lanes/{number}"
-            lane = Lane(list(fields["rows"]), fields["pad"])
+        for number, fields in enumerate(state["padding_groups"]):
+            name = f"layers/{layer_idx}/padding_groups/{number}"
+            group = PaddingGroup(list(fields["sequences"]), fields["pad"])
             if f"{name}/keys" in self.arrays:
-                lane.exact_keys, lane.exact_values = self._exact(xp, name, state["dtype"], dtype, like)
+                group.exact_keys, group.exact_values = self._exact(xp, name, state["dtype"], dtype, like)
             for place, (start, tokens) in enumerate(fields["chunks"]):
                 names = takewhile(self.arrays.__contains__, (f"{name}/chunks/{place}/{i}" for i in count()))
                 arrays = (self.arrays[n] for n in names)
                 codes = tuple(xp.from_file(x, x.dtype.name, like) for x in arrays)
-                lane.chunks.append(Chunk(len(lane.rows), start, tokens, codes))
-            store.lanes.append(lane)
+                group.chunks.append(Chunk(len(group.sequences), start, tokens, codes))
+            store.padding_groups.append(group)
         store.seen = self.seen
 
     def exact(self, xp, layer_idx: int, dtype, like=None) -> ExactLayer:
@@ -239,7 +242,9 @@ class PromptFile:
         parts = {"codes": 0, "exact": 0, "passed": 0}
         for name, array in self.arrays.items():
             if name != "tokens":
-                parts["codes" if "/chunks/" in name else "exact" if "/lanes/" in name else "passed"] += array.nbytes
+                parts["codes" if "/chunks/" in name else "exact" if "/padding_groups/" in name else "passed"] += (
+                    array.nbytes
+                )
         return parts
 
     @property
@@ -274,27 +279,29 @@ class PromptFile:
         for row, layers in enumerate(plan.layer_groups):
             state, name = self.layers[layers[0]], f"layers/{layers[0]}"
             heads, dtype = len(layers) * shape.kv_heads, FILE_DTYPES[state["dtype"]]
-            for number, lane in enumerate(state["lanes"]):
-                batch, sealed = len(lane["rows"]), 0
-                for place, (start, tokens) in enumerate(lane["chunks"]):
+            for number, group in enumerate(state["padding_groups"]):
+                batch, sealed = len(group["sequences"]), 0
+                for place, (start, tokens) in enumerate(group["chunks"]):
                     if start != self.sinks + sealed:
                         raise UsageError(f"Expected chunks without gaps, {self._name} has one. Make it again.")
                     sealed += tokens
                     parts = plan.chunk_arrays(row, batch, tokens)
                     for i, (size, kind) in enumerate(parts):
-                        array = f"{name}/lanes/{number}/chunks/{place}/{i}"
+                        array = f"{name}/padding_groups/{number}/chunks/{place}/{i}"
                         yield array, (size or self.arrays[array].shape, kind)
-                if self.seen > lane["pad"]:
-                    exact = batch, heads, self.seen - lane["pad"] - sealed, shape.head_dim
-                    yield from ((f"{name}/lanes/{number}/{side}", (exact, dtype)) for side in ("keys", "values"))
+                if self.seen > group["pad"]:
+                    exact = batch, heads, self.seen - group["pad"] - sealed, shape.head_dim
+                    yield from (
+                        (f"{name}/padding_groups/{number}/{side}", (exact, dtype)) for side in ("keys", "values")
+                    )
 
 
 def sealed_bits(stores: Sequence[LayerCache]) -> float:
     """Stored bits per key or value element of the sealed tokens, 0 where nothing is sealed."""
     stored = elements = 0
-    for lane in (lane for store in stores for lane in store.lanes if lane.chunks):
-        stored += 8 * sum(array.nbytes for chunk in lane.chunks for array in chunk.held)
-        elements += 2 * lane.sealed * len(lane.rows) * lane.exact_keys.shape[1] * lane.exact_keys.shape[3]
+    for group in (group for store in stores for group in store.padding_groups if group.chunks):
+        stored += 8 * sum(array.nbytes for chunk in group.chunks for array in chunk.held)
+        elements += 2 * group.sealed * len(group.sequences) * group.exact_keys.shape[1] * group.exact_keys.shape[3]
     return stored / elements if elements else 0.0
 
 
@@ -313,23 +320,23 @@ def encode_within(encode: Callable[[Plan], Any], stores: Callable[[Any], Sequenc
     return fit_bits(encode_at, plan.bits, bits_range(plan.method, plan.shape))
 
 
-def _pack_lanes(xp, name: str, store: LayerCache, arrays: dict) -> dict:
+def _pack_groups(xp, name: str, store: LayerCache, arrays: dict) -> dict:
     """Put the arrays of a compressed layer into `arrays`; returns what the header says of it."""
-    lanes, dtype = [], None
-    for number, lane in enumerate(store.lanes):
-        place = f"{name}/lanes/{number}"
-        if lane.exact_keys is not None:
-            arrays[f"{place}/keys"], dtype = xp.to_file(lane.exact_keys)
-            arrays[f"{place}/values"], _ = xp.to_file(lane.exact_values)
-        for c, chunk in enumerate(lane.chunks):
+    padding_groups, dtype = [], None
+    for number, group in enumerate(store.padding_groups):
+        place = f"{name}/padding_groups/{number}"
+        if group.exact_keys is not None:
+            arrays[f"{place}/keys"], dtype = xp.to_file(group.exact_keys)
+            arrays[f"{place}/values"], _ = xp.to_file(group.exact_values)
+        for c, chunk in enumerate(group.chunks):
             arrays |= {f"{place}/chunks/{c}/{i}": xp.to_file(x)[0] for i, x in enumerate(chunk.arrays)}
-        chunks = [[chunk.start, chunk.tokens] for chunk in lane.chunks]
-        lanes.append({"rows": lane.rows, "pad": lane.pad, "chunks": chunks})
-    return {"dtype": dtype, "lanes": lanes}
+        chunks = [[chunk.start, chunk.tokens] for chunk in group.chunks]
+        padding_groups.append({"sequences": group.sequences, "pad": group.pad, "chunks": chunks})
+    return {"dtype": dtype, "padding_groups": padding_groups}
 
 
 def _pack_exact(xp, name: str, layer: ExactLayer, arrays: dict) -> dict:
-    """`_pack_lanes` for a layer that passes through."""
+    """`_pack_groups` for a layer that passes through."""
     arrays[f"{name}/keys"], dtype = xp.to_file(layer.keys)
     arrays[f"{name}/values"], _ = xp.to_file(layer.values)
     return {"dtype": dtype, "size": list(layer.keys.shape[1:])}
