@@ -65,7 +65,7 @@ def make_prompt_cache(
 
     Args:
         model: A model of mlx-lm.
-        profile: A profile of it. None looks for one, and calibrates with `tokenizer` if there is none.
+        profile: A profile of it, or the path of one. None looks for one, and calibrates with `tokenizer` if there is none.
         bits: Average stored bits per sealed key or value element, a ceiling. Default: the method's own, 3 for `spectral`.
         budget_bytes: Bytes that the whole cache may take at `max_context` tokens, in place of `bits`.
         max_context: Tokens that `budget_bytes` must hold.

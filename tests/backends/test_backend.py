@@ -16,6 +16,7 @@ from tolerances import assert_close, relative_rms
 
 from spectral_kv_core.arrays import ops as reference
 from spectral_kv_core.cache.layer_cache import LayerCache
+from spectral_kv_core.errors import UsageError
 from spectral_kv_core.planning.methods import METHODS
 from spectral_kv_core.profile import store as profile_store
 
@@ -388,6 +389,17 @@ def test_budget_bytes_holds(host):
         host.make_prompt_cache(model, profile, budget_bytes=1000)
     with pytest.raises(ValueError, match="between 0.25 and 8"):
         host.make_prompt_cache(model, profile, bits=11)
+
+
+def test_a_profile_may_be_named_by_its_path(host, tmp_path):
+    model, profile = host.model("llama"), host.profile("llama")
+    path = profile.save(tmp_path / "p.safetensors")
+    caches = [host.make_prompt_cache(model, given, bits=2.0) for given in (profile, path, str(path))]
+    assert len({host.rows_of(cache)[0].plan.hash for cache in caches}) == 1
+    with pytest.raises(UsageError, match="path of one, or None, received 2.0"):
+        host.make_prompt_cache(model, 2.0)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        host.make_prompt_cache(model, "nowhere")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -295,7 +295,7 @@ def test_wrong_use(capsys, folder, model, profile, text_file, other_model):
     fails(capsys, 2, "the model's context", *generate(*given, prompt=("--prompt", "x" * 5000)))
     fails(capsys, 2, "found nothing at", *generate("--profile", "missing.safetensors"))
     fails(capsys, 2, "drops tokens", *generate(*given, "--budget-tokens", "100"))
-    fails(capsys, 2, "either budget_tokens", *generate(*given, "--method", "triattention"))
+    fails(capsys, 2, "either --budget-tokens", *generate(*given, "--method", "triattention"))
     dropping = (*given, "--method", "triattention", "--budget-tokens", "100")
     fails(capsys, 2, "A:B", *generate(*dropping, "--protect", "7"))
     fails(capsys, 2, "A < B", *generate(*dropping, "--protect", "7:7"))
@@ -411,6 +411,20 @@ def test_errors_name_the_options_of_their_command(capsys):
     args = argparse.Namespace(prefix=1, turn_tokens=2)
     assert output.in_options("`prefixes`, `turn_tokens`, `budget_tokens`", args) == (
         "--prefix, --turn-tokens, `budget_tokens`"
+    )
+    bare = "turn_tokens, budget_tokens, turn_tokens=5, load_prompt_cache(turn_tokens), a/turn_tokens.json"
+    assert output.in_options(bare, args).startswith("--turn-tokens, budget_tokens, turn_tokens=5, load_prompt_cache(")
+    fails(
+        capsys,
+        2,
+        "drops tokens for --budget-tokens, spectral",
+        "generate",
+        "--model",
+        "demo",
+        "--prompt",
+        "x",
+        "--budget-tokens",
+        "9",
     )
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from ..codecs.chunk import join_layers, split_layers
+from ..errors import UsageError
 from ..hosts.protocol import Host
 from ..planning.budget import elements_per_token
 from ..profile.profile import Profile
@@ -29,6 +31,7 @@ def build_cache(
     sequence of a batch, for a host that is told them here. Raises UsageError for a profile of another model, a budget out of
     range, or nothing to compress.
     """
+    profile = _given_profile(profile)
     shape, passed, profile = host.profile_for(model, request.recipe, profile, tokenizer)
     layers = host.models.host_layers(model, left_padding)
     element_bytes = host.xp.zeros((), dtype=host.models.model_dtype(model)).nbytes
@@ -38,6 +41,17 @@ def build_cache(
     host.install(model)
     exact = request.sinks, request.window
     return host.compressed_cache(plan, layers, *exact, eviction, request.working_set, left_padding)
+
+
+def _given_profile(profile) -> Profile | None:
+    """`profile`, loaded where it is a path; raises UsageError for anything else, which is easily a misplaced number."""
+    if isinstance(profile, (str, os.PathLike)):
+        return Profile.load(profile)
+    if profile is not None and not isinstance(profile, Profile):
+        raise UsageError(
+            f"Expected a profile, the path of one, or None, received {profile!r}. Name other arguments: bits=3."
+        )
+    return profile
 
 
 def fill(host: Host, cache, plain) -> None:

@@ -71,13 +71,16 @@ def drop_stdout() -> None:
 
 
 def in_options(message: str, args: argparse.Namespace | None) -> str:
-    """An error of the library, which names `fields` in backticks, in the words of the command that `args` are of."""
+    """An error of the library in the words of the command that `args` are of: it names fields in backticks.
+
+    Names of several words, such as budget_tokens, are fields without backticks too.
+    """
 
     def option(found: re.Match) -> str:
-        name = OPTION_OF.get(found[1], found[1])
+        name = OPTION_OF.get(found[0].strip("`"), found[0].strip("`"))
         return f"--{name.replace('_', '-')}" if args is not None and name in args else found[0]
 
-    return re.sub(r"`(\w+)`", option, message)
+    return re.sub(r"`\w+`|(?<![\w`])[a-z]+(?:_[a-z]+)+(?![\w`=(])", option, message)
 
 
 def to_plain(x):
