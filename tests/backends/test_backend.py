@@ -85,7 +85,8 @@ def test_error_shrinks_with_bits(host, family):
         got = host.score(model, prompt[:200], follow, host.make_prompt_cache(model, profile, bits, **SMALL))
         errors.append((piece_error, relative_error(got, scored)))
     in_piece, scored = errors[0]
-    limit = 0.05**0.5 if (host.NAME, family) == ("mlx", "qwen2") else 0.05  # its keys have strong biases
+    # qwen2's keys have strong biases: of other tokens than these its error at 8 bits is 0.045 to 0.118
+    limit = 0.05**0.5 if (host.NAME, family) == ("mlx", "qwen2") else 0.05
     assert np.diff(errors, axis=0).min() > 0 and 0 < in_piece < limit and 0 < scored < 0.05**0.5, errors
 
 
