@@ -47,20 +47,25 @@ def test_identity_is_the_plain_cache_however_it_is_fed(host, family):
 
 
 def test_codes_are_attended_as_the_decoded_cache_would_be(host, family):
-    """Latent attention equals the host's own attention over what the cache decodes to, also in blocks of queries."""
+    """Latent attention equals the host's own attention over what the cache decodes to, also in blocks of queries.
+
+    Both go on from copies of one cache. Two caches of their own would differ in a code now and then: keys that
+    differ in the last bit may round apart.
+    """
     model, profile, ids = host.model(family), host.profile(family), tokens(300)
-    cache, decoded = (host.make_prompt_cache(model, profile, 3.0, **SMALL) for _ in range(2))
-    ours = host.logits(model, ids, cache, 100)
-    assert host.is_routed(model)
-    with host.own_attention(model):
-        theirs = host.logits(model, ids, decoded, 100)
-    close(theirs, ours, atol=1e-4, rtol=1e-4)
-    assert np.abs(theirs - host.logits(model, ids, host.plain_cache(model)))[100:].max() > 1e-4
-    stores = host.stores(cache)
-    assert all(store.padding_groups[0].sealed > 0 for store in stores)
-    for store, other in zip(stores, host.stores(decoded), strict=True):
-        for a, b in zip(dense(store), dense(other), strict=True):
-            close(a, b, atol=1e-4, rtol=1e-3)
+    cache = host.make_prompt_cache(model, profile, 3.0, **SMALL)
+    parts = []
+    for start in range(0, 300, 100):
+        routed, unrouted = cache, copy.deepcopy(cache)
+        ours = host.logits(model, ids[start : start + 100], routed)
+        assert host.is_routed(model)
+        with host.own_attention(model):
+            theirs = host.logits(model, ids[start : start + 100], unrouted)
+        close(theirs, ours, atol=1e-4, rtol=1e-4)
+        parts.append(theirs)
+        cache = unrouted if start == 100 else routed  # each goes on from what the other stored
+    assert np.abs(np.concatenate(parts) - host.logits(model, ids, host.plain_cache(model)))[100:].max() > 1e-4
+    assert all(store.padding_groups[0].sealed > 0 for store in host.stores(cache))
     tail = tokens(5, seed=3)
     routed = host.logits(model, tail, copy.deepcopy(cache))
     one_by_one = host.logits(model, tail, copy.deepcopy(cache), 1)
