@@ -249,8 +249,10 @@ def test_pairs_out_of_reach_are_skipped(caplog, tmp_path):
         ("affine", 12.0),
     ]
     assert sum(record.message.startswith("Skipped spectral at 12 bits: Expected") for record in caplog.records) == 1
-    settings = Settings(methods=("spectral",), bits=(12.0,), **SMALL)
     with pytest.raises(ValueError, match="bits that it can reach, received methods spectral with bits 12"):
+        Settings(methods=("spectral",), bits=(12.0,), **SMALL)
+    settings = Settings(methods=("turboquant",), bits=(9.0,), **SMALL)  # which heads of 8 channels have
+    with pytest.raises(ValueError, match="bits that it can reach, received methods turboquant with bits 9"):
         plan_jobs(backend, None, None, settings, backend.toy)
 
 

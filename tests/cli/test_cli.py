@@ -319,6 +319,91 @@ def test_wrong_use(capsys, folder, model, profile, text_file, other_model):
     assert run(capsys, "generate", "--modle", model)[0] == 2
 
 
+WRONG_OPTIONS = [  # command and options, what the line says
+    ("generate --bits 12", "bits between 0.25 and 8 for spectral, received 12"),
+    ("generate --bits nan", "bits to be a number above 0, received nan"),
+    ("generate --method kivi --bits 20", "bits between 3 and 9 for kivi with any model, received 20"),
+    ("generate --method affine --bits 1", "bits of 2.5, 3.5, 4.5, 5.5, 6.5, 8.5 for affine, received 1"),
+    ("generate --method identity --bits 3", "bits between 16 and 16 for identity"),
+    ("generate --window -1", "window to be a number of tokens, 0 or more, received -1"),
+    ("generate --sinks -1", "sinks to be a number of tokens, 0 or more, received -1"),
+    ("generate --method spectrel", "method among"),
+    ("generate --budget-bytes -5", "--budget-bytes to be a number above 0, received -5"),
+    ("generate --budget-bytes 99 --max-context 0", "--max-context to be a number of tokens, 1 or more, received 0"),
+    ("generate --method triattention", "either --budget-tokens or --budget-bytes"),
+    ("generate --method triattention --budget-tokens 68", "--budget-tokens above 68"),
+    (
+        "generate --method triattention --budget-tokens 99 --evict-every 0",
+        "--evict-every to be a number of tokens, 1 or more",
+    ),
+    ("generate --method triattention --budget-tokens 99 --wavelet haar", "triattention has none"),
+    ("generate --method waveletkv --budget-tokens 99 --wavelet db99", "haar, db, sym"),
+    ("generate --method triattention --budget-tokens 99 --raw --protect system", "no system prompt"),
+    ("generate --method triattention+spectral --tiers 0.25:40,0.75:1", "bits between 0.25 and 8"),
+    ("generate --method kivi --rounding-scores knorm", "rounds by scores"),
+    ("generate --max-tokens -1", "--max-tokens of at least 1"),
+    ("cache-prompt --output never --bits 20", "bits between 0.1 and 7 for spectral-stored, received 20"),
+    ("cache-prompt --output never --window -1", "window to be a number of tokens"),
+    ("cache-prompt --output never --sinks -1", "sinks to be a number of tokens"),
+    ("cache-prompt --output never --method spectrel", "method among"),
+    ("cache-prompt --output never --method knorm", "keeps every token"),
+    ("profile --tokens 9", "--tokens of at least 64 tokens, received 9"),
+    ("profile --document 9", "--document of at least 64 tokens, received 9"),
+    ("profile --positions -1", "positions to be a number of tokens, 1 or more, received -1"),
+    ("profile --target-energy 2", "--target-energy in (0, 1], received 2"),
+    ("eval --output never --methods spectrel", "method among"),
+    ("eval --output never --methods spectral --bits 12", "bits between 0.25 and 8 for spectral, received 12"),
+    ("eval --output never --methods knorm+spectral --tiers 0.5:90,0.5:1", "bits between 0.25 and 8"),
+    ("eval --output never --methods spectral --window -1", "--window of at least 0"),
+    ("bench --methods spectrel", "method among"),
+    ("bench --bits 12", "bits between 0.25 and 8 for spectral, received 12"),
+    ("fit --memory 8GB --bits 12,3", "bits between 0.25 and 8 for spectral, received 12"),
+    ("fit --memory 8GB --method identity --bits 3", "no --bits for identity"),
+    ("fit --memory 8GB --method triattention", "keeps every token"),
+    ("fit --memory 8GB --context 0", "--context of at least 1 token"),
+    ("fit --memory 8GB --window -1", "window to be a number of tokens"),
+    ("inspect missing --bits 12", "bits between 0.25 and 8"),
+    ("inspect missing --method spectrel", "method among"),
+    ("plot missing --bits 12", "bits between 0.25 and 8"),
+    ("report missing --bits 12", "bits between 0.25 and 8"),
+]
+PROMPTED = {"generate": ("--prompt", "Hi"), "cache-prompt": ("--prompt", "Hi")}
+
+
+@pytest.mark.parametrize("line, message", WRONG_OPTIONS, ids=[line for line, _ in WRONG_OPTIONS])
+def test_wrong_options_are_refused_before_anything_loads(capsys, monkeypatch, line, message):
+    """Neither a host nor a file is looked at: both would say something else."""
+
+    def loads(*_):
+        raise AssertionError("a host was loaded")
+
+    monkeypatch.setattr(backends, "_import", loads)
+    command, *options = line.split()
+    model = () if command in ("inspect", "plot", "report") else ("--model", "nowhere")
+    fails(capsys, 2, message, command, *model, *PROMPTED.get(command, ()), *options)
+
+
+def test_what_a_profile_or_a_stored_prompt_rules_out_is_refused_before_the_model_loads(
+    capsys, monkeypatch, model, profile, tmp_path
+):
+    file = tmp_path / "c"
+    json_of(capsys, *cache_prompt(model, profile, file))
+
+    def loads(*_):
+        raise AssertionError("a host was loaded")
+
+    monkeypatch.setattr(backends, "_import", loads)
+    common = ["--model", "nowhere", "--profile", profile]
+    new = ["generate", *common, "--prompt", "Hi", "--method"]
+    fails(capsys, 2, "think, received 8.01", *new, "think", "--bits", "8.01")
+    fails(capsys, 2, "Calibrate again", *new, "spectral-dense-pairs")
+    fails(capsys, 2, "Calibrate again", "cache-prompt", *common, "--prompt", "Hi", "--method", "kvtc", "--output", "x")
+    fails(capsys, 2, "Calibrate again", "eval", *common, "--methods", "kvtc", "--output", "x")
+    goes_on = ["generate", *common, "--prompt", "Hi", "--prompt-cache-file", str(file)]
+    fails(capsys, 2, "bits between 0.25 and 8 for spectral, received 20", *goes_on, "--bits", "20")
+    fails(capsys, 2, "received plain", *goes_on, "--method", "plain", "--bits", "2")
+
+
 def test_damaged_profiles(capsys, folder, model, profile):
     whole = Path(profile).read_bytes()
     arrays = load_file(profile)

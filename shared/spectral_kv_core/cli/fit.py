@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 
 from ..benchmark import footprint as fitting
-from ..errors import UsageError
 from ..hosts.backends import load_backend
-from ..planning.budget import SINKS, WINDOW
+from ..planning.budget import SINKS, WINDOW, whole_number
 from ..planning.methods import DEFAULT_METHOD, get_live_method
 from ..profile.profile import Profile
 from ..profile.store import find_profile
@@ -35,11 +34,9 @@ def run(args: argparse.Namespace) -> dict:
     memory = fitting.parse_bytes(args.memory)
     bits, contexts = values_of(args.bits, "--bits", float), values_of(args.context, "--context", int)
     method = get_live_method(args.method)
+    fitting.check_request(method, bits, contexts)
     for option in ("window", "sinks"):
-        if getattr(args, option) < 0:
-            raise UsageError(
-                f"Expected --{option} to be a number of tokens, 0 or more, received {getattr(args, option)}."
-            )
+        whole_number(option, getattr(args, option), 0)
     loaded = Profile.load(args.profile) if args.profile != "auto" and method.basis_set else None
     name, backend = load_backend(args.backend, "footprint")
     model = backend.footprint(model_path(args.model), args.dtype)

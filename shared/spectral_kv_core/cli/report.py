@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from ..codecs.registry import check_bits
+from ..planning.methods import DEFAULT_METHOD, get_method
 from ..plotting.report_page import write_report
 from ..plotting.results import read_results
 from .options import check_output
@@ -24,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Write the page; what has no picture is named in it with the reason."""
+    check_bits(get_method(DEFAULT_METHOD), args.bits)
     check_output(args.output)
     result = write_report(read_results(args.results, args.bits), args.output)
     if not args.json:

@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .. import __version__
-from ..codecs.registry import bits_range, make_plan, usable_method
+from ..codecs.registry import bits_range, check_bits, make_plan, usable_method
 from ..codecs.tiers import check_tiers, make_tiered_plan, mean_bits, name_tiers
 from ..errors import UsageError
 from ..planning.budget import SEAL, SINKS, WINDOW
@@ -134,12 +134,27 @@ class Settings:
             )
         for wavelet in self.wavelets:
             check_wavelet(get_scorer(wavy[0]), wavelet)
+        self._check_bits(methods)
         self._check_keep([method for method in methods if _drops_tokens(method)])
 
     @property
     def shares(self) -> tuple[float, ...]:
         """What methods that drop tokens keep; none where tiers alone are asked for."""
         return self.keep or (() if self.tiers else DEFAULT_KEEP)
+
+    def _check_bits(self, methods: list[Method]) -> None:
+        """Raise UsageError where no method reaches any of the bits with any model: one that does is enough to go on."""
+        wrong: UsageError | None = None
+        for method in methods:
+            for bits, _, tiers in _plans_of(method, self):
+                try:
+                    for asked in [b for _, b in tiers] if tiers else [bits]:
+                        check_bits(method, asked)
+                    return
+                except UsageError as error:
+                    wrong = error
+        if wrong is not None:
+            raise _unreachable(self, str(wrong))
 
     def _check_keep(self, dropping: list) -> None:
         if self.keep and not dropping:
@@ -284,11 +299,15 @@ def plan_jobs(
                 log.warning("Skipped %s at %g bits: %s", method.name, bits, error)
                 skipped.append({"method": method.name, "bits": bits, "reason": str(error)})
     if not jobs:
-        raise UsageError(
-            f"Expected a method and bits that it can reach, received methods {', '.join(settings.methods)} with bits "
-            f"{', '.join(f'{b:g}' for b in settings.bits)}: {skipped[-1]['reason']}"
-        )
+        raise _unreachable(settings, str(skipped[-1]["reason"]))
     return jobs, skipped
+
+
+def _unreachable(settings: Settings, reason: str) -> UsageError:
+    return UsageError(
+        f"Expected a method and bits that it can reach, received methods {', '.join(settings.methods)} with bits "
+        f"{', '.join(f'{b:g}' for b in settings.bits)}: {reason}"
+    )
 
 
 def _plans_of(method: Method, settings: Settings) -> list[tuple[float, str | None, Tiers | None]]:
