@@ -319,6 +319,33 @@ def test_wrong_use(capsys, folder, model, profile, text_file, other_model):
     assert run(capsys, "generate", "--modle", model)[0] == 2
 
 
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("", "required: COMMAND. Try: spectralkv --help"),
+        ("generat", "invalid choice: 'generat'"),
+        (
+            "generate --model x",
+            "one of the arguments --prompt --prompt-file is required. Try: spectralkv generate --help",
+        ),
+        (
+            "generate --model x --prompt Hi --bits two",
+            "--bits: invalid float value: 'two'. Try: spectralkv generate --help",
+        ),
+        ("generate --model x --prompt Hi --bit 2", "unrecognized arguments: --bit 2"),
+        ("generate --mod x --prompt Hi", "required: --model"),
+        ("inspect file --met spectral", "unrecognized arguments: --met spectral"),
+        ("methods --jso", "unrecognized arguments: --jso"),
+        ("fit --model x --memory 8GB --window \x1b[2J", r"invalid int value: '\x1b[2J'"),
+    ],
+)
+def test_an_error_of_the_command_line_is_one_line(capsys, line, message):
+    """Without the usage before it, and without names cut short, which a later option would give another meaning."""
+    code, out, err = run(capsys, *line.split())
+    assert code == 2 and not out and message in err, err
+    assert err.startswith("spectralkv: ") and err.count("\n") == 1 and err.rstrip().endswith("--help")
+
+
 WRONG_OPTIONS = [  # command and options, what the line says
     ("generate --bits 12", "bits between 0.25 and 8 for spectral, received 12"),
     ("generate --bits nan", "bits to be a number above 0, received nan"),
