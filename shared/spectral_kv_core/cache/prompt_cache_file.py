@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
+from ..arrays.equality import same_fields
 from ..codecs.chunk import Chunk
 from ..codecs.entropy_coded import fit_bits
 from ..codecs.registry import bits_range, make_plan
@@ -36,7 +37,7 @@ DEFAULT_FILE_METHOD = "spectral-stored"
 FILE_DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}  # of exact keys and values
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ExactLayer:
     """A layer that passes through: keys and values [B, H, n, D] of the last n of `seen` slots, oldest first.
 
@@ -49,7 +50,7 @@ class ExactLayer:
     padding: list[int] | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class PromptFile:
     """What a stored prompt cache says about itself, and its arrays as the file has them.
 
@@ -73,12 +74,18 @@ class PromptFile:
     arrays: dict[str, np.ndarray]
     metadata: dict = field(default_factory=dict)
     library_version: str = __version__
-    path: str | None = None
+    path: str | None = field(default=None, compare=False)
 
     PLAIN_FIELDS = (
         "bits", "plan_hash", "profile", "model", "weights_digest", "sinks", "window", "seen", "layers", "metadata",
         "library_version",
     )  # fmt: skip
+
+    def __eq__(self, other) -> bool:
+        return same_fields(self, other) if type(self) is type(other) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash((self.method, self.plan_hash, self.seen))
 
     @classmethod
     def of(

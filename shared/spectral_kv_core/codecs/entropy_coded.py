@@ -43,7 +43,7 @@ FIT_ROUNDS = 6  # of the search for a plan whose files are as large as asked
 FIT_SLACK = 0.01  # share of the bits that may stay unused
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EntropyCodedPlan(TransformPlan):
     """tables: the quantizers, from the one that drops a coefficient to the finest; choices [L, G, R, F] uint8: which of
     them a coefficient has."""

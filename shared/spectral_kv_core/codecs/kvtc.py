@@ -107,7 +107,7 @@ def _inflate(data: bytes) -> bytes:
         raise UsageError(f"Expected deflated bytes, cannot read them: {error}. Make the file again.") from None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KvtcPlan(ArrayPlan):
     """runs: per side, (components of a group, bits, groups) in the order of the components; what follows is dropped."""
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays.equality import same_fields
 from ..arrays.transform import band_sizes
 from ..quantization.quantizer import BIT_WIDTHS
 
@@ -15,7 +16,7 @@ ON_REQUEST = {PAIRS: " --pairs", JOINT: " --joint"}  # the options that ask for 
 HISTOGRAM_LIMIT, HISTOGRAM_BINS = 12.0, 1500  # of `BasisSet.histogram`, in standard deviations
 
 
-@dataclass
+@dataclass(eq=False)
 class BasisSet:
     """Bases, spectra and sensitivities for one way of grouping vectors.
 
@@ -45,6 +46,12 @@ class BasisSet:
 
     ARRAYS = ("mean", "weight", "basis", "variance", "sensitivity", "cost")
     FILE_ARRAYS = (*ARRAYS, "basis_scale")
+
+    def __eq__(self, other) -> bool:
+        return same_fields(self, other) if type(self) is type(other) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.basis.shape))
 
     @property
     def name(self) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 
 from .. import __version__
 from ..arrays.basis import effective_rank, orthonormalize, rank_for_energy
+from ..arrays.equality import same_fields
 from ..arrays.transform import band_sizes
 from ..errors import UsageError
 from ..files.container import FileFormat
@@ -22,7 +23,7 @@ FORMAT_VERSION = 2
 FORMAT = FileFormat("spectralkv-profile", FORMAT_VERSION, "profile", "spectralkv profile --model MODEL")
 
 
-@dataclass
+@dataclass(eq=False)
 class QueryStatistics:
     """Queries before RoPE, times the attention scale; L compressible layers.
 
@@ -36,6 +37,12 @@ class QueryStatistics:
 
     ARRAYS = ("mean", "root", "amplitude")
 
+    def __eq__(self, other) -> bool:
+        return same_fields(self, other) if type(self) is type(other) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash((self.mean.shape, self.root.shape))
+
     def to_file(self) -> dict[str, np.ndarray]:
         """Arrays as a file has them."""
         return {
@@ -44,7 +51,7 @@ class QueryStatistics:
         }
 
 
-@dataclass
+@dataclass(eq=False)
 class Profile:
     """Facts about one model from which the plan of any method and budget follows: one file, read by both backends.
 
@@ -81,6 +88,13 @@ class Profile:
     weights_digest: str = ""
     library_version: str = __version__
     path: str | None = field(default=None, compare=False)
+
+    def __eq__(self, other) -> bool:
+        """Whether all is the same to the bit, wherever it came from."""
+        return same_fields(self, other) if type(self) is type(other) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash((self.shape, self.model, self.weights_digest))
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write the profile to `path` (temporary name, then rename); returns the path."""
