@@ -410,6 +410,32 @@ def test_wrong_options_are_refused_before_anything_loads(capsys, monkeypatch, li
     fails(capsys, 2, message, command, *model, *PROMPTED.get(command, ()), *options)
 
 
+def test_files_of_another_kind_are_named(capsys, folder):
+    (folder / "summary.json").write_text('{"rows": []}')
+    fails(
+        capsys,
+        2,
+        f"JSON text. Results are shown by: spectralkv report {folder}",
+        "inspect",
+        str(folder / "summary.json"),
+    )
+    fails(capsys, 2, "received the folder", "inspect", str(folder))
+    generate = ("generate", "--model", "nowhere", "--prompt", "Hi")
+    fails(
+        capsys,
+        2,
+        f"profile file, received the folder {folder}. Name a file in it.",
+        *generate,
+        "--profile",
+        str(folder),
+    )
+    fails(capsys, 2, "prompt cache file, received the folder", *generate, "--prompt-cache-file", str(folder))
+
+
+def test_one_of_a_kind_is_no_plural():
+    assert output.counted(1, "picture") == "1 picture" and output.counted(1000, "layer") == "1,000 layers"
+
+
 def test_what_a_profile_or_a_stored_prompt_rules_out_is_refused_before_the_model_loads(
     capsys, monkeypatch, model, profile, tmp_path
 ):

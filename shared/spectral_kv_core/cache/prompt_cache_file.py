@@ -184,7 +184,7 @@ class PromptFile:
         if difference:
             raise UsageError(
                 f"Expected a prompt cache of this model, {self._name}{of} is another's: the model has {difference}. Make one "
-                f"for this model: {FORMAT.command}"
+                f"for this model: {FORMAT.making()}"
             )
         if self.weights_digest and weights_digest and self.weights_digest != weights_digest:
             log.warning(
@@ -192,7 +192,7 @@ class PromptFile:
                 "Make it with these: %s",
                 self._name,
                 of,
-                FORMAT.command,
+                FORMAT.making(),
             )
 
     def plan(self, profile: Profile | None = None) -> Plan:
@@ -210,7 +210,7 @@ class PromptFile:
         if plan.hash != self.plan_hash:
             raise UsageError(
                 f"Expected the profile that {self._name} was made with ({self.profile}), received another "
-                f"({_describe(profile)}). Give that profile, or make the cache again: {FORMAT.command}"
+                f"({_describe(profile)}). Give that profile, or make the cache again: {FORMAT.making()}"
             )
         self._check_arrays(plan)
         return plan

@@ -23,6 +23,11 @@ def printable(text: object, most: int = SHOWN) -> str:
     return line if len(line) <= most else f"{line[: most - 1]}…"
 
 
+def counted(number: int, noun: str) -> str:
+    """`number` of what `noun` names."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def without_control(text: str) -> str:
     """`text` as it is, but for control characters, which are escaped: a model's answer moves no cursor."""
     return CONTROL.sub(lambda found: _escape(found[0]), text)

@@ -9,6 +9,7 @@ from ..planning.methods import DEFAULT_METHOD, get_method
 from ..plotting.report_page import write_report
 from ..plotting.results import read_results
 from .options import check_output
+from .output import counted
 
 NAME = "report"
 HELP = "write one HTML page with the pictures, plans and tables of results and profiles"
@@ -32,5 +33,6 @@ def run(args: argparse.Namespace) -> dict:
     if not args.json:
         print(f"Saved {result['output']} ({result['bytes']:,} bytes)")
         if result["skipped"]:
-            print(f"{len(result['skipped'])} pictures are left out: its last section says which and why")
+            left = counted(len(result["skipped"]), "picture")
+            print(f"Left out: {left}. Its last section says why.")
     return result

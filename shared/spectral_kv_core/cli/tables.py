@@ -19,7 +19,7 @@ from ..codecs.transform import TransformPlan
 from ..planning.plan import Plan
 from ..profile.basis_set import BasisSet
 from ..profile.profile import Profile
-from .output import printable, without_control
+from .output import counted, printable, without_control
 
 
 class Terminal(Console):
@@ -317,10 +317,10 @@ def print_fit(result: dict) -> None:
 def _fit_notes(result: dict) -> Iterator[str]:
     """What the figures leave out or assume."""
     if result["passed"]:
-        yield f"{len(result['passed'])} layers with a sliding window are counted with their window."
+        yield f"Counted with no more than the window: {counted(len(result['passed']), 'layer')} with a sliding window."
     if result["uncounted"]:
         reasons = ", ".join(sorted(set(result["uncounted"].values())))
-        yield f"Not counted: the state of {len(result['uncounted'])} layers with {reasons}."
+        yield f"Not counted: the state of {counted(len(result['uncounted']), 'layer')} with {reasons}."
     if result["profile"] is None and result["method"] not in ("affine", "identity"):
         yield "No profile of this model yet: tables are those of a typical one. spectralkv profile --model MODEL"
 

@@ -67,7 +67,9 @@ def name_passed_layers(passed: dict[int, str]) -> None:
     for layer, reason in passed.items():
         reasons.setdefault(reason, []).append(layer)
     if reasons:
-        text = "; ".join(f"{len(layers)} layers with {reason}" for reason, layers in reasons.items())
+        text = "; ".join(
+            f"{len(layers)} layer{'s' if len(layers) > 1 else ''} with {reason}" for reason, layers in reasons.items()
+        )
         warn_once(f"Passed through uncompressed: {text}", str(sorted(passed.items())))
 
 
