@@ -254,7 +254,7 @@ def test_other_files_are_named(path, tmp_path):
 
 
 def test_arrays_must_fit_the_shape(toy_profile, tmp_path):
-    wrong = replace(toy_profile, shape=replace(toy_profile.shape, kv_heads=3))
+    wrong = replace(toy_profile, shape=replace(toy_profile.shape, kv_heads=4))
     assert "fit the model shape" in refused(wrong.save(tmp_path / "wrong.safetensors"))
 
 

@@ -11,6 +11,11 @@ from ..arrays.equality import same_fields
 from ..arrays.transform import band_sizes
 from ..quantization.quantizer import BIT_WIDTHS
 
+# vectors that share one basis: one head; all K heads or all V heads; all of both; of two or four layers that follow each
+# other, or of all
+GROUPS = ("head", "side", "layer", "layer2", "layer4", "model")
+ROPES = ("pre", "post")  # keys before the rotary embedding, or after it
+LONGEST_BLOCK = 1024  # tokens that are coded together
 PAIRS, JOINT = "layer2.pre", "model.pre"  # names of basis sets that a profile has only when asked for
 ON_REQUEST = {PAIRS: " --pairs", JOINT: " --joint"}  # the options that ask for them
 HISTOGRAM_LIMIT, HISTOGRAM_BINS = 12.0, 1500  # of `BasisSet.histogram`, in standard deviations
