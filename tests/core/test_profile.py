@@ -258,12 +258,12 @@ def test_arrays_must_fit_the_shape(toy_profile, tmp_path):
     assert "fit the model shape" in refused(wrong.save(tmp_path / "wrong.safetensors"))
 
 
-@pytest.mark.parametrize("step", ["save_file", "os.replace"])
+@pytest.mark.parametrize("step", ["write_tensors", "os.replace"])
 def test_failed_write_leaves_what_was_there(toy_profile, tmp_path, monkeypatch, step):
     def fail(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr(container if step == "save_file" else container.os, step.split(".")[-1], fail)
+    monkeypatch.setattr(container if step == "write_tensors" else os, step.split(".")[-1], fail)
     with pytest.raises(OSError, match="disk full"):
         toy_profile.save(tmp_path / "new.safetensors")
     assert list(tmp_path.iterdir()) == []

@@ -35,7 +35,13 @@ from .padding_group import PaddingGroup
 from .size import CacheSize
 
 log = logging.getLogger("spectralkv")
-FORMAT = FileFormat("spectralkv-cache", 2, "prompt cache", "spectralkv cache-prompt --model MODEL --prompt-file FILE")
+FORMAT = FileFormat(
+    "spectralkv-cache",
+    2,
+    "prompt cache",
+    "spectralkv cache-prompt --model MODEL --prompt-file FILE",
+    private=True,  # whoever has it can read the prompt
+)
 DEFAULT_FILE_METHOD = "spectral-stored"
 
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from ..errors import UsageError
-from .tensors import TensorFile, open_regular, read_json
+from .replacing import replacing
+from .tensors import TensorFile, open_regular, read_json, write_tensors
 
 METADATA_KEY = "spectralkv"
 PEEK = 4096  # bytes that tell what kind of file it is
@@ -22,29 +21,26 @@ PEEK = 4096  # bytes that tell what kind of file it is
 
 @dataclass(frozen=True)
 class FileFormat:
-    """One kind of safetensors file; `noun` and `command`, which makes such a file, are for messages."""
+    """One kind of safetensors file; `noun` and `command`, which makes such a file, are for messages.
+
+    private: new files can be read by their owner alone.
+    """
 
     name: str
     version: int
     noun: str
     command: str
+    private: bool = False
 
     def save(self, path: str | os.PathLike, arrays: dict[str, np.ndarray], header: dict) -> Path:
         """Write `arrays` and `header` to `path` (temporary name, then rename); returns the path."""
         path = Path(path)
-        arrays = {name: np.ascontiguousarray(x) for name, x in arrays.items()}  # safetensors writes memory as it lies
+        arrays = {name: np.ascontiguousarray(x) for name, x in arrays.items()}  # written as they lie in memory
         header = {"format": self.name, "version": self.version, **header}
         header["sha256"] = _digest(arrays, header)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        os.close(handle)
-        try:
-            save_file(arrays, temporary, {METADATA_KEY: json.dumps(header, sort_keys=True)})
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        size = sum(x.nbytes for x in arrays.values())
+        with replacing(path, self.private, size) as file:
+            write_tensors(file, arrays, {METADATA_KEY: json.dumps(header, sort_keys=True)})
         return path
 
     def load(self, path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:

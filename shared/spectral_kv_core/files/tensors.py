@@ -1,4 +1,4 @@
-"""Reading safetensors files: strictly, whole, and never mapped.
+"""Safetensors files: read strictly, whole, and never mapped; written to the byte as their own library does.
 
 What is mapped ends the process when another one cuts the file off. What a header says is checked before anything is
 allocated for it: sizes, types, and that the arrays fill the file without gaps.
@@ -12,7 +12,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import BufferedReader
+from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ from ..errors import UsageError
 LONGEST_HEADER = 100_000_000  # bytes, as safetensors has it
 MOST_AXES = 8
 MOST_DIGITS = 19  # of an integer in a header
-DTYPES = {
-    "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1", "U64": "<u8",
-    "U32": "<u4", "U16": "<u2", "U8": "|u1", "BOOL": "|b1",
+DTYPES = {  # in the order in which files have them
+    "U64": "<u8", "I64": "<i8", "F64": "<f8", "F32": "<f4", "U32": "<u4", "I32": "<i4", "F16": "<f2", "U16": "<u2",
+    "I16": "<i2", "I8": "|i1", "U8": "|u1", "BOOL": "|b1",
 }  # fmt: skip
 
 
@@ -51,6 +51,31 @@ def read_json(text: str | bytes) -> Any:
         )
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+
+
+def write_tensors(file: BufferedWriter, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Write contiguous `arrays` and `metadata` to `file`: the widest types first, then by name, as safetensors orders them.
+
+    It would write to a file of its own making, whose rights and whose leftovers are not ours.
+    """
+    names = {np.dtype(kind): (place, name) for place, (name, kind) in enumerate(DTYPES.items())}
+    order = sorted(arrays, key=lambda name: (names[arrays[name].dtype][0], name))
+    header: dict[str, Any] = {"__metadata__": metadata}
+    stop = 0
+    for name in order:
+        x = arrays[name]
+        header[name] = {
+            "dtype": names[x.dtype][1],
+            "shape": list(x.shape),
+            "data_offsets": [stop, stop + x.nbytes],
+        }
+        stop += x.nbytes
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in order:
+        x = arrays[name]
+        file.write(x.astype(x.dtype.newbyteorder("<"), copy=False).reshape(-1).view(np.uint8).data)
 
 
 class TensorFile:
