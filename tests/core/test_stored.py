@@ -123,13 +123,8 @@ def steps(planned: float) -> float:
 def test_the_search_reaches_every_budget_and_more_bits_are_never_fewer(real_of):
     before = 0.0
     for bits in np.arange(0.2, 7.01, 0.1):
-        tried = []
-
-        def make(planned):
-            tried.append(planned)
-            return planned, real_of(planned)
-
-        planned = fit_bits(make, bits)
+        tried: list[float] = []
+        planned = fit_bits(lambda b, tried=tried: (tried.append(b) or b, real_of(b)), bits)
         assert 0.98 * bits < real_of(planned) <= bits and planned >= before, (bits, planned, tried)
         assert len(tried) == len(set(tried)) <= (20 if real_of is steep else 4), tried
         before = planned

@@ -23,6 +23,7 @@ from .. import __version__
 from ..codecs.registry import bits_range, check_bits, make_plan, usable_method
 from ..codecs.tiers import check_tiers, make_tiered_plan, mean_bits, name_tiers
 from ..errors import UsageError
+from ..files.locking import one_process
 from ..planning.budget import SEAL, SINKS, WINDOW
 from ..planning.methods import ROUNDINGS, Method, get_method, rounded_by
 from ..profile.basis_set import JOINT, PAIRS
@@ -194,6 +195,24 @@ def evaluate(
     """
     documents = make_documents(tokenizer, texts, settings, backend.context_limit(model))
     Path(output).mkdir(parents=True, exist_ok=True)
+    with one_process(
+        Path(output) / ".lock", f"Another evaluation writes to {output}: waiting for it, to go on from its rows."
+    ):
+        return _evaluate(backend, model, tokenizer, settings, texts, output, documents, names, profile)
+
+
+def _evaluate(
+    backend,
+    model,
+    tokenizer,
+    settings: Settings,
+    texts: list[Text],
+    output: str | os.PathLike,
+    documents: list[Document],
+    names: dict[str, str],
+    profile: Profile | None,
+) -> dict:
+    """`evaluate`, while no other process does so in the same folder."""
     finished = RowFile(Path(output) / "rows.jsonl")
     jobs, skipped = plan_jobs(backend, model, tokenizer, settings, profile)
     common = {
