@@ -18,7 +18,7 @@ pytest.importorskip("torch")
 from safetensors.numpy import load_file, save_file
 from tiny_checkpoint import save_tiny_checkpoint
 
-from spectral_kv_core.cache.prompt_cache_file import DEFAULT_FILE_METHOD
+from spectral_kv_core.cache.prompt_cache_file import DEFAULT_FILE_METHOD, PromptFile
 from spectral_kv_core.cli import main as cli
 from spectral_kv_core.cli import methods, output, tables
 from spectral_kv_core.errors import UsageError
@@ -581,6 +581,21 @@ def test_text_of_files_is_escaped_and_cut(capsys, folder, profile):
     save_file({"x": np.zeros(1, np.float32)}, path, metadata)
     code, _, err = run(capsys, "inspect", path)
     assert code == 2 and "\x1b" not in err and len(err.splitlines()) == 1 and len(err) < 3000
+
+
+@pytest.mark.parametrize("field", ["text", "method"])
+def test_no_text_of_a_file_reaches_the_terminal_as_it_is(capsys, folder, profile, model, field):
+    path = folder / "hostile.safetensors"
+    if field == "text":
+        made = Profile.load(profile)
+        replace(made, calibration=made.calibration | {"text": HOSTILE}).save(path)
+    else:
+        json_of(capsys, *cache_prompt(model, profile, path, "--method", "identity"))
+        stored = PromptFile.load(path)
+        replace(stored, method=replace(stored.method, name=HOSTILE)).save(path)
+    code, out, err = run(capsys, "inspect", str(path))
+    assert code == 0 and "evil" in out, err
+    assert all(c.isprintable() for line in out.splitlines() for c in line) and max(map(len, out.splitlines())) < 400
 
 
 def test_a_stored_prompt_of_a_hostile_model_is_shown(capsys):

@@ -11,10 +11,9 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import UsageError
-from .output import drop_stdout, in_options, prepare_stdout, print_all, print_json, printable
+from .output import LONGEST_LINE, drop_stdout, in_options, prepare_stdout, print_all, print_json, printable
 
 WRONG_USE = (UsageError, FileNotFoundError)  # any other error is a fault
-LONGEST_LINE = 2000  # characters of an error or a warning
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UsageError
+from ..files.replacing import raise_if_full
 
 #: What tells one measurement from another: a row that agrees in all of these is not run again.
 KEY = (
@@ -58,10 +59,17 @@ class RowFile:
         return self.rows.get(row_key(key))
 
     def append(self, row: dict) -> None:
-        with open(self.path, "ab") as file:
-            file.write(json.dumps(row).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        line = json.dumps(row).encode() + b"\n"
+        try:
+            with open(self.path, "ab") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise_if_full(
+                error, self.path, len(line), "The rows before it are kept: the same command goes on from them."
+            )
+            raise
         self.rows[row_key(row)] = row
 
 

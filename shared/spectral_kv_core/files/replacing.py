@@ -49,8 +49,7 @@ def replacing(path: str | os.PathLike, private: bool = False, size: int | None =
     except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
-        if getattr(error, "errno", None) in FULL:
-            raise OSError(_what_is_full(path, real.parent, size)) from error
+        raise_if_full(error, path, size, "Nothing was saved, and what was there before is as it was.")
         raise
 
 
@@ -58,6 +57,18 @@ def write_whole(path: str | os.PathLike, content: bytes) -> None:
     """Write `content` to `path`, whole or not at all."""
     with replacing(path, size=len(content)) as file:
         file.write(content)
+
+
+def raise_if_full(error: BaseException, path: str | os.PathLike, size: int | None, then: str) -> None:
+    """Raise OSError with the file, the bytes needed and what to do, where `error` is one of a full disk."""
+    if getattr(error, "errno", None) not in FULL:
+        return
+    needed = "room" if size is None else f"room for {size:,} bytes"
+    free = shutil.disk_usage(os.path.dirname(os.path.realpath(path))).free
+    raise OSError(
+        f"Expected {needed} for {path}, the disk or the quota is full ({free:,} bytes are free). Free some, or name another "
+        f"place. {then}"
+    ) from error
 
 
 def _mode_of(path: Path) -> int | None:
@@ -103,11 +114,3 @@ def _is_locked(path: str) -> bool:
     finally:
         os.close(handle)
     return False
-
-
-def _what_is_full(path: str | os.PathLike, folder: Path, size: int | None) -> str:
-    needed = "room" if size is None else f"room for {size:,} bytes"
-    return (
-        f"Expected {needed} for {path}, the disk or the quota is full ({shutil.disk_usage(folder).free:,} bytes are free). "
-        "Free some, or name another place. Nothing was saved, and what was there before is as it was."
-    )
