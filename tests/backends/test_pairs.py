@@ -14,6 +14,7 @@ from hosts import only
 from tolerances import assert_close, relative_rms
 
 from spectral_kv_core.arrays import ops
+from spectral_kv_core.cache.compressed_layer import leading_layers
 from spectral_kv_core.cache.prompt_cache_file import PromptFile
 from spectral_kv_core.cli import main as cli
 from spectral_kv_core.codecs.chunk import join_layers, split_layers
@@ -41,7 +42,6 @@ from spectral_kv_torch import (  # noqa: E402
 )
 from spectral_kv_torch import generation as backend  # noqa: E402
 from spectral_kv_torch import ops as torch_ops  # noqa: E402
-from spectral_kv_torch.cache import rows_of  # noqa: E402
 
 METHOD, LIVE = "spectral-stored-pairs", "spectral-dense-pairs"
 MODEL = ToyModel(layers=3, rotated=True)  # a pair and a lone layer
@@ -295,7 +295,9 @@ def test_attention_without_kernels_is_that_over_what_is_decoded(name, step, monk
     cache, more = live(name), tokens(40 if step == 40 else 8, seed=4)  # before the next block is full
     logits_of(model, tokens(300), cache)
     plain = backend.decode_cache(cache, model)
-    assert any(len(layer.layers) == 2 and layer.store.padding_groups[0].sealed == 224 for layer in rows_of(cache))
+    assert any(
+        len(layer.layers) == 2 and layer.store.padding_groups[0].sealed == 224 for layer in leading_layers(cache.layers)
+    )
     torch.testing.assert_close(
         logits_of(model, more, cache, step), logits_of(model, more, plain, step), atol=1e-4, rtol=1e-3
     )

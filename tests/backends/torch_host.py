@@ -11,6 +11,7 @@ import torch
 from hosts import ByteTokenizer
 from torch_models import TEXT, model_and_profile, tiny_model
 
+from spectral_kv_core.cache import compressed_layer
 from spectral_kv_torch import (
     SpectralCache,
     SpectralProfiler,
@@ -22,7 +23,7 @@ from spectral_kv_torch import (
     restore,
     save_prompt_cache,
 )
-from spectral_kv_torch.cache import SpectralKVLayer, rows_of
+from spectral_kv_torch.cache import SpectralKVLayer
 from spectral_kv_torch.generation import decode_cache, encode_cache, fill, generate, plain_cache, score, sealed_bits
 from spectral_kv_torch.integration import ATTENTION, _fused, install, model_shape
 
@@ -41,7 +42,7 @@ __all__ = [
     "ops",
     "plain_cache",
     "restore",
-    "rows_of",
+    "leading_layers",
     "save_prompt_cache",
     "score",
     "sealed_bits",
@@ -112,11 +113,15 @@ def layers(cache) -> list:
     return cache.layers
 
 
+def leading_layers(cache) -> list:
+    return compressed_layer.leading_layers(cache.layers)
+
+
 def stores(cache) -> list:
-    """The stores of the compressed rows of a cache, with every token that came in."""
-    for row in rows_of(cache):
-        row.commit()
-    return [row.store for row in rows_of(cache)]
+    """The stores of the compressed layers of a cache, with every token that came in."""
+    for layer in leading_layers(cache):
+        layer.commit()
+    return [layer.store for layer in leading_layers(cache)]
 
 
 def is_compressed(layer) -> bool:

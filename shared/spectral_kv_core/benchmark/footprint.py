@@ -116,8 +116,8 @@ def table_nbytes(host: Host, plan: Plan) -> tuple[int, int]:
     def nbytes(x) -> int:
         return sum(host.buffers([x]).values())
 
-    for row in range(len(plan.layer_groups)):
-        tables = {id(x): x for x in plan.make_codec(host.xp, row, device).tables()}
+    for layer_group in range(len(plan.layer_groups)):
+        tables = {id(x): x for x in plan.make_codec(host.xp, layer_group, device).tables()}
         quantizers = {id(x) for x in plan.shared_tables(host.xp, device)}
         shared |= {key: x for key, x in tables.items() if key in quantizers or key in before}
         own += sum(nbytes(x) for key, x in tables.items() if key not in shared)
@@ -128,7 +128,7 @@ def table_nbytes(host: Host, plan: Plan) -> tuple[int, int]:
 class Stored:
     """What a plan stores of sealed tokens, in all layers; `tables` gives the bytes that all sequences share.
 
-    layers: as many layers as the plan has rows, or how many one typical row stands for.
+    layers: as many layers as the plan has layer groups, or how many layers one typical group stands for.
     """
 
     def __init__(self, plan: Plan, tables: Callable[[Plan], tuple[int, int]], layers: int | None = None):
@@ -154,8 +154,8 @@ class Stored:
         return self.copies * (whole * self._chunk(CHUNK_TOKENS) + self._chunk(rest))
 
     def _chunk(self, tokens: int) -> int:
-        rows = range(len(self.plan.layer_groups)) if tokens else ()
-        arrays = [array for row in rows for array in self.plan.chunk_arrays(row, 1, tokens)]
+        groups = range(len(self.plan.layer_groups)) if tokens else ()
+        arrays = [array for layer_group in groups for array in self.plan.chunk_arrays(layer_group, 1, tokens)]
         return sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind in arrays)
 
 

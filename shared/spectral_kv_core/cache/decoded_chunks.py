@@ -26,20 +26,20 @@ def check_working_set(method: Method, limit: int) -> None:
 
 
 def bytes_per_layer(plan: Plan, limit: int) -> int:
-    """What every row of the plan's tables may keep of `limit` bytes; raises UsageError for a method that decodes nothing."""
+    """What every layer group may keep of `limit` bytes; raises UsageError for a method that decodes nothing."""
     check_working_set(plan.method, limit)
     return limit // len(plan.layer_groups)
 
 
 def held(group, layer: int | None = None) -> list:
-    """The decoded arrays that stay in `group`, of `layer` of its row or of all."""
+    """The decoded arrays that stay in `group`, of `layer` of its layer group or of all."""
     return [x for (_, of), pair in group.decoded.items() if layer in (None, of) for x in pair]
 
 
 def decode_step(xp, codec, group, layer: int, limit: int, queries, keys, values, scale: float):
     """`attention.decode_step` over the chunks of `group`, of which those that fit in `limit` bytes stay decoded in it.
 
-    `codec`: that of layer number `layer` of the row. Chunks stay in 16 bits: in the dtype of `queries` where that has as
+    `codec`: that of layer number `layer` of the group. Chunks stay in 16 bits: in the dtype of `queries` where that has as
     many, else in float16.
     """
     kind = queries.dtype if queries.nbytes == 2 * prod(queries.shape) else xp.float16

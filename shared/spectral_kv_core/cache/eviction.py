@@ -42,7 +42,7 @@ class Eviction:
     mode: str = MODES[0]
     every: int = EVERY
     wavelet: str | None = None
-    agreed: dict = field(default_factory=dict, repr=False)  # blocks that stay in every layer, by rows: masks are shared
+    agreed: dict = field(default_factory=dict, repr=False)  # blocks that stay in all layers, by sequences
     waiting: list = field(default_factory=list, repr=False)  # per_head: layers that the others of a call will follow
 
     def __post_init__(self):
@@ -94,15 +94,15 @@ class Eviction:
         """The protected spans in a text of `seen` tokens."""
         return [(start, min(end, seen)) for start, end in self.protect if start < seen]
 
-    def scores(self, xp, row: int, keys, values, positions, now: int, recent=None):
-        """How much every stored token of layer number `row` matters: [B, H, T] float32, H 1 for joint heads.
+    def scores(self, xp, layer_group: int, keys, values, positions, now: int, recent=None):
+        """How much every stored token of `layer_group` matters: [B, H, T] float32, H 1 where heads share.
 
         `keys`, `values` [B, H, T, D] after RoPE; `positions` NumPy [B, H, T] or [T]; `now`: of the last token; `recent`
         [B, Hq, L, D]: queries of the last L tokens times the attention scale, where there are any.
         """
-        statistics = self.plan.query_statistics(row)
+        statistics = self.plan.query_statistics(layer_group)
         tokens = Tokens(xp, keys, values, positions, now, self.plan.shape.rope, recent=recent, **statistics)
-        options: dict[str, int | str] = {"seed": row} if self.scorer.name == "random" else {}
+        options: dict[str, int | str] = {"seed": layer_group} if self.scorer.name == "random" else {}
         if self.wavelet is not None:
             options["wavelet"] = self.wavelet
         scores = self.scorer(tokens, **options)
@@ -121,7 +121,9 @@ class Eviction:
             self._drop(cache, group, scores, places, target)
             return
         self.waiting = [
-            entry for entry in self.waiting if (entry[0].row, entry[1].sequences) != (cache.row, group.sequences)
+            entry
+            for entry in self.waiting
+            if (entry[0].layer_group, entry[1].sequences) != (cache.layer_group, group.sequences)
         ]
         self.waiting.append((cache, group, scores, places))
         layers = [entry for entry in self.waiting if entry[1].sequences == group.sequences]
@@ -138,7 +140,7 @@ class Eviction:
         keys, values = cache.dense_of(group, xp.float32)
         places = group.all_places(xp, self.sinks)
         everywhere = np.broadcast_to(places, keys.shape[:3])
-        scores = self.scores(xp, cache.row, keys, values, everywhere, group.seen - 1, recent)
+        scores = self.scores(xp, cache.layer_group, keys, values, everywhere, group.seen - 1, recent)
         return scores, np.broadcast_to(places, scores.shape)
 
     def _drop(self, cache, group: PaddingGroup, scores, places: np.ndarray, target: int) -> None:
@@ -151,10 +153,10 @@ class Eviction:
             best = xp.to_numpy(select(xp, scores, target, *fixed, spans, places))
             inside = float(((best >= start) & (best < start + sealed)).sum(-1).mean())
             block = cache.codec.block
-            rows, blocks = tuple(group.sequences), max(int(inside // block), (target - group.exact) // block)
-            if self.agreed.get(rows, (None,))[0] != (group.seen, group.stored) or cache.row == 0:
-                self.agreed[rows] = (group.seen, group.stored), blocks
-            blocks = self.agreed[rows][1]
+            sequences, blocks = tuple(group.sequences), max(int(inside // block), (target - group.exact) // block)
+            if self.agreed.get(sequences, (None,))[0] != (group.seen, group.stored) or cache.layer_group == 0:
+                self.agreed[sequences] = (group.seen, group.stored), blocks
+            blocks = self.agreed[sequences][1]
             group.decoded = {}
             group.chunks = self._best_blocks(
                 cache, group, scores[:, :, start : start + sealed], places[:, :, start : start + sealed], spans, blocks

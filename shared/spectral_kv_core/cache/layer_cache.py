@@ -15,7 +15,7 @@ import numpy as np
 
 from ..arrays import attention
 from ..codecs.base import Codec
-from ..codecs.chunk import Chunk, decoded, join_layers, select_rows, split_by_chunk, split_layers
+from ..codecs.chunk import Chunk, decoded, join_layers, select_sequences, split_by_chunk, split_layers
 from ..errors import UsageError
 from ..planning.budget import SEAL
 from . import decoded_chunks as working_set
@@ -28,7 +28,7 @@ DENSE_TOKENS = 32768  # sealed tokens that may be decoded at once for such a cal
 
 
 class LayerCache:
-    """Keys and values of one layer, or of all layers of a row of the plan that codes several together: heads are then
+    """Keys and values of one layer, or of all layers of a layer group that are coded together: heads are then
     those of the first layer, then of the next. Such layers attend one after the other, each to its own heads, and their
     tokens enter together, with those of the last. `codec` None keeps everything exact.
 
@@ -36,7 +36,7 @@ class LayerCache:
     until their block is full.
     staging: makes a codec of the same layer, at more bits, that holds what further calls of more than `LATENT_QUERIES`
     tokens bring until the prompt ends: `finalize`, or the first call with fewer; None: the plan's own holds it.
-    eviction: which tokens of layer number `row` are dropped; a prompt then stays exact, cut to the budget, until it ends.
+    eviction: which tokens of `layer_group` are dropped; a prompt then stays exact, cut to the budget, until it ends.
     working_set: bytes of decoded chunks that may stay, so that a step does not decode them again.
     """
 
@@ -48,14 +48,16 @@ class LayerCache:
         window: int,
         staging=None,
         eviction: Eviction | None = None,
-        row: int = 0,
+        layer_group: int = 0,
         working_set: int = 0,
     ):
         self.xp, self.codec, self.sinks, self.window, self._make_staging = xp, codec, sinks, window, staging
-        self.eviction, self.row, self.working_set = eviction, row, working_set
+        self.eviction, self.layer_group, self.working_set = eviction, layer_group, working_set
         self._staging = None
         self.layers = 1 if codec is None else codec.layers
-        self._arrived: list[tuple] = []  # keys and values of the row's first layers, until those of its last are there
+        self._arrived: list[
+            tuple
+        ] = []  # keys and values of the group's first layers, until those of its last are there
         self.seal = SEAL if codec is None else max(SEAL, codec.block)  # tokens are sealed in multiples of this
         self.padding_groups: list[PaddingGroup] = []
         self.seen = 0  # slots seen, padding included
@@ -96,7 +98,7 @@ class LayerCache:
     def attend(self, queries, keys, values, scale: float, fused, layer: int = 0):
         """Append L tokens and attend to everything up to each of them.
 
-        `queries` [B, Hq, L, D], `keys`, `values` [B, H, L, D] of layer number `layer` of the row; `fused(q, k, v, scale)`
+        `queries` [B, Hq, L, D], `keys`, `values` [B, H, L, D] of layer number `layer` of the group; `fused(q, k, v, scale)`
         is the host's dense attention for L queries at the end of k, causal, in any dtype. Returns [B, Hq, L, D] in the
         dtype of `queries`. Raises UsageError for layers out of order.
         """
@@ -140,7 +142,7 @@ class LayerCache:
         self.seen += keys.shape[2]
 
     def _arrive(self, keys, values, layer: int) -> tuple | None:
-        """Keys and values of all layers of the row once those of its last are here, else None."""
+        """Keys and values of all layers of the group once those of its last are here, else None."""
         if layer == 0:
             self._arrived = []  # of a call that was broken off
         if layer != len(self._arrived):
@@ -267,8 +269,8 @@ class LayerCache:
                 index = self.xp.asarray(local, like=group.exact_keys)
                 kept.exact_keys = self.xp.take(group.exact_keys, index, axis=0)
                 kept.exact_values = self.xp.take(group.exact_values, index, axis=0)
-                kept.chunks = [select_rows(self.xp, chunk, index) for chunk in group.chunks]
-                kept.staged = [select_rows(self.xp, chunk, index) for chunk in group.staged]
+                kept.chunks = [select_sequences(self.xp, chunk, index) for chunk in group.chunks]
+                kept.staged = [select_sequences(self.xp, chunk, index) for chunk in group.staged]
                 if group.positions is not None:
                     kept.positions = self.xp.take(group.positions, index, axis=0)
             padding_groups.append(kept)

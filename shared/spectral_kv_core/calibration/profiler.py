@@ -219,9 +219,9 @@ class ProfilerBase:
         for d, tokens in enumerate(self._bar(documents, "Reading text")):
             seed = self.seed * len(documents) + d
             made = (self.vectors if self.gradients else self._local)(model, shape, tokens, _scored(tokens), seed)
-            for row, (queries, *captured) in enumerate(made):
-                moments[row].update(queries)
-                spool.add(row, d, *captured)
+            for layer, (queries, *captured) in enumerate(made):
+                moments[layer].update(queries)
+                spool.add(layer, d, *captured)
         return QueryStatistics(*map(np.stack, zip(*(m.result() for m in moments))))
 
     def _fit_basis_sets(self, shape: ModelShape, spool: Spool, positions: int) -> dict[str, BasisSet]:

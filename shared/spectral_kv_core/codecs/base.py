@@ -21,9 +21,9 @@ from .chunk import Chunk, check_finite
 
 
 class Codec(Protocol):
-    """Keys and values [B, H, T, D] of sealed tokens <-> chunks, for a row of a plan; H counts the heads of its layers.
+    """Keys and values [B, H, T, D] of sealed tokens <-> chunks, for a layer group; H counts the heads of its layers.
 
-    block: tokens that are coded together. layers: how many layers the row stands for. chunk_tokens: of a full chunk.
+    block: tokens that are coded together. layers: how many layers the group has. chunk_tokens: of a full chunk.
     at_once: tokens whose codes are chosen together, by `choose` and `seal`; 0: those of one chunk, by `encode` and
     `append`. decoder: decodes several chunks at a time where the array library has a way, else None.
     """
@@ -43,7 +43,7 @@ class Codec(Protocol):
 
     @property
     def of_layers(self) -> list:
-        """For every layer of the row a codec that decodes and attends to that layer's heads alone."""
+        """For every layer of the group a codec that decodes and attends to that layer's heads alone."""
         return [self]
 
     def encode(self, keys, values, start) -> Chunk:
@@ -97,9 +97,9 @@ class ArrayCodec(Codec):
     A subclass gives `store(keys, values, start)` -> arrays, and `decode`.
     """
 
-    def __init__(self, xp, plan: ArrayPlan, row: int, like=None):
+    def __init__(self, xp, plan: ArrayPlan, layer_group: int, like=None):
         self.xp, self.like, self.method, self.rope = xp, like, plan.method, plan.shape.rope
-        self.kv_heads, self.head_dim = plan.shape.kv_heads * len(plan.layer_groups[row]), plan.shape.head_dim
+        self.kv_heads, self.head_dim = plan.shape.kv_heads * len(plan.layer_groups[layer_group]), plan.shape.head_dim
         self._tables: list = []
 
     def table(self, x, dtype=np.float32):

@@ -92,7 +92,7 @@ class EntropyCodedPlan(TransformPlan):
         """Of entropy codes on calibration text, before time rounding."""
         return (_table_rates(self.tables) * RATE_UNIT)[self.choices]
 
-    def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
+    def chunk_arrays(self, layer_group: int, batch: int, tokens: int) -> list[tuple]:
         return [(None, "uint8")]
 
     def decides(self) -> dict[str, Any]:
@@ -105,9 +105,9 @@ class EntropyCodedPlan(TransformPlan):
 
 
 class StepRows:
-    """The quantizers of rows of coefficients that differ in their step, with the interface of `RowTables`.
+    """The quantizers of coefficients that differ in their step, with the interface of `RowTables`.
 
-    `choices` [..., F, R]: which of the plan's tables every row has.
+    `choices` [..., F, R]: which of the plan's tables every coefficient has.
     """
 
     def __init__(self, xp, plan: EntropyCodedPlan, choices: np.ndarray, like=None):
@@ -140,17 +140,17 @@ class StepRows:
 
 
 class EntropyCodec(TransformCodec):
-    """Entropy-coded coefficients of one row. A chunk holds one array: uint8 [bytes] of `encode_streams`.
+    """Entropy-coded coefficients of one layer group. A chunk holds one array: uint8 [bytes] of `encode_streams`.
 
     Codes are ordered table by table, and in a table by batch row, (group, frequency, component) and block.
     """
 
-    def __init__(self, xp, plan: EntropyCodedPlan, row: int, like=None):
-        super().__init__(xp, plan, row, like)
-        kept = kept_components(plan.coded[row])
-        choices = by_frequency(plan.choices[row], kept, self.block)
+    def __init__(self, xp, plan: EntropyCodedPlan, layer_group: int, like=None):
+        super().__init__(xp, plan, layer_group, like)
+        kept = kept_components(plan.coded[layer_group])
+        choices = by_frequency(plan.choices[layer_group], kept, self.block)
         self.quantizers = StepRows(xp, plan, choices[:, None], like)
-        sigma = deviations(plan.basis_set, row, kept)
+        sigma = deviations(plan.basis_set, layer_group, kept)
         self.scale = xp.asarray(np.ascontiguousarray(sigma[..., None], np.float32), like=like)  # [G, F, R, 1]
         self.streams = plan.tables
         self.rows = [np.flatnonzero(choices.reshape(-1) == i) for i in range(len(plan.tables))]

@@ -43,8 +43,8 @@ ROUNDS = 40  # of the search for the price of a bit
 class KvtcCodec(FileCodec):
     """A chunk holds one array: the deflated bytes of, per side and run of like groups, codes, scales and offsets."""
 
-    def __init__(self, xp, plan: KvtcPlan, row: int, like=None):
-        super().__init__(xp, plan, row, like)
+    def __init__(self, xp, plan: KvtcPlan, layer_group: int, like=None):
+        super().__init__(xp, plan, layer_group, like)
         basis_set = plan.read_set
         self.runs = plan.runs
         basis = [u[:, : sum(s * n for s, _, n in runs)] for u, runs in zip(plan.axes, self.runs)]
@@ -146,7 +146,7 @@ class KvtcPlan(ArrayPlan):
         runs = {f"{side}_runs": np.array(runs) for side, runs in zip(("key", "value"), self.runs)}
         return runs | {"mean": basis_set.mean, "basis": basis_set.basis}
 
-    def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
+    def chunk_arrays(self, layer_group: int, batch: int, tokens: int) -> list[tuple]:
         return [(None, "uint8")]
 
 

@@ -111,13 +111,13 @@ def plan_for(
     return make_plan(shape, profile, method, bits)
 
 
-def make_codec(xp, plan: Plan, row: int, like=None):
-    """Codec of row `row` for a live cache, or None for a plan that compresses nothing.
+def make_codec(xp, plan: Plan, layer_group: int, like=None):
+    """Codec of a layer group, by number, for a live cache, or None for a plan that compresses nothing.
 
     Raises UsageError for a method that makes files only.
     """
     get_live_method(plan.method)
-    return plan.make_codec(xp, row, like)
+    return plan.make_codec(xp, layer_group, like)
 
 
 def bits_range(method: Method, shape: ModelShape | None = None) -> tuple[float, float]:

@@ -36,11 +36,11 @@ class TieredCodec(Codec):
 
     block = GROUP
 
-    def __init__(self, xp, plan: TieredPlan, row: int, like=None):
+    def __init__(self, xp, plan: TieredPlan, layer_group: int, like=None):
         self.xp, self.shape, self.bits = xp, plan.shape, max(len(plan.tiers) - 1, 1).bit_length()
-        self.codecs = [tier.make_codec(xp, row, like) for tier in plan.tiers]
+        self.codecs = [tier.make_codec(xp, layer_group, like) for tier in plan.tiers]
         self.counts = [round(share * GROUP) for share in plan.shares]
-        self.scores = BlockScores(xp, plan, row, needed(plan.method.scorer), GROUP)
+        self.scores = BlockScores(xp, plan, layer_group, needed(plan.method.scorer), GROUP)
         self.joint = plan.method.group != "head"
 
     def encode(self, keys, values, start: int) -> Chunk:

@@ -27,7 +27,7 @@ from .chunk import join_layers, split_layers
 
 @dataclass(frozen=True)
 class TransformPlan(Plan):
-    """A plan over coefficients: rows of layers, groups, components R and bands F of frequencies.
+    """A plan over coefficients: layer groups L, groups G, components R and bands F of frequencies.
 
     basis_set: what vectors are projected on, never None in a plan that is made.
     """
@@ -68,13 +68,13 @@ class TransformPlan(Plan):
             return False
         return bool(self.query_statistics(0)) or not get_scorer(self.method.rounding).needs_queries
 
-    def loss(self, row: int) -> np.ndarray:
+    def loss(self, layer_group: int) -> np.ndarray:
         """What losing a whole coefficient costs [G, R, F] float64, up to one factor."""
-        return coefficient_loss(self.basis_set, row)
+        return coefficient_loss(self.basis_set, layer_group)
 
-    def gain(self, row: int) -> np.ndarray:
+    def gain(self, layer_group: int) -> np.ndarray:
         """Root of `loss` [G, R, F], relative to the largest of its component."""
-        return rounding_gain(self.loss(row))
+        return rounding_gain(self.loss(layer_group))
 
     def decides(self) -> dict[str, Any]:
         return {name: getattr(self.basis_set, name) for name in ("mean", "weight", "basis", "variance")}
@@ -117,29 +117,29 @@ class Axes:
 
 
 class TransformCodec(Codec):
-    """Keys and values of a row's layers <-> coefficients: basis across channels, transform over blocks of time.
+    """Keys and values of a layer group <-> coefficients: basis across channels, transform over blocks of time.
 
-    H counts the heads of all layers that the row stands for, its first layer's first; `axes` has those of each layer.
+    H counts the heads of all layers of the group, its first layer's first; `axes` has those of each layer.
     Components of which the plan stores no coefficient are never computed.
     """
 
-    def __init__(self, xp, plan: TransformPlan, row: int, like=None):
+    def __init__(self, xp, plan: TransformPlan, layer_group: int, like=None):
         basis_set, method = plan.basis_set, plan.method
         self.xp, self.method, self.block = xp, method, basis_set.block
         self.rope = plan.shape.rope
-        self.layers = len(plan.layer_groups[row])
+        self.layers = len(plan.layer_groups[layer_group])
         self.kv_heads, self.head_dim = plan.shape.kv_heads * self.layers, plan.shape.head_dim
         self.groups = basis_set.mean.shape[1]
-        members = 2 * self.kv_heads // self.groups  # the first ones of a row that has fewer layers than others
+        members = 2 * self.kv_heads // self.groups  # the first ones of a layer group that has fewer layers than others
 
         def table(x, dtype=np.float32):
             return xp.asarray(np.ascontiguousarray(x, dtype), like=like)
 
-        kept = kept_components(plan.coded[row])  # [G, R]
+        kept = kept_components(plan.coded[layer_group])  # [G, R]
         self.rank = kept.shape[1]
-        basis = np.take_along_axis(orthonormalize(basis_set.basis[row]), kept[:, None], -1)  # [G, Dg, R]
-        weight = np.repeat(basis_set.weight[row, :, :members], self.head_dim, axis=-1)[:, None]  # [G, 1, Dg]
-        mean = basis_set.mean[row][:, None]
+        basis = np.take_along_axis(orthonormalize(basis_set.basis[layer_group]), kept[:, None], -1)  # [G, Dg, R]
+        weight = np.repeat(basis_set.weight[layer_group, :, :members], self.head_dim, axis=-1)[:, None]  # [G, 1, Dg]
+        mean = basis_set.mean[layer_group][:, None]
         channels = np.arange(members * self.head_dim)  # keys of all layers, then values
         if self.layers > 1:
             channels = channels.reshape(2, self.layers, -1).swapaxes(0, 1)
@@ -155,13 +155,13 @@ class TransformCodec(Codec):
         ]
         self.time = table(time_matrix(basis_set.time, basis_set.block))
 
-        self.normalize = table(1 / deviations(basis_set, row, kept)[:, None])  # [G, 1, F, R]
-        self.weigh = TokenWeights(xp, plan, row, table) if plan.rounds else None
-        self.gain = self.weigh and table(by_frequency(plan.gain(row), kept, self.block)[:, None])
+        self.normalize = table(1 / deviations(basis_set, layer_group, kept)[:, None])  # [G, 1, F, R]
+        self.weigh = TokenWeights(xp, plan, layer_group, table) if plan.rounds else None
+        self.gain = self.weigh and table(by_frequency(plan.gain(layer_group), kept, self.block)[:, None])
 
     @property
     def mean(self):
-        """[G, 1, Dg] of a row of one layer; basis [G, Dg, R] and weight, None or [G, 1, Dg], likewise."""
+        """[G, 1, Dg] of a layer group of one layer; basis [G, Dg, R] and weight, None or [G, 1, Dg], likewise."""
         (axes,) = self.axes
         return axes.mean
 
@@ -223,7 +223,7 @@ def by_frequency(x: np.ndarray, kept: np.ndarray, block: int) -> np.ndarray:
     return np.take_along_axis(x, kept[..., None], 1)[..., octave_bands(block)].transpose(0, 2, 1)
 
 
-def deviations(basis_set: BasisSet, row: int, kept: np.ndarray) -> np.ndarray:
+def deviations(basis_set: BasisSet, layer_group: int, kept: np.ndarray) -> np.ndarray:
     """Standard deviations [G, block, R] of the components `kept` [G, R]; 1 for a coefficient that never moved."""
-    sigma = np.sqrt(by_frequency(basis_set.variance[row], kept, basis_set.block))
+    sigma = np.sqrt(by_frequency(basis_set.variance[layer_group], kept, basis_set.block))
     return np.where(sigma > 0, sigma, np.float32(1))
