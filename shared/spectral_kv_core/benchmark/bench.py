@@ -38,7 +38,7 @@ AFTER = SEAL + DECODED  # tokens that follow the prompt in all
 PEAK_DECODED = 16  # tokens that follow the prompt where peak memory is measured
 CHARACTERS = 8  # of text per token of a prompt: about twice what a token takes
 CONTEXTS = (1024, 4096, 16384)
-HOST_ERRORS = (ImportError, ValueError, RuntimeError)  # of a quantized cache that cannot run: rows give the reason
+HOST_ERRORS = (ImportError, ValueError, RuntimeError)  # of a quantized cache that cannot run: records give the reason
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Clock:
 def bench_layer(bench, backend: str, settings: Settings, dtype: str) -> dict:
     """`rows` of a synthetic layer, and the machine's read bandwidth. `bench`: the module of that name of `backend`."""
     shape, plans = settings.shape, settings.plans
-    rows, sweeps = [], []
+    records, sweeps = [], []
     for context in tqdm(settings.contexts, desc="bench", unit="context"):
         layer = bench.BenchLayer(shape, *synthetic_vectors(shape, context + SEAL), dtype)
         steps = {way: getattr(layer, way)() for way in WAYS}
@@ -148,9 +148,9 @@ def bench_layer(bench, backend: str, settings: Settings, dtype: str) -> dict:
         names = {"backend": backend, "synthetic": settings.synthetic, "plan": settings.plan, "dtype": dtype}
         plain_peak = fresh_peak(**names, context=context, method=None, bits=settings.bits)
         for name, plan in plans.items():
-            row = _row(plan, context, dtype, bench.threads(), means, reason, sizes[name], layer.plain_bytes)
-            rows.append(
-                row
+            record = _record(plan, context, dtype, bench.threads(), means, reason, sizes[name], layer.plain_bytes)
+            records.append(
+                record
                 | {
                     "bits": settings.bits,
                     "sealing_us": 1e6 * (means[name] - float(np.median(typical[name]))),
@@ -158,7 +158,7 @@ def bench_layer(bench, backend: str, settings: Settings, dtype: str) -> dict:
                     "plain_peak_bytes": plain_peak,
                 }
             )
-    return {"rows": rows, **_bandwidth(bench, sweeps)}
+    return {"rows": records, **_bandwidth(bench, sweeps)}
 
 
 def bench_model(host, bench, model, tokenizer, settings: Settings, names: dict) -> dict:
@@ -168,7 +168,7 @@ def bench_model(host, bench, model, tokenizer, settings: Settings, names: dict) 
     """
     jobs, skipped = evaluation.plan_jobs(host, model, tokenizer, settings.evaluated)
     dtype = str(host.model_dtype(model)).rpartition(".")[2]
-    rows = []
+    records = []
     for context in tqdm(settings.contexts, desc="bench", unit="context"):
         runs = _Runs(host, bench, model, real_prompt(tokenizer, context + 1))
         for _ in range(REPEATS):
@@ -179,7 +179,7 @@ def bench_model(host, bench, model, tokenizer, settings: Settings, names: dict) 
         for job in jobs:
             name = job.method.name
             sizes = runs.sizes[name], runs.sizes["host"]
-            row = _row(job.plan, context, dtype, bench.threads(), means, runs.reason, *sizes) | {
+            record = _record(job.plan, context, dtype, bench.threads(), means, runs.reason, *sizes) | {
                 "bits": job.bits,
                 "decode_tokens_per_s": rate[name],
                 "plain_decode_tokens_per_s": rate["host"],
@@ -188,8 +188,8 @@ def bench_model(host, bench, model, tokenizer, settings: Settings, names: dict) 
                 "peak_bytes": fresh_peak(**names, context=context, method=name, bits=job.bits),
                 "plain_peak_bytes": plain_peak,
             }
-            rows.append(row)
-    return {"rows": rows, "skipped": skipped, **_bandwidth(bench, [bench.sweep() for _ in range(REPEATS + 1)])}
+            records.append(record)
+    return {"rows": records, "skipped": skipped, **_bandwidth(bench, [bench.sweep() for _ in range(REPEATS + 1)])}
 
 
 class _Runs:
@@ -307,10 +307,10 @@ def measure_layer_peak(
     return host.peak_bytes()
 
 
-def _row(
+def _record(
     plan: Plan, context: int, dtype: str, threads: int, means: dict, reason: str | None, nbytes: int, plain_bytes: int
 ) -> dict:
-    """What every row has, from the mean seconds of a step by cache; a step reads all bytes of its cache."""
+    """What every record has, from the mean seconds of a step by cache; a step reads all bytes of its cache."""
     own, quantized, fastest = means[plan.method.name], means.get("quantized"), min(means[way] for way in WAYS)
     return {
         "method": plan.method.name,

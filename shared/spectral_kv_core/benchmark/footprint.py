@@ -259,7 +259,7 @@ def fit(
 ) -> dict:
     """`rows` for every pair of bits and context, `limits` by bits, `contexts` with the bits that they allow.
 
-    profile None: tables and widths of a typical plan for this shape. tables: (bytes of the rows, bytes that all rows
+    profile None: tables and widths of a typical plan for this shape. tables: (bytes of the layer groups, bytes that all groups
     share) of a plan. Raises UsageError for bits that `method` cannot reach, contexts out of range, or memory that the
     weights alone exceed.
     """
@@ -280,7 +280,7 @@ def fit(
     table_bytes = max((stored.table_bytes for stored in made.values()), default=0)
     options = model, method, table_bytes, sizes, memory
     return {
-        "rows": [_row(*key, budget, context, memory) for context in contexts for key, budget in budgets.items()],
+        "rows": [_record(*key, budget, context, memory) for context in contexts for key, budget in budgets.items()],
         "limits": [_limit(*key, budget, memory) for key, budget in budgets.items()],
         "contexts": [
             {
@@ -370,7 +370,7 @@ def _limit(name: str, bits: float, budget: Budget, memory: int) -> dict:
     }
 
 
-def _row(name: str, bits: float, budget: Budget, context: int, memory: int) -> dict:
+def _record(name: str, bits: float, budget: Budget, context: int, memory: int) -> dict:
     cache, dense = budget.cache_bytes(context), budget.dense_bytes(context)
     peak, turns = budget.peak_bytes(context), budget.peak_bytes(context, turns=True)
     return {

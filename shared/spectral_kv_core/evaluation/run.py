@@ -30,7 +30,7 @@ from ..profile.profile import Profile
 from ..profile.store import auto_profile
 from ..scorers import check_wavelet, get_scorer
 from .documents import Document, make_documents
-from .rows import RowFile, row_key, summarize
+from .records import RecordFile, record_key, summarize
 from .tasks import LOW_PPL, Job, Runner
 from .text import Text, copy_span
 
@@ -45,7 +45,7 @@ SUITES: dict[str, dict[str, Any]] = {
 DEFAULT_BITS = (4.0, 3.0, 2.0)
 DEFAULT_KEEP = (0.5, 0.25)
 
-Place: TypeAlias = tuple[int, str, Job]  # of a row: which document, the task and the cache
+Place: TypeAlias = tuple[int, str, Job]  # of a record: which document, the task and the cache
 Tiers: TypeAlias = tuple[tuple[float, float], ...]  # (share, bits) pairs
 
 
@@ -170,16 +170,16 @@ def evaluate(
     names: dict[str, str],
     profile: Profile | None = None,
 ) -> dict:
-    """Measure every method on every document; finished rows of `output`/rows.jsonl are kept and not run again.
+    """Measure every method on every document; finished records of `output`/rows.jsonl are kept and not run again.
 
-    names: `model` and `backend` as rows call them. profile None looks for one, and calibrates if there is none. Returns
-    `rows` (summaries), `documents` (the rows behind them), `skipped` (pairs of method and bits that cannot be reached, or
+    names: `model` and `backend` as records call them. profile None looks for one, and calibrates if there is none. Returns
+    `rows` (summaries), `documents` (the records behind them), `skipped` (pairs of method and bits that cannot be reached, or
     that a task is not for), `layers` (the indices that `aop_layers` are of), and what identifies the run. Raises UsageError
     before the model runs for anything that cannot work.
     """
     documents = make_documents(tokenizer, texts, settings, backend.context_limit(model))
     Path(output).mkdir(parents=True, exist_ok=True)
-    finished = RowFile(Path(output) / "rows.jsonl")
+    finished = RecordFile(Path(output) / "rows.jsonl")
     jobs, skipped = plan_jobs(backend, model, tokenizer, settings, profile)
     common = {
         **names,
@@ -187,13 +187,13 @@ def evaluate(
         "dtype": str(backend.model_dtype(model)).rpartition(".")[2],
         "library_version": __version__,
     }
-    keys, unfit = _plan_rows(documents, jobs, settings, common)
+    keys, unfit = _plan_records(documents, jobs, settings, common)
     runner = Runner(backend, model, settings)
-    rows = _run_rows(runner, documents, jobs, keys, finished)
-    _warn_of_low_perplexity(rows)
+    records = _run_records(runner, documents, jobs, keys, finished)
+    _warn_of_low_perplexity(records)
     return {
-        "rows": summarize(rows),
-        "documents": rows,
+        "rows": summarize(records),
+        "documents": records,
         "skipped": skipped + unfit,
         "layers": list(runner.layers),
         **{key: value for key, value in common.items() if key != "library_version"},
@@ -202,10 +202,10 @@ def evaluate(
     }
 
 
-def _plan_rows(
+def _plan_records(
     documents: list[Document], jobs: list[Job], settings: Settings, common: dict
 ) -> tuple[dict[Place, list[dict]], list[dict]]:
-    """What identifies the rows at every place, and the pairs of job and task that are not for each other, which are named."""
+    """What identifies the records of every place, and the pairs of job and task that do not go together, by name."""
     skipped = []
     for job, task in product(jobs, settings.tasks):
         if not _runs(task, job):
@@ -221,16 +221,18 @@ def _plan_rows(
     return keys, skipped
 
 
-def _run_rows(
-    runner: Runner, documents: list[Document], jobs: list[Job], keys: dict[Place, list[dict]], finished: RowFile
+def _run_records(
+    runner: Runner, documents: list[Document], jobs: list[Job], keys: dict[Place, list[dict]], finished: RecordFile
 ) -> list[dict]:
-    """The row of every key, in their order; what `finished` lacks is measured now and added to it."""
+    """The record of every key, in their order; what `finished` lacks is measured now and added to it."""
 
     def missing(place: Place) -> list[dict]:
         return [key for key in keys.get(place, ()) if finished.find(key) is None]
 
     total = sum(map(len, keys.values()))
-    with tqdm(total=total, initial=total - sum(len(missing(place)) for place in keys), desc="eval", unit="row") as bar:
+    with tqdm(
+        total=total, initial=total - sum(len(missing(place)) for place in keys), desc="eval", unit="record"
+    ) as bar:
         for d, document in enumerate(documents):
             todo = {task: [job for job in jobs if missing((d, task, job))] for task in document.scored}
             for task, job, numbers in runner.measure(document, todo):
@@ -238,11 +240,11 @@ def _run_rows(
                 if finished.find(key) is None:  # turns are run again from the first on
                     finished.append(key | numbers)
                     bar.update()
-    return [finished.rows[row_key(key)] for group in keys.values() for key in group]
+    return [finished.records[record_key(key)] for group in keys.values() for key in group]
 
 
-def _warn_of_low_perplexity(rows: list[dict]) -> None:
-    low = sorted({row["text"] for row in rows if row.get("low_ppl")})
+def _warn_of_low_perplexity(records: list[dict]) -> None:
+    low = sorted({record["text"] for record in records if record.get("low_ppl")})
     if low:
         log.warning(
             "The plain cache's perplexity on %s is below %g: such a text says little about quality.",
@@ -336,7 +338,7 @@ def _runs(task: str, job: Job) -> bool:
 
 
 def _keys(document: Document, task: str, job: Job, settings: Settings, common: dict) -> list[dict]:
-    """What identifies the rows of `job` in `task`: one, or one per turn."""
+    """What identifies the records of `job` in `task`: one, or one per turn."""
     metrics = {"text": METRICS, "copy": METRICS[:2], "drift": METRICS[:2], "needle": METRICS[:1]}[task]
     key = {
         "method": job.method.name,
@@ -360,7 +362,7 @@ def _keys(document: Document, task: str, job: Job, settings: Settings, common: d
         "plan": job.plan_hash,
         **common,
     }
-    if job.wavelet:  # other rows stay as they are without it
+    if job.wavelet:  # other records stay as they are without it
         key["wavelet"] = job.wavelet
     if task == "text":
         return [key | {"greedy": settings.greedy}]

@@ -107,7 +107,7 @@ class Runner:
         tasks = {"text": self._text, "copy": self._copy, "drift": self._drift, "needle": self._needle}
         for task, jobs in todo.items():
             if jobs:
-                yield from ((task, *row) for row in tasks[task](document, jobs, plain, after_prefix))
+                yield from ((task, *found) for found in tasks[task](document, jobs, plain, after_prefix))
 
     def _text(self, document: Document, jobs: list[Job], plain, after_prefix) -> Iterator[tuple[Job, dict]]:
         """Score what really follows; generate from the same place; compare what the cache holds of the prefix."""
