@@ -62,8 +62,6 @@ typedef struct {
   float *output;                           // [batch][kv_heads][rows][dim]
 } Call;
 
-// ---------------------------------------------------------------------------------------------------- vectors
-
 INLINE float sum(vec x) {
   float s = 0;
   for (int i = 0; i < LANES; i++) s += x[i];
@@ -104,8 +102,6 @@ INLINE vec reduce(vec a, vec b, vec c, vec d) {
   vec cd = PICK(c, d, 0, LANES, 1, LANES + 1) + PICK(c, d, 2, LANES + 2, 3, LANES + 3);
   return PICK(ab, cd, 0, 1, LANES, LANES + 1) + PICK(ab, cd, 2, 3, LANES + 2, LANES + 3);
 }
-
-// ---------------------------------------------------------------------------------------------------- codes
 
 INLINE uint32_t short_word(const uint8_t *p) { return p[0] | (uint32_t)p[1] << 8; }
 
@@ -294,8 +290,6 @@ INLINE const uint8_t *unpack_rest(const int bits, const Rows *r, uint8_t *bytes)
   return bytes + start % UNIT;
 }
 
-// ---------------------------------------------------------------------------------------------------- trellis
-
 // The two lowest bits of up to 64 codes of `bits` bits, side by side; the upper one of codes of one bit is 0.
 INLINE void lowest_bits(const int bits, const uint8_t *units, uint64_t out[2]) {
   const long_word *p = (const long_word *)units;
@@ -438,8 +432,6 @@ INLINE vec decode_coupled(const int bits, const Levels *l, const Labels *labels,
   return decode_bytes(bits + 1, l, indices(codes, (const uint8_t *)labels->sum + 2 * v, labels->second + 2 * v), 0);
 }
 #endif
-
-// ---------------------------------------------------------------------------------------------------- passes
 
 INLINE vec decode_vector(const int bits, const int coupled, const Levels *l, const Labels *labels, const uint8_t *p, int v) {
   return coupled ? decode_coupled(bits, l, labels, p, v) : decode(bits, l, p + v * (LANES / UNIT) * bits);
@@ -592,8 +584,6 @@ typedef void (*Pool)(const Rows *, const float *, const float *, const uint16_t 
   }
 static const Score score_table[2][9][ROWS] = TABLE(score);
 static const Pool pool_table[2][9][ROWS] = TABLE(pool);
-
-// ---------------------------------------------------------------------------------------------------- a group of chunks
 
 // Query rows of one KV head on the basis of its keys, times the softmax's scale; logits are to the base 2.
 typedef struct {
@@ -759,8 +749,6 @@ static void attend_chunks(const Codec *codec, const Call *call, int sequence, in
   }
 }
 
-// ---------------------------------------------------------------------------------------------------- exact tokens
-
 static const float *exact_row(const Call *call, const void *side, long row, int dim, float *buffer) {
   if (!call->exact_is_bfloat16) return (const float *)side + row * dim;
   const uint16_t *x = (const uint16_t *)side + row * dim;
@@ -802,8 +790,6 @@ static void attend_exact(const Codec *codec, const Call *call, int head, Partial
     }
   }
 }
-
-// ---------------------------------------------------------------------------------------------------- the whole step
 
 static void project(const Codec *codec, const Call *call, int head, float *latent, float *offset) {
   const int dim = codec->dim, rank = codec->rank, group = head % codec->kv_heads;

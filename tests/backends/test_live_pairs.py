@@ -20,7 +20,7 @@ from spectral_kv_core.profile.basis_set import PAIRS
 pytest.importorskip("constriction")
 
 STORED, LIVE = "spectral-stored-pairs", "spectral-dense-pairs"
-# an odd number of layers; biased keys; the first layer slides. mlx-lm's Gemma 3 has no neighbours to pair
+# an odd number of layers; biased keys; the first layer slides. mlx-lm's Gemma 3 has no neighbors to pair
 every_kind = of_families("llama", "qwen2", torch=("gemma3",))
 
 

@@ -1,7 +1,7 @@
 """Eigen Attention (Saxena et al. 2024, arXiv 2408.05646): keys and values of low rank, nothing quantized.
 
 Section 3: per KV head, keys before RoPE in the leading directions of keys and queries stacked, values in their own;
-neither is centred; keys are expanded and rotated to attend. A rank is that of the head of its layer that needs most for a
+neither is centered; keys are expanded and rotated to attend. A rank is that of the head of its layer that needs most for a
 share of the sum of singular values. Departures: keys and queries weigh alike in the joint basis, since the profile has the
 attention scale in its queries; one share for all layers, from the bits, in place of an error budget per layer; latents are
 float16, and stay beside the model instead of being folded into its weights.

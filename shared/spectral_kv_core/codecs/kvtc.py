@@ -151,7 +151,7 @@ class KvtcPlan(ArrayPlan):
 
 
 def best_groups(variance: np.ndarray, budget: float) -> list[tuple[int, int]]:
-    """Groups (components, bits) from the first component on that minimise squared error within `budget` bits per token.
+    """Groups (components, bits) from the first component on that minimize squared error within `budget` bits per token.
 
     `variance` [R] of the components, which fall. At every price of a bit the best groups are found by dynamic programming;
     the price is searched that uses the budget best. What it leaves takes further groups of the fewest bits, larger ones
@@ -187,7 +187,7 @@ def _options(tail: np.ndarray) -> list[tuple]:
 
 
 def _groups_at(tail: list[float], options: list[tuple], price: float) -> list[tuple[int, int]]:
-    """Groups that minimise error + price * bits, widths never rising along the components."""
+    """Groups that minimize error + price * bits, widths never rising along the components."""
     rank = len(tail) - 1
     # per width allowed at most: (value, option taken) from every component on; the last entry drops everything
     value = {bits: [0.0] * (rank + 1) for bits in (*WIDTHS, 0)}
