@@ -14,7 +14,7 @@ import numpy as np
 
 from ..codecs.chunk import Chunk
 from ..errors import UsageError
-from ..planning.budget import CHUNK_TOKENS
+from ..planning.budget import CHUNK_TOKENS, WAITING
 from ..planning.plan import Plan, needed
 from ..scorers import Scorer, Tokens, get_scorer
 from ..scorers.selection import MODES, select
@@ -68,8 +68,9 @@ class Eviction:
         for start, end in sorted(self.protect):
             covered += max(end - max(start, last), 0)
             last = max(last, end)
-        blocks = 2 * 15 * len(self.protect) if self.coded else 0  # a block is kept for the sake of one token
-        waits = 15 if self.coded else 0  # for their block to fill
+        # a block is kept for the sake of one token, at both ends of a span
+        blocks = 2 * WAITING * len(self.protect) if self.coded else 0
+        waits = WAITING if self.coded else 0
         return self.sinks + self.window + waits + blocks + covered
 
     @property

@@ -12,7 +12,7 @@ from numbers import Real
 from ..codecs.registry import plan_for, usable_method
 from ..codecs.tiers import check_tiers, make_tiered_plan
 from ..errors import UsageError
-from ..planning.budget import SINKS, WINDOW, elements_per_token, whole_number
+from ..planning.budget import SINKS, WAITING, WINDOW, elements_per_token, whole_number
 from ..planning.methods import DEFAULT_METHOD, Method, get_live_method, rounded_by
 from ..planning.plan import Plan
 from ..profile.model_shape import ModelShape
@@ -171,6 +171,6 @@ def _tokens_for_bytes(
     exact = elements * element_bytes + places
     if not plan.method.compresses:
         return max(int((budget_bytes - other_bytes) // exact), 1)
-    whole = sinks + window + 15  # of which up to 15 wait for their block to fill
+    whole = sinks + window + WAITING
     left = budget_bytes - other_bytes - whole * exact
     return whole + max(int(left // (elements * plan.bits_per_element / 8 + places)), 0)

@@ -23,7 +23,7 @@ from .. import __version__
 from ..codecs.registry import bits_range, make_plan, usable_method
 from ..codecs.tiers import check_tiers, make_tiered_plan, mean_bits, name_tiers
 from ..errors import UsageError
-from ..planning.budget import SEAL, SINKS, WINDOW
+from ..planning.budget import SINKS, WAITING, WINDOW
 from ..planning.methods import ROUNDINGS, Method, get_method, rounded_by
 from ..profile.basis_set import JOINT, PAIRS
 from ..profile.profile import Profile
@@ -149,7 +149,7 @@ class Settings:
         for keep in self.shares if dropping else ():
             if not 0 < keep <= 1:
                 raise UsageError(f"Expected shares above 0, at most 1, for `keep`, received {keep:g}.")
-            waits = SEAL - 1 if any(method.compresses for method in dropping) else 0
+            waits = WAITING if any(method.compresses for method in dropping) else 0
             for prefix in self.prefixes:
                 if round(keep * prefix) <= self.sinks + self.window + waits:
                     raise UsageError(

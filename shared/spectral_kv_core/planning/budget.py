@@ -10,6 +10,7 @@ from ..errors import UsageError
 from ..profile.model_shape import ModelShape
 
 SEAL = 16  # tokens are sealed in multiples of this, and of the block of their codec
+WAITING = SEAL - 1  # tokens that wait, at most, until a block of `SEAL` is full
 WINDOW = 64  # last tokens that a cache keeps exactly, unless told
 SINKS = 4  # first tokens that a cache keeps exactly, unless told
 CHUNK_TOKENS = 1024  # tokens of a full chunk: the unit that is decoded at a time
