@@ -266,7 +266,7 @@ def fused(q, k, v, scale):
 
 @pytest.mark.parametrize("fault", [None, "wrong", "raises"])
 def test_a_kernel_not_seen_on_a_card_is_checked_at_its_first_step(monkeypatch, fault):
-    monkeypatch.setattr(checked, "_verdicts", {})
+    monkeypatch.setattr(checked, "OF_PROCESS", checked.Verdicts())
     case = Case(0, 64, 1, 2)
     codec = make_codec(ops, plan_of(case.model, 2), 0)
     calls = []
@@ -293,7 +293,7 @@ def test_a_kernel_not_seen_on_a_card_is_checked_at_its_first_step(monkeypatch, f
 
 
 def test_layers_of_other_ranks_share_a_check(monkeypatch):
-    monkeypatch.setattr(checked, "_verdicts", {})
+    monkeypatch.setattr(checked, "OF_PROCESS", checked.Verdicts())
     ranks = set()
     for bits in (0.5, 2):
         codec = make_codec(ops, plan_of(ToyModel(), bits, "layer", "pre"), 0)
@@ -301,7 +301,7 @@ def test_layers_of_other_ranks_share_a_check(monkeypatch):
         got = packing.CheckedPacker(codec, codec.pack)(codes)
         assert all(torch.equal(*pair) for pair in zip(got, codec.pack(codes), strict=True))
         ranks.add(codec.rank)
-    assert len(ranks) == 2 and list(checked._verdicts.values()) == [True]
+    assert len(ranks) == 2 and list(checked.OF_PROCESS.known.values()) == [True]
 
 
 def exact(case: Case) -> tuple:
@@ -374,7 +374,7 @@ def pretend_a_card(monkeypatch, factor: float = 1) -> None:
             scores = scores.masked_fill(future, -torch.inf)
         return (scores.softmax(-1) @ values).to(queries.dtype) * factor, scores.logsumexp(-1), None
 
-    monkeypatch.setattr(checked, "_verdicts", {})
+    monkeypatch.setattr(checked, "OF_PROCESS", checked.Verdicts())
     monkeypatch.setattr(flash, "is_card", lambda device: True)
     monkeypatch.setattr(flash, "runs_kernels", lambda device: True)
     monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention", attention_on_card)
