@@ -65,9 +65,9 @@ class FakeBackend:
     def plain_cache(self, model):
         return SimpleNamespace(kind="plain", tokens=[])
 
-    def make_prompt_cache(self, model, profile, bits, *, method, window, sinks):
-        self.log.append(("make", method.name, bits))
-        return SimpleNamespace(kind=method.name, tokens=[])
+    def build_cache(self, model, profile, request):
+        self.log.append(("make", request.method.name, request.bits))
+        return SimpleNamespace(kind=request.method.name, tokens=[])
 
     def fill(self, cache, plain):
         assert not cache.tokens

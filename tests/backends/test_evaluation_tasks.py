@@ -41,9 +41,10 @@ class CopyingBackend(FakeBackend):
 class DroppingBackend(CopyingBackend):
     """Its caches keep the last `budget_tokens` tokens of the first call."""
 
-    def make_prompt_cache(self, model, profile, bits, *, method, window, sinks, budget_tokens=None):
-        self.log.append(("make", method.name, bits, budget_tokens))
-        return SimpleNamespace(kind=method.name, tokens=[], budget=budget_tokens, first=0)
+    def build_cache(self, model, profile, request):
+        name, budget = request.method.name, request.budget_tokens
+        self.log.append(("make", name, request.bits, budget))
+        return SimpleNamespace(kind=name, tokens=[], budget=budget, first=0)
 
     def feed(self, model, tokens, cache, keep=1):
         first, logits = not cache.tokens, super().feed(model, tokens, cache, keep)

@@ -48,6 +48,19 @@ DEFAULT_KEEP = (0.5, 0.25)
 Place: TypeAlias = tuple[int, str, Job]  # of a record: which document, the task and the cache
 Tiers: TypeAlias = tuple[tuple[float, float], ...]  # (share, bits) pairs
 
+_LEAST = {  # tokens, documents or turns that a field of `Settings` has at least
+    "prefixes": 2,  # a tokenizer's own first token, and one of the text
+    "scored": 2,  # the first is predicted by the prefix alone
+    "documents": 1,
+    "step": 1,
+    "prefill_chunk": 1,
+    "window": 0,
+    "sinks": 0,
+    "greedy": 0,
+    "turns": 1,
+    "turn_tokens": 1,
+}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -81,28 +94,43 @@ class Settings:
     tiers: tuple[tuple[tuple[float, float], ...], ...] = ()
 
     def __post_init__(self):
-        for name, values in (("methods", self.methods), ("tasks", self.tasks), ("prefixes", self.prefixes)):
-            if not values:
-                raise UsageError(f"Expected at least one value for `{name}`, received none.")
+        self._check_values()
+        self._check_numbers()
         methods = [get_method(name) for name in self.methods]
-        value: str | int
-        for name, values, known in (("tasks", self.tasks, TASKS), ("metrics", self.metrics, METRICS)):
-            for value in values:
+        self._check_tasks(methods)
+        self._check_tiers(methods)
+        self._check_rounding(methods)
+        self._check_wavelets(methods)
+        self._check_keep([method for method in methods if _drops_tokens(method)])
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """What methods that drop tokens keep; none where tiers alone are asked for."""
+        return self.keep or (() if self.tiers else DEFAULT_KEEP)
+
+    def _check_values(self) -> None:
+        """Raise UsageError for an empty list that must not be, and for tasks and metrics that do not exist."""
+        for name in ("methods", "tasks", "prefixes"):
+            if not getattr(self, name):
+                raise UsageError(f"Expected at least one value for `{name}`, received none.")
+        for name, known in (("tasks", TASKS), ("metrics", METRICS)):
+            for value in getattr(self, name):
                 if value not in known:
                     raise UsageError(f"Expected `{name}` among {', '.join(known)}, received {value!r}.")
+
+    def _check_numbers(self) -> None:
+        """Raise UsageError for a number that is too small."""
         for bits in self.bits:
             if not (math.isfinite(bits) and bits > 0):
                 raise UsageError(f"Expected `bits` above 0, received {bits:g}.")
-        chunk = 1 if self.prefill_chunk is None else self.prefill_chunk
-        numbers = [
-            ("prefixes", prefix, 2) for prefix in self.prefixes
-        ]  # a tokenizer's own first token, and one of the text
-        numbers += [("scored", self.scored, 2), ("documents", self.documents, 1), ("step", self.step, 1)]
-        numbers += [("prefill_chunk", chunk, 1), ("window", self.window, 0), ("sinks", self.sinks, 0)]
-        numbers += [("greedy", self.greedy, 0), ("turns", self.turns, 1), ("turn_tokens", self.turn_tokens, 1)]
-        for name, value, least in numbers:  # the first scored token is predicted by the prefix alone
-            if value < least:
-                raise UsageError(f"Expected `{name}` of at least {least}, received {value}.")
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            for number in value if isinstance(value, tuple) else () if value is None else (value,):
+                if number < least:
+                    raise UsageError(f"Expected `{name}` of at least {least}, received {number}.")
+
+    def _check_tasks(self, methods: list[Method]) -> None:
+        """Raise UsageError for a prefix that has no span to copy, and for the task `drift` alone without a live cache."""
         if "copy" in self.tasks:
             for prefix in self.prefixes:
                 copy_span(prefix, self.scored, self.sinks, self.window)
@@ -110,15 +138,20 @@ class Settings:
             raise UsageError(
                 f"Expected a method with a live cache for the task drift, received {', '.join(self.methods)}, for files."
             )
-        for tiers in self.tiers:
-            for method in methods:
-                if _drops_tokens(method):
-                    check_tiers(method, tiers)
-        if self.tiers and not any(map(_drops_tokens, methods)):
+
+    def _check_tiers(self, methods: list[Method]) -> None:
+        """Raise UsageError for `tiers` that a method cannot have, or that none takes."""
+        dropping = [method for method in methods if _drops_tokens(method)]
+        for tiers, method in product(self.tiers, dropping):
+            check_tiers(method, tiers)
+        if self.tiers and not dropping:
             raise UsageError(
                 f"Expected a method SCORER+METHOD for `tiers`, {', '.join(self.methods)} are none. Take for example "
                 "triattention+spectral."
             )
+
+    def _check_rounding(self, methods: list[Method]) -> None:
+        """Raise UsageError for `rounding_scores` that do not exist, or that no method rounds by."""
         for scorer in self.rounding_scores:
             if scorer not in ROUNDINGS:
                 raise UsageError(f"Expected `rounding_scores` among {', '.join(ROUNDINGS)}, received {scorer!r}.")
@@ -126,6 +159,9 @@ class Settings:
             raise UsageError(
                 f"Expected a method that rounds by scores for `rounding_scores`, {', '.join(self.methods)} do not."
             )
+
+    def _check_wavelets(self, methods: list[Method]) -> None:
+        """Raise UsageError for `wavelets` that do not exist, or that no method scores with."""
         wavy = [named for method in methods if (named := method.scorer) and _has_wavelet(method)]
         if self.wavelets and not (wavy and self.shares):
             raise UsageError(
@@ -134,14 +170,9 @@ class Settings:
             )
         for wavelet in self.wavelets:
             check_wavelet(get_scorer(wavy[0]), wavelet)
-        self._check_keep([method for method in methods if _drops_tokens(method)])
 
-    @property
-    def shares(self) -> tuple[float, ...]:
-        """What methods that drop tokens keep; none where tiers alone are asked for."""
-        return self.keep or (() if self.tiers else DEFAULT_KEEP)
-
-    def _check_keep(self, dropping: list) -> None:
+    def _check_keep(self, dropping: list[Method]) -> None:
+        """Raise UsageError for shares that leave nothing to choose, or that no method takes."""
         if self.keep and not dropping:
             raise UsageError(
                 f"Expected a method that drops tokens for `keep`, {', '.join(self.methods)} keep every token."
