@@ -16,7 +16,8 @@ from spectral_kv_core.cache.size import CacheSize
 from spectral_kv_core.cli import main as cli
 from spectral_kv_core.evaluation.documents import make_documents
 from spectral_kv_core.evaluation.records import RecordFile, summarize
-from spectral_kv_core.evaluation.run import Settings, evaluate, plan_jobs
+from spectral_kv_core.evaluation.run import evaluate, plan_jobs
+from spectral_kv_core.evaluation.settings import Settings
 from spectral_kv_core.evaluation.text import (
     Text,
     copy_span,

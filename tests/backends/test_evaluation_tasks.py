@@ -14,7 +14,8 @@ from spectral_kv_core.evaluation import run as evaluation
 from spectral_kv_core.evaluation.documents import DEPTHS, NEEDLE, QUESTION, hide_needle, make_documents
 from spectral_kv_core.evaluation.fidelity import sealed_span
 from spectral_kv_core.evaluation.report import print_evaluation, save_evaluation
-from spectral_kv_core.evaluation.run import Settings, evaluate
+from spectral_kv_core.evaluation.run import evaluate
+from spectral_kv_core.evaluation.settings import Settings
 from spectral_kv_core.evaluation.text import Text
 from spectral_kv_core.planning import methods
 

@@ -17,7 +17,8 @@ from test_evaluation_tasks import check_perturbation, perturbation_by_hand
 
 from spectral_kv_core.cli import main as cli
 from spectral_kv_core.evaluation.documents import make_documents
-from spectral_kv_core.evaluation.run import Settings, evaluate
+from spectral_kv_core.evaluation.run import evaluate
+from spectral_kv_core.evaluation.settings import Settings
 from spectral_kv_core.evaluation.text import Text
 from spectral_kv_mlx import SpectralProfiler, cache_nbytes, generation, make_prompt_cache, restore
 from spectral_kv_mlx.generation import feed, fill, held_vectors, model_shape, plain_cache, recorded

@@ -20,7 +20,8 @@ from spectral_kv_core.cli import main as cli
 from spectral_kv_core.codecs.chunk import join_layers, split_layers
 from spectral_kv_core.codecs.entropy_coded import EntropyCodec
 from spectral_kv_core.codecs.registry import make_plan
-from spectral_kv_core.evaluation.run import Settings, plan_jobs
+from spectral_kv_core.evaluation.run import plan_jobs
+from spectral_kv_core.evaluation.settings import Settings
 from spectral_kv_core.planning.budget import elements_per_token
 from spectral_kv_core.planning.methods import BASIS_SETS, Method, get_method
 from spectral_kv_core.profile.basis_set import PAIRS
