@@ -15,7 +15,15 @@ from cases import ToyModel, toy_profile_of  # noqa: E402
 from tiny_checkpoint import save_tiny_checkpoint  # noqa: E402
 from torch_models import ByteTokenizer, tiny_model, tokens  # noqa: E402
 
-from spectral_kv_core.benchmark.footprint import Budget, Footprint, Stored, fit, parse_bytes, safetensors_nbytes  # noqa: E402
+from spectral_kv_core.benchmark.footprint import (  # noqa: E402
+    Budget,
+    Footprint,
+    Stored,
+    Wanted,
+    fit,
+    parse_bytes,
+    safetensors_nbytes,
+)
 from spectral_kv_core.cli import main as cli  # noqa: E402
 from spectral_kv_core.codecs.registry import make_plan  # noqa: E402
 from spectral_kv_core.planning.methods import get_method  # noqa: E402
@@ -141,7 +149,7 @@ def toy_footprint(**changes) -> Footprint:
 
 def toy_fit(memory, method="spectral", profile=None, **options):
     model = toy_footprint(**options.pop("model", {}))
-    return fit(model, memory, get_method(method), profile, torch_footprint.table_nbytes, **options)
+    return fit(model, memory, Wanted(get_method(method), **options), profile, torch_footprint.table_nbytes)
 
 
 def test_the_longest_context_fits_and_a_longer_one_does_not():

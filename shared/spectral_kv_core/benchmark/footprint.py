@@ -246,36 +246,40 @@ class Budget:
         return low
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """The caches that `fit` counts. bits, contexts: none for those that the method and the model suggest.
+
+    window, sinks: last and first tokens that stay exact.
+    """
+
+    method: Method
+    bits: Iterable[float] = ()
+    contexts: Iterable[int] = ()
+    window: int = WINDOW
+    sinks: int = SINKS
+
+
 def fit(
-    model: Footprint,
-    memory: int,
-    method: Method,
-    profile: Profile | None,
-    tables: Callable[[Plan], tuple[int, int]],
-    bits: Iterable[float] = (),
-    contexts: Iterable[int] = (),
-    window: int = WINDOW,
-    sinks: int = SINKS,
+    model: Footprint, memory: int, wanted: Wanted, profile: Profile | None, tables: Callable[[Plan], tuple[int, int]]
 ) -> dict:
     """`rows` for every pair of bits and context, `limits` by bits, `contexts` with the bits that they allow.
 
     profile None: tables and widths of a typical plan for this shape. tables: (bytes of the layer groups, bytes that all groups
-    share) of a plan. Raises UsageError for bits that `method` cannot reach, contexts out of range, or memory that the
+    share) of a plan. Raises UsageError for bits that the method cannot reach, contexts out of range, or memory that the
     weights alone exceed.
     """
-    _check_request(model, memory, method)
-    contexts = tuple(dict.fromkeys(contexts)) or _default_contexts(model.context)
+    method, bits = wanted.method, tuple(dict.fromkeys(wanted.bits))
+    _check_wanted(model, memory, method)
+    contexts = tuple(dict.fromkeys(wanted.contexts)) or _default_contexts(model.context)
     _check_contexts(model, contexts)
     if not method.compresses and bits:
         raise UsageError(f"Expected no `bits` for {method.name}, which stores what the plain cache does.")
-    made = {
-        b: _stored(model, method, profile, tables, b)
-        for b in tuple(dict.fromkeys(bits)) or _default_bits(model.shape, method)
-    }
+    made = {b: _stored(model, method, profile, tables, b) for b in bits or _default_bits(model.shape, method)}
     own = 8 * model.element_bytes
     budgets = {("plain", float(b)): Budget(model, None, 0, 0, b // 8) for b in sorted({16, own}, reverse=True)}
     profile_bytes = _profile_nbytes(model.shape, profile) if method.basis_set and model.shares_memory else 0
-    sizes = sinks, window, model.element_bytes, profile_bytes
+    sizes = wanted.sinks, wanted.window, model.element_bytes, profile_bytes
     budgets |= {(method.name, b): Budget(model, s, *sizes) for b, s in made.items()}
     table_bytes = max((stored.table_bytes for stored in made.values()), default=0)
     options = model, method, table_bytes, sizes, memory
@@ -293,7 +297,7 @@ def fit(
     }
 
 
-def _check_request(model: Footprint, memory: int, method: Method) -> None:
+def _check_wanted(model: Footprint, memory: int, method: Method) -> None:
     if memory <= model.weights_bytes:
         raise UsageError(
             f"Expected memory for the weights, {model.weights_bytes:,} bytes, received {memory:,}. Give more `memory`, or "

@@ -36,12 +36,13 @@ def held(group, layer: int | None = None) -> list:
     return [x for (_, of), pair in group.decoded.items() if layer in (None, of) for x in pair]
 
 
-def decode_step(xp, codec, group, layer: int, limit: int, queries, keys, values, scale: float):
+def decode_step(codec, group, layer: int, limit: int, queries, keys, values, scale: float):
     """`attention.decode_step` over the chunks of `group`, of which those that fit in `limit` bytes stay decoded in it.
 
     `codec`: that of layer number `layer` of the group. Chunks stay in 16 bits: in the dtype of `queries` where that has as
     many, else in float16.
     """
+    xp = codec.xp
     kind = queries.dtype if queries.nbytes == 2 * prod(queries.shape) else xp.float16
     there = set(group.chunks)
     group.decoded = {key: pair for key, pair in group.decoded.items() if key[0] in there}

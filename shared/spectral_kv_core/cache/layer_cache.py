@@ -339,7 +339,7 @@ class LayerCache:
             others = [other for other in self.padding_groups if other is not group]
             taken = sum(x.nbytes for other in others for x in working_set.held(other, layer))
             limit = self.working_set // self.layers - taken
-            out = working_set.decode_step(xp, codec, group, layer, limit, q, joined[0], joined[1], scale)
+            out = working_set.decode_step(codec, group, layer, limit, q, joined[0], joined[1], scale)
         else:
             out = codec.decode_step(group.chunks, q, joined[0], joined[1], scale)
         return out, joined
