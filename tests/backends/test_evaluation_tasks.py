@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from test_evaluation import NAMES, SMALL, VOCABULARY, FakeBackend, LetterTokenizer, run_fake
 
-from spectral_kv_core.evaluation import run as evaluation
 from spectral_kv_core.evaluation.documents import DEPTHS, NEEDLE, QUESTION, hide_needle, make_documents
 from spectral_kv_core.evaluation.fidelity import sealed_span
 from spectral_kv_core.evaluation.report import print_evaluation, save_evaluation
@@ -69,8 +68,7 @@ class ByteTokenizer(LetterTokenizer):
 def dropping(monkeypatch):
     """A method `late` that drops tokens and reads the prefix for it, beside the others."""
     method = replace(methods.get_method("identity"), name="late", scorer="snapkv")
-    known = evaluation.get_method
-    monkeypatch.setattr(evaluation, "get_method", lambda name: method if name == "late" else known(name))
+    monkeypatch.setitem(methods.METHODS, "late", method)
 
 
 # --- drift ----------------------------------------------------------------------------------------------------------

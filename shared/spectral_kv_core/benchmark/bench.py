@@ -22,6 +22,8 @@ from tqdm import tqdm
 
 from ..errors import UsageError
 from ..evaluation import run as evaluation
+from ..evaluation.settings import Settings as Evaluated
+from ..evaluation.tasks import Job
 from ..evaluation.text import default_texts
 from ..hosts.backends import load_backend
 from ..planning.budget import SEAL, SINKS, WINDOW
@@ -77,9 +79,9 @@ class Settings:
                 )
 
     @cached_property
-    def evaluated(self) -> evaluation.Settings:
+    def evaluated(self) -> Evaluated:
         """The methods and bits as `evaluation.plan_jobs` takes them."""
-        return evaluation.Settings(self.methods, (self.bits,), tasks=("text",))
+        return Evaluated(self.methods, (self.bits,), tasks=("text",))
 
     @property
     def shape(self) -> ModelShape:
@@ -207,7 +209,7 @@ class _Runs:
         self.reason: str | None = None
         self.layers = host.model_shape(model)[0].layers
 
-    def go_round(self, jobs: list[evaluation.Job]) -> None:
+    def go_round(self, jobs: list[Job]) -> None:
         host, model = self.host, self.model
         plain = self._read("host", host.plain_cache(model))
         for way in WAYS:
