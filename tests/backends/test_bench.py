@@ -204,13 +204,12 @@ def torch_layer(torch_bench, context: int = 200, dtype: str = "float32"):
 def test_torch_steps_attend_to_what_they_should(torch_bench, monkeypatch):
     """The three ways agree; our cache goes through the last tokens, seals once, and then has no more of them."""
     layer, outputs, seen = torch_layer(torch_bench), [], []
-    finished = torch_bench._finished
+    seconds = torch_bench.BenchLayer.seconds
 
-    def spy(run, *args, **kwargs):
-        outputs.append(finished(run, *args, **kwargs))
-        return outputs[-1]
+    def spy(self, run):
+        return seconds(self, lambda: outputs.append(run()))
 
-    monkeypatch.setattr(torch_bench, "_finished", spy)
+    monkeypatch.setattr(torch_bench.BenchLayer, "seconds", spy)
     for way in core.WAYS:
         step = getattr(layer, way)()
         assert step() > 0 and step() > 0  # the cache is as it was
@@ -306,9 +305,8 @@ def test_torch_attention_clock_counts_and_restores(torch_bench, checkpoint, monk
     from spectral_kv_torch.generation import feed, load_model, plain_cache
 
     kernels, logits, layers = [], [], (0, 2)
-    for name in ("_gqa", "_grouped"):
-        kernel = getattr(torch_bench, name)
-        monkeypatch.setattr(torch_bench, name, lambda *a, name=name, kernel=kernel: kernels.append(name) or kernel(*a))
+    kernel = torch_bench._gqa
+    monkeypatch.setattr(torch_bench, "_gqa", lambda q, *given: kernels.append(q.shape[1:3]) or kernel(q, *given))
     model, _ = load_model(checkpoint)
     for way in (None, *core.WAYS):
         cache = plain_cache(model)
@@ -323,7 +321,7 @@ def test_torch_attention_clock_counts_and_restores(torch_bench, checkpoint, monk
         assert not any("update" in vars(layer) for layer in cache.layers)
         assert AttentionInterface()[integration.ATTENTION] is integration.attention_forward
         np.testing.assert_allclose(logits[-1], logits[0], atol=1e-4)
-    assert kernels == ["_gqa", "_gqa", "_grouped", "_grouped"]
+    assert kernels == [(4, 1)] * 2 + [(2, 2)] * 2  # heads and rows of the query
 
 
 @pytest.mark.slow

@@ -12,7 +12,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import cycle, islice
@@ -32,6 +31,7 @@ from ..planning.plan import Plan
 from ..profile.model_shape import ModelShape
 from .machine import cpu_cores, cpu_name
 from .synthetic import kept_share, synthetic_plan, synthetic_profile, synthetic_shape, synthetic_vectors
+from .timing import Bench
 
 WAYS = ("host", "gqa", "grouped")  # of attending to a plain cache with one token
 REPEATS = 3
@@ -108,21 +108,7 @@ class Settings:
         return replace(self, contexts=fitting)
 
 
-class Clock:
-    """Time in seconds spent in functions called through it, and calls that `count`."""
-
-    def __init__(self):
-        self.seconds, self.calls = 0.0, 0
-
-    def time(self, run: Callable, *args, count: bool = False, **kwargs):
-        started = time.perf_counter()
-        out = run(*args, **kwargs)
-        self.seconds += time.perf_counter() - started
-        self.calls += count
-        return out
-
-
-def bench_layer(bench, backend: str, settings: Settings, dtype: str) -> dict:
+def bench_layer(bench: Bench, backend: str, settings: Settings, dtype: str) -> dict:
     """`rows` of a synthetic layer, and the machine's read bandwidth. `bench`: the module of that name of `backend`."""
     shape, plans = settings.shape, settings.plans
     records, sweeps = [], []
@@ -163,7 +149,7 @@ def bench_layer(bench, backend: str, settings: Settings, dtype: str) -> dict:
     return {"rows": records, **_bandwidth(bench, sweeps)}
 
 
-def bench_model(host, bench, model, tokenizer, settings: Settings, names: dict) -> dict:
+def bench_model(host, bench: Bench, model, tokenizer, settings: Settings, names: dict) -> dict:
     """`rows` of a model that reads real text, and the machine's read bandwidth.
 
     host, bench: a backend's modules `generation` and `bench`; names: what `measure_peak` finds the model by.
@@ -200,7 +186,7 @@ class _Runs:
     By cache: tokens read and decoded per second, and seconds in the attention of all `layers` per step.
     """
 
-    def __init__(self, host, bench, model, prompt: list[int]):
+    def __init__(self, host, bench: Bench, model, prompt: list[int]):
         self.host, self.bench, self.model, self.prompt = host, bench, model, prompt
         self.read: dict[str, list[float]] = {}
         self.decoded: dict[str, list[float]] = {}
@@ -251,7 +237,7 @@ class _Runs:
         return self.host.generate(self.model, None, self.prompt[-1:], cache, tokens, True, lambda token: None)
 
 
-def machine(host, bench) -> dict:
+def machine(host, bench: Bench) -> dict:
     """What a time belongs to."""
     return {
         "cpu": cpu_name(),
@@ -335,7 +321,7 @@ def _record(
     }
 
 
-def _bandwidth(bench, sweeps: list[float]) -> dict:
+def _bandwidth(bench: Bench, sweeps: list[float]) -> dict:
     return {"machine_read_gb_per_s": bench.SWEEP_BYTES / float(np.median(sweeps)) / 1e9}
 
 
