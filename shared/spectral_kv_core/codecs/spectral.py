@@ -21,7 +21,7 @@ from ..planning.plan import Plan
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
 from ..quantization.packing import UNIT, append_rows, interleave, pack_rows, unpack_rows
-from ..quantization.quantizer import BIT_WIDTHS, RowTables, dequantize, flat_levels, flat_tables
+from ..quantization.quantizer import BIT_WIDTHS, CoefficientTables, dequantize, flat_levels, flat_tables
 from ..quantization.time_rounding import round_in_time
 from .chunk import TILE_CHUNKS, Chunk, check_finite, extended, kept_positions, next_start
 from .transform import TransformCodec, TransformPlan, by_frequency, deviations, kept_components
@@ -154,7 +154,7 @@ class SpectralCodec(TransformCodec):
 
         kept = kept_components(plan.coded[row])
         widths, sigma = by_frequency(plan.widths[row], kept, self.block), deviations(plan.basis_set, row, kept)
-        self.quantizers = RowTables(xp, plan.shared_tables(xp, like), widths[:, None])
+        self.quantizers = CoefficientTables(xp, plan.shared_tables(xp, like), widths[:, None])
         widths, sigma = widths.reshape(-1), sigma.reshape(-1)  # rows in the order (group, frequency, component)
         self.bits = [int(b) for b in np.unique(widths) if b]
         rows = [np.flatnonzero(widths == b) for b in self.bits]

@@ -46,7 +46,7 @@ class TrellisCodec(SpectralCodec):
             by_frequency(x, kept, self.block)
             for x in (plan.widths[layer_group], plan.gain(layer_group), plan.loss(layer_group))
         )
-        self.search = trellis.Rows(widths, gain, cost, xp.to_numpy(self.time), plan.search_tables)
+        self.search = trellis.Coefficients(widths, gain, cost, xp.to_numpy(self.time), plan.search_tables)
         self.coupled = sum(b in trellis.WIDTHS for b in self.bits)
         stored = [xp.to_numpy(rows) for rows in self.rows[: self.coupled]]
         if self.coupled:

@@ -17,7 +17,7 @@ from ..arrays.hadamard import random_rotation
 from ..planning.methods import Method
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
-from ..quantization.quantizer import BIT_WIDTHS, RowTables, flat_tables, gaussian_tables
+from ..quantization.quantizer import BIT_WIDTHS, CoefficientTables, flat_tables, gaussian_tables
 from .base import ArrayPlan, LatentCodec, highest_within, pack_tokens, unpack_tokens
 
 
@@ -33,7 +33,7 @@ class TurboQuantCodec(LatentCodec):
         self.sketch = self.table(random_rotation(self.head_dim, "sketch")) if plan.sketched else None
         self.bits = plan.side_bits
         flat = tuple(self.table(x, x.dtype) for x in _flat_tables())
-        self.quantizers = [RowTables(xp, flat, np.array([bits])) for bits in self.bits]
+        self.quantizers = [CoefficientTables(xp, flat, np.array([bits])) for bits in self.bits]
         self._tables += [q.slots for q in self.quantizers]
 
     def store(self, keys, values, start: int) -> tuple:

@@ -126,7 +126,7 @@ def round_in_time(xp, z, weights, gain, matrix, tables):
 
     `z` [B, G, n, F, R]: coefficients in standard deviations; `weights` [B, G, n, F] of a block's tokens; `gain`
     [G, 1, F, R]: root of what losing the whole coefficient costs; `matrix` [F, F]: the time transform; `tables`: the
-    quantizers, `RowTables` of [G, 1, F, R]. For every component the error e and its gains r cost
+    quantizers, `CoefficientTables` of [G, 1, F, R]. For every component the error e and its gains r cost
     (r e)' F diag(w) F' (r e); one round of coordinate descent over the frequencies from plain rounding lowers that, and
     more rounds did not lower the divergence of a model's predictions any further.
     """
