@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import mlx.core as mx
 import numpy as np
 
-from spectral_kv_core.arrays.attention import causal_rows, group_queries
+from spectral_kv_core.arrays.attention import causal_mask, group_queries
 from spectral_kv_core.codecs.chunk import Chunk
 from spectral_kv_core.codecs.spectral import SpectralCodec
 from spectral_kv_core.planning.budget import CHUNK_TOKENS
@@ -28,9 +28,9 @@ WEIGHT = 2**10  # times the weights of tokens, which alone may be too small for 
 
 
 class Side:
-    """The rows of keys or of values, width by width, with `slots` in all; `first`: the codec's first row of the side.
+    """The coefficients of keys or of values, width by width, with `slots` in all; `first`: the codec's first of the side.
 
-    `coefficient` [slots]: KV head, frequency and component of a slot as one number, -1 for one without a row.
+    `coefficient` [slots]: KV head, frequency and component of a slot as one number, -1 for an empty one.
     """
 
     def __init__(self, codec: SpectralCodec, first: int):
@@ -83,16 +83,16 @@ class LatentStep:
     def __call__(self, chunks: list[Chunk], queries, keys, values, scale: float):
         """As `attention.decode_step`."""
         codec, h = self.codec, self.codec.kv_heads
-        rows = group_queries(queries, h).astype(mx.float32) * scale  # [B, H, M, D]
+        query_rows = group_queries(queries, h).astype(mx.float32) * scale  # [B, H, M, D]
         keys, values = keys.astype(mx.float32), values.astype(mx.float32)
         dtype = mx.float16 if on_gpu() and queries.dtype != mx.float32 else mx.float32
         tiles = [(tile, self._labels(tile)) for tile in self._joined(chunks)]
         # q . mu, which the scores of all latents lack, is taken off the others: only differences matter
-        exact = rows @ keys.swapaxes(2, 3) - rows @ codec.mean[:h].swapaxes(1, 2)
-        mask = causal_rows(codec.xp, queries.shape[1] // h, queries.shape[2], keys.shape[2], like=queries)
+        exact = query_rows @ keys.swapaxes(2, 3) - query_rows @ codec.mean[:h].swapaxes(1, 2)
+        mask = causal_mask(codec.xp, queries.shape[1] // h, queries.shape[2], keys.shape[2], like=queries)
         if mask is not None:
             exact = mx.where(mask, exact, -mx.inf)
-        scores = [*self._scores(tiles, rows @ codec.basis[:h], dtype), exact]
+        scores = [*self._scores(tiles, query_rows @ codec.basis[:h], dtype), exact]
         p = mx.softmax(mx.concatenate(scores, axis=-1), axis=-1)
         *parts, p_exact = mx.split(p, np.cumsum([tile.tokens for tile, _ in tiles]).tolist(), axis=-1)
         share = 1 - p_exact.sum(-1, keepdims=True)

@@ -16,7 +16,7 @@ from spectral_kv_core.codecs.spectral import SpectralCodec
 from .checked import Checked, CheckedStep
 from .device import runs_kernels
 from .flash import partial_attention, supports_partial_attention
-from .rotation import rotate
+from .rope import rotate
 
 TILE_CHUNKS = 16
 
@@ -98,7 +98,7 @@ class DenseStep:
                     yield partial_attention(queries, *tile, scale)
                 else:
                     yield attention.dense_partial(xp, rows, *(x.float() for x in tile), scale)
-            mask = attention.causal_rows(xp, q_heads // heads, length, keys.shape[2], like=queries)
+            mask = attention.causal_mask(xp, q_heads // heads, length, keys.shape[2], like=queries)
             yield attention.dense_partial(xp, rows, keys.float(), values.float(), scale, mask)
 
         return attention.merge_partials(xp, partials()).reshape(queries.shape).to(queries.dtype)

@@ -36,7 +36,7 @@ class EagerStep:
         if not self._keys or not self._values:
             return attention.decode_step(codec.xp, codec, self._tiles.full(chunks), queries, keys, values, scale)
         rows = attention.group_queries(queries, h).float()
-        mask = attention.causal_rows(codec.xp, queries.shape[1] // h, queries.shape[2], keys.shape[2], like=queries)
+        mask = attention.causal_mask(codec.xp, queries.shape[1] // h, queries.shape[2], keys.shape[2], like=queries)
         latent = rows @ codec.basis[:h] * scale
         offset = rows @ codec.mean[:h].transpose(1, 2) * scale  # q . mu
         digits = HALF_DIGITS if queries.dtype == torch.bfloat16 else QUERY_DIGITS

@@ -323,7 +323,7 @@ def test_partial_attention_on_a_card(monkeypatch, fault, causal):
     keys, values = (torch.randn(2, 2, 40 if causal else 100, 64).bfloat16() for _ in range(2))
     assert flash.supports_partial_attention(queries) and not flash.supports_partial_attention(queries.float())
     rows = attention.group_queries(queries, 2).float()
-    mask = attention.causal_rows(ops, 3, 40, 40, queries) if causal else None
+    mask = attention.causal_mask(ops, 3, 40, 40, queries) if causal else None
     expected = attention.dense_partial(ops, rows, keys.float(), values.float(), 0.125, mask)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

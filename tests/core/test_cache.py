@@ -277,7 +277,7 @@ def test_a_padded_row_comes_out_as_if_alone(xp, sizes, rope):
         assert not together[row, :, :padding].any() and not held[0][row, :, :padding].any()
 
 
-def test_rows_of_equal_padding_share_a_lane(xp):
+def test_rows_of_equal_padding_share_a_padding_group(xp):
     queries, (keys, values) = MODEL.queries(1, 120, 4), MODEL.sample(1, 120, 4)
     cache = make_cache(xp, 3)
     cache.start(4, [7, 0, 7, 0])

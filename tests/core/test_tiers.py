@@ -47,7 +47,7 @@ def test_tokens_come_back_in_order_the_best_ones_with_less_error(xp, name):
     assert all(relative_rms(a, b) < 0.3 for a, b in zip(got, (keys, values))), "in another order it is above 1"
     scores = codec.scores(xp.asarray(unrotate(ops, keys, MODEL.rope, 0)), xp.asarray(values))
     scores = xp.to_numpy(scores)
-    scores = scores.mean(1, keepdims=True).repeat(2, 1) if codec.joint else scores
+    scores = scores.mean(1, keepdims=True).repeat(2, 1) if codec.shares_tokens else scores
     groups = scores.reshape(2, 2, -1, GROUP)
     best = (groups >= np.sort(groups, -1)[..., -GROUP // 4, None]).reshape(scores.shape)
     for a, b in zip(got, (keys, values)):

@@ -87,7 +87,7 @@ class Eviction:
         return get_scorer(needed(self.plan.method.scorer))
 
     @property
-    def joint(self) -> bool:
+    def shares_tokens(self) -> bool:
         """Whether the heads of a layer keep the same tokens, because they are coded together."""
         return self.plan.method.shares_tokens
 
@@ -107,7 +107,7 @@ class Eviction:
         if self.wavelet is not None:
             options["wavelet"] = self.wavelet
         scores = self.scorer(tokens, **options)
-        return xp.mean(scores, axis=1, keepdims=True) if self.joint else scores
+        return xp.mean(scores, axis=1, keepdims=True) if self.shares_tokens else scores
 
     def cut(self, cache, group: PaddingGroup, prompt: bool, recent) -> None:
         """Bring `group` of the layer `cache` within the budget; after generated tokens with room for those that come.

@@ -15,7 +15,7 @@ from ..errors import UsageError
 from ..hosts.demo_model import demo_model_path
 from ..hosts.protocol import Captures, Models
 from ..planning.methods import BASIS_SETS, Method
-from ..profile.basis_set import JOINT, PAIRS, BasisSet
+from ..profile.basis_set import PAIRS, WHOLE_MODEL, BasisSet
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile, QueryStatistics
 from ..profile.store import auto_profile, name_passed_layers, warn_if_other_weights
@@ -94,9 +94,9 @@ class ProfilerBase:
         self.target_energy, self.tokens, self.document = target_energy, tokens, document
         self.samples, self.seed, self.positions, self.progress = samples, seed, positions, progress
         self.gradients, self.probes = gradients, probes
-        self.basis_sets = tuple(dict.fromkeys((*basis_sets, *[PAIRS] * pairs, *[JOINT] * joint)))
+        self.basis_sets = tuple(dict.fromkeys((*basis_sets, *[PAIRS] * pairs, *[WHOLE_MODEL] * joint)))
         for name in self.basis_sets:
-            if name not in (known := (*BASIS_SETS, PAIRS, JOINT)):
+            if name not in (known := (*BASIS_SETS, PAIRS, WHOLE_MODEL)):
                 raise UsageError(f"Expected basis sets among {', '.join(known)}, received {name!r}.")
 
     def load(self, name: str, quantize: str | None = None):
@@ -229,7 +229,7 @@ class ProfilerBase:
         spread, sets = max(positions - self.document, 0), {}  # a document starts there at the latest
         for key in self.basis_sets:
             progress = partial(self._bar, what=f"Fitting {key}")
-            if key == JOINT:
+            if key == WHOLE_MODEL:
                 sets[key] = fit_joint_set(spool, shape, self.seed, progress)
                 continue
             group, rope = key.split(".")

@@ -2,7 +2,7 @@
 
 Section 3: per KV head, keys before RoPE in the leading directions of keys and queries stacked, values in their own;
 neither is centered; keys are expanded and rotated to attend. A rank is that of the head of its layer that needs most for a
-share of the sum of singular values. Departures: keys and queries weigh alike in the joint basis, since the profile has the
+share of the sum of singular values. Departures: keys and queries weigh alike in their common basis, since the profile has the
 attention scale in its queries; one share for all layers, from the bits, in place of an error budget per layer; latents are
 float16, and stay beside the model instead of being folded into its weights.
 """
@@ -87,5 +87,5 @@ def _bases(profile: Profile, layer_group: int) -> tuple[np.ndarray, np.ndarray]:
     """Bases [2H, D, D] of keys with queries, then of values, and the squares of their singular values [2H, D]."""
     moments = head_moments(profile, layer_group)
     keys, values = np.split(moments, 2)
-    joint = sum(m / np.trace(m, axis1=-2, axis2=-1)[:, None, None] for m in (keys, query_moment(profile, layer_group)))
-    return fit_basis(np.concatenate([joint, values]))
+    shared = sum(m / np.trace(m, axis1=-2, axis2=-1)[:, None, None] for m in (keys, query_moment(profile, layer_group)))
+    return fit_basis(np.concatenate([shared, values]))

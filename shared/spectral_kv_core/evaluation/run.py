@@ -23,7 +23,7 @@ from ..codecs.registry import bits_range, make_plan, usable_method
 from ..codecs.tiers import make_tiered_plan, mean_bits, name_tiers
 from ..errors import UsageError
 from ..planning.methods import Method, get_method, rounded_by
-from ..profile.basis_set import JOINT, PAIRS
+from ..profile.basis_set import PAIRS, WHOLE_MODEL
 from ..profile.profile import Profile
 from ..profile.store import auto_profile
 from .documents import Document, make_documents
@@ -195,7 +195,7 @@ def _caches_of(method: Method, settings: Settings, tiers: Tiers | None) -> Itera
 
 def _calibrated(backend, model, tokenizer, basis_set: str) -> Profile:
     """A profile of `model` made now, with `basis_set`."""
-    profiler = backend.SpectralProfiler(pairs=basis_set == PAIRS, joint=basis_set == JOINT)
+    profiler = backend.SpectralProfiler(pairs=basis_set == PAIRS, joint=basis_set == WHOLE_MODEL)
     return profiler.profile_from_model(model, tokenizer)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ..errors import UsageError
-from ..profile.basis_set import JOINT, PAIRS
+from ..profile.basis_set import PAIRS, WHOLE_MODEL
 from ..scorers import SCORERS, get_scorer
 
 # vectors that share one basis: one head; all K heads or all V heads; all of both; of two or four layers that follow each
@@ -285,7 +285,9 @@ METHODS = {
     )
 }
 DEFAULT_METHOD = "spectral"
-BASIS_SETS = tuple(dict.fromkeys(m.basis_set for m in METHODS.values() if m.basis_set not in (None, PAIRS, JOINT)))
+BASIS_SETS = tuple(
+    dict.fromkeys(m.basis_set for m in METHODS.values() if m.basis_set not in (None, PAIRS, WHOLE_MODEL))
+)
 
 
 def get_method(name: str | Method) -> Method:

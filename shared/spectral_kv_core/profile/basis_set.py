@@ -10,8 +10,8 @@ import numpy as np
 from ..arrays.transform import band_sizes
 from ..quantization.quantizer import BIT_WIDTHS
 
-PAIRS, JOINT = "layer2.pre", "model.pre"  # names of basis sets that a profile has only when asked for
-ON_REQUEST = {PAIRS: " --pairs", JOINT: " --joint"}  # the options that ask for them
+PAIRS, WHOLE_MODEL = "layer2.pre", "model.pre"  # names of basis sets that a profile has only when asked for
+ON_REQUEST = {PAIRS: " --pairs", WHOLE_MODEL: " --joint"}  # the options that ask for them
 HISTOGRAM_LIMIT, HISTOGRAM_BINS = 12.0, 1500  # of `BasisSet.histogram`, in standard deviations
 
 
