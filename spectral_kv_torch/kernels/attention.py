@@ -38,7 +38,7 @@ class _Codec(ctypes.Structure):
 
 class _Call(ctypes.Structure):
     _fields_ = [
-        *((n, c_int32) for n in ("batch", "rows", "length", "chunks", "exact", "exact_is_bfloat16", "threads")),
+        *((n, c_int32) for n in ("batch", "query_rows", "length", "chunks", "exact", "exact_is_bfloat16", "threads")),
         ("scale", c_float),
         *((name, c_void_p) for name in ("blocks", "codes", "queries", "exact_keys", "exact_values", "output")),
     ]
