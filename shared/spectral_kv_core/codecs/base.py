@@ -46,6 +46,10 @@ class Codec(Protocol):
         """For every layer of the row a codec that decodes and attends to that layer's heads alone."""
         return [self]
 
+    def reader(self, layer: int | None):
+        """What decodes chunks and attends to them for layer number `layer` of the row alone, or for all its layers (None)."""
+        return self if layer is None or self.layers == 1 else self.of_layers[layer]
+
     def encode(self, keys, values, start) -> Chunk:
         """A new chunk from T tokens at `start` (see `Chunk`), T a multiple of `block`; raises UsageError on NaN, infinity."""
         ...
