@@ -74,6 +74,7 @@ class CacheRequest:
             raise UsageError(f"Expected a selection among {', '.join(MODES)}, received {self.selection!r}.")
         if self.tiers is not None:
             self._check_tiers(self.tiers)
+            object.__setattr__(self, "tiers", tuple((float(share), float(bits)) for share, bits in self.tiers))
         elif self.recipe.scorer is None:
             self._check_keeping()
         else:
@@ -116,7 +117,6 @@ class CacheRequest:
         for name in self._given("bits", "budget_bytes", "max_context", *DROPS):
             raise UsageError(f"Expected tiers alone, which say bits and drop no token, received {name} too.")
         check_tiers(self.recipe, tiers)
-        object.__setattr__(self, "tiers", tuple((float(share), float(bits)) for share, bits in tiers))
 
     def _check_keeping(self) -> None:
         method = self.recipe
