@@ -218,8 +218,9 @@ class SpectralCache(Cache):
                 "make_prompt_cache(model, method=..., budget_tokens=...)."
             )
         layers = list(layers) if layers is not None else [DynamicLayer() for _ in range(plan.shape.num_layers)]
+        share = bytes_per_layer(plan, working_set)
         for row, layer_group in enumerate(plan.layer_groups):
-            layer = SpectralKVLayer(plan, row, sinks, window, eviction, bytes_per_layer(plan, working_set))
+            layer = SpectralKVLayer(plan, row, sinks, window, eviction, share)
             for number, layer_idx in enumerate(layer_group):
                 layers[layer_idx] = SpectralKVFollower(layer, number) if number else layer
         super().__init__(layers=layers)

@@ -95,9 +95,9 @@ class CacheRequest:
         element_bytes: size of an exact element. other_bytes: what the layers that pass through need. Raises UsageError
         for bits out of range, a budget that is too small for what must stay, and a profile that does not fit.
         """
-        method, exact = usable_method(self.recipe), (self.window, self.sinks, element_bytes, other_bytes)
+        method, exact = self.recipe, (self.window, self.sinks, element_bytes, other_bytes)
         if self.tiers is not None:
-            return make_tiered_plan(shape, profile, method, self.tiers), None  # type: ignore[arg-type]  # it has one
+            return make_tiered_plan(shape, profile, usable_method(method), self.tiers), None
         if method.scorer is None:
             return plan_for(shape, profile, method, self.bits, self.budget_bytes, self.max_context, *exact), None
         plan = plan_for(shape, profile, method, self.bits, None, None, *exact)
