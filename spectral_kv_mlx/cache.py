@@ -10,8 +10,7 @@ from mlx_lm.models.cache import create_attention_mask, create_causal_mask
 
 from spectral_kv_core.cache.compressed_layer import CompressedLayer, FollowingLayer
 from spectral_kv_core.cache.eviction import Eviction
-from spectral_kv_core.cache.layer_cache import LATENT_QUERIES
-from spectral_kv_core.cache.padding_group import PaddingGroup
+from spectral_kv_core.cache.padding_group import LATENT_QUERIES
 from spectral_kv_core.codecs.chunk import Chunk, split_layers
 from spectral_kv_core.errors import UsageError
 from spectral_kv_core.planning.plan import Plan
@@ -160,7 +159,7 @@ class SpectralKVCache(CompressedLayer, RoutedCache):
         self.taken, self.left_padding = {}, layout["left_padding"]
         self.store.seen, self.store.padding_groups = layout["seen"], []
         for fields in layout["padding_groups"]:
-            group = PaddingGroup(fields["sequences"], fields["pad"], dropped=fields["dropped"])
+            group = self.store.open_group(fields["sequences"], fields["pad"], dropped=fields["dropped"])
             if fields["exact"]:
                 group.exact_keys, group.exact_values = next(arrays), next(arrays)
             if group.dropped:
@@ -169,7 +168,6 @@ class SpectralKVCache(CompressedLayer, RoutedCache):
                 for batch, start, tokens, count in held:
                     codes = tuple(next(arrays) for _ in range(count))
                     chunks.append(Chunk(batch, next(arrays) if start is None else start, tokens, codes))
-            self.store.padding_groups.append(group)
 
     @classmethod
     def from_state(cls, state):

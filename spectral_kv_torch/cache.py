@@ -12,7 +12,6 @@ from spectral_kv_core.cache.compressed_layer import CompressedLayer, FollowingLa
 from spectral_kv_core.cache.decoded_chunks import bytes_per_layer
 from spectral_kv_core.cache.eviction import Eviction
 from spectral_kv_core.cache.layer_cache import LayerCache
-from spectral_kv_core.cache.padding_group import PaddingGroup
 from spectral_kv_core.codecs.chunk import split_layers
 from spectral_kv_core.codecs.registry import plan_for
 from spectral_kv_core.errors import UsageError
@@ -81,7 +80,7 @@ class SpectralKVLayer(CompressedLayer, CacheLayerMixin):
 
     def is_empty(self) -> bool:
         """Whether some sequence has no token yet, so that its left padding is still to be told."""
-        return not all(group.exact for group in self.store.padding_groups or [PaddingGroup([], 0)])
+        return self.store.awaits_tokens
 
     def get_seq_length(self) -> int:
         """Slots seen, padding included."""
@@ -122,8 +121,7 @@ class SpectralKVLayer(CompressedLayer, CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.get_seq_length():
             self.commit()
-            batch = sum(len(group.sequences) for group in self.store.padding_groups)
-            self.store.select([sequence for sequence in range(batch) for _ in range(repeats)])
+            self.store.select([sequence for sequence in range(self.store.batch) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         if self.get_seq_length():
@@ -220,8 +218,9 @@ class SpectralCache(Cache):
                 "make_prompt_cache(model, method=..., budget_tokens=...)."
             )
         layers = list(layers) if layers is not None else [DynamicLayer() for _ in range(plan.shape.num_layers)]
+        share = bytes_per_layer(plan, working_set)
         for layer_group, members in enumerate(plan.layer_groups):
-            layer = SpectralKVLayer(plan, layer_group, sinks, window, eviction, bytes_per_layer(plan, working_set))
+            layer = SpectralKVLayer(plan, layer_group, sinks, window, eviction, share)
             for number, layer_idx in enumerate(members):
                 layers[layer_idx] = SpectralKVFollower(layer, number) if number else layer
         super().__init__(layers=layers)

@@ -14,7 +14,7 @@ import numpy as np
 
 from spectral_kv_core.arrays.attention import causal_mask, group_queries
 from spectral_kv_core.codecs.chunk import Chunk
-from spectral_kv_core.codecs.spectral import SpectralCodec
+from spectral_kv_core.codecs.spectral_reader import SpectralReader
 from spectral_kv_core.planning.budget import CHUNK_TOKENS
 from spectral_kv_core.quantization.packing import UNIT, interleave
 
@@ -33,7 +33,7 @@ class Side:
     `coefficient` [slots]: KV head, frequency and component of a slot as one number, -1 for an empty one.
     """
 
-    def __init__(self, codec: SpectralCodec, first: int):
+    def __init__(self, codec: SpectralReader, first: int):
         segments = codec.kv_heads * codec.block
         self.widths: list[tuple[int, Rows]] = []  # with the place of the codes in a chunk
         coefficient, scale = [], []
@@ -65,7 +65,7 @@ class LatentStep:
     have to be merged. Deviations are in the queries and in the sums: no coefficient is scaled or moved once decoded.
     """
 
-    def __init__(self, codec: SpectralCodec):
+    def __init__(self, codec: SpectralReader):
         self.codec, self._tile_chunks = codec, TILE_CHUNKS["gpu" if on_gpu() else "cpu"]
         self._tiles: WeakKeyDictionary[Chunk, Chunk] = WeakKeyDictionary()  # by the last chunk of each
         h, block, rank = codec.kv_heads, codec.block, codec.rank
@@ -107,7 +107,7 @@ class LatentStep:
 
     def _labels(self, tile: Chunk) -> list[tuple]:
         """Label bits of the codes of a trellis, width by width, as `Rows` takes them."""
-        codec, coupled = self.codec, getattr(self.codec, "coupled", 0)
+        codec, coupled = self.codec, self.codec.coupled
         if not coupled:
             return []
         widths = list(zip(codec.bits[:coupled], tile.arrays[0::2], tile.arrays[1::2]))
@@ -183,7 +183,7 @@ class LatentStep:
 
 def decode_step(codec) -> LatentStep | None:
     """The faster step for `codec`; None where there is none, and the core's takes over."""
-    fits = isinstance(codec, SpectralCodec) and codec.method.latent and codec.bits
+    fits = isinstance(codec, SpectralReader) and codec.method.latent and codec.bits
     runs = not on_gpu() or mx.metal.is_available()  # CUDA does not have every operation
     return LatentStep(codec) if fits and runs else None
 

@@ -11,7 +11,7 @@ import torch
 
 from spectral_kv_core.arrays.transform import FREQUENCIES
 from spectral_kv_core.codecs.chunk import Chunk
-from spectral_kv_core.codecs.spectral import SpectralCodec
+from spectral_kv_core.codecs.spectral_reader import SpectralReader
 from spectral_kv_core.planning.budget import CHUNK_TOKENS
 from spectral_kv_core.quantization.trellis import DISTANCES
 
@@ -47,7 +47,7 @@ class _Call(ctypes.Structure):
 class LatentStep:
     """`attention.decode_step` for one layer's codec, as one call of the kernel."""
 
-    def __init__(self, codec: SpectralCodec):
+    def __init__(self, codec: SpectralReader):
         lib = library()
         self._run = lib.spectralkv_attend
         self._run.argtypes, self._run.restype = (POINTER(_Codec), POINTER(_Call)), ctypes.c_int
@@ -110,7 +110,7 @@ class LatentStep:
 
 def decode_step(codec):
     """The faster step for `codec`: a kernel, or stock operations that serve several chunks at a time; None for others."""
-    if not isinstance(codec, SpectralCodec):
+    if not isinstance(codec, SpectralReader):
         return None
     if not codec.method.latent:
         return dense_step(codec)

@@ -8,7 +8,7 @@ import torch
 
 from spectral_kv_core.arrays import attention
 from spectral_kv_core.codecs.chunk import Chunk
-from spectral_kv_core.codecs.spectral import SpectralCodec
+from spectral_kv_core.codecs.spectral_reader import SpectralReader
 
 from .products import HALF_DIGITS, QUERY_DIGITS, WEIGHT_RANGE, make_rows
 from .tiles import Tile, Tiles
@@ -22,7 +22,7 @@ class EagerStep:
     On a CPU by the products of `products`; on a card, or where codes are those of a trellis, by the core's operations.
     """
 
-    def __init__(self, codec: SpectralCodec):
+    def __init__(self, codec: SpectralReader):
         self._codec, self._tiles = codec, Tiles(codec, TILE_CHUNKS)
         self._keys = self._values = ()
         if multiplies(codec.time.device) and not codec.coupled:

@@ -15,17 +15,10 @@ from cases import ToyModel, toy_profile_of  # noqa: E402
 from tiny_checkpoint import save_tiny_checkpoint  # noqa: E402
 from torch_models import ByteTokenizer, tiny_model, tokens  # noqa: E402
 
-from spectral_kv_core.benchmark.footprint import (  # noqa: E402
-    Budget,
-    Footprint,
-    Stored,
-    Wanted,
-    fit,
-    parse_bytes,
-    safetensors_nbytes,
-)
+from spectral_kv_core.benchmark.footprint import Budget, Footprint, Stored, Wanted, fit, parse_bytes  # noqa: E402
 from spectral_kv_core.cli import main as cli  # noqa: E402
 from spectral_kv_core.codecs.registry import make_plan  # noqa: E402
+from spectral_kv_core.hosts.weights import safetensors_nbytes  # noqa: E402
 from spectral_kv_core.planning.methods import get_method  # noqa: E402
 from spectral_kv_torch import SpectralProfiler, cache_nbytes, make_prompt_cache  # noqa: E402
 from spectral_kv_torch import footprint as torch_footprint  # noqa: E402

@@ -11,11 +11,9 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from ..arrays.transform import band_sizes
 from ..codecs.registry import bits_range, family_of, make_plan
@@ -85,22 +83,6 @@ def parse_bytes(text: str) -> int:
             f"Expected an amount of memory such as 8GB, 8GiB, 512MB or a number of bytes, received {text!r}."
         )
     return size
-
-
-def safetensors_nbytes(folder: Path) -> int:
-    """Bytes of all tensors in the safetensors files of `folder`, read from their headers; raises UsageError without any."""
-    files, total = sorted(folder.glob("*.safetensors")), 0
-    for path in files:
-        try:
-            with safe_open(path, framework="numpy"):
-                pass  # checks the header against the length of the file
-        except SafetensorError as error:
-            raise UsageError(f"Expected whole weights in {folder}, {path.name} is damaged ({error}).") from None
-        with open(path, "rb") as file:
-            total += path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
-    if not files:
-        raise UsageError(f"Expected weights in safetensors files, {folder} has none: their size is not known.")
-    return total
 
 
 def table_nbytes(host: Host, plan: Plan) -> tuple[int, int]:

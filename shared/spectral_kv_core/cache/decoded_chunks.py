@@ -31,22 +31,16 @@ def bytes_per_layer(plan: Plan, limit: int) -> int:
     return limit // len(plan.layer_groups)
 
 
-def held(group, layer: int | None = None) -> list:
-    """The decoded arrays that stay in `group`, of `layer` of its layer group or of all."""
-    return [x for (_, of), pair in group.decoded.items() if layer in (None, of) for x in pair]
+def decode_step(group, layer: int, limit: int, queries, keys, values, scale: float):
+    """`attention.decode_step` over the chunks of a `PaddingGroup`, of which those that fit in `limit` bytes stay decoded.
 
-
-def decode_step(codec, group, layer: int, limit: int, queries, keys, values, scale: float):
-    """`attention.decode_step` over the chunks of `group`, of which those that fit in `limit` bytes stay decoded in it.
-
-    `codec`: that of layer number `layer` of the group. Chunks stay in 16 bits: in the dtype of `queries` where that has as
-    many, else in float16.
+    Chunks stay in 16 bits: in the dtype of `queries` where that has as many, else in float16.
     """
-    xp = codec.xp
+    xp, codec = group.storage.xp, group.storage.codec.reader(layer)
     kind = queries.dtype if queries.nbytes == 2 * prod(queries.shape) else xp.float16
     there = set(group.chunks)
     group.decoded = {key: pair for key, pair in group.decoded.items() if key[0] in there}
-    decoded, left = dict(group.decoded), limit - sum(x.nbytes for x in held(group, layer))
+    decoded, left = dict(group.decoded), limit - sum(x.nbytes for x in group.decoded_arrays(layer))
     heads, (batch, q_heads, length, dim) = keys.shape[1], queries.shape
     size = 2 * 2 * batch * heads * dim  # bytes of a token
     query_rows = xp.astype(attention.group_queries(queries, heads), xp.float32)

@@ -27,7 +27,6 @@ from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
 from ..profile.store import find_profile
 from .layer_cache import LayerCache
-from .padding_group import PaddingGroup
 from .size import CacheSize
 
 log = logging.getLogger("spectralkv")
@@ -124,7 +123,7 @@ class PromptFile:
             ids = np.array(tokens.tolist() if hasattr(tokens, "tolist") else tokens, np.int32)
             if ids.shape not in (
                 (first.seen,),
-                (sum(len(group.sequences) for group in first.padding_groups), first.seen),
+                (first.batch, first.seen),
             ):
                 raise UsageError(
                     f"Expected the ids of the {first.seen:,} tokens that the cache has seen, received an array of shape "
@@ -213,7 +212,7 @@ class PromptFile:
         xp, state = store.xp, self.layers[layer_idx]
         for number, fields in enumerate(state["padding_groups"]):
             name = f"layers/{layer_idx}/padding_groups/{number}"
-            group = PaddingGroup(list(fields["sequences"]), fields["pad"])
+            group = store.open_group(list(fields["sequences"]), fields["pad"])
             if f"{name}/keys" in self.arrays:
                 group.exact_keys, group.exact_values = self._exact(xp, name, state["dtype"], dtype, like)
             for place, (start, tokens) in enumerate(fields["chunks"]):
@@ -221,7 +220,6 @@ class PromptFile:
                 arrays = (self.arrays[n] for n in names)
                 codes = tuple(xp.from_file(x, x.dtype.name, like) for x in arrays)
                 group.chunks.append(Chunk(len(group.sequences), start, tokens, codes))
-            store.padding_groups.append(group)
         store.seen = self.seen
 
     def exact(self, xp, layer_idx: int, dtype, like=None) -> ExactLayer:

@@ -74,6 +74,7 @@ class CacheRequest:
             raise UsageError(f"Expected a selection among {', '.join(MODES)}, received {self.selection!r}.")
         if self.tiers is not None:
             self._check_tiers(self.tiers)
+            object.__setattr__(self, "tiers", tuple((float(share), float(bits)) for share, bits in self.tiers))
         elif self.recipe.scorer is None:
             self._check_keeping()
         else:
@@ -96,7 +97,7 @@ class CacheRequest:
         """
         method, sizes = usable_method(self.recipe), (element_bytes, other_bytes)
         if self.tiers is not None:
-            return make_tiered_plan(shape, profile, method, self.tiers), None  # type: ignore[arg-type]  # it has one
+            return make_tiered_plan(shape, profile, method, self.tiers), None
         if method.scorer is None:
             bits = self.bits if self.budget_bytes is None else self._bits_for_bytes(shape, method, *sizes)
             return make_plan(shape, profile, method, bits), None
@@ -154,7 +155,6 @@ class CacheRequest:
         for name in self._given("bits", "budget_bytes", "max_context", *DROPS):
             raise UsageError(f"Expected tiers alone, which say bits and drop no token, received {name} too.")
         check_tiers(self.recipe, tiers)
-        object.__setattr__(self, "tiers", tuple((float(share), float(bits)) for share, bits in tiers))
 
     def _check_keeping(self) -> None:
         method = self.recipe

@@ -198,7 +198,7 @@ class ProfilerBase:
 
         Raises UsageError for a model without layers to compress.
         """
-        shape, passed, digest, _, _ = self.describe(model)
+        shape, passed = self.models.model_shape(model)
         if not shape.layers:
             raise UsageError(
                 f"Expected full-attention layers to compress, received only: {', '.join(set(passed.values()))}."
@@ -210,7 +210,7 @@ class ProfilerBase:
         name_passed_layers(passed)
         if profile is not None and method.profile_set:
             profile.check(shape)
-            warn_if_other_weights(profile, digest)
+            warn_if_other_weights(profile, self.models.weights_digest(model))
         return shape, passed, profile
 
     def _read_documents(self, model, shape: ModelShape, documents: list[list[int]], spool: Spool) -> QueryStatistics:

@@ -17,9 +17,9 @@ from ..errors import UsageError
 TILE_CHUNKS = 8  # chunks that are coded at a time where small operations cost more than memory
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Chunk:
-    """Packed codes of `tokens` tokens; arrays have the batch first.
+    """Packed codes of `tokens` tokens; arrays have the batch first. Codes never change, but may `move`.
 
     start: position of the first token, those of the others follow; or, where tokens in between were dropped, the
     positions of all, int32 [B, H, tokens], with one head for all where the codec keeps heads together.
@@ -38,7 +38,7 @@ class Chunk:
     def move(self, arrays: tuple) -> None:
         """Hold the same codes in other arrays, such as views of what several chunks were joined to."""
         assert [x.shape for x in arrays] == [x.shape for x in self.arrays]
-        object.__setattr__(self, "arrays", arrays)
+        self.arrays = arrays
 
 
 def decoded(xp, codec, chunks: list[Chunk], dtype):

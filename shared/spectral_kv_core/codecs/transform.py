@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays.basis import orthonormalize
-from ..arrays.rope import rotate, unrotate
+from ..arrays.rope import Rope, rotate, unrotate
 from ..arrays.transform import band_sizes, octave_bands, time_matrix, to_frequency, to_time
 from ..errors import UsageError
 from ..planning.budget import elements_per_token
@@ -21,7 +21,7 @@ from ..profile.basis_set import BasisSet
 from ..profile.profile import Profile
 from ..quantization.time_rounding import TokenWeights
 from ..scorers import get_scorer
-from .base import Codec
+from .base import Codec, Reader
 from .chunk import join_layers, split_layers
 
 
@@ -116,7 +116,45 @@ class Axes:
         return [x for x in (self.mean, self.basis, self.weight) if x is not None]
 
 
-class TransformCodec(Codec):
+class TransformReader(Reader):
+    """Coefficients -> keys and values of the layers that `axes` has, the heads of the first layer first.
+
+    `time`: see `arrays.transform.time_matrix`. `rope`: None for a model without.
+    """
+
+    method: Method
+    rope: Rope | None
+    axes: list[Axes]
+    time: Any
+
+    @property
+    def mean(self):
+        """[G, 1, Dg] of a reader of one layer; basis [G, Dg, R] and weight, None or [G, 1, Dg], likewise."""
+        (axes,) = self.axes
+        return axes.mean
+
+    @property
+    def basis(self):
+        (axes,) = self.axes
+        return axes.basis
+
+    @property
+    def weight(self):
+        (axes,) = self.axes
+        return axes.weight
+
+    def vectors(self, spectrum, start):
+        """Keys and values [B, H, T, D] float32 of coefficients [B, G, block, R, T / block], which have their scale.
+
+        Keys are rotated as the model had them, at `start` (see `Chunk`).
+        """
+        xp = self.xp
+        z = to_time(xp, spectrum, self.time)  # [B, G, T, R]
+        keys, values = join_layers(xp, [axes.vectors(z) for axes in self.axes])
+        return (rotate(xp, keys, self.rope, start) if self.rope and self.method.rope == "pre" else keys), values
+
+
+class TransformCodec(TransformReader, Codec):
     """Keys and values of a layer group <-> coefficients: basis across channels, transform over blocks of time.
 
     H counts the heads of all layers of the group, its first layer's first; `axes` has those of each layer.
@@ -159,22 +197,6 @@ class TransformCodec(Codec):
         self.weigh = TokenWeights(xp, plan, layer_group, table) if plan.rounds else None
         self.gain = self.weigh and table(by_frequency(plan.gain(layer_group), kept, self.block)[:, None])
 
-    @property
-    def mean(self):
-        """[G, 1, Dg] of a layer group of one layer; basis [G, Dg, R] and weight, None or [G, 1, Dg], likewise."""
-        (axes,) = self.axes
-        return axes.mean
-
-    @property
-    def basis(self):
-        (axes,) = self.axes
-        return axes.basis
-
-    @property
-    def weight(self):
-        (axes,) = self.axes
-        return axes.weight
-
     def coefficients(self, keys, values, start):
         """Transform [B, H, T, D] keys and values (T a multiple of `block`) of tokens at `start` (see `Chunk`).
 
@@ -192,16 +214,6 @@ class TransformCodec(Codec):
         weights = self.weigh(turned, values)
         weights = xp.concat([weights, weights], axis=1).reshape(keys.shape[0], self.groups, -1, keys.shape[2])
         return z, xp.mean(weights, axis=2).reshape(*z.shape[:4])
-
-    def vectors(self, spectrum, start):
-        """Keys and values [B, H, T, D] float32 of coefficients [B, G, block, R, T / block], which have their scale.
-
-        Keys are rotated as the model had them, at `start` (see `Chunk`).
-        """
-        xp = self.xp
-        z = to_time(xp, spectrum, self.time)  # [B, G, T, R]
-        keys, values = join_layers(xp, [axes.vectors(z) for axes in self.axes])
-        return (rotate(xp, keys, self.rope, start) if self.rope and self.method.rope == "pre" else keys), values
 
     def tables(self) -> list:
         """Every array that all sequences share."""
