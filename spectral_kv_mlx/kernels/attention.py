@@ -37,7 +37,7 @@ class Side:
         segments = codec.kv_heads * codec.block
         self.widths: list[tuple[int, Rows]] = []  # with the place of the codes in a chunk
         coefficient, scale = [], []
-        for i, (bits, levels, rows, deviation) in enumerate(zip(codec.bits, codec.levels, codec.rows, codec.scale)):
+        for i, (bits, levels, rows, deviation) in enumerate(zip(codec.bits, codec.levels, codec.numbers, codec.scale)):
             rows = np.array(rows) - first
             start, stop = np.searchsorted(rows, (0, segments * codec.rank)).tolist()
             if start == stop:

@@ -56,7 +56,7 @@ class LatentStep:
         self._widths = len(codec.bits)
         c = self._codec = _Codec(codec.kv_heads, codec.head_dim, codec.rank, self._widths)
         c.time, c.basis, c.mean = (x.data_ptr() for x in self._tables)
-        for i, (bits, rows, scale, levels) in enumerate(zip(codec.bits, codec.rows, codec.scale, codec.levels)):
+        for i, (bits, rows, scale, levels) in enumerate(zip(codec.bits, codec.numbers, codec.scale, codec.levels)):
             rows = rows.numpy()
             starts = np.searchsorted(rows, np.arange(codec.groups * FREQUENCIES + 1) * codec.rank)
             held = (
@@ -71,7 +71,7 @@ class LatentStep:
         if codec.coupled:
             before = [rows.contiguous() for rows in codec.paths.before]
             c.coupled, c.paths = codec.coupled, len(before[0])
-            c.path[: codec.coupled] = np.cumsum([0, *map(len, codec.rows[: codec.coupled - 1])]).tolist()
+            c.path[: codec.coupled] = np.cumsum([0, *map(len, codec.numbers[: codec.coupled - 1])]).tolist()
             c.before[:] = [x.data_ptr() for x in before]
             self._tables += before
 

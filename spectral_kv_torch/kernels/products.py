@@ -35,7 +35,7 @@ class Rows:
 
     def __init__(self, codec: SpectralReader, number: int, first: int):
         heads, block, rank = codec.kv_heads, codec.block, codec.rank
-        places = codec.rows[number].numpy() - first
+        places = codec.numbers[number].numpy() - first
         start, stop = np.searchsorted(places, (0, heads * block * rank)).tolist()
         places = places[start:stop]
         self.xp, self.number, self.bits, self.levels = codec.xp, number, codec.bits[number], codec.levels[number]

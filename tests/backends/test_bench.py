@@ -43,7 +43,7 @@ def test_a_flat_plan_has_every_coefficient_at_its_width(name, bits):
     assert np.all(plan.widths == bits) and plan.bits_per_element == bits and synthetic.kept_share(plan) == 1.0
     codec = SpectralCodec(ops, plan, 0)
     assert codec.bits == [bits] and codec.rank == plan.basis_set.rank
-    assert len(codec.rows[0]) == plan.basis_set.block * 2 * 2 * 32  # frequencies, sides, heads, channels
+    assert len(codec.numbers[0]) == plan.basis_set.block * 2 * 2 * 32  # frequencies, sides, heads, channels
 
 
 def test_a_single_layer_has_no_neighbor():

@@ -178,7 +178,7 @@ def test_the_kernel_is_built_once_and_its_tables_are_counted(monkeypatch, tmp_pa
         build.library.cache_clear()
     codec = make_codec(ops, plan_of(ToyModel(), 3), 0)
     tables = decode_step(codec).tables()
-    rows = sum(len(x) for x in codec.rows)
+    rows = sum(len(x) for x in codec.numbers)
     assert sum(x.nbytes for x in tables if x.dtype == torch.int16) == 2 * rows
 
 

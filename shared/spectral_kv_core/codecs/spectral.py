@@ -110,16 +110,16 @@ class SpectralPlan(TransformPlan):
         return flat_tables(self.basis_set.levels, self.levels)
 
     @cached_property
-    def rows_by_width(self) -> list[dict[int, int]]:
-        """Of every row of the plan, how many coefficients of a block have each width that it stores."""
+    def coefficients_by_width(self) -> list[dict[int, int]]:
+        """Of every layer group, how many coefficients of a block have each width that it stores."""
         sizes = band_sizes(self.basis_set.block)
         return [{int(b): int(((widths == b) * sizes).sum()) for b in np.unique(widths) if b} for widths in self.widths]
 
-    def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
+    def chunk_arrays(self, layer_group: int, batch: int, tokens: int) -> list[tuple]:
         arrays: list[tuple] = []
         units, rest = divmod(tokens // self.method.block, UNIT)
-        for bits, rows in self.rows_by_width[row].items():
-            arrays += [((batch, rows, units, bits), "uint8"), ((batch, -(-rows * rest // UNIT), bits), "uint8")]
+        for bits, count in self.coefficients_by_width[layer_group].items():
+            arrays += [((batch, count, units, bits), "uint8"), ((batch, -(-count * rest // UNIT), bits), "uint8")]
         return arrays
 
     def decides(self) -> dict[str, Any]:
@@ -137,29 +137,32 @@ class SpectralPlan(TransformPlan):
 class SpectralCodec(SpectralReader, TransformCodec):
     """Coefficients as packed codes: one table entry per coefficient.
 
-    Coefficients with 0 bits are not stored. Rows (group, frequency, component) are sorted by width; codes of a row are
-    packed along time. A chunk holds, width by width, whole units [B, rows, units, bits] and then the codes that wait for
-    their unit to fill (`pack_rows`).
+    Coefficients with 0 bits are not stored. The others (group, frequency, component) are sorted by width, and
+    the codes of each are packed along time. A chunk holds, width by width, whole units [B, n, units, bits] of the n
+    coefficients and then the codes that wait for their unit to fill (`pack_rows`).
     """
 
-    def __init__(self, xp, plan: SpectralPlan, row: int, like=None):
-        super().__init__(xp, plan, row, like)
+    def __init__(self, xp, plan: SpectralPlan, layer_group: int, like=None):
+        super().__init__(xp, plan, layer_group, like)
 
         def table(x, dtype=np.float32):
             return xp.asarray(np.ascontiguousarray(x, dtype), like=like)
 
-        kept = kept_components(plan.coded[row])
-        widths, sigma = by_frequency(plan.widths[row], kept, self.block), deviations(plan.basis_set, row, kept)
+        kept = kept_components(plan.coded[layer_group])
+        widths, sigma = (
+            by_frequency(plan.widths[layer_group], kept, self.block),
+            deviations(plan.basis_set, layer_group, kept),
+        )
         self.quantizers = CoefficientTables(xp, plan.shared_tables(xp, like), widths[:, None])
-        widths, sigma = widths.reshape(-1), sigma.reshape(-1)  # rows in the order (group, frequency, component)
+        widths, sigma = widths.reshape(-1), sigma.reshape(-1)  # in the order (group, frequency, component)
         self.bits = [int(b) for b in np.unique(widths) if b]
-        rows = [np.flatnonzero(widths == b) for b in self.bits]
-        order = np.full(len(widths), sum(map(len, rows)), np.int32)  # dropped rows read the zero row at the end
-        if rows:
-            order[np.concatenate(rows)] = np.arange(len(order[widths > 0]))
+        numbers = [np.flatnonzero(widths == b) for b in self.bits]
+        order = np.full(len(widths), sum(map(len, numbers)), np.int32)  # dropped ones read the zero at the end
+        if numbers:
+            order[np.concatenate(numbers)] = np.arange(len(order[widths > 0]))
         self.order = table(order, np.int32)
-        self.rows = [table(chosen, np.int32) for chosen in rows]
-        self.scale = [table(sigma[chosen][:, None]) for chosen in rows]
+        self.numbers = [table(chosen, np.int32) for chosen in numbers]
+        self.scale = [table(sigma[chosen][:, None]) for chosen in numbers]
         self.levels = [table(plan.levels[b]) for b in self.bits]
 
     @cached_property
@@ -190,12 +193,12 @@ class SpectralCodec(SpectralReader, TransformCodec):
         """Arrays of a chunk with `codes` [B, G, n, block, R], behind those of `chunk` where one is given."""
         xp, (batch, _, n, _, _) = self.xp, codes.shape
         codes = xp.permute_dims(codes, (0, 1, 3, 4, 2)).reshape(batch, -1, n)
-        by_width = [xp.take(codes, rows, axis=1) for rows in self.rows]
+        by_width = [xp.take(codes, chosen, axis=1) for chosen in self.numbers]
         if chunk is None:
             return interleave([pack_rows(xp, x, b) for x, b in zip(by_width, self.bits)])
         held = chunk.tokens // self.block
-        rows = zip(_pairs(chunk.arrays), by_width, self.bits)
-        return interleave([append_rows(xp, old, held, new, b) for old, new, b in rows])
+        held_and_new = zip(_pairs(chunk.arrays), by_width, self.bits)
+        return interleave([append_rows(xp, old, held, new, b) for old, new, b in held_and_new])
 
     def seal(self, chunk: Chunk | None, codes, position) -> Chunk:
         """`chunk` with `codes` [B, G, n, block, R] behind its own, or a new one; `position`: where these tokens stand.
@@ -227,8 +230,8 @@ class SpectralCodec(SpectralReader, TransformCodec):
         One head stands for all where the plan codes heads together.
         """
         xp, arrays = self.xp, []
-        for i, (bits, rows) in enumerate(zip(self.bits, self.rows)):
-            heads = xp.to_numpy(rows) // (self.block * self.rank) % blocks.shape[1]
+        for i, (bits, numbers) in enumerate(zip(self.bits, self.numbers)):
+            heads = xp.to_numpy(numbers) // (self.block * self.rank) % blocks.shape[1]
             codes = [
                 unpack_rows(xp, chunk.arrays[2 * i : 2 * i + 2], bits, chunk.tokens // self.block) for chunk in chunks
             ]
@@ -263,14 +266,14 @@ class SpectralCodec(SpectralReader, TransformCodec):
         return y.reshape(chunk.batch, self.groups, self.block, self.rank, n)
 
     def _dequantized(self, codes: list) -> list:
-        """Coefficients [B, rows, n] of codes width by width."""
+        """Coefficients [B, n, blocks] of codes, width by width."""
         return [dequantize(self.xp, *of_width) * scale for *of_width, scale in zip(codes, self.levels, self.scale)]
 
     def tables(self) -> list:
-        rows = [self.order, *self.rows, *self.scale, *self.levels, *self.quantizers.arrays()]
+        own = [self.order, *self.numbers, *self.scale, *self.levels, *self.quantizers.arrays()]
         packer = self.packer.tables() if self.packer else []
         views = [x for view in self.of_layers if view is not self for x in view.tables()]
-        return super().tables() + rows + packer + views
+        return super().tables() + own + packer + views
 
 
 def _pairs(arrays: tuple) -> list[tuple]:

@@ -14,11 +14,11 @@ from .transform import TransformReader
 
 
 class SpectralReader(TransformReader):
-    """Packed codes of a row of a plan -> keys and values of some of its layers, and attention to those of one.
+    """Packed codes of a layer group -> keys and values of some of its layers, and attention to those of one.
 
-    Codes are those of rows (group, frequency, component), sorted by width. For every width that is stored there are its
-    `bits`, the numbers of its `rows`, their deviations `scale` and the `levels` of its codes; `order`: where a row's codes
-    are among those of all widths, the last place being that of rows without any. `quantizers` has the widths row by row,
+    Coefficients (group, frequency, component) are sorted by width. For every width that is stored there are its
+    `bits`, the `numbers` of its coefficients, their deviations `scale` and the `levels` of its codes; `order`: where the
+    codes of a coefficient are among those of all widths, the last place for those without any. `quantizers` has all widths,
     `normalize` the deviations as a table. `coupled`: the first widths whose codes are those of a trellis, along `paths`.
     """
 
@@ -31,7 +31,7 @@ class SpectralReader(TransformReader):
     quantizers: CoefficientTables
     order: Any
     bits: list[int]
-    rows: list
+    numbers: list
     scale: list
     levels: list
     coupled: int = 0
@@ -66,14 +66,14 @@ class SpectralReader(TransformReader):
             return self._attend_rotated(chunk, queries, scale)
         y = self.spectrum(chunk)
         batch, _, block, _, n = y.shape
-        rows = queries.shape[2]
+        query_rows = queries.shape[2]
         latent = xp.matmul(queries, self.basis[:h])  # [B, H, M, R]
         by_frequency = xp.matmul(latent[:, :, None], y[:, :h])  # [B, H, block, M, n]
         scores = xp.matmul(xp.permute_dims(by_frequency, (0, 1, 3, 4, 2)), self.time)  # [B, H, M, n, block]
         offset = xp.matmul(queries, xp.permute_dims(self.mean[:h], (0, 2, 1)))  # q . mu, [B, H, M, 1]
-        scores = (scores.reshape(batch, h, rows, n * block) + offset) * scale
+        scores = (scores.reshape(batch, h, query_rows, n * block) + offset) * scale
         p, m, l = attention.partial_from_scores(xp, scores)
-        weights = xp.matmul(p.reshape(batch, h, rows, n, block), xp.permute_dims(self.time, (1, 0)))
+        weights = xp.matmul(p.reshape(batch, h, query_rows, n, block), xp.permute_dims(self.time, (1, 0)))
         weights = xp.permute_dims(weights, (0, 1, 4, 2, 3))  # [B, H, block, M, n]
         pooled = xp.sum(xp.matmul(weights, xp.permute_dims(y[:, h:], (0, 1, 2, 4, 3))), axis=2)  # [B, H, M, R]
         output = xp.matmul(pooled, xp.permute_dims(self.basis[h:], (0, 2, 1))) + l * self.mean[h:]
@@ -85,7 +85,7 @@ class SpectralReader(TransformReader):
         A head's values take one product with the basis per query row instead of one per token.
         """
         xp, h = self.xp, self.kv_heads
-        (batch, _, rows, dim), tokens = queries.shape, chunk.tokens
+        (batch, _, query_rows, dim), tokens = queries.shape, chunk.tokens
         z = to_time(xp, self.spectrum(chunk), self.time)  # [B, G, T, R]
         (key_z, value_z), (key_basis, value_basis), means = (self._sides(x) for x in (z, self.basis, self.mean))
         keys = xp.matmul(key_z, xp.permute_dims(key_basis, (0, 2, 1)))
@@ -96,7 +96,7 @@ class SpectralReader(TransformReader):
         if self.rope and self.method.rope == "pre":
             keys = rotate(xp, keys, self.rope, chunk.start)
         p, m, l = attention.partial_from_scores(xp, xp.matmul(queries, xp.permute_dims(keys, (0, 1, 3, 2))) * scale)
-        pooled = xp.matmul(p.reshape(batch, value_z.shape[1], -1, tokens), value_z).reshape(batch, h, rows, -1)
+        pooled = xp.matmul(p.reshape(batch, value_z.shape[1], -1, tokens), value_z).reshape(batch, h, query_rows, -1)
         output = xp.matmul(pooled, xp.permute_dims(value_basis.reshape(h, dim, -1), (0, 2, 1)))
         if self.weight is not None:
             output = output / self._sides(self.weight)[1].reshape(h, 1, dim)
@@ -124,7 +124,7 @@ class SpectralReader(TransformReader):
 
 
 class LayerView(SpectralReader):
-    """Layer number `number` of a row whose layers are coded together by `codec`, whose tables it has; it encodes nothing."""
+    """Layer number `number` of those that `codec` codes together, whose tables it has; it encodes nothing."""
 
     def __init__(self, codec: SpectralReader, number: int):
         self.codec, self.xp, self.method, self.rope = codec, codec.xp, codec.method, codec.rope
@@ -132,7 +132,7 @@ class LayerView(SpectralReader):
         self.kv_heads, self.head_dim = codec.kv_heads // len(codec.axes), codec.head_dim
         self.block, self.groups, self.rank = codec.block, codec.groups, codec.rank
         self.time, self.normalize, self.quantizers = codec.time, codec.normalize, codec.quantizers
-        self.bits, self.order, self.rows = codec.bits, codec.order, codec.rows
+        self.bits, self.order, self.numbers = codec.bits, codec.order, codec.numbers
         self.scale, self.levels = codec.scale, codec.levels
         self.coupled, self.paths = codec.coupled, codec.paths
 

@@ -48,7 +48,7 @@ class TrellisCodec(SpectralCodec):
         )
         self.search = trellis.Coefficients(widths, gain, cost, xp.to_numpy(self.time), plan.search_tables)
         self.coupled = sum(b in trellis.WIDTHS for b in self.bits)
-        stored = [xp.to_numpy(rows) for rows in self.rows[: self.coupled]]
+        stored = [xp.to_numpy(numbers) for numbers in self.numbers[: self.coupled]]
         if self.coupled:
             numbers = np.concatenate(stored)
             sequences = self.search.sequences()
@@ -62,7 +62,7 @@ class TrellisCodec(SpectralCodec):
         return xp.asarray(codes, like=self.time)
 
     def _dequantized(self, codes: list) -> list:
-        """Coefficients [B, rows, n] of codes width by width."""
+        """Coefficients [B, n, blocks] of codes, width by width."""
         xp, n = self.xp, self.coupled
         alone = [dequantize(xp, *x) * scale for *x, scale in zip(codes[n:], self.levels[n:], self.scale[n:])]
         if not n:
