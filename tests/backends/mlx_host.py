@@ -27,12 +27,14 @@ from spectral_kv_mlx import (
     ops,
     save_prompt_cache,
 )
+from spectral_kv_mlx import generation as backend
 from spectral_kv_mlx.cache import SpectralKVCache, rows_of
 from spectral_kv_mlx.generation import decode_cache, encode_cache, fill, generate, plain_cache, score, sealed_bits
 from spectral_kv_mlx.integration import _fused, exact_layer, install, model_shape
 
 __all__ = [
     "SpectralProfiler",
+    "backend",
     "cache_nbytes",
     "capture",
     "decode_cache",
@@ -52,6 +54,7 @@ __all__ = [
     "sealed_bits",
 ]
 NAME = "mlx"
+PACKAGE = "mlx-lm"
 PASSED = {0: "sliding window", 2: "sliding window"}  # layers of the tiny Gemma 3 that stay as they are
 IS_ARRAY = mx.array
 
@@ -178,8 +181,12 @@ def own_attention(of) -> Iterator[None]:
 
 
 def is_routed(of) -> bool:
-    module = importlib.import_module(type(of.layers[0].self_attn).__module__)
-    return module.scaled_dot_product_attention is not base.scaled_dot_product_attention
+    return attention_function(of) is not base.scaled_dot_product_attention
+
+
+def attention_function(of):
+    """What the module of the model would attend with."""
+    return importlib.import_module(type(of.layers[0].self_attn).__module__).scaled_dot_product_attention
 
 
 def fused(queries, keys, values, scale: float) -> np.ndarray:

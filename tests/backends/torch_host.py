@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from hosts import ByteTokenizer
 from torch_models import TEXT, model_and_profile, tiny_model
+from transformers.modeling_utils import AttentionInterface
 
 from spectral_kv_torch import (
     SpectralCache,
@@ -22,12 +23,14 @@ from spectral_kv_torch import (
     restore,
     save_prompt_cache,
 )
+from spectral_kv_torch import generation as backend
 from spectral_kv_torch.cache import SpectralKVLayer, rows_of
 from spectral_kv_torch.generation import decode_cache, encode_cache, fill, generate, plain_cache, score, sealed_bits
 from spectral_kv_torch.integration import ATTENTION, _fused, install, model_shape
 
 __all__ = [
     "SpectralProfiler",
+    "backend",
     "cache_nbytes",
     "capture",
     "decode_cache",
@@ -47,6 +50,7 @@ __all__ = [
     "sealed_bits",
 ]
 NAME = "torch"
+PACKAGE = "transformers"
 PASSED = {0: "sliding window"}  # layers of the tiny Gemma 3 that stay as they are
 IS_ARRAY = torch.Tensor
 
@@ -166,6 +170,11 @@ def own_attention(of) -> Iterator[None]:
 
 def is_routed(of) -> bool:
     return of.config._attn_implementation == ATTENTION
+
+
+def attention_function(of):
+    """What the model and transformers would attend with."""
+    return of.config._attn_implementation, AttentionInterface()[ATTENTION]
 
 
 def fused(queries, keys, values, scale: float) -> np.ndarray:
