@@ -90,7 +90,7 @@ def codes_moved(host, cache, alone, row: int = 0) -> bool:
         for stores in zip(host.stores(cache), host.stores(alone), strict=True)
         for pair in zip(row_of(stores[0], row), row_of(stores[1], 0), strict=True)
     ]
-    return any(np.abs(a - b).max(initial=0) > 1e-3 for a, b in pairs)
+    return any(np.abs(a - b).max(initial=0) > 1e-4 for a, b in pairs)
 
 
 def assert_alike(got, expected, exact, moved: bool) -> None:

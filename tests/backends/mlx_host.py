@@ -19,9 +19,11 @@ from mlx_models import make_model
 
 import spectral_kv_mlx
 from spectral_kv_mlx import (
+    InferenceEngine,
     SpectralProfiler,
     cache_nbytes,
     capture,
+    load_model,
     load_prompt_cache,
     make_prompt_cache,
     ops,
@@ -33,6 +35,7 @@ from spectral_kv_mlx.generation import decode_cache, encode_cache, fill, generat
 from spectral_kv_mlx.integration import _fused, exact_layer, install, model_shape
 
 __all__ = [
+    "InferenceEngine",
     "SpectralProfiler",
     "backend",
     "cache_nbytes",
@@ -42,6 +45,7 @@ __all__ = [
     "fill",
     "generate",
     "install",
+    "load_model",
     "load_prompt_cache",
     "make_prompt_cache",
     "model_shape",

@@ -13,10 +13,12 @@ from torch_models import TEXT, model_and_profile, tiny_model
 from transformers.modeling_utils import AttentionInterface
 
 from spectral_kv_torch import (
+    InferenceEngine,
     SpectralCache,
     SpectralProfiler,
     cache_nbytes,
     capture,
+    load_model,
     load_prompt_cache,
     make_prompt_cache,
     ops,
@@ -29,6 +31,7 @@ from spectral_kv_torch.generation import decode_cache, encode_cache, fill, gener
 from spectral_kv_torch.integration import ATTENTION, _fused, install, model_shape
 
 __all__ = [
+    "InferenceEngine",
     "SpectralProfiler",
     "backend",
     "cache_nbytes",
@@ -38,6 +41,7 @@ __all__ = [
     "fill",
     "generate",
     "install",
+    "load_model",
     "load_prompt_cache",
     "make_prompt_cache",
     "model_shape",
