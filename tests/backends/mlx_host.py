@@ -21,6 +21,7 @@ import spectral_kv_mlx
 from spectral_kv_mlx import (
     InferenceEngine,
     SpectralProfiler,
+    bench,
     cache_nbytes,
     capture,
     footprint,
@@ -39,6 +40,7 @@ __all__ = [
     "InferenceEngine",
     "SpectralProfiler",
     "backend",
+    "bench",
     "cache_nbytes",
     "capture",
     "decode_cache",
