@@ -14,7 +14,7 @@ import numpy as np
 from hosts import TEXT, ByteTokenizer
 from mlx_lm.generate import generate_step
 from mlx_lm.models import base
-from mlx_lm.models.cache import trim_prompt_cache
+from mlx_lm.models.cache import ArraysCache, QuantizedKVCache, RotatingKVCache, trim_prompt_cache
 from mlx_models import make_model
 
 import spectral_kv_mlx
@@ -165,6 +165,22 @@ def keys_and_values(layer) -> list[np.ndarray]:
     """Keys and values [B, H, T, D] of a plain layer."""
     held = exact_layer(layer)
     return [np.array(held.keys), np.array(held.values)]
+
+
+def arrays(cache) -> list:
+    """Every array of a cache."""
+    held = [layer.arrays() if is_compressed(layer) else exact_layer(layer) for layer in cache]
+    return [x for layer in held for x in (layer if isinstance(layer, list) else (layer.keys, layer.values))]
+
+
+def foreign_layers() -> list:
+    """Layers of the host that no file can hold."""
+    return [ArraysCache(2), QuantizedKVCache(), RotatingKVCache(16, keep=4)]
+
+
+def tune(of) -> None:
+    """Give a model other weights."""
+    of.model.norm.weight = 1.5 * of.model.norm.weight
 
 
 def cache_of_a_loop(of, made, bits: float):

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from hosts import ByteTokenizer
 from torch_models import TEXT, model_and_profile, tiny_model
+from transformers.cache_utils import LinearAttentionLayer
 from transformers.modeling_utils import AttentionInterface
 
 from spectral_kv_torch import (
@@ -151,6 +152,23 @@ def crop_layers(cache, count: int) -> None:
 def keys_and_values(layer) -> list[np.ndarray]:
     """Keys and values [B, H, T, D] of a plain layer."""
     return [layer.keys.numpy(), layer.values.numpy()]
+
+
+def arrays(cache) -> list:
+    """Every array of a cache."""
+    return [
+        x for layer in cache.layers for x in (layer.arrays() if is_compressed(layer) else (layer.keys, layer.values))
+    ]
+
+
+def foreign_layers() -> list:
+    """Layers of the host that no file can hold."""
+    return [LinearAttentionLayer()]
+
+
+def tune(of) -> None:
+    """Give a model other weights."""
+    of.model.norm.weight.data.mul_(1.5)
 
 
 def cache_of_a_loop(of, made, bits: float):
