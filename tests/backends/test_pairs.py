@@ -319,11 +319,15 @@ def test_crop_copy_and_selection():
     )
     assert other.is_initialized
     other.batch_select_indices(torch.tensor([1, 1, 0]))
+    for row in leading_layers(other.layers):
+        for held in row.store.dense():
+            assert torch.equal(held[0], held[1])
     whole.reorder_cache(torch.tensor([1, 0]))
     got = logits_of(model, tail.repeat(3, 1), other, 1)
     expected = logits_of(model, tail.repeat(2, 1), whole, 1)
     torch.testing.assert_close(got[1:], expected, atol=0.05, rtol=0.05)  # 14 tokens were sealed and decoded again
-    assert torch.equal(got[0], got[1]) and cache.get_seq_length() == 300 and other.get_seq_length() == 306
+    torch.testing.assert_close(got[0], got[1], atol=1e-3, rtol=1e-3)
+    assert cache.get_seq_length() == 300 and other.get_seq_length() == 306
     other.reset()
     assert other.get_seq_length() == 0
 

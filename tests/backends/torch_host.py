@@ -10,32 +10,44 @@ import numpy as np
 import torch
 from hosts import ByteTokenizer
 from torch_models import TEXT, model_and_profile, tiny_model
+from transformers.cache_utils import LinearAttentionLayer
+from transformers.modeling_utils import AttentionInterface
 
 from spectral_kv_core.cache import compressed_layer
 from spectral_kv_torch import (
+    InferenceEngine,
     SpectralCache,
     SpectralProfiler,
+    bench,
     cache_nbytes,
     capture,
+    footprint,
+    load_model,
     load_prompt_cache,
     make_prompt_cache,
     ops,
     restore,
     save_prompt_cache,
 )
+from spectral_kv_torch import generation as backend
 from spectral_kv_torch.cache import SpectralKVLayer
 from spectral_kv_torch.generation import decode_cache, encode_cache, fill, generate, plain_cache, score, sealed_bits
 from spectral_kv_torch.integration import ATTENTION, _fused, install, model_shape
 
 __all__ = [
+    "InferenceEngine",
     "SpectralProfiler",
+    "backend",
+    "bench",
     "cache_nbytes",
     "capture",
     "decode_cache",
     "encode_cache",
     "fill",
+    "footprint",
     "generate",
     "install",
+    "load_model",
     "load_prompt_cache",
     "make_prompt_cache",
     "model_shape",
@@ -48,8 +60,8 @@ __all__ = [
     "sealed_bits",
 ]
 NAME = "torch"
+PACKAGE = "transformers"
 PASSED = {0: "sliding window"}  # layers of the tiny Gemma 3 that stay as they are
-EXACT = {"atol": 2e-5, "rtol": 1e-4}  # logits of the same float32 numbers, summed in another order
 IS_ARRAY = torch.Tensor
 
 new_model = tiny_model
@@ -147,6 +159,23 @@ def keys_and_values(layer) -> list[np.ndarray]:
     return [layer.keys.numpy(), layer.values.numpy()]
 
 
+def arrays(cache) -> list:
+    """Every array of a cache."""
+    return [
+        x for layer in cache.layers for x in (layer.arrays() if is_compressed(layer) else (layer.keys, layer.values))
+    ]
+
+
+def foreign_layers() -> list:
+    """Layers of the host that no file can hold."""
+    return [LinearAttentionLayer()]
+
+
+def tune(of) -> None:
+    """Give a model other weights."""
+    of.model.norm.weight.data.mul_(1.5)
+
+
 def cache_of_a_loop(of, made, bits: float):
     """A cache for a loop of one's own, which needs no model."""
     return SpectralCache(made, bits=bits)
@@ -172,6 +201,11 @@ def own_attention(of) -> Iterator[None]:
 
 def is_routed(of) -> bool:
     return of.config._attn_implementation == ATTENTION
+
+
+def attention_function(of):
+    """What the model and transformers would attend with."""
+    return of.config._attn_implementation, AttentionInterface()[ATTENTION]
 
 
 def fused(queries, keys, values, scale: float) -> np.ndarray:
