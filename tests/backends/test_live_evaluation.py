@@ -65,6 +65,7 @@ def test_filling_equals_reading_the_prefix(host, family, method):
     assert host.seen(plain) == len(prefix)
 
 
+@pytest.mark.slow
 def test_more_bits_less_divergence_whatever_the_step(host, tmp_path):
     for changes in ({}, {"step": 5}, {"prefill_chunk": 40}):
         rows = run(host, "llama", tmp_path, tasks=("text", "copy"), documents=2, **changes)["rows"]
@@ -196,6 +197,7 @@ def test_every_task_runs_on_a_cache_that_drops_tokens(host, tmp_path):
     assert [row["cache_bytes"] for row in turns] == [turns[0]["cache_bytes"]] * 2  # the budget holds while turns come
 
 
+@pytest.mark.slow
 def test_scores_that_steer_the_codec(host, tmp_path):
     """Each way of rounding and each tiering is a cache of its own, at the same bits; shares only where they are asked for."""
     tiers = ((0.25, 5.0), (0.75, 1.0))

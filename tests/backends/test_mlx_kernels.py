@@ -177,6 +177,7 @@ def test_a_cache_with_left_padding_takes_the_faster_step(monkeypatch):
     assert_close("output", *map(ops.to_numpy, outputs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("scores", [2**26, 2**18])
 def test_a_later_part_of_a_prompt_attends_to_one_chunk_at_a_time(monkeypatch, dtype, scores):
