@@ -14,46 +14,57 @@ import numpy as np
 from hosts import TEXT, ByteTokenizer
 from mlx_lm.generate import generate_step
 from mlx_lm.models import base
-from mlx_lm.models.cache import trim_prompt_cache
+from mlx_lm.models.cache import ArraysCache, QuantizedKVCache, RotatingKVCache, trim_prompt_cache
 from mlx_models import make_model
 
 import spectral_kv_mlx
+from spectral_kv_core.cache.compressed_layer import leading_layers
 from spectral_kv_mlx import (
+    InferenceEngine,
     SpectralProfiler,
+    bench,
     cache_nbytes,
     capture,
+    footprint,
+    load_model,
     load_prompt_cache,
     make_prompt_cache,
     ops,
     save_prompt_cache,
 )
-from spectral_kv_mlx.cache import SpectralKVCache, rows_of
+from spectral_kv_mlx import generation as backend
+from spectral_kv_mlx.cache import SpectralKVCache
 from spectral_kv_mlx.generation import decode_cache, encode_cache, fill, generate, plain_cache, score, sealed_bits
 from spectral_kv_mlx.integration import _fused, exact_layer, install, model_shape
 
 __all__ = [
+    "InferenceEngine",
     "SpectralProfiler",
+    "backend",
+    "bench",
     "cache_nbytes",
     "capture",
     "decode_cache",
     "encode_cache",
     "fill",
+    "footprint",
     "generate",
     "install",
+    "load_model",
     "load_prompt_cache",
     "make_prompt_cache",
     "model_shape",
     "ops",
     "plain_cache",
     "restore",
-    "rows_of",
+    "leading_layers",
     "save_prompt_cache",
     "score",
     "sealed_bits",
 ]
 NAME = "mlx"
+PACKAGE = "mlx-lm"
 PASSED = {0: "sliding window", 2: "sliding window"}  # layers of the tiny Gemma 3 that stay as they are
-EXACT = {"atol": 2e-4, "rtol": 2e-4}  # logits of the same float32 numbers, summed in another order
 IS_ARRAY = mx.array
 
 _kept: list = []  # models that tests share
@@ -125,10 +136,10 @@ def layers(cache) -> list:
 
 
 def stores(cache) -> list:
-    """The stores of the compressed rows of a cache, with every token that came in."""
-    for row in rows_of(cache):
-        row.commit()
-    return [row.store for row in rows_of(cache)]
+    """The stores of the compressed layers of a cache, with every token that came in."""
+    for layer in leading_layers(cache):
+        layer.commit()
+    return [layer.store for layer in leading_layers(cache)]
 
 
 def is_compressed(layer) -> bool:
@@ -157,6 +168,22 @@ def keys_and_values(layer) -> list[np.ndarray]:
     return [np.array(held.keys), np.array(held.values)]
 
 
+def arrays(cache) -> list:
+    """Every array of a cache."""
+    held = [layer.arrays() if is_compressed(layer) else exact_layer(layer) for layer in cache]
+    return [x for layer in held for x in (layer if isinstance(layer, list) else (layer.keys, layer.values))]
+
+
+def foreign_layers() -> list:
+    """Layers of the host that no file can hold."""
+    return [ArraysCache(2), QuantizedKVCache(), RotatingKVCache(16, keep=4)]
+
+
+def tune(of) -> None:
+    """Give a model other weights."""
+    of.model.norm.weight = 1.5 * of.model.norm.weight
+
+
 def cache_of_a_loop(of, made, bits: float):
     """A cache for a loop of one's own."""
     return make_prompt_cache(of, made, bits)
@@ -179,8 +206,12 @@ def own_attention(of) -> Iterator[None]:
 
 
 def is_routed(of) -> bool:
-    module = importlib.import_module(type(of.layers[0].self_attn).__module__)
-    return module.scaled_dot_product_attention is not base.scaled_dot_product_attention
+    return attention_function(of) is not base.scaled_dot_product_attention
+
+
+def attention_function(of):
+    """What the module of the model would attend with."""
+    return importlib.import_module(type(of.layers[0].self_attn).__module__).scaled_dot_product_attention
 
 
 def fused(queries, keys, values, scale: float) -> np.ndarray:

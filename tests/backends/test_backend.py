@@ -11,8 +11,18 @@ from types import ModuleType
 import numpy as np
 import pytest
 from cases import attention
-from hosts import SMALL, ByteTokenizer, batch_greedy, close, dense, of_families, relative_error, tokens
-from tolerances import assert_close, relative_rms
+from hosts import (
+    SMALL,
+    ByteTokenizer,
+    batch_greedy,
+    check_padded,
+    close,
+    dense,
+    of_families,
+    relative_error,
+    tokens,
+)
+from tolerances import assert_close
 
 from spectral_kv_core.arrays import ops as reference
 from spectral_kv_core.cache.layer_cache import LayerCache
@@ -36,10 +46,9 @@ def test_identity_is_the_plain_cache_however_it_is_fed(host, family):
     model, ids = host.model(family), tokens(150, seed=1)
     expected = host.logits(model, ids, host.plain_cache(model))
     for chunk in (None, 40, 1):
-        got = host.logits(model, ids, host.make_prompt_cache(model, method="identity"), chunk)
-        close(got, expected, **host.EXACT)
-        got = host.logits(model, ids, host.make_prompt_cache(model, method="identity", **SMALL), chunk)
-        close(got, expected, atol=2e-4, rtol=2e-4)
+        for options in ({}, SMALL):
+            got = host.logits(model, ids, host.make_prompt_cache(model, method="identity", **options), chunk)
+            assert_close(f"logits, fed by {chunk}", got, expected)
     prompt = tokens(40, seed=5)
     expected = host.greedy(model, prompt, host.plain_cache(model), 12)
     assert host.greedy(model, prompt, host.make_prompt_cache(model, method="identity"), 12) == expected
@@ -89,10 +98,10 @@ def test_error_shrinks_with_bits(host, family):
         piece_error = relative_error(host.logits(model, piece, cache), expected)
         got = host.score(model, prompt[:200], follow, host.make_prompt_cache(model, profile, bits, **SMALL))
         errors.append((piece_error, relative_error(got, scored)))
-    in_piece, scored = errors[0]
-    # qwen2's keys have strong biases: of other tokens than these its error at 8 bits is 0.045 to 0.118
-    limit = 0.05**0.5 if (host.NAME, family) == ("mlx", "qwen2") else 0.05
-    assert np.diff(errors, axis=0).min() > 0 and 0 < in_piece < limit and 0 < scored < 0.05**0.5, errors
+    assert np.diff(errors, axis=0).min() > 0, errors
+    fine, coarse = np.array(errors[0]), np.array(errors[-1])
+    in_piece = 0.25 if family == "qwen2" else 0.05  # whose keys have strong biases: of random tokens up to 0.12
+    assert (fine > 0).all() and (fine < coarse / 4).all() and (fine < (in_piece, 0.25)).all(), errors
 
 
 def test_greedy_generation_equals_the_plain_cache(host):
@@ -141,63 +150,19 @@ def test_another_models_vectors_are_refused(host):
 # --- batches with left padding
 
 
-def check_padded(host, family: str, lengths: list[int], cuts: list[int], cached: dict, exact: dict) -> None:
-    """Every row of a padded batch, read in pieces that end at `cuts`, is as if alone.
-
-    On MLX a coefficient on a threshold may get the code beside it: the rows of a batch are not multiplied as one is.
-    That must stay small against the error of all codes.
-    """
-    model, total = host.model(family), lengths[0]
-    rows, padding = [tokens(n, seed=n) for n in lengths], [total - n for n in lengths]
-    ids = [[2] * pad + row for pad, row in zip(padding, rows)]
-    cache = host.padded_cache(model, padding, **cached)
-    edges = [0, *cuts]
-    batch = np.concatenate(
-        [host.batch_logits(model, ids, padding, cache, start, stop) for start, stop in pairwise(edges)], axis=1
-    )
-    alone_bytes = 0
-    for number, (row, pad) in enumerate(zip(rows, padding)):
-        # the same pieces as in the batch, since a piece of a prompt sees its own tokens exactly
-        own = [0, *(edge - pad for edge in edges if edge > pad)]
-        alone = host.make_prompt_cache(model, **cached)
-        expected = np.concatenate([host.logits(model, row[a:b], alone) for a, b in pairwise(own)])
-        alone_bytes += int(host.cache_nbytes(alone))
-        got = batch[number, pad:]
-        if host.NAME == "mlx" and cached.get("method") != "identity" and codes_moved(host, cache, alone, number, pad):
-            plain = host.make_prompt_cache(model, **exact)
-            true = np.concatenate([host.logits(model, row[a:b], plain) for a, b in pairwise(own)])
-            assert relative_rms(got, expected) < relative_rms(expected, true) / 4
-        else:
-            close(got, expected, atol=1e-4, rtol=1e-3)
-    padding_groups = host.stores(cache)[0].padding_groups
-    assert len(padding_groups) == len(set(lengths))
-    if family != "gemma3":  # whose layers with a sliding window keep padding
-        assert int(host.cache_nbytes(cache)) == alone_bytes
-
-
-def codes_moved(host, cache, alone, row: int, pad: int) -> bool:
-    """Whether a row decodes to something else in a batch than alone."""
-    for store, other in zip(host.stores(cache), host.stores(alone), strict=True):
-        for a, b in zip(dense(store), dense(other), strict=True):
-            if np.abs(a[row, :, pad:] - b[0]).max() > 1e-3:
-                return True
-    return False
-
-
 @pytest.mark.parametrize(
     "method, bits", [("identity", None), ("spectral", 3), (AFFINE16, 4.5)], ids=["identity", "spectral", "affine16"]
 )
 @pytest.mark.parametrize("chunk", [None, 90])
 def test_a_padded_batch_equals_the_rows_alone(host, method, bits, chunk):
     cuts = [90, 258, 259, 260] if chunk else [258, 259, 260]
-    cached = {"profile": host.profile("llama"), "bits": bits, "method": method}
-    check_padded(host, "llama", [260, 170], cuts, cached, {"method": "identity"})
+    check_padded(host, "llama", [260, 170], cuts, {"bits": bits, "method": method}, {"method": "identity"})
 
 
 @pytest.mark.parametrize("method, bits", [("identity", None), ("spectral", 4.0)])
 def test_rows_of_several_lengths_equal_the_rows_alone(host, family, method, bits):
-    cached = {"profile": host.profile(family), "bits": bits, "method": method, **SMALL}
-    check_padded(host, family, [64, 45, 64, 16], [20, 40, *range(60, 65)], cached, {"method": "identity", **SMALL})
+    options, exact = {"bits": bits, "method": method, **SMALL}, {"method": "identity", **SMALL}
+    check_padded(host, family, [64, 45, 64, 16], [20, 40, *range(60, 65)], options, exact)
 
 
 def test_a_padded_batch_generates_as_the_plain_cache(host):
@@ -401,7 +366,7 @@ def test_a_profile_may_be_named_by_its_path(host, tmp_path):
     model, profile = host.model("llama"), host.profile("llama")
     path = profile.save(tmp_path / "p.safetensors")
     caches = [host.make_prompt_cache(model, given, bits=2.0) for given in (profile, path, str(path))]
-    assert len({host.rows_of(cache)[0].plan.hash for cache in caches}) == 1
+    assert len({host.leading_layers(cache)[0].plan.hash for cache in caches}) == 1
     with pytest.raises(UsageError, match="path of one, or None, received 2.0"):
         host.make_prompt_cache(model, 2.0)
     with pytest.raises(FileNotFoundError, match="nowhere"):
@@ -493,7 +458,7 @@ def test_a_profile_is_deterministic_and_serves_every_budget(host, tmp_path):
     np.testing.assert_array_equal(again.basis_sets["head.post"].cost, profile.basis_sets["head.post"].cost)
     loaded = type(profile).load(profile.save(tmp_path / "p.safetensors"))
     for bits in (1.0, 1.37, 5.5, 8.0):
-        store = host.rows_of(host.make_prompt_cache(model, loaded, bits))[0]
+        store = host.leading_layers(host.make_prompt_cache(model, loaded, bits))[0]
         assert bits - 0.05 < store.plan.bits_per_element <= bits
 
 
@@ -511,8 +476,9 @@ def test_a_profile_without_a_backward_pass_serves_too(host):
     )
     assert np.isfinite(theirs.cost).all() and (theirs.sensitivity > 0).mean() > 0.99
     expected = host.logits(model, ids, host.plain_cache(model))[250:]
-    got = host.logits(model, ids, host.make_prompt_cache(model, local, bits=8.0), 250)[250:]
-    assert relative_error(got, expected) < 0.1
+    caches = [host.make_prompt_cache(model, of, bits=8.0) for of in (profile, local)]
+    best, error = (relative_error(host.logits(model, ids, cache, 250)[250:], expected) for cache in caches)
+    assert 0 < error < 1.5 * best
 
 
 @of_families("llama", "gemma3", "qwen2", "qwen3")

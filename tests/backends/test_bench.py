@@ -1,4 +1,4 @@
-"""`spectralkv bench`: what is timed, ratios that follow from the times, synthetic plans, errors before any work."""
+"""`spectralkv bench` on both hosts: what is timed, ratios that follow, synthetic plans, errors before any work."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from bench_rows import MODEL_KEYS, TINY, check_reader, check_result
+from hosts import only, tokens
+from tiny_checkpoint import save_tiny_checkpoint
 
 from spectral_kv_core.arrays import ops
 from spectral_kv_core.arrays.transform import band_sizes
 from spectral_kv_core.benchmark import bench as core
 from spectral_kv_core.benchmark import synthetic
 from spectral_kv_core.benchmark.machine import process_peak_bytes
+from spectral_kv_core.cache.layer_cache import LayerCache
 from spectral_kv_core.cli import main as cli
 from spectral_kv_core.cli import tables as report
 from spectral_kv_core.codecs.registry import make_plan
@@ -43,7 +46,7 @@ def test_a_flat_plan_has_every_coefficient_at_its_width(name, bits):
     assert np.all(plan.widths == bits) and plan.bits_per_element == bits and synthetic.kept_share(plan) == 1.0
     codec = SpectralCodec(ops, plan, 0)
     assert codec.bits == [bits] and codec.rank == plan.basis_set.rank
-    assert len(codec.rows[0]) == plan.basis_set.block * 2 * 2 * 32  # frequencies, sides, heads, channels
+    assert len(codec.numbers[0]) == plan.basis_set.block * 2 * 2 * 32  # frequencies, sides, heads, channels
 
 
 def test_a_single_layer_has_no_neighbor():
@@ -185,49 +188,63 @@ def test_wrong_use_is_told_before_any_work(capsys, monkeypatch, message, argumen
     assert code == 2 and message in captured.err.strip().splitlines()[-1] and not captured.out
 
 
+# --- on the hosts
+
+
 @pytest.fixture
-def torch_bench(monkeypatch):
-    pytest.importorskip("torch")
-    from spectral_kv_torch import bench
+def bench(host, monkeypatch):
+    """The module of a host, with little to sweep."""
+    if host.NAME == "mlx":
+        monkeypatch.setitem(synthetic.SHAPES, "tiny", (*TINY[:2], 64, TINY[3]))  # mlx-lm's groups of 64
+    host.bench._field.cache_clear()
+    monkeypatch.setattr(host.bench, "SWEEP_BYTES", 2**16)
+    yield host.bench
+    host.bench._field.cache_clear()
 
-    bench._field.cache_clear()
-    monkeypatch.setattr(bench, "SWEEP_BYTES", 2**16)
-    yield bench
-    bench._field.cache_clear()
 
-
-def torch_layer(torch_bench, context: int = 200, dtype: str = "float32"):
+@pytest.fixture
+def layer(bench):
+    """A layer after 200 tokens, with as many more as fill a block."""
     shape = synthetic.synthetic_shape("tiny")
-    return torch_bench.BenchLayer(shape, *synthetic.synthetic_vectors(shape, context + SEAL), dtype)
+    return bench.BenchLayer(shape, *synthetic.synthetic_vectors(shape, 200 + SEAL), "float32")
 
 
-def test_torch_steps_attend_to_what_they_should(torch_bench, monkeypatch):
+@pytest.fixture
+def outputs(host, bench, monkeypatch) -> list[np.ndarray]:
+    """What every step under the clock gives, [B, Hq, 1, D]."""
+    found = []
+
+    def seconds(self, run) -> float:
+        out = run()
+        if isinstance(out, tuple):  # an attention function of transformers gives heads behind tokens
+            out = out[0].transpose(1, 2) if host.NAME == "torch" else out[0]
+        found.append(host.ops.to_numpy(out))
+        return 1.0
+
+    monkeypatch.setattr(bench.BenchLayer, "seconds", seconds)
+    return found
+
+
+def test_steps_attend_to_what_they_should(layer, outputs, monkeypatch):
     """The three ways agree; our cache goes through the last tokens, seals once, and then has no more of them."""
-    layer, outputs, seen = torch_layer(torch_bench), [], []
-    finished = torch_bench._finished
-
-    def spy(run, *args, **kwargs):
-        outputs.append(finished(run, *args, **kwargs))
-        return outputs[-1]
-
-    monkeypatch.setattr(torch_bench, "_finished", spy)
     for way in core.WAYS:
         step = getattr(layer, way)()
         assert step() > 0 and step() > 0  # the cache is as it was
-    host, again, gqa, _, grouped, _ = (x[0].transpose(1, 2) if isinstance(x, tuple) else x for x in outputs)
+    host, again, gqa, _, grouped, _ = outputs
     for other in (again, gqa, grouped):
         np.testing.assert_allclose(host, other, atol=1e-5)
-    attend = torch_bench.SpectralKVLayer.attend
+    seen, attend = [], LayerCache.attend
 
-    def watch(self, pending, *args):
-        out = attend(self, pending, *args)
-        seen.append((self.store.seen, self.store.padding_groups[0].sealed))
+    def watch(self, *args):
+        out = attend(self, *args)
+        seen.append((self.seen, self.padding_groups[0].sealed))
         return out
 
-    monkeypatch.setattr(torch_bench.SpectralKVLayer, "attend", watch)
+    monkeypatch.setattr(LayerCache, "attend", watch)
     step, nbytes = layer.compressed(plan_of("spectral", 2, "flat"), 4, 64)
-    exact = 2 * (200 - 128) * 2 * 32 * 4  # sides, tokens, heads, channels, bytes: 128 of 200 tokens are sealed
-    assert nbytes == exact + 128 * 2 * 2 * 32 * 2 // 8
+    head_dim = synthetic.synthetic_shape("tiny").head_dim
+    exact = 2 * (200 - 128) * 2 * head_dim * 4  # sides, tokens, heads, channels, bytes: 128 of 200 tokens are sealed
+    assert nbytes == exact + 128 * 2 * 2 * head_dim * 2 // 8
     for _ in range(SEAL):
         step()
     assert [count for count, _ in seen] == list(range(200, 217))  # the first is not timed
@@ -238,13 +255,22 @@ def test_torch_steps_attend_to_what_they_should(torch_bench, monkeypatch):
     layer.compressed(plan_of("identity", 2, "flat"), 4, 64)[0]()
     layer.middle = 200
     layer.gqa()()
-    np.testing.assert_allclose(outputs[-2][0].transpose(1, 2), outputs[-1], atol=1e-5)
+    np.testing.assert_allclose(*outputs[-2:], atol=1e-5)
 
 
-def test_torch_quantized_cache_says_why_it_cannot_run(torch_bench):
+@only("mlx", "the quantized cache of transformers needs a package: see the next test")
+def test_the_hosts_quantized_cache_is_timed_too(layer, outputs):
+    step, _ = layer.quantized(), layer.host()()
+    assert step() > 0 and step() > 0
+    exact, quantized, same = outputs
+    error = np.abs(quantized - exact).mean() / np.abs(exact).mean()
+    assert np.array_equal(quantized, same) and 0.02 < error < 0.3  # of 4 bits
+
+
+@only("torch", "the quantized cache of mlx-lm needs no package")
+def test_a_quantized_cache_says_why_it_cannot_run(layer):
     from transformers.utils import is_hqq_available
 
-    layer = torch_layer(torch_bench)
     if is_hqq_available():
         assert layer.quantized()() > 0
     else:
@@ -252,28 +278,27 @@ def test_torch_quantized_cache_says_why_it_cannot_run(torch_bench):
             layer.quantized()
 
 
-def test_torch_layer_reads_call_by_call(torch_bench):
-    check_reader(torch_bench, synthetic.synthetic_shape("tiny"), plan_of("identity", 2, "flat"))
+def test_a_layer_reads_call_by_call(bench):
+    check_reader(bench, synthetic.synthetic_shape("tiny"), plan_of("identity", 2, "flat"))
 
 
-def test_torch_layer_command(capsys, tmp_path, torch_bench, monkeypatch):
-    from spectral_kv_torch import generation
-
-    monkeypatch.setattr(generation, "PREFILL_CHUNK", 64)
+def test_the_layer_command(host, bench, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(host.backend, "PREFILL_CHUNK", 64)
     monkeypatch.setattr(core, "fresh_peak", core.measure_layer_peak)  # a new process does not know the shape
     arguments = ["--synthetic", "tiny", "--context", "90,150", "--methods", "spectral,identity", "--bits", "2"]
-    arguments += ["--backend", "torch", "--output", str(tmp_path / "new" / "rows.json")]
+    arguments += ["--backend", host.NAME, "--output", str(tmp_path / "new" / "rows.json")]
     assert cli.main(["bench", *arguments, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    check_result(result, "torch")
+    check_result(result, host.NAME)
     assert result == json.loads((tmp_path / "new" / "rows.json").read_text())
     assert result["synthetic"] == "tiny" and result["plan"] == "flat"
     rows = {(row["method"], row["context"]): row for row in result["rows"]}
     assert list(rows) == [("spectral", 90), ("identity", 90), ("spectral", 150), ("identity", 150)]
     assert rows["spectral", 150]["bits_per_element"] == 2 and rows["identity", 150]["bits_per_element"] == 16
-    assert rows["spectral", 150]["dtype"] == "bfloat16"
-    assert rows["identity", 150]["bytes"] == 150 * 2 * 2 * 32 * 2  # tokens, sides, heads, channels, bytes
-    assert rows["identity", 150]["plain_bytes"] == 159 * 2 * 2 * 32 * 2
+    dtype, size = ("bfloat16", 2) if host.NAME == "torch" else ("float32", 4)  # MLX on a CPU
+    assert rows["spectral", 150]["dtype"] == dtype
+    vectors = 2 * 2 * synthetic.synthetic_shape("tiny").head_dim * size  # sides, heads, channels, bytes
+    assert rows["identity", 150]["bytes"] == 150 * vectors and rows["identity", 150]["plain_bytes"] == 159 * vectors
     assert cli.main(["bench", *arguments, "--plan", "typical", "--dtype", "float32"]) == 0
     out = capsys.readouterr().out
     for words in ("a layer of tiny, typical plan", "150 tokens, float32", "grouped rows", "GB/s"):
@@ -283,52 +308,73 @@ def test_torch_layer_command(capsys, tmp_path, torch_bench, monkeypatch):
     assert float(bits) == pytest.approx(2, abs=0.02)
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    pytest.importorskip("torch")
-    from test_cli import TEXT
-    from tiny_checkpoint import save_tiny_checkpoint
-
-    folder = tmp_path_factory.mktemp("bench")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SPECTRALKV_CACHE", str(folder / "cache"))
-        model = str(save_tiny_checkpoint(folder / "model"))
-        (folder / "text.txt").write_text(TEXT)
-        arguments = ["--text", str(folder / "text.txt"), "--tokens", "512", "--document", "256", "--quiet"]
-        assert cli.main(["profile", "--model", model, "--backend", "torch", *arguments]) == 0
-        yield model
+@only("mlx", "heads of 32 channels are no group of `affine`, and transformers' quantized cache needs a package")
+def test_rows_beside_the_hosts_quantized_cache(host, bench, capsys, monkeypatch):
+    monkeypatch.setattr(core, "fresh_peak", core.measure_layer_peak)
+    arguments = ["--synthetic", "tiny", "--context", "150", "--methods", "spectral,affine", "--bits", "2"]
+    assert cli.main(["bench", *arguments, "--backend", host.NAME, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    check_result(result, host.NAME)
+    assert [row["bits_per_element"] for row in result["rows"]] == [2, 2.5]
+    assert all(row["ratio_to_host_quantized"] > 0 and row["dtype"] == "float32" for row in result["rows"])
 
 
-def test_torch_attention_clock_counts_and_restores(torch_bench, checkpoint, monkeypatch):
-    from transformers.modeling_utils import AttentionInterface
-
-    from spectral_kv_torch import integration
-    from spectral_kv_torch.generation import feed, load_model, plain_cache
-
-    kernels, logits, layers = [], [], (0, 2)
-    for name in ("_gqa", "_grouped"):
-        kernel = getattr(torch_bench, name)
-        monkeypatch.setattr(torch_bench, name, lambda *a, name=name, kernel=kernel: kernels.append(name) or kernel(*a))
-    model, _ = load_model(checkpoint)
+def test_the_attention_clock_counts_and_restores(host, bench, monkeypatch):
+    kernels = []
+    kernel = bench._gqa
+    monkeypatch.setattr(bench, "_gqa", lambda q, *given: kernels.append(q.shape[1:3]) or kernel(q, *given))
+    model, layers, logits = host.model("gemma3"), host.profile("gemma3").shape.layers, []  # the others slide
+    host.install(model)
+    plain, before = host.plain_cache(model), host.attention_function(model)
+    host.backend.feed(model, tokens(60), plain)
     for way in (None, *core.WAYS):
-        cache = plain_cache(model)
-        feed(model, list(range(3, 60)), cache)
+        cache = host.plain_cache(model)
+        host.fill(cache, plain)
         if way is None:
-            logits.append(feed(model, [7], cache))
+            logits.append(host.backend.feed(model, [7], cache))
             continue
-        with torch_bench.attention_clock(model, cache, layers, way) as clock:
-            assert ["update" in vars(layer) for layer in cache.layers] == [way == "host", False, way == "host"]
-            logits.append(feed(model, [7], cache))
+        with bench.attention_clock(model, cache, layers, way) as clock:
+            if host.NAME == "torch":  # whose layers concatenate what came in
+                clocked = [i for i, layer in enumerate(cache.layers) if "update" in vars(layer)]
+                assert clocked == (list(layers) if way == "host" else [])
+            logits.append(host.backend.feed(model, [7], cache))
         assert clock.calls == len(layers) and clock.seconds > 0
-        assert not any("update" in vars(layer) for layer in cache.layers)
-        assert AttentionInterface()[integration.ATTENTION] is integration.attention_forward
+        assert host.attention_function(model) == before
+        assert not any("update" in vars(layer) for layer in host.layers(cache))
         np.testing.assert_allclose(logits[-1], logits[0], atol=1e-4)
-    assert kernels == ["_gqa", "_gqa", "_grouped", "_grouped"]
+    assert kernels == [(4, 1)] * 2 + [(2, 2)] * 2  # heads and rows of the query
+
+
+@only("mlx", "the quantized cache of transformers needs a package")
+def test_a_sliding_window_is_not_quantized(host, bench):
+    model = host.model("gemma3")
+    plain = host.plain_cache(model)
+    host.backend.feed(model, tokens(60), plain)
+    with pytest.raises(ValueError, match="RotatingKVCache"):
+        bench.quantized_cache(model, plain)
+
+
+def test_compressed_caches_are_attended_as_codes_under_the_clock(host, bench, monkeypatch):
+    model, profile = host.model("llama"), host.profile("llama")
+    cache = host.make_prompt_cache(model, profile, 2.0)
+    host.backend.feed(model, tokens(203), cache)
+    before = host.attention_function(model)
+    monkeypatch.setattr(LayerCache, "dense", lambda self, *a: pytest.fail("decoded"))
+    with bench.attention_clock(model, cache, profile.shape.layers) as clock:
+        host.backend.feed(model, [7], cache)
+    assert clock.calls == len(profile.shape.layers) and host.seen(cache) == 204
+    assert host.attention_function(model) == before
 
 
 @pytest.mark.slow
-def test_torch_model_command_with_peaks_of_fresh_processes(capsys, monkeypatch, checkpoint, torch_bench):
+def test_the_model_command_with_peaks_of_fresh_processes(host, bench, capsys, monkeypatch, tmp_path):
+    pytest.importorskip("torch")  # which writes the checkpoint
+    monkeypatch.setenv("SPECTRALKV_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(core, "REPEATS", 1)
+    model = str(save_tiny_checkpoint(tmp_path / "model"))
+    (tmp_path / "text.txt").write_text("On the table stood 23 cups; nobody knew whose they were. " * 60)
+    small = ["--text", str(tmp_path / "text.txt"), "--tokens", "512", "--document", "256", "--quiet"]
+    assert cli.main(["profile", "--model", model, "--backend", host.NAME, *small]) == 0
     configurations, measure = [], core.fresh_peak
 
     def peak(**configuration):
@@ -337,16 +383,18 @@ def test_torch_model_command_with_peaks_of_fresh_processes(capsys, monkeypatch, 
 
     monkeypatch.setattr(core, "fresh_peak", peak)
     held = bytearray(2**29)  # of this process, which the fresh ones must not count
-    arguments = ["--model", checkpoint, "--context", "120", "--bits", "2", "--backend", "torch", "--json"]
+    arguments = ["--model", model, "--context", "120", "--bits", "2", "--backend", host.NAME, "--json"]
+    capsys.readouterr()
     assert cli.main(["bench", *arguments]) == 0
     result = json.loads(capsys.readouterr().out)
-    check_result(result, "torch")
+    check_result(result, host.NAME)
     (row,) = result["rows"]
     assert set(row) >= MODEL_KEYS and all(row[key] > 0 for key in MODEL_KEYS) and row["dtype"] == "float32"
-    assert row["bytes"] < row["plain_bytes"] == (120 + SEAL) * 3 * 2 * 2 * 16 * 4
+    stored = 256 if host.NAME == "mlx" else 120 + SEAL  # mlx-lm allocates in steps
+    assert row["bytes"] < row["plain_bytes"] == stored * 3 * 2 * 2 * 16 * 4
     assert [c["method"] for c in configurations] == [None, "spectral"]
     report.print_bench(result)
     out = capsys.readouterr().out
     assert all(words in out for words in ("prefill tokens/s", "peak MiB", f"{row['peak_bytes'] / 2**20:,.1f}"))
     for key in ("peak_bytes", "plain_peak_bytes"):
-        assert 50e6 < row[key] < process_peak_bytes() - len(held) / 2  # torch alone takes more than 50 MB
+        assert 50e6 < row[key] < process_peak_bytes() - len(held) / 2  # a host alone takes more than 50 MB

@@ -17,8 +17,9 @@ from spectral_kv_core.arrays.divergence import compare_logits
 from spectral_kv_core.cache.size import CacheSize
 from spectral_kv_core.cli import main as cli
 from spectral_kv_core.evaluation.documents import make_documents
-from spectral_kv_core.evaluation.rows import RowFile, summarize
-from spectral_kv_core.evaluation.run import Settings, evaluate, plan_jobs
+from spectral_kv_core.evaluation.records import RecordFile, summarize
+from spectral_kv_core.evaluation.run import evaluate, plan_jobs
+from spectral_kv_core.evaluation.settings import Settings
 from spectral_kv_core.evaluation.text import (
     Text,
     copy_span,
@@ -67,9 +68,9 @@ class FakeBackend:
     def plain_cache(self, model):
         return SimpleNamespace(kind="plain", tokens=[])
 
-    def make_prompt_cache(self, model, profile, bits, *, method, window, sinks):
-        self.log.append(("make", method.name, bits))
-        return SimpleNamespace(kind=method.name, tokens=[])
+    def build_cache(self, model, profile, request):
+        self.log.append(("make", request.method.name, request.bits))
+        return SimpleNamespace(kind=request.method.name, tokens=[])
 
     def fill(self, cache, plain):
         assert not cache.tokens
@@ -132,10 +133,10 @@ def test_a_second_evaluation_of_a_folder_waits_and_takes_the_rows_of_the_first(t
     began, results = threading.Event(), {}
 
     class Slow(FakeBackend):
-        def make_prompt_cache(self, *args, **kwargs):
+        def build_cache(self, *args, **kwargs):
             began.set()
             time.sleep(0.3)
-            return super().make_prompt_cache(*args, **kwargs)
+            return super().build_cache(*args, **kwargs)
 
     backends = {"first": Slow(), "second": FakeBackend()}
 
@@ -230,7 +231,7 @@ def test_a_damaged_file_of_rows_is_not_written_to(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"method": "spectral"}\nnot a row\n{"method": "affine"}\n')
     with pytest.raises(ValueError, match="line 2 is none"):
-        RowFile(path)
+        RecordFile(path)
     assert path.read_text().endswith('"affine"}\n')
 
 
@@ -373,89 +374,6 @@ def test_default_texts_are_long_enough_held_out_and_the_same_everywhere():
     calibration = "\n".join(load_default_texts())
     lines = [line for text in (prose, code) for line in text.text.splitlines() if len(line) > 70]
     assert not [line for line in lines if line in calibration]
-
-
-# --- on real caches -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def torch_backend():
-    pytest.importorskip("torch")
-    from spectral_kv_torch import generation
-
-    return generation
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])  # gemma3 has layers with a sliding window
-@pytest.mark.parametrize("method", ["spectral", "identity"])
-def test_filling_equals_reading_the_prefix(torch_backend, name, method):
-    from tolerances import assert_close
-    from torch_models import model_and_profile, tokens
-
-    backend = torch_backend
-    model, profile = model_and_profile(name)
-    prefix, after = tokens(203)[0].tolist(), tokens(12, seed=3)[0].tolist()
-    plain = backend.plain_cache(model)
-    backend.feed(model, prefix, plain)
-    before = [layer.keys.clone() for layer in plain.layers]
-
-    def score(filled):
-        cache = backend.make_prompt_cache(
-            model, profile, 3.0 if method == "spectral" else None, method=method, window=16
-        )
-        backend.fill(cache, plain) if filled else backend.feed(model, prefix, cache)
-        return np.concatenate([backend.feed(model, [t], cache) for t in after]), backend.cache_nbytes(cache)
-
-    (got, size), (expected, expected_size) = score(True), score(False)
-    assert_close("logits", got, expected)
-    assert (size, size.dense_nbytes) == (expected_size, expected_size.dense_nbytes)
-    copied = backend.plain_cache(model)
-    backend.fill(copied, plain)
-    held = sum(x.nbytes for layer in copied.layers for x in (layer.keys, layer.values))
-    assert backend.cache_nbytes(copied) == held  # a copied sliding window does not keep the whole prefix alive
-    plain_logits = np.concatenate([backend.feed(model, [t], copied) for t in after])
-    if method == "identity":
-        assert_close("plain logits", got, plain_logits)
-    else:
-        assert np.abs(got - plain_logits).max() > 1e-3  # the codes are really attended to
-    for layer, keys in zip(plain.layers, before):  # neither fill nor what follows touches the plain cache
-        assert np.array_equal(layer.keys.numpy(), keys.numpy())
-
-
-def test_more_bits_less_divergence_whatever_the_step(torch_backend, tmp_path):
-    from torch_models import TEXT, ByteTokenizer, model_and_profile
-
-    model, profile = model_and_profile("llama")
-    for changes in ({}, {"step": 5}, {"prefill_chunk": 40}):
-        settings = Settings(
-            methods=("identity", "spectral"), bits=(1.0, 3.0, 8.0), prefixes=(160,), scored=20, documents=2,
-            window=16, **changes,
-        )  # fmt: skip
-        rows = evaluate(
-            torch_backend, model, ByteTokenizer(), settings, [Text("random", TEXT[0])], tmp_path, names=NAMES, profile=profile
-        )["rows"]  # fmt: skip
-        for task in ("text", "copy"):
-            kl = {(row["method"], row["bits"]): row["kl"] for row in rows if row["task"] == task}
-            assert kl["identity", 16.0] < 1e-6
-            assert kl["spectral", 1.0] > kl["spectral", 3.0] > kl["spectral", 8.0] > 0
-
-
-def test_a_method_for_files_is_measured_through_the_plain_cache(torch_backend, tmp_path):
-    pytest.importorskip("constriction")
-    from torch_models import TEXT, ByteTokenizer, model_and_profile
-
-    model, profile = model_and_profile("llama")
-    settings = Settings(
-        methods=("spectral-stored", "identity"), bits=(1.0, 4.0), prefixes=(160,), scored=20, documents=1, window=16
-    )
-    texts = [Text("random", TEXT[0])]
-    result = evaluate(torch_backend, model, ByteTokenizer(), settings, texts, tmp_path, names=NAMES, profile=profile)
-    for task in ("text", "copy"):
-        rows = {(row["method"], row["bits"]): row for row in result["rows"] if row["task"] == task}
-        exact, coarse, fine = rows["identity", 16.0], rows["spectral-stored", 1.0], rows["spectral-stored", 4.0]
-        assert coarse["kl"] > fine["kl"] > exact["kl"] and exact["kl"] < 1e-6
-        assert 0.9 < coarse["sealed_bits"] <= 1 and 3.9 < fine["sealed_bits"] <= 4  # of real bytes
-        assert coarse["cache_bytes"] < fine["cache_bytes"] < exact["cache_bytes"]
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import functools
 
 import numpy as np
 import pytest
-from hosts import batch_greedy, close, dense, relative_error, tokens
+from hosts import check_padded, close, dense, relative_error, tokens
 from test_codecs import LIVE
 
 from spectral_kv_core.codecs.registry import bits_range, make_plan
@@ -63,10 +63,9 @@ def test_a_stored_prompt_goes_on_with_the_same_codes(host, name, tmp_path):
 
 @every_method
 def test_padded_rows_and_crops(host, name):
-    model, prompts = host.model(FAMILY), [tokens(300, seed=1), tokens(260, seed=2)]
-    cache = host.padded_cache(model, [0, 40], host.profile(FAMILY), method=name)
-    got, alone = batch_greedy(host, model, prompts, cache, 30), new(host, name)
-    assert got[1] == batch_greedy(host, model, prompts[1:], alone, 30)[0]
+    check_padded(host, FAMILY, [330, 290], range(300, 331), {"method": name}, {"method": "identity"})
+    model, alone = host.model(FAMILY), new(host, name)
+    host.logits(model, tokens(260), alone)
     before = dense(host.stores(alone)[1])
     host.crop(alone, 150)
     for now, then in zip(dense(host.stores(alone)[1]), before, strict=True):

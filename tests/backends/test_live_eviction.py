@@ -6,7 +6,7 @@ import copy
 
 import numpy as np
 import pytest
-from hosts import SMALL, ByteTokenizer, close, dense, tokens
+from hosts import SMALL, ByteTokenizer, check_padded, close, dense, tokens
 from test_eviction import positions_of
 
 from spectral_kv_core.scorers import SCORERS
@@ -81,17 +81,9 @@ def test_other_attention_sees_the_same_tokens(host, family, options):
 @pytest.mark.parametrize("options", [{"budget_tokens": BUDGET}, TIGHT], ids=["usual", "small"])
 @pytest.mark.parametrize("method, bits", [("expected-attention", None), ("expected-attention+spectral", 8.0)])
 def test_padded_rows_are_as_if_alone(host, method, bits, options):
-    model, profile, padding = host.model("llama"), host.profile("llama"), [0, 90]
-    rows = [tokens(330), tokens(240, seed=3)]
-    ids, pieces = [[2] * pad + row for pad, row in zip(padding, rows)], ((0, 300), (300, 320), (320, 330))
-    together = host.padded_cache(model, padding, profile, bits, method=method, **options)
-    got = [host.batch_logits(model, ids, padding, together, *piece) for piece in pieces]
-    for number, (row, pad) in enumerate(zip(rows, padding)):
-        alone = new(host, method, bits, **options)
-        for (start, stop), logits in zip(pieces, got):
-            own = row[max(start - pad, 0) : stop - pad]
-            close(logits[number, -len(own) :], host.logits(model, own, alone), atol=2e-4, rtol=2e-4)
-        assert host.stores(alone)[0].has_dropped
+    given, exact = ({"bits": b, "method": m, **options} for b, m in ((bits, method), (None, "expected-attention")))
+    cache = check_padded(host, "llama", [330, 240], [300, 320, 330], given, exact)
+    assert all(group.dropped for group in host.stores(cache)[0].padding_groups)
 
 
 def test_padding_may_end_in_a_later_piece_of_the_prompt(host):

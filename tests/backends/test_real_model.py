@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct on the PyTorch backend, with the shipped profile: bytes, quality and text that README claims."""
+"""SmolLM2-135M-Instruct on both hosts, with the shipped profile: bytes, quality and text that README claims."""
 
 from __future__ import annotations
 
@@ -10,21 +10,19 @@ from importlib.resources import files
 import numpy as np
 import pytest
 from cases import decoded_paths
+from hosts import only
+from test_readme import example, run
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
-from spectral_kv_core.arrays.basis import orthonormalize  # noqa: E402
-from spectral_kv_core.arrays.divergence import compare_logits  # noqa: E402
-from spectral_kv_core.cli import main as cli  # noqa: E402
-from spectral_kv_core.hosts.demo_model import demo_model_path  # noqa: E402
-from spectral_kv_core.planning.methods import get_method  # noqa: E402
-from spectral_kv_core.quantization import trellis  # noqa: E402
-from spectral_kv_core.quantization.quantizer import thresholds  # noqa: E402
-from spectral_kv_torch import load_model, make_prompt_cache  # noqa: E402
-from spectral_kv_torch.generation import feed, fill, generate, plain_cache  # noqa: E402
+from spectral_kv_core.arrays.basis import orthonormalize
+from spectral_kv_core.arrays.divergence import compare_logits
+from spectral_kv_core.cli import main as cli
+from spectral_kv_core.hosts.demo_model import demo_model_path
+from spectral_kv_core.planning.methods import get_method
+from spectral_kv_core.quantization import trellis
+from spectral_kv_core.quantization.quantizer import thresholds
 
 pytestmark = pytest.mark.slow
+LONG = "texts of a thousand tokens take MLX's CPU build too long"
 
 
 @pytest.fixture(scope="module")
@@ -33,21 +31,26 @@ def prompt_text():
 
 
 @pytest.fixture(autouse=True)
-def all_cores():
+def all_cores(host):
+    if host.NAME == "mlx":
+        yield
+        return
+    torch = pytest.importorskip("torch")
     threads = torch.get_num_threads()
     torch.set_num_threads(max(threads, 2))
     yield
     torch.set_num_threads(threads)
 
 
-def test_quality_and_bytes_at_4_and_2_bits(tmp_path, capsys, prompt_text):
+@only("torch", LONG)
+def test_quality_and_bytes_at_4_and_2_bits(host, tmp_path, capsys, prompt_text):
     """A real prefix of about a thousand tokens, the text after it scored: the limits of the first issue."""
     words = prompt_text.split(" ")
     (tmp_path / "prefix.txt").write_text(" ".join(words[:780]))
     (tmp_path / "after.txt").write_text(" " + " ".join(words[780:840]))
     rows = {}
     for bits in ("4", "2"):
-        arguments = ["--model", "demo", "--backend", "torch", "--dtype", "float32", "--raw", "--json"]
+        arguments = ["--model", "demo", "--backend", host.NAME, "--dtype", "float32", "--raw", "--json"]
         arguments += ["--prompt-file", str(tmp_path / "prefix.txt"), "--score-file", str(tmp_path / "after.txt")]
         assert cli.main(["generate", *arguments, "--bits", bits, "--max-tokens", "0"]) == 0
         rows[bits] = json.loads(capsys.readouterr().out)
@@ -58,14 +61,15 @@ def test_quality_and_bytes_at_4_and_2_bits(tmp_path, capsys, prompt_text):
     assert rows["2"]["cache_bytes"] < 0.76 * rows["4"]["cache_bytes"] < 0.3 * rows["4"]["dense"]["cache_bytes"]
 
 
-def test_greedy_text_at_4_bits_equals_the_plain_cache(prompt_text):
+@only("torch", LONG)
+def test_greedy_text_at_4_bits_equals_the_plain_cache(host, prompt_text):
     """With `spectral-dense`; the tenth token of this answer is nearly a tie, which `spectral` turns at 6 bits still."""
-    model, tokenizer = load_model(demo_model_path(), "float32")
+    model, tokenizer = host.load_model(demo_model_path(), "float32")
     messages = [{"role": "user", "content": prompt_text}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     texts = [
-        generate(model, tokenizer, prompt, cache, 32, True, lambda token: None).tokens
-        for cache in (plain_cache(model), make_prompt_cache(model, bits=4.0, method="spectral-dense"))
+        host.generate(model, tokenizer, prompt, cache, 32, True, lambda token: None).tokens
+        for cache in (host.plain_cache(model), host.make_prompt_cache(model, bits=4.0, method="spectral-dense"))
     ]
     assert texts[0] == texts[1]
 
@@ -103,7 +107,7 @@ def simulated(plan, row, keys, values, start):
             decoded = np.where(widths == bits, plan.levels[bits][code], decoded)
     if coupled:
         cost = plan.loss(row)[..., BANDS].transpose(0, 2, 1)
-        rows = trellis.Rows(widths[:, 0], np.ones(cost.shape), cost, DCT, plan.search_tables)
+        rows = trellis.Coefficients(widths[:, 0], np.ones(cost.shape), cost, DCT, plan.search_tables)
         along = decoded_paths(rows, plan.levels, rows.search(z[None], None))[0]
         decoded = np.where(np.isin(widths, coupled), along, decoded)
     x = (DCT.T @ (decoded * sigma)).reshape(groups, -1, basis.shape[-1]) @ basis.swapaxes(-1, -2) / weight + mean
@@ -111,16 +115,18 @@ def simulated(plan, row, keys, values, start):
     return turned(x[:heads], angles) if pre else x[:heads], x[heads:]
 
 
+@only("torch", LONG)
 @pytest.mark.parametrize("name", ["spectral", "spectral-trellis", "spectral-dense"])
-def test_the_packed_cache_is_a_float_simulation_of_itself(name):
-    model, tokenizer = load_model(demo_model_path(), "float32")
+def test_the_packed_cache_is_a_float_simulation_of_itself(host, name):
+    torch = pytest.importorskip("torch")
+    model, tokenizer = host.load_model(demo_model_path(), "float32")
     text = (files("spectral_kv_core") / "data" / "evaluation" / "prose.txt").read_text()
     tokens = tokenizer.encode(text[:6000])[: 4 + 640 + 64 + 16]
     prefix, after = tokens[:-16], tokens[-16:]  # one more token fed would seal the next block
-    plain = plain_cache(model)
-    before = feed(model, prefix, plain)
-    packed = make_prompt_cache(model, bits=2.0, method=replace(get_method(name), rounding="nearest"))
-    fill(packed, plain)
+    plain = host.plain_cache(model)
+    before = host.backend.feed(model, prefix, plain)
+    packed = host.make_prompt_cache(model, bits=2.0, method=replace(get_method(name), rounding="nearest"))
+    host.fill(packed, plain)
     floating = copy.deepcopy(plain)
     for row, layer_idx in enumerate(packed.plan.shape.layers):
         layer = floating.layers[layer_idx]
@@ -128,9 +134,34 @@ def test_the_packed_cache_is_a_float_simulation_of_itself(name):
         for x, stored in zip((layer.keys, layer.values), simulated(packed.plan, row, *held, 4)):
             x[0, :, 4:644] = torch.from_numpy(stored)
     logits = [
-        np.concatenate([before, *(feed(model, [token], cache) for token in after[:-1])])
+        np.concatenate([before, *(host.backend.feed(model, [token], cache) for token in after[:-1])])
         for cache in (plain, floating, packed)
     ]
     cost = compare_logits(logits[0], logits[2], after)["kl"]
     assert cost > 3e-4  # something was lost, and both lose the same
     assert compare_logits(logits[1], logits[2], after)["kl"] < 0.005 * cost
+
+
+@only("mlx", "both hosts on one model, in the process of MLX")
+def test_quality_and_logits_of_both_backends(host, prompt_text):
+    """KL at 4 and 2 bits over a few hundred tokens; logits of the compressed caches of both backends agree."""
+    model, tokenizer = host.load_model(demo_model_path(), "float32")
+    ids = tokenizer.encode(prompt_text)[:300]
+    prompt, labels = ids[:284], ids[284:]
+    reference = host.score(model, prompt, labels, host.plain_cache(model))
+    got = {bits: host.score(model, prompt, labels, host.make_prompt_cache(model, bits=bits)) for bits in (4.0, 2.0)}
+    assert compare_logits(reference, got[4.0], labels)["kl"] < 0.01
+    assert compare_logits(reference, got[2.0], labels)["kl"] < 0.05
+    torch_backend = pytest.importorskip("spectral_kv_torch.generation")
+    twin, _ = torch_backend.load_model(demo_model_path(), "float32")
+    np.testing.assert_allclose(
+        torch_backend.score(twin, prompt, labels, torch_backend.plain_cache(twin)), reference, atol=1e-3
+    )
+    theirs = torch_backend.score(twin, prompt, labels, torch_backend.make_prompt_cache(twin, bits=4.0))
+    assert compare_logits(theirs, got[4.0], labels)["kl"] < 1e-3
+
+
+@only("mlx", "`test_readme.py` runs that of transformers")
+def test_quick_start_of_mlx(host):
+    code = example("spectral_kv_mlx").replace("[:1500]", "[:400]")  # minutes on a Linux machine without OpenBLAS
+    assert "times smaller" in run(code)

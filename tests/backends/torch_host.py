@@ -10,45 +10,58 @@ import numpy as np
 import torch
 from hosts import ByteTokenizer
 from torch_models import TEXT, model_and_profile, tiny_model
+from transformers.cache_utils import LinearAttentionLayer
+from transformers.modeling_utils import AttentionInterface
 
+from spectral_kv_core.cache import compressed_layer
 from spectral_kv_torch import (
+    InferenceEngine,
     SpectralCache,
     SpectralProfiler,
+    bench,
     cache_nbytes,
     capture,
+    footprint,
+    load_model,
     load_prompt_cache,
     make_prompt_cache,
     ops,
     restore,
     save_prompt_cache,
 )
-from spectral_kv_torch.cache import SpectralKVLayer, rows_of
+from spectral_kv_torch import generation as backend
+from spectral_kv_torch.cache import SpectralKVLayer
 from spectral_kv_torch.generation import decode_cache, encode_cache, fill, generate, plain_cache, score, sealed_bits
 from spectral_kv_torch.integration import ATTENTION, _fused, install, model_shape
 
 __all__ = [
+    "InferenceEngine",
     "SpectralProfiler",
+    "backend",
+    "bench",
     "cache_nbytes",
     "capture",
     "decode_cache",
     "encode_cache",
     "fill",
+    "footprint",
     "generate",
     "install",
+    "load_model",
     "load_prompt_cache",
     "make_prompt_cache",
     "model_shape",
     "ops",
     "plain_cache",
     "restore",
-    "rows_of",
+    "leading_layers",
     "save_prompt_cache",
     "score",
     "sealed_bits",
 ]
 NAME = "torch"
+PACKAGE = "transformers"
 PASSED = {0: "sliding window"}  # layers of the tiny Gemma 3 that stay as they are
-EXACT = {"atol": 2e-5, "rtol": 1e-4}  # logits of the same float32 numbers, summed in another order
 IS_ARRAY = torch.Tensor
 
 new_model = tiny_model
@@ -112,11 +125,15 @@ def layers(cache) -> list:
     return cache.layers
 
 
+def leading_layers(cache) -> list:
+    return compressed_layer.leading_layers(cache.layers)
+
+
 def stores(cache) -> list:
-    """The stores of the compressed rows of a cache, with every token that came in."""
-    for row in rows_of(cache):
-        row.commit()
-    return [row.store for row in rows_of(cache)]
+    """The stores of the compressed layers of a cache, with every token that came in."""
+    for layer in leading_layers(cache):
+        layer.commit()
+    return [layer.store for layer in leading_layers(cache)]
 
 
 def is_compressed(layer) -> bool:
@@ -140,6 +157,23 @@ def crop_layers(cache, count: int) -> None:
 def keys_and_values(layer) -> list[np.ndarray]:
     """Keys and values [B, H, T, D] of a plain layer."""
     return [layer.keys.numpy(), layer.values.numpy()]
+
+
+def arrays(cache) -> list:
+    """Every array of a cache."""
+    return [
+        x for layer in cache.layers for x in (layer.arrays() if is_compressed(layer) else (layer.keys, layer.values))
+    ]
+
+
+def foreign_layers() -> list:
+    """Layers of the host that no file can hold."""
+    return [LinearAttentionLayer()]
+
+
+def tune(of) -> None:
+    """Give a model other weights."""
+    of.model.norm.weight.data.mul_(1.5)
 
 
 def cache_of_a_loop(of, made, bits: float):
@@ -167,6 +201,11 @@ def own_attention(of) -> Iterator[None]:
 
 def is_routed(of) -> bool:
     return of.config._attn_implementation == ATTENTION
+
+
+def attention_function(of):
+    """What the model and transformers would attend with."""
+    return of.config._attn_implementation, AttentionInterface()[ATTENTION]
 
 
 def fused(queries, keys, values, scale: float) -> np.ndarray:

@@ -14,7 +14,6 @@ from cases import ToyModel
 from spectral_kv_core.arrays import ops
 from spectral_kv_core.cache import prompt_cache_file
 from spectral_kv_core.cache.layer_cache import LayerCache
-from spectral_kv_core.cache.padding_group import PaddingGroup
 from spectral_kv_core.cache.prompt_cache_file import ExactLayer, PromptFile
 from spectral_kv_core.codecs import kvtc
 from spectral_kv_core.codecs.registry import make_plan
@@ -36,10 +35,10 @@ def stored(dtype=np.float32) -> PromptFile:
         store.seen = SEEN
         for sequences, pad in (([0, 2], 0), ([1], PAD)):
             keys, values = (x.astype(dtype) for x in MODEL.sample(row, SEEN - pad, len(sequences)))
-            group, sealed = PaddingGroup(sequences, pad), slice(SINKS, SINKS + SEALED)
-            group.exact_keys, group.exact_values = (np.delete(x, sealed, axis=2) for x in (keys, values))
-            group.chunks = [store.codec.encode(keys[:, :, sealed], values[:, :, sealed], SINKS)]
-            store.padding_groups.append(group)
+            sealed = slice(SINKS, SINKS + SEALED)
+            exact_keys, exact_values = (np.delete(x, sealed, axis=2) for x in (keys, values))
+            chunk = store.codec.encode(keys[:, :, sealed], values[:, :, sealed], SINKS)
+            store.open_group(sequences, pad, exact_keys=exact_keys, exact_values=exact_values, chunks=[chunk])
         layers.append(store)
     layers.append(ExactLayer(*(x[:, :, -9:].copy() for x in MODEL.sample(7, SEEN, 3)), SEEN))
     return PromptFile.of(ops, PLAN, layers, tokens=np.arange(3 * SEEN).reshape(3, SEEN))

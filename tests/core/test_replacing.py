@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from spectral_kv_core.evaluation.rows import RowFile
+from spectral_kv_core.evaluation.records import RecordFile
 from spectral_kv_core.files import container, replacing
 from spectral_kv_core.files.container import FileFormat
 from spectral_kv_core.files.replacing import write_whole
@@ -140,13 +140,13 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch, error):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
-def test_a_disk_that_fills_up_between_rows_is_one_line(tmp_path):
-    rows = RowFile(tmp_path / "rows.jsonl")
-    rows.append({"method": "a"})
-    rows.path = Path("/dev/full")
-    with pytest.raises(OSError, match=r"room for \d+ bytes for /dev/full, the disk .* The rows before it are kept"):
-        rows.append({"method": "b"})
-    assert list(rows.rows) == list(RowFile(tmp_path / "rows.jsonl").rows)
+def test_a_disk_that_fills_up_between_records_is_one_line(tmp_path):
+    records = RecordFile(tmp_path / "rows.jsonl")
+    records.append({"method": "a"})
+    records.path = Path("/dev/full")
+    with pytest.raises(OSError, match=r"room for \d+ bytes for /dev/full, the disk .* The records before it are kept"):
+        records.append({"method": "b"})
+    assert list(records.records) == list(RecordFile(tmp_path / "rows.jsonl").records)
 
 
 def test_any_other_error_is_as_it_was(tmp_path):

@@ -6,7 +6,7 @@ import argparse
 
 from ..benchmark import footprint as fitting
 from ..hosts.backends import load_backend
-from ..planning.budget import SINKS, WINDOW, whole_number
+from ..planning.budget import SINKS, WINDOW
 from ..planning.methods import DEFAULT_METHOD, get_live_method
 from ..profile.profile import Profile
 from ..profile.store import find_profile
@@ -34,9 +34,8 @@ def run(args: argparse.Namespace) -> dict:
     memory = fitting.parse_bytes(args.memory)
     bits, contexts = values_of(args.bits, "--bits", float), values_of(args.context, "--context", int)
     method = get_live_method(args.method)
-    fitting.check_request(method, bits, contexts)
-    for option in ("window", "sinks"):
-        whole_number(option, getattr(args, option), 0)
+    wanted = fitting.Wanted(method, bits, contexts, args.window, args.sinks)
+    fitting.check_wanted(wanted)
     loaded = Profile.load(args.profile) if args.profile != "auto" and method.basis_set else None
     name, backend = load_backend(args.backend, "footprint")
     model = backend.footprint(model_path(args.model), args.dtype)
@@ -44,7 +43,6 @@ def run(args: argparse.Namespace) -> dict:
         loaded.check(model.shape)
     elif method.basis_set:
         loaded = find_profile(model.shape, method.basis_set)
-    options = {"window": args.window, "sinks": args.sinks}
     result = {
         "model": args.model,
         "backend": name,
@@ -56,8 +54,9 @@ def run(args: argparse.Namespace) -> dict:
         "profile": None if loaded is None else loaded.path,
         "passed": {i: reason for i, reason in model.passed.items() if i in model.passed_tokens},
         "uncounted": {i: reason for i, reason in model.passed.items() if i not in model.passed_tokens},
-        **options,
-        **fitting.fit(model, memory, method, loaded, backend.table_nbytes, bits, contexts, **options),
+        "window": args.window,
+        "sinks": args.sinks,
+        **fitting.fit(model, memory, wanted, loaded, backend.table_nbytes),
     }
     if not args.json:
         tables.print_fit(result)

@@ -157,10 +157,10 @@ def _prepare(args: argparse.Namespace) -> Job:
     def new_cache():
         if stored:
             return backend.load_prompt_cache(stored, model, loaded, method=method, bits=args.bits)[0]
-        options = {field.name: getattr(request, field.name) for field in fields(request)}
+        asked = request
         if args.budget_bytes is not None and args.max_context is None:
-            options["max_context"] = longest
-        return backend.make_prompt_cache(model, loaded, **options, tokenizer=tokenizer)
+            asked = replace(request, max_context=longest)
+        return backend.build_cache(model, loaded, asked, tokenizer)
 
     return Job(name, backend, model, tokenizer, stored, method, prompt, labels, new_cache)
 

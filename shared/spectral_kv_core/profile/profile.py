@@ -177,8 +177,8 @@ class Profile:
         if side not in SIDES:
             raise UsageError(f"Expected a side of {SIDES}, received {side!r}.")
         basis_set = self.basis_set("head.post")
-        row, group = shape.layers.index(layer), head + shape.kv_heads * SIDES.index(side)
-        variance = basis_set.channel_variance()[row, group].astype(np.float64)
+        layer_group, group = shape.layers.index(layer), head + shape.kv_heads * SIDES.index(side)
+        variance = basis_set.channel_variance()[layer_group, group].astype(np.float64)
         if rank is None:
             energy = energy or self.calibration.get("target_energy", 0.95)
             if not 0 < energy <= 1:
@@ -188,8 +188,8 @@ class Profile:
             raise UsageError("Expected rank or energy, received both.")
         if rank not in range(1, basis_set.rank + 1):
             raise UsageError(f"Expected a rank between 1 and {basis_set.rank}, received {rank!r}.")
-        basis = orthonormalize(basis_set.basis[row, group])[:, :rank]
-        mean = basis_set.mean[row, group].astype(np.float64)
+        basis = orthonormalize(basis_set.basis[layer_group, group])[:, :rank]
+        mean = basis_set.mean[layer_group, group].astype(np.float64)
         return Projection(self.model, layer, head, side, mean, basis, variance[:rank], basis_set.levels)
 
     def check(self, shape: ModelShape) -> None:

@@ -1,4 +1,4 @@
-"""Stored prompt caches on MLX, and from either backend to the other."""
+"""Both hosts on one checkpoint: stored prompt caches travel from either to the other, to the same codes and logits."""
 
 # ruff: noqa: E402 (without MLX the whole file is skipped before its imports)
 from __future__ import annotations
@@ -14,10 +14,11 @@ pytest.importorskip("mlx_lm")
 torch = pytest.importorskip("torch")
 
 import torch_models
-from mlx_lm.models.cache import ArraysCache, KVCache, QuantizedKVCache, RotatingKVCache
+from hosts import SMALL, assert_alike, codes, only
+from mlx_lm.models.cache import KVCache, RotatingKVCache
 from mlx_models import make_tokens
 from tiny_checkpoint import save_tiny_checkpoint
-from tolerances import assert_close
+from tolerances import assert_close, relative_rms
 from transformers import Gemma3TextConfig
 
 import spectral_kv_mlx
@@ -28,11 +29,10 @@ from spectral_kv_core.codecs.registry import make_plan
 from spectral_kv_core.planning.budget import elements_per_token
 from spectral_kv_mlx import generation as mlx_backend
 from spectral_kv_mlx.cache import SpectralKVCache
-from spectral_kv_mlx.integration import exact_layer
 from spectral_kv_torch import generation as torch_backend
 from spectral_kv_torch.cache import SpectralKVLayer
 
-SMALL = {"window": 16, "sinks": 4}
+pytestmark = only("mlx", "both hosts on one checkpoint, in the process of MLX")
 BITS = {"identity": None, "spectral": 3.0, "spectral-dense": 2.0}
 LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]  # mlx-lm wants them to alternate
 WINDOW = 32
@@ -58,10 +58,6 @@ def pair(request, tmp_path_factory):
     return SimpleNamespace(name=request.param, torch=theirs, mlx=ours, profile=profile, folder=folder)
 
 
-def codes(store) -> list[np.ndarray]:
-    return [store.xp.to_numpy(x) for group in store.padding_groups for chunk in group.chunks for x in chunk.arrays]
-
-
 def stores(cache) -> list:
     layers = getattr(cache, "layers", cache)
     return [layer.store for layer in layers if isinstance(layer, (SpectralKVLayer, SpectralKVCache))]
@@ -73,25 +69,25 @@ def follow(backend, model, cache) -> np.ndarray:
     return np.concatenate(logits + [backend.feed(model, [t], cache) for t in make_tokens(4, seed=8)])
 
 
-def greedy(model, cache) -> list[int]:
-    return mlx_backend.generate(model, None, [5, 6], cache, 10, True, lambda token: None).tokens
+def plain_after(pair, tokens):
+    """A plain cache of torch after `tokens`."""
+    cache = torch_backend.plain_cache(pair.torch)
+    torch_backend.feed(pair.torch, tokens, cache)
+    return cache
+
+
+def check_followed(pair, tokens, on_torch, on_mlx) -> None:
+    """Two caches with the same codes go on alike; each host codes what is sealed on the way, where a code may move."""
+    got, expected = follow(mlx_backend, pair.mlx, on_mlx), follow(torch_backend, pair.torch, on_torch)
+    exact = follow(torch_backend, pair.torch, plain_after(pair, tokens))
+    pairs = zip(stores(on_torch), stores(on_mlx), strict=True)
+    moved = any(not np.array_equal(a, b) for held in pairs for a, b in zip(*map(codes, held), strict=True))
+    assert_alike(got, expected, exact, moved)
 
 
 def exact_arrays(cache) -> list:
     """(keys, values) of every layer of a plain cache."""
     return [tuple(np.array(x[:, :, :200]) for x in (c.keys, c.values)) for c in getattr(cache, "layers", cache)]
-
-
-def equal(cache, other) -> None:
-    """Every array of two MLX caches, to the bit."""
-    pairs = zip(cache, other, strict=True)
-    held = [
-        (a.arrays(), b.arrays()) if isinstance(a, SpectralKVCache) else (exact_layer(a), exact_layer(b))
-        for a, b in pairs
-    ]
-    for a, b in held:
-        a, b = ((x.keys, x.values) if hasattr(x, "keys") else x for x in (a, b))
-        assert len(a) == len(b) > 0 and all(x.dtype == y.dtype and mx.array_equal(x, y) for x, y in zip(a, b))
 
 
 @pytest.mark.parametrize("count", [20, WINDOW - 1, WINDOW, 130])
@@ -115,10 +111,8 @@ def test_from_torch_to_mlx_and_back(pair, method, count, tmp_path):
             for a, b in zip(made.dense(), loaded.dense()):
                 assert_close("decoded", loaded.xp.to_numpy(b), made.xp.to_numpy(a))
     assert bool(codes(stores(on_mlx)[0])) == (method != "identity" and count > 50)
-    expected = follow(torch_backend, pair.torch, by_torch)
-    assert_close("torch to mlx", follow(mlx_backend, pair.mlx, on_mlx), expected, limit=1e-3)
-    expected = follow(mlx_backend, pair.mlx, by_mlx)
-    assert_close("mlx to torch", follow(torch_backend, pair.torch, on_torch), expected, limit=1e-3)
+    check_followed(pair, tokens, by_torch, on_mlx)
+    check_followed(pair, tokens, on_torch, by_mlx)
 
 
 def test_both_make_one_plan(pair):
@@ -167,9 +161,10 @@ def test_two_layer_groups_from_each_to_both(pair, tmp_path):
         assert all(codes(store) for store in stores(live)) and len(stores(live)) == 3
         again = [store.xp.to_numpy(store.dense()[0]) for store in stores(live)]
         assert_close("keys, coded again", again, [keys for keys, _ in decoded[-1]], limit=0.2)
-    for other in decoded[1:]:
-        assert_close("decoded", other, decoded[0], limit=1e-3)  # a code in a thousand may differ between the hosts
     own = exact_arrays(plain)
+    for other in decoded[1:]:
+        # each host codes keys of its own, which differ in the last bit: codes in a thousand may move
+        assert_close("decoded", other, decoded[0], limit=relative_rms(decoded[0], own) / 4)
     for got, expected in zip(decoded[-1], own, strict=True):
         assert_close("layer", got, expected, limit=0.2)
         np.testing.assert_array_equal(np.array(got)[:, :, :, -16:], np.array(expected)[:, :, :, -16:])
@@ -219,23 +214,6 @@ def test_bfloat16_travels_to_the_bit(pair, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(*both))
 
 
-@pytest.mark.parametrize("fed", ["at once", "one by one", "staged"])
-def test_round_trip_goes_on_as_if_nothing_had_been_saved(pair, fed, tmp_path):
-    tokens = make_tokens(130)
-    cache = spectral_kv_mlx.make_prompt_cache(pair.mlx, pair.profile, 2.0, **SMALL)
-    step = {"at once": 130, "one by one": 1, "staged": 50}[fed]
-    for start in range(0, 130, step):
-        mlx_backend.feed(pair.mlx, tokens[start : start + step], cache)
-    path = spectral_kv_mlx.save_prompt_cache(tmp_path / "c", cache, tokens, model=pair.mlx)
-    loaded, _ = spectral_kv_mlx.load_prompt_cache(path, pair.mlx, pair.profile)
-    equal(loaded, cache)
-    assert PromptFile.load(path).size().dense_nbytes == spectral_kv_mlx.cache_nbytes(loaded).dense_nbytes
-    expected = follow(mlx_backend, pair.mlx, cache)
-    assert_close("logits", follow(mlx_backend, pair.mlx, loaded), expected)
-    run = [greedy(pair.mlx, c) for c in (cache, loaded)]
-    assert run[0] == run[1] and (pair.name == "gemma3" or len(set(run[0])) > 2)
-
-
 def test_left_padding(pair, tmp_path):
     rows = [make_tokens(n, seed=n) for n in (90, 41, 90)]
     padding = [90 - len(row) for row in rows]
@@ -244,34 +222,16 @@ def test_left_padding(pair, tmp_path):
     cache = spectral_kv_mlx.make_prompt_cache(pair.mlx, pair.profile, 4.0, left_padding=padding, **SMALL)
     pair.mlx(mx.array(batch), cache=cache)
     path = spectral_kv_mlx.save_prompt_cache(tmp_path / "c", cache, batch, model=pair.mlx)
-    loaded, told = spectral_kv_mlx.load_prompt_cache(path, pair.mlx, pair.profile)
+    loaded, told = spectral_kv_torch.load_prompt_cache(path, pair.torch, pair.profile)
     assert told == batch and PromptFile.load(path).padding == padding
-    equal(loaded, cache)
-    others = [
-        spectral_kv_mlx.load_prompt_cache(path, pair.mlx, pair.profile, method=m)[0] for m in ("plain", "identity")
-    ]
-    on_torch = spectral_kv_torch.load_prompt_cache(path, pair.torch, pair.profile)[0]
     expected = [np.array(pair.mlx(more[:, i : i + 1], cache=cache)) for i in range(3)]
-    for other in (loaded, *others):
-        got = [np.array(pair.mlx(more[:, i : i + 1], cache=other)) for i in range(3)]
-        assert_close("next tokens", got, expected, limit=1e-4)
     mask = (torch.arange(93)[None] >= torch.tensor(padding)[:, None]).long()
     position = (mask.cumsum(-1) - 1)[:, 90:]
     with torch.no_grad():
         got = pair.torch(
-            torch.tensor(np.array(more)), attention_mask=mask, position_ids=position, past_key_values=on_torch
+            torch.tensor(np.array(more)), attention_mask=mask, position_ids=position, past_key_values=loaded
         ).logits
     assert_close("torch", got.numpy(), np.concatenate(expected, axis=1), limit=1e-3)
-
-
-def test_plain_caches_go_in_and_come_out(pair, tmp_path):
-    tokens = make_tokens(70)
-    plain = mlx_backend.plain_cache(pair.mlx)
-    mlx_backend.feed(pair.mlx, tokens, plain)
-    path = spectral_kv_mlx.save_prompt_cache(tmp_path / "c", plain, tokens, model=pair.mlx)
-    loaded, _ = spectral_kv_mlx.load_prompt_cache(path, pair.mlx, method="plain")
-    equal(loaded, plain)
-    np.testing.assert_array_equal(follow(mlx_backend, pair.mlx, loaded), follow(mlx_backend, pair.mlx, plain))
 
 
 @pytest.mark.parametrize("pair", ["llama"], indirect=True)
@@ -294,17 +254,3 @@ def test_the_command_line_on_both(pair, tmp_path, capsys):
         assert results[1]["text"] == results[2]["text"] and results[1]["kl"] < 1e-6
         assert results[1]["prompt_tokens"] == results[2]["prompt_tokens"] > results[0]["prompt_tokens"]
         assert results[0]["backend"] == first and results[1]["backend"] == second
-
-
-def test_what_cannot_be_stored(pair, tmp_path):
-    cache = spectral_kv_mlx.make_prompt_cache(pair.mlx, pair.profile, **SMALL)
-    with pytest.raises(ValueError, match="empty"):
-        spectral_kv_mlx.save_prompt_cache(tmp_path / "c", cache)
-    mlx_backend.feed(pair.mlx, make_tokens(40), cache)
-    others = ArraysCache(2), QuantizedKVCache(), RotatingKVCache(16, keep=4)
-    for other in others:
-        with pytest.raises(ValueError, match=type(other).__name__):
-            spectral_kv_mlx.save_prompt_cache(tmp_path / "c", [other, *cache[1:]])
-    with pytest.raises(ValueError, match="model="):
-        spectral_kv_mlx.save_prompt_cache(tmp_path / "c", mlx_backend.plain_cache(pair.mlx))
-    assert not list(tmp_path.iterdir())
