@@ -71,7 +71,7 @@ def codes_digest(library: ctypes.CDLL | None = None) -> str:
     books = {**levels, **trellis.codebooks(levels)}
     tables = *flat_tables(levels, books), flat_levels(books)
     gain, cost = rng.uniform(0.1, 1, widths.shape), rng.lognormal(size=widths.shape)
-    rows = trellis.Rows(widths, gain, cost, time_matrix("dct", 16), tables)
+    rows = trellis.Coefficients(widths, gain, cost, time_matrix("dct", 16), tables)
     z = rng.standard_normal((1, 4, 259, 16, 64), np.float32)  # whole tiles, and blocks that are searched alone
     weights = rng.lognormal(size=z.shape[:-1]).astype(np.float32)
     used = trellis.library

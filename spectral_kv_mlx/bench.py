@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -13,10 +12,10 @@ import numpy as np
 from mlx_lm.models import base
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
-from spectral_kv_core.benchmark.bench import Clock
+from spectral_kv_core.benchmark import timing
 from spectral_kv_core.benchmark.machine import cpu_cores
+from spectral_kv_core.benchmark.timing import SWEEP_BYTES, Clock, TimedLayer
 from spectral_kv_core.errors import UsageError
-from spectral_kv_core.planning.budget import SEAL
 from spectral_kv_core.planning.plan import Plan
 from spectral_kv_core.profile.model_shape import ModelShape
 
@@ -27,38 +26,16 @@ from .integration import dispatcher, exact_layer, replaced_attention
 
 __all__ = [
     "HOST_QUANTIZED", "SWEEP_BYTES", "BenchLayer", "attention_clock", "default_dtype", "device_name", "layer_reader",
-    "quantized_cache", "sweep", "threads",
+    "quantized_cache", "sweep", "synchronize", "threads",
 ]  # fmt: skip
 HOST_QUANTIZED = "mlx-lm QuantizedKVCache, 4 bits, groups of 64"
 QUANTIZED = {"group_size": 64, "bits": 4}
-SWEEP_BYTES = 256 * 2**20
 
 scaled_dot_product_attention = dispatcher(base.scaled_dot_product_attention)
 
 
-class BenchLayer:
-    """One attention layer; `queries`, `keys`, `values` [1, H, T, D] end with the `SEAL` tokens that steps bring.
-
-    Every method gives a step: a function that takes one token in, attends, and returns its seconds. A compressed cache
-    goes through the last `SEAL` tokens; the others stay at the middle of them.
-    """
-
-    def __init__(self, shape: ModelShape, queries: np.ndarray, keys: np.ndarray, values: np.ndarray, dtype: str):
-        self.queries, self.keys, self.values = (
-            ops.asarray(x).astype(getattr(mx, dtype)) for x in (queries, keys, values)
-        )
-        self.context = keys.shape[2] - SEAL
-        self.middle = self.context + SEAL // 2
-        self.scale = shape.head_dim**-0.5
-        self.plain_bytes = 2 * self.keys[:, :, : self.middle + 1].nbytes
-
-    def compressed(self, plan: Plan, sinks: int, window: int) -> tuple[Callable[[], float], int]:
-        """A step of our cache, and the bytes that it holds after one step that is not timed."""
-        cache, prompt = SpectralKVCache(plan, 0, sinks, window), self.context - 1
-        cache.append(self.keys[:, :, :prompt], self.values[:, :, :prompt])
-        self._step(cache, prompt)
-        tokens = iter(range(self.context, self.context + SEAL))
-        return lambda: self._step(cache, next(tokens)), cache.nbytes
+class BenchLayer(TimedLayer):
+    """`TimedLayer` with the caches of mlx-lm, which its attention function is given as a model gives them."""
 
     def host(self) -> Callable[[], float]:
         """As mlx-lm does it: `KVCache.update_and_fetch`, then its own attention function."""
@@ -68,46 +45,41 @@ class BenchLayer:
         """mlx-lm's quantized cache and its attention on the codes."""
         return self._repeated(QuantizedKVCache(**QUANTIZED))
 
-    def gqa(self) -> Callable[[], float]:
-        """The kernel alone, on keys and values that lie ready."""
-        return self._kernel(_gqa)
-
-    def grouped(self) -> Callable[[], float]:
-        """The kernel alone, with the query heads of a KV head as rows."""
-        return self._kernel(_grouped)
-
     def _repeated(self, cache: KVCache | QuantizedKVCache) -> Callable[[], float]:
         cache.update_and_fetch(self.keys[:, :, : self.middle], self.values[:, :, : self.middle])
         mx.eval(cache.keys, cache.values)
 
         def step():
-            seconds = self._step(cache, self.middle)
+            seconds = self.step(cache, self.middle)
             cache.trim(1)
             return seconds
 
         return step
 
-    def _kernel(self, attend: Callable) -> Callable[[], float]:
-        keys, values = (mx.contiguous(x[:, :, : self.middle + 1]) for x in (self.keys, self.values))
-        query = self._token(self.queries, self.middle)
-        mx.eval(keys, values)
-        return lambda: _seconds(lambda: attend(query, keys, values, self.scale))
+    def array(self, x: np.ndarray, dtype: str) -> mx.array:
+        return ops.asarray(x).astype(getattr(mx, dtype))
 
-    def _step(self, cache, token: int) -> float:
-        query, key, value = (self._token(x, token) for x in (self.queries, self.keys, self.values))
-
-        def run():
-            with routing():
-                keys, values = cache.update_and_fetch(key, value)
-                return scaled_dot_product_attention(query, keys, values, cache, self.scale, None), _held(cache)
-
-        return _seconds(run)
-
-    @staticmethod
-    def _token(x: mx.array, token: int) -> mx.array:
-        x = mx.contiguous(x[:, :, token : token + 1])
+    def contiguous(self, x: mx.array) -> mx.array:
+        x = mx.contiguous(x)
         mx.eval(x)
         return x
+
+    def seconds(self, run: Callable) -> float:
+        return timing.seconds(synchronize, run)
+
+    def attend(self, query, keys, values, scale: float):
+        return _gqa(query, keys, values, scale)
+
+    def take(self, layer, query, key, value):
+        with routing():
+            keys, values = layer.update_and_fetch(key, value)
+            return scaled_dot_product_attention(query, keys, values, layer, self.scale, None), _held(layer)
+
+    def new_layer(self, plan: Plan, sinks: int, window: int) -> SpectralKVCache:
+        return SpectralKVCache(plan, 0, sinks, window)
+
+    def held_bytes(self, layer: SpectralKVCache) -> int:
+        return layer.nbytes
 
 
 def layer_reader(shape: ModelShape, plan: Plan | None, sinks: int, window: int, dtype: str) -> Callable:
@@ -145,7 +117,7 @@ def attention_clock(model, cache: list, layers: tuple[int, ...], way: str = "hos
 
     What a cache of mlx-lm does to take a token in, a write in place, is not counted; our own cache's share is.
     """
-    clock = Clock()
+    clock = Clock(synchronize)
     chosen = {id(cache[i]) for i in layers}
 
     def around(attention):
@@ -154,9 +126,11 @@ def attention_clock(model, cache: list, layers: tuple[int, ...], way: str = "hos
             if id(cache) not in chosen:
                 return attend()
             if way != "host":
-                attend = partial({"gqa": _gqa, "grouped": _grouped}[way], queries, keys, values, scale)
+                attend = partial(
+                    {"gqa": _gqa, "grouped": partial(timing.grouped, _gqa)}[way], queries, keys, values, scale
+                )
             mx.eval(queries, keys, values)
-            return clock.time(_finished, attend, cache, count=True)
+            return clock.time(lambda: (attend(), _held(cache)), count=True)[0]
 
         return timed
 
@@ -164,11 +138,15 @@ def attention_clock(model, cache: list, layers: tuple[int, ...], way: str = "hos
         yield clock
 
 
+def synchronize(result=None) -> None:
+    """Compute `result`: arrays, in tuples or alone. Nothing else is computed meanwhile."""
+    if result is not None and not isinstance(result, np.generic):
+        mx.eval(result)
+
+
 def sweep() -> float:
     """Seconds to read `SWEEP_BYTES` of memory, after which no cache of the processor holds anything else."""
-    started = time.perf_counter()
-    float(_field().max())
-    return time.perf_counter() - started
+    return timing.seconds(synchronize, _field().max)
 
 
 def threads() -> int:
@@ -203,22 +181,5 @@ def _gqa(query, keys, values, scale: float):
     return mx.fast.scaled_dot_product_attention(query, keys, values, scale=scale)
 
 
-def _grouped(query, keys, values, scale: float):
-    rows = query.reshape(query.shape[0], keys.shape[1], -1, query.shape[3])
-    return mx.fast.scaled_dot_product_attention(rows, keys, values, scale=scale).reshape(query.shape)
-
-
 def _held(cache) -> tuple:
     return (*cache.store.arrays(),) if isinstance(cache, RoutedCache) else (cache.keys, cache.values)
-
-
-def _finished(attend: Callable, cache):
-    out = attend()
-    mx.eval(out, _held(cache))
-    return out
-
-
-def _seconds(run: Callable) -> float:
-    started = time.perf_counter()
-    mx.eval(run())
-    return time.perf_counter() - started

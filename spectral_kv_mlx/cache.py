@@ -8,10 +8,9 @@ from collections.abc import Sequence
 import mlx.core as mx
 from mlx_lm.models.cache import create_attention_mask, create_causal_mask
 
-from spectral_kv_core.cache.compressed_layer import CompressedLayer, FollowingLayer, leading_layers
+from spectral_kv_core.cache.compressed_layer import CompressedLayer, FollowingLayer
 from spectral_kv_core.cache.eviction import Eviction
-from spectral_kv_core.cache.layer_cache import LATENT_QUERIES
-from spectral_kv_core.cache.padding_group import PaddingGroup
+from spectral_kv_core.cache.padding_group import LATENT_QUERIES
 from spectral_kv_core.codecs.chunk import Chunk, split_layers
 from spectral_kv_core.errors import UsageError
 from spectral_kv_core.planning.plan import Plan
@@ -33,14 +32,14 @@ class SpectralKVCache(CompressedLayer, RoutedCache):
     def __init__(
         self,
         plan: Plan,
-        row: int,
+        layer_group: int,
         sinks: int,
         window: int,
         left_padding: list[int] | None = None,
         eviction: Eviction | None = None,
         working_set: int = 0,
     ):
-        super().__init__(plan, row, sinks, window, eviction, working_set)
+        super().__init__(plan, layer_group, sinks, window, eviction, working_set)
         self.left_padding = [int(p) for p in left_padding] if left_padding is not None else None
         self.open()
 
@@ -53,7 +52,7 @@ class SpectralKVCache(CompressedLayer, RoutedCache):
         return self.take(keys, values, 0, self.find_route())
 
     def take(self, keys: mx.array, values: mx.array, number: int, routed: bool) -> tuple[mx.array, mx.array]:
-        """`update_and_fetch` for layer number `number` of the row."""
+        """`update_and_fetch` for layer number `number` of the group."""
         self.check(keys)
         if not number:
             self.commit()
@@ -69,7 +68,7 @@ class SpectralKVCache(CompressedLayer, RoutedCache):
         return mx.concatenate([held[0], keys], axis=2), mx.concatenate([held[1], values], axis=2)
 
     def attend(self, queries: mx.array, scale: float, fused, number: int = 0) -> mx.array:
-        """Attention [B, Hq, L, D] of the pending tokens of layer number `number` of the row; they enter with the last's."""
+        """Attention [B, Hq, L, D] of the pending tokens of layer number `number` of the group; they enter with the last's."""
         keys, values = self.taken.pop(number)
         if not self.store.padding_groups:
             self.start(keys.shape[0])
@@ -160,7 +159,7 @@ class SpectralKVCache(CompressedLayer, RoutedCache):
         self.taken, self.left_padding = {}, layout["left_padding"]
         self.store.seen, self.store.padding_groups = layout["seen"], []
         for fields in layout["padding_groups"]:
-            group = PaddingGroup(fields["sequences"], fields["pad"], dropped=fields["dropped"])
+            group = self.store.open_group(fields["sequences"], fields["pad"], dropped=fields["dropped"])
             if fields["exact"]:
                 group.exact_keys, group.exact_values = next(arrays), next(arrays)
             if group.dropped:
@@ -169,7 +168,6 @@ class SpectralKVCache(CompressedLayer, RoutedCache):
                 for batch, start, tokens, count in held:
                     codes = tuple(next(arrays) for _ in range(count))
                     chunks.append(Chunk(batch, next(arrays) if start is None else start, tokens, codes))
-            self.store.padding_groups.append(group)
 
     @classmethod
     def from_state(cls, state):
@@ -217,7 +215,7 @@ class FollowingKVCache(FollowingLayer, RoutedCache):
         return self.first.is_trimmable()
 
     def trim(self, n: int) -> int:
-        """The first layer of the row forgets for all."""
+        """The first layer of the group forgets for all."""
         return n
 
     def empty(self) -> bool:
@@ -236,12 +234,7 @@ class FollowingKVCache(FollowingLayer, RoutedCache):
         pass
 
 
-def put_row(cache: list, first: SpectralKVCache) -> None:
+def put_layer_group(cache: list, first: SpectralKVCache) -> None:
     """Let all layers of the group that `first` keeps be compressed in `cache`."""
     for number, layer_idx in enumerate(first.layers):
         cache[layer_idx] = FollowingKVCache(first, number) if number else first
-
-
-def rows_of(cache: list) -> list[SpectralKVCache]:
-    """The compressed layers that hold tokens: one for every layer group of the plan."""
-    return leading_layers(cache)

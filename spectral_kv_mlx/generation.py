@@ -12,7 +12,6 @@ from mlx_lm.generate import generate_step
 
 from spectral_kv_core.benchmark.machine import process_peak_bytes
 from spectral_kv_core.cache import model_cache
-from spectral_kv_core.cache.model_cache import build_cache
 from spectral_kv_core.cache.request import CacheRequest
 from spectral_kv_core.cache.size import CacheSize
 from spectral_kv_core.hosts.protocol import Generated
@@ -30,13 +29,14 @@ from .profiler import SpectralProfiler
 from .prompt_cache import decode_cache, encode_cache, load_prompt_cache, save_prompt_cache, sealed_bits
 
 __all__ = [  # the names of `spectral_kv_core.hosts.protocol.Generation`, beside those of `host`
-    "HOST_PACKAGES", "PREFILL_CHUNK", "SpectralProfiler", "attend", "cache_nbytes", "context_limit", "decode_cache",
-    "encode_cache", "feed", "fill", "generate", "held_vectors", "load_model", "load_prompt_cache", "make_prompt_cache",
-    "model_dtype", "model_shape", "peak_bytes", "plain_cache", "prefill", "recorded", "reset_peak", "save_prompt_cache",
-    "score", "sealed_bits", "text_stream", "weights_digest",
+    "HOST_PACKAGES", "PREFILL_CHUNK", "SpectralProfiler", "attend", "build_cache", "cache_nbytes", "context_limit",
+    "decode_cache", "encode_cache", "feed", "fill", "generate", "held_vectors", "load_model", "load_prompt_cache",
+    "make_prompt_cache", "model_dtype", "model_shape", "peak_bytes", "plain_cache", "prefill", "recorded", "reset_peak",
+    "save_prompt_cache", "score", "sealed_bits", "text_stream", "weights_digest",
 ]  # fmt: skip
 PREFILL_CHUNK = 2048
 context_limit = max_context
+build_cache = partial(model_cache.build_cache, host)
 HOST_PACKAGES = ("mlx", "mlx-lm")  # whose versions belong to a result
 
 
@@ -117,7 +117,7 @@ def make_prompt_cache(
         rounding_scores=rounding_scores,
         working_set=working_set,
     )
-    return build_cache(host, model, profile, request, tokenizer, left_padding)
+    return build_cache(model, profile, request, tokenizer, left_padding)
 
 
 def cache_nbytes(cache: list) -> CacheSize:

@@ -12,7 +12,7 @@ from mlx_lm.models.cache import BatchRotatingKVCache, KVCache, RotatingKVCache
 from spectral_kv_core.cache.decoded_chunks import bytes_per_layer
 
 from . import integration, ops
-from .cache import SpectralKVCache, put_row
+from .cache import SpectralKVCache, put_layer_group
 from .profiler import SpectralProfiler
 
 models, xp, install, copy_layer = integration, ops, integration.install, copy.deepcopy
@@ -33,8 +33,8 @@ def compressed_cache(
 ) -> list:
     """A cache of `layers` in which those that `plan` codes are compressed."""
     share = bytes_per_layer(plan, working_set)
-    for row in range(len(plan.layer_groups)):
-        put_row(layers, SpectralKVCache(plan, row, sinks, window, left_padding, eviction, share))
+    for layer_group in range(len(plan.layer_groups)):
+        put_layer_group(layers, SpectralKVCache(plan, layer_group, sinks, window, left_padding, eviction, share))
     return layers
 
 

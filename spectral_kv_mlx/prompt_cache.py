@@ -63,8 +63,8 @@ def save_prompt_cache(
         >>> save_prompt_cache("build/sea.safetensors", cache, tokens, model=model).name
         'sea.safetensors'
     """
-    options = {"method": method, "bits": bits, "profile": profile, "window": window, "sinks": sinks}
-    return prompt_cache.save_prompt_cache(host, path, cache, tokens, model=model, metadata=metadata, **options)
+    encoding = prompt_cache.Encoding(method, bits, profile, window, sinks)
+    return prompt_cache.save_prompt_cache(host, path, cache, tokens, encoding=encoding, model=model, metadata=metadata)
 
 
 def load_prompt_cache(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,8 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import Cache, DynamicLayer, HQQQuantizedLayer, QuantizedCache
 from transformers.modeling_utils import AttentionInterface
 
-from spectral_kv_core.benchmark.bench import Clock
-from spectral_kv_core.planning.budget import SEAL
+from spectral_kv_core.benchmark import timing
+from spectral_kv_core.benchmark.timing import SWEEP_BYTES, Clock, TimedLayer
 from spectral_kv_core.planning.plan import Plan
 from spectral_kv_core.profile.model_shape import ModelShape
 
@@ -25,39 +24,19 @@ from .integration import ATTENTION, attention_forward, exact_layer, install, reg
 
 __all__ = [
     "HOST_QUANTIZED", "SWEEP_BYTES", "BenchLayer", "attention_clock", "default_dtype", "device_name", "layer_reader",
-    "quantized_cache", "sweep", "threads",
+    "quantized_cache", "sweep", "synchronize", "threads",
 ]  # fmt: skip
 HOST_QUANTIZED = "transformers QuantizedCache, hqq, 4 bits, groups of 64"
 # the axes that transformers' guide gives for hqq
 HQQ = {"nbits": 4, "axis_key": 1, "axis_value": 1, "q_group_size": 64}
-SWEEP_BYTES = 256 * 2**20
 
 
-class BenchLayer:
-    """One attention layer; `queries`, `keys`, `values` [1, H, T, D] end with the `SEAL` tokens that steps bring.
+class BenchLayer(TimedLayer):
+    """`TimedLayer` with the layers of transformers, which its attention function is given as a model gives them."""
 
-    Every method gives a step: a function that takes one token in, attends, and returns its seconds. A compressed cache
-    goes through the last `SEAL` tokens; the others stay at the middle of them.
-    """
-
-    def __init__(self, shape: ModelShape, queries: np.ndarray, keys: np.ndarray, values: np.ndarray, dtype: str):
-        like = torch.empty(0, device=_device())
-        self.queries, self.keys, self.values = (
-            ops.asarray(x, like).to(getattr(torch, dtype)) for x in (queries, keys, values)
-        )
-        self.context = keys.shape[2] - SEAL
-        self.middle = self.context + SEAL // 2
-        self.module = SimpleNamespace(num_key_value_groups=shape.q_heads // shape.kv_heads, layer_idx=0)
-        self.scale = shape.head_dim**-0.5
-        self.plain_bytes = 2 * self.keys[:, :, : self.middle + 1].numel() * self.keys.element_size()
-
-    def compressed(self, plan: Plan, sinks: int, window: int) -> tuple[Callable[[], float], int]:
-        """A step of our cache, and the bytes that it holds after one step that is not timed."""
-        layer, prompt = SpectralKVLayer(plan, 0, sinks, window), self.context - 1
-        layer.append(self.keys[:, :, :prompt], self.values[:, :, :prompt])
-        self._step(layer, prompt)
-        tokens = iter(range(self.context, self.context + SEAL))
-        return lambda: self._step(layer, next(tokens)), sum(storages(layer.arrays()).values())
+    @cached_property
+    def _module(self) -> SimpleNamespace:
+        return _module(self.shape)
 
     def host(self) -> Callable[[], float]:
         """As transformers does it: `DynamicLayer.update`, then its own attention function."""
@@ -70,40 +49,43 @@ class BenchLayer:
         """
         return self._repeated(HQQQuantizedLayer(**HQQ))
 
-    def gqa(self) -> Callable[[], float]:
-        """The kernel alone, on keys and values that lie ready."""
-        return self._kernel(_gqa)
-
-    def grouped(self) -> Callable[[], float]:
-        """The kernel alone, with the query heads of a KV head as rows."""
-        return self._kernel(_grouped)
-
     def _repeated(self, layer: DynamicLayer) -> Callable[[], float]:
         layer.update(self.keys[:, :, : self.middle], self.values[:, :, : self.middle])
         held = dict(vars(layer))  # `update` makes new tensors
 
         def step():
             vars(layer).update(held)
-            return self._step(layer, self.middle)
+            return self.step(layer, self.middle)
 
         return step
 
-    def _kernel(self, attend: Callable) -> Callable[[], float]:
-        keys, values = (x[:, :, : self.middle + 1].contiguous() for x in (self.keys, self.values))
-        query = self.queries[:, :, self.middle : self.middle + 1]
-        return lambda: _seconds(lambda: attend(query, keys, values, self.scale))
+    def array(self, x: np.ndarray, dtype: str) -> torch.Tensor:
+        return ops.asarray(x, torch.empty(0, device=_device())).to(getattr(torch, dtype))
 
-    def _step(self, layer, token: int) -> float:
-        query, key, value = (x[:, :, token : token + 1] for x in (self.queries, self.keys, self.values))
-        return _seconds(
-            lambda: attention_forward(self.module, query, *layer.update(key, value), None, scaling=self.scale)
-        )
+    def contiguous(self, x: torch.Tensor) -> torch.Tensor:
+        return x.contiguous()
+
+    @torch.inference_mode()
+    def seconds(self, run: Callable) -> float:
+        return timing.seconds(synchronize, run)
+
+    def attend(self, query, keys, values, scale: float):
+        return _gqa(query, keys, values, scale)
+
+    def take(self, layer, query, key, value):
+        return attention_forward(self._module, query, *layer.update(key, value), None, scaling=self.scale)
+
+    def new_layer(self, plan: Plan, sinks: int, window: int) -> SpectralKVLayer:
+        return SpectralKVLayer(plan, 0, sinks, window)
+
+    def held_bytes(self, layer: SpectralKVLayer) -> int:
+        return sum(storages(layer.arrays()).values())
 
 
 def layer_reader(shape: ModelShape, plan: Plan | None, sinks: int, window: int, dtype: str) -> Callable:
     """What lets one layer attend from queries, keys and values [1, H, T, D] of the next T tokens; plan None: the host's."""
     like = torch.empty(0, device=_device())
-    module = SimpleNamespace(num_key_value_groups=shape.q_heads // shape.kv_heads, layer_idx=0)
+    module = _module(shape)
     layer = DynamicLayer() if plan is None else SpectralKVLayer(plan, 0, sinks, window)
 
     @torch.inference_mode()
@@ -133,22 +115,22 @@ def attention_clock(model, cache: Cache, layers: tuple[int, ...], way: str = "ho
     The ways `gqa` and `grouped` count the kernel alone.
     """
     install(model)
-    clock = Clock()
+    clock = Clock(synchronize)
 
     def timed(module, query, key, value, attention_mask=None, scaling=None, **kwargs):
         attend = partial(attention_forward, module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         if module.layer_idx not in layers:
             return attend()
         if way == "host":
-            return _clocked(clock, attend, count=True)
-        kernel = {"gqa": _gqa, "grouped": _grouped}[way]
-        out = _clocked(clock, kernel, query, key, value, scaling, count=True)
+            return clock.time(attend, count=True)
+        kernel = {"gqa": _gqa, "grouped": partial(timing.grouped, _gqa)}[way]
+        out = clock.time(kernel, query, key, value, scaling, count=True)
         return out.transpose(1, 2).contiguous(), None
 
     chosen = [cache.layers[i] for i in layers] if way == "host" else []
     AttentionInterface.register(ATTENTION, timed)
     for layer in chosen:
-        layer.update = partial(_clocked, clock, layer.update)
+        layer.update = partial(clock.time, layer.update)
     try:
         yield clock
     finally:
@@ -157,9 +139,15 @@ def attention_clock(model, cache: Cache, layers: tuple[int, ...], way: str = "ho
             del layer.update
 
 
+def synchronize(result=None) -> None:
+    """Let a card finish what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def sweep() -> float:
     """Seconds to read `SWEEP_BYTES` of memory, after which no cache of the processor holds anything else."""
-    return _seconds(_field().max)
+    return timing.seconds(synchronize, _field().max)
 
 
 def threads() -> int:
@@ -186,35 +174,11 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def _module(shape: ModelShape) -> SimpleNamespace:
+    """What an attention function reads of the module that calls it."""
+    return SimpleNamespace(num_key_value_groups=shape.q_heads // shape.kv_heads, layer_idx=0)
+
+
 def _gqa(query, keys, values, scale: float):
-    return scaled_dot_product_attention(query, keys, values, scale=scale, enable_gqa=True)
-
-
-def _grouped(query, keys, values, scale: float):
-    rows = query.reshape(query.shape[0], keys.shape[1], -1, query.shape[3])
-    return scaled_dot_product_attention(rows, keys, values, scale=scale).reshape(query.shape)
-
-
-def _clocked(clock: Clock, run: Callable, *args, count: bool = False, **kwargs):
-    _wait()
-    return clock.time(_finished, run, *args, count=count, **kwargs)
-
-
-@torch.inference_mode()
-def _seconds(run: Callable) -> float:
-    _wait()
-    started = time.perf_counter()
-    _finished(run)
-    return time.perf_counter() - started
-
-
-def _finished(run: Callable, *args, **kwargs):
-    out = run(*args, **kwargs)
-    _wait()
-    return out
-
-
-def _wait() -> None:
-    """Let a card finish what it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    shared = query.shape[1] != keys.shape[1]
+    return scaled_dot_product_attention(query, keys, values, scale=scale, enable_gqa=shared)

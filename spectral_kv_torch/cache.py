@@ -12,7 +12,6 @@ from spectral_kv_core.cache.compressed_layer import CompressedLayer, FollowingLa
 from spectral_kv_core.cache.decoded_chunks import bytes_per_layer
 from spectral_kv_core.cache.eviction import Eviction
 from spectral_kv_core.cache.layer_cache import LayerCache
-from spectral_kv_core.cache.padding_group import PaddingGroup
 from spectral_kv_core.codecs.chunk import split_layers
 from spectral_kv_core.codecs.registry import plan_for
 from spectral_kv_core.errors import UsageError
@@ -51,7 +50,7 @@ class SpectralKVLayer(CompressedLayer, CacheLayerMixin):
         return self.take(key_states, value_states, 0)
 
     def take(self, key_states: torch.Tensor, value_states: torch.Tensor, number: int):
-        """`update` for layer number `number` of the row."""
+        """`update` for layer number `number` of the group."""
         if self.store is None:
             self.lazy_initialization(key_states, value_states)
         if not number:
@@ -80,8 +79,8 @@ class SpectralKVLayer(CompressedLayer, CacheLayerMixin):
         return torch.cat([held[0], pending.keys], dim=2), torch.cat([held[1], pending.values], dim=2)
 
     def is_empty(self) -> bool:
-        """Whether some row has no token yet, so that its left padding is still to be told."""
-        return not all(group.exact for group in self.store.padding_groups or [PaddingGroup([], 0)])
+        """Whether some sequence has no token yet, so that its left padding is still to be told."""
+        return self.store.awaits_tokens
 
     def get_seq_length(self) -> int:
         """Slots seen, padding included."""
@@ -122,8 +121,7 @@ class SpectralKVLayer(CompressedLayer, CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.get_seq_length():
             self.commit()
-            rows = sum(len(group.sequences) for group in self.store.padding_groups)
-            self.store.select([row for row in range(rows) for _ in range(repeats)])
+            self.store.select([sequence for sequence in range(self.store.batch) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         if self.get_seq_length():
@@ -220,16 +218,17 @@ class SpectralCache(Cache):
                 "make_prompt_cache(model, method=..., budget_tokens=...)."
             )
         layers = list(layers) if layers is not None else [DynamicLayer() for _ in range(plan.shape.num_layers)]
-        for row, layer_group in enumerate(plan.layer_groups):
-            layer = SpectralKVLayer(plan, row, sinks, window, eviction, bytes_per_layer(plan, working_set))
-            for number, layer_idx in enumerate(layer_group):
+        share = bytes_per_layer(plan, working_set)
+        for layer_group, members in enumerate(plan.layer_groups):
+            layer = SpectralKVLayer(plan, layer_group, sinks, window, eviction, share)
+            for number, layer_idx in enumerate(members):
                 layers[layer_idx] = SpectralKVFollower(layer, number) if number else layer
         super().__init__(layers=layers)
         self.plan = plan
 
     def __deepcopy__(self, memo) -> SpectralCache:
         """An independent cache that shares the plan and the tensors."""
-        for layer in rows_of(self):
+        for layer in leading_layers(self.layers):
             layer.commit()
         new = copy.copy(self)
         new.layers = copy.deepcopy(self.layers, memo)
@@ -237,13 +236,8 @@ class SpectralCache(Cache):
 
     def finalize(self) -> None:
         """End the prompt now instead of at the next call with at most 16 tokens: the cache takes its final size."""
-        for layer in rows_of(self):
+        for layer in leading_layers(self.layers):
             layer.finalize()
-
-
-def rows_of(cache: Cache) -> list[SpectralKVLayer]:
-    """The compressed layers that hold tokens: one for every layer group of the plan."""
-    return leading_layers(cache.layers)
 
 
 def storages(arrays: Iterable[torch.Tensor]) -> dict[int, int]:

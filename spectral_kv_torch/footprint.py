@@ -9,9 +9,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.hub import cached_file
 
-from spectral_kv_core.benchmark.footprint import Footprint, safetensors_nbytes
+from spectral_kv_core.benchmark.footprint import Footprint
 from spectral_kv_core.benchmark.footprint import table_nbytes as core_table_nbytes
 from spectral_kv_core.errors import UsageError, first_line
+from spectral_kv_core.hosts.weights import safetensors_nbytes
 
 from . import host, ops
 from .generation import PREFILL_CHUNK

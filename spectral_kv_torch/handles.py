@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 
 
 class Pending:
-    """Tokens [B, H, L, D] that `layer` took in for layer number `number` of its row and that nobody has attended to yet."""
+    """Tokens [B, H, L, D] that `layer` took in for layer number `number` of its group and that nobody has attended to yet."""
 
     def __init__(self, layer, keys: torch.Tensor, values: torch.Tensor, number: int = 0):
         self.layer, self.keys, self.values, self.number = layer, keys, values, number

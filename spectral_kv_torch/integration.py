@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import weakref
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,6 +30,27 @@ from .handles import Handle
 from .kernels.flash import causal_attention
 
 ATTENTION = "spectralkv"
+
+
+class LastPadding:
+    """`left_padding`, read once per call of the model: all layers get the same mask, and reading waits for the device."""
+
+    def __init__(self):
+        self._mask: Callable[[], torch.Tensor | None] = lambda: None
+        self._version, self._padding = None, None
+
+    def __call__(self, mask: torch.Tensor | None, length: int) -> list[int] | None:
+        """The padding of `mask` for a call of `length` tokens."""
+        if mask is None:
+            return None
+        version = None if mask.is_inference() else mask._version, length
+        if self._mask() is not mask or self._version != version:
+            self._padding = left_padding(mask, length)
+            self._mask, self._version = weakref.ref(mask), version
+        return self._padding
+
+
+_last_padding = LastPadding()
 
 
 def attention_forward(module, query, key, value, attention_mask=None, scaling=None, **kwargs):
@@ -61,22 +83,6 @@ def _fused(module, q, k, v, scale):
     if length < total:
         mask = torch.ones(length, total, dtype=torch.bool, device=q.device).tril(total - length)[None, None]
     return sdpa_attention_forward(module, q, k, v, mask, scaling=scale)[0].transpose(1, 2)
-
-
-def _last_padding(mask: torch.Tensor | None, length: int) -> list[int] | None:
-    """`left_padding`, read once per call of the model: all layers get the same mask, and reading waits for the device."""
-    global _read
-    if mask is None:
-        return None
-    of, version, padding = _read
-    now = None if mask.is_inference() else mask._version, length
-    if of() is not mask or version != now:
-        padding = left_padding(mask, length)
-        _read = weakref.ref(mask), now, padding
-    return padding
-
-
-_read: tuple = (lambda: None, None, None)
 
 
 def left_padding(mask: torch.Tensor | None, length: int) -> list[int] | None:

@@ -161,7 +161,7 @@ def plan_of(
     return make_plan(model.shape, toy_profile_of(model, group, rope), method, bits)
 
 
-def decoded_paths(rows: trellis.Rows, levels: dict[int, np.ndarray], codes: np.ndarray) -> np.ndarray:
+def decoded_paths(rows: trellis.Coefficients, levels: dict[int, np.ndarray], codes: np.ndarray) -> np.ndarray:
     """Levels of codes [B, G, n, F, R], step by step along every path: the definition, without `trellis.Paths`."""
     _, frequencies, rank = rows.shape
     bits = np.array(BIT_WIDTHS)[rows.slots]

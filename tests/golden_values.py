@@ -17,7 +17,6 @@ import numpy as np
 
 from spectral_kv_core.arrays import ops
 from spectral_kv_core.cache.layer_cache import LayerCache
-from spectral_kv_core.cache.padding_group import PaddingGroup
 from spectral_kv_core.cache.prompt_cache_file import ExactLayer, PromptFile
 from spectral_kv_core.codecs.registry import make_plan
 from spectral_kv_core.planning.methods import METHODS
@@ -103,11 +102,8 @@ def stored_prompt(profile: Profile) -> dict:
         plan, chunk = coded(ops, profile, "spectral", 2.0, row, 64)
         store = LayerCache(ops, plan.make_codec(ops, row), 4, 64)
         size = (1, profile.shape.kv_heads, 4 + 64, profile.shape.head_dim)
-        group = PaddingGroup(
-            [0], 0, numbers(size, 40 + row).astype(np.float16), numbers(size, 80 + row).astype(np.float16)
-        )
-        group.chunks = [chunk]
-        store.padding_groups, store.seen = [group], group.seen
+        keys, values = (numbers(size, seed + row).astype(np.float16) for seed in (40, 80))
+        store.seen = store.open_group([0], 0, exact_keys=keys, exact_values=values, chunks=[chunk]).seen
         layers.append(store)
     file = PromptFile.of(
         ops, replace(plan, profile=replace(profile, path="profile.safetensors")), layers, tokens=list(range(132))

@@ -30,7 +30,7 @@ from spectral_kv_torch.kernels.decoding import Decoder, DenseStep
 from spectral_kv_torch.kernels.triton_attention import TritonStep
 from spectral_kv_torch.kernels.triton_latents import Latents
 from spectral_kv_torch.kernels.triton_packing import Packer
-from spectral_kv_torch.kernels.triton_rotation import rotate
+from spectral_kv_torch.kernels.triton_rope import rotate
 from spectral_kv_torch.kernels.triton_rounding import round_in_time
 
 

@@ -81,6 +81,16 @@ def long_ones(root: Path) -> tuple[list, list, list]:
     return lengths, parameters, modules
 
 
+def reached_into(root: Path) -> list[str]:
+    """`file:line` of what goes round a class; a frozen class may set its own fields while it is made."""
+    making: set[str] = set()
+    for path, text in sources(root):
+        made = [node for node in functions(ast.parse(text)) if node.name == "__post_init__"]
+        making.update(f"{path}:{n}" for node in made for n in range(node.lineno, node.end_lineno + 1))
+    fields = [place for place in matches(root, r"object\.__setattr__") if place not in making]
+    return matches(root, r"\.__dict__|_getframe") + fields
+
+
 def mutable_globals(root: Path) -> list[str]:
     """Names of modules that are bound to an empty list, dictionary or set, or rebound with `global`."""
     found = []
@@ -144,7 +154,7 @@ def main(root: Path) -> None:
     lengths, parameters, modules = long_ones(root)
     asked = matches(root, r"\bmethod\.codec\b|\]\.codec\b", r"/codecs/|methods\.py")
     hidden = matches(root, r"import_module\(f?[\"']\.|__import__\(|import_module\(f\"\{package", own)
-    reached = matches(root, r"\.__dict__|object\.__setattr__|_getframe") + mutable_globals(root)
+    reached = reached_into(root) + mutable_globals(root)
     guessed = matches(root, r"(has|get)attr\((self\.)?(codec|plan|chunk)\b")
     window = {place.partition(":")[0] for place in matches(root, r"(?i)\bwindow\b.*\b64\b|\bsinks\b.*= 4\b")}
     rows = {

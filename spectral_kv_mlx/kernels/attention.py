@@ -12,9 +12,9 @@ from weakref import WeakKeyDictionary
 import mlx.core as mx
 import numpy as np
 
-from spectral_kv_core.arrays.attention import causal_rows, group_queries
+from spectral_kv_core.arrays.attention import causal_mask, group_queries
 from spectral_kv_core.codecs.chunk import Chunk
-from spectral_kv_core.codecs.spectral import SpectralCodec
+from spectral_kv_core.codecs.spectral_reader import SpectralReader
 from spectral_kv_core.planning.budget import CHUNK_TOKENS
 from spectral_kv_core.quantization.packing import UNIT, interleave
 
@@ -28,16 +28,16 @@ WEIGHT = 2**10  # times the weights of tokens, which alone may be too small for 
 
 
 class Side:
-    """The rows of keys or of values, width by width, with `slots` in all; `first`: the codec's first row of the side.
+    """The coefficients of keys or of values, width by width, with `slots` in all; `first`: the codec's first of the side.
 
-    `coefficient` [slots]: KV head, frequency and component of a slot as one number, -1 for one without a row.
+    `coefficient` [slots]: KV head, frequency and component of a slot as one number, -1 for an empty one.
     """
 
-    def __init__(self, codec: SpectralCodec, first: int):
+    def __init__(self, codec: SpectralReader, first: int):
         segments = codec.kv_heads * codec.block
         self.widths: list[tuple[int, Rows]] = []  # with the place of the codes in a chunk
         coefficient, scale = [], []
-        for i, (bits, levels, rows, deviation) in enumerate(zip(codec.bits, codec.levels, codec.rows, codec.scale)):
+        for i, (bits, levels, rows, deviation) in enumerate(zip(codec.bits, codec.levels, codec.numbers, codec.scale)):
             rows = np.array(rows) - first
             start, stop = np.searchsorted(rows, (0, segments * codec.rank)).tolist()
             if start == stop:
@@ -65,7 +65,7 @@ class LatentStep:
     have to be merged. Deviations are in the queries and in the sums: no coefficient is scaled or moved once decoded.
     """
 
-    def __init__(self, codec: SpectralCodec):
+    def __init__(self, codec: SpectralReader):
         self.codec, self._tile_chunks = codec, TILE_CHUNKS["gpu" if on_gpu() else "cpu"]
         self._tiles: WeakKeyDictionary[Chunk, Chunk] = WeakKeyDictionary()  # by the last chunk of each
         h, block, rank = codec.kv_heads, codec.block, codec.rank
@@ -83,16 +83,16 @@ class LatentStep:
     def __call__(self, chunks: list[Chunk], queries, keys, values, scale: float):
         """As `attention.decode_step`."""
         codec, h = self.codec, self.codec.kv_heads
-        rows = group_queries(queries, h).astype(mx.float32) * scale  # [B, H, M, D]
+        query_rows = group_queries(queries, h).astype(mx.float32) * scale  # [B, H, M, D]
         keys, values = keys.astype(mx.float32), values.astype(mx.float32)
         dtype = mx.float16 if on_gpu() and queries.dtype != mx.float32 else mx.float32
         tiles = [(tile, self._labels(tile)) for tile in self._joined(chunks)]
         # q . mu, which the scores of all latents lack, is taken off the others: only differences matter
-        exact = rows @ keys.swapaxes(2, 3) - rows @ codec.mean[:h].swapaxes(1, 2)
-        mask = causal_rows(codec.xp, queries.shape[1] // h, queries.shape[2], keys.shape[2], like=queries)
+        exact = query_rows @ keys.swapaxes(2, 3) - query_rows @ codec.mean[:h].swapaxes(1, 2)
+        mask = causal_mask(codec.xp, queries.shape[1] // h, queries.shape[2], keys.shape[2], like=queries)
         if mask is not None:
             exact = mx.where(mask, exact, -mx.inf)
-        scores = [*self._scores(tiles, rows @ codec.basis[:h], dtype), exact]
+        scores = [*self._scores(tiles, query_rows @ codec.basis[:h], dtype), exact]
         p = mx.softmax(mx.concatenate(scores, axis=-1), axis=-1)
         *parts, p_exact = mx.split(p, np.cumsum([tile.tokens for tile, _ in tiles]).tolist(), axis=-1)
         share = 1 - p_exact.sum(-1, keepdims=True)
@@ -107,7 +107,7 @@ class LatentStep:
 
     def _labels(self, tile: Chunk) -> list[tuple]:
         """Label bits of the codes of a trellis, width by width, as `Rows` takes them."""
-        codec, coupled = self.codec, getattr(self.codec, "coupled", 0)
+        codec, coupled = self.codec, self.codec.coupled
         if not coupled:
             return []
         widths = list(zip(codec.bits[:coupled], tile.arrays[0::2], tile.arrays[1::2]))
@@ -183,7 +183,7 @@ class LatentStep:
 
 def decode_step(codec) -> LatentStep | None:
     """The faster step for `codec`; None where there is none, and the core's takes over."""
-    fits = isinstance(codec, SpectralCodec) and codec.method.latent and codec.bits
+    fits = isinstance(codec, SpectralReader) and codec.method.latent and codec.bits
     runs = not on_gpu() or mx.metal.is_available()  # CUDA does not have every operation
     return LatentStep(codec) if fits and runs else None
 

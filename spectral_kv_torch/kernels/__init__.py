@@ -4,7 +4,7 @@ from .attention import decode_step
 from .decoding import decoder
 from .flash import partial_attention, supports_partial_attention
 from .packing import packer
-from .rotation import rotate
+from .rope import rotate
 from .rounding import round_in_time
 
 __all__ = [  # the names of `spectral_kv_core.arrays.kernels.Kernels`

@@ -11,7 +11,7 @@ import torch
 
 from spectral_kv_core.arrays.transform import FREQUENCIES
 from spectral_kv_core.codecs.chunk import Chunk
-from spectral_kv_core.codecs.spectral import SpectralCodec
+from spectral_kv_core.codecs.spectral_reader import SpectralReader
 from spectral_kv_core.planning.budget import CHUNK_TOKENS
 from spectral_kv_core.quantization.trellis import DISTANCES
 
@@ -38,7 +38,7 @@ class _Codec(ctypes.Structure):
 
 class _Call(ctypes.Structure):
     _fields_ = [
-        *((n, c_int32) for n in ("batch", "rows", "length", "chunks", "exact", "exact_is_bfloat16", "threads")),
+        *((n, c_int32) for n in ("batch", "query_rows", "length", "chunks", "exact", "exact_is_bfloat16", "threads")),
         ("scale", c_float),
         *((name, c_void_p) for name in ("blocks", "codes", "queries", "exact_keys", "exact_values", "output")),
     ]
@@ -47,7 +47,7 @@ class _Call(ctypes.Structure):
 class LatentStep:
     """`attention.decode_step` for one layer's codec, as one call of the kernel."""
 
-    def __init__(self, codec: SpectralCodec):
+    def __init__(self, codec: SpectralReader):
         lib = library()
         self._run = lib.spectralkv_attend
         self._run.argtypes, self._run.restype = (POINTER(_Codec), POINTER(_Call)), ctypes.c_int
@@ -56,7 +56,7 @@ class LatentStep:
         self._widths = len(codec.bits)
         c = self._codec = _Codec(codec.kv_heads, codec.head_dim, codec.rank, self._widths)
         c.time, c.basis, c.mean = (x.data_ptr() for x in self._tables)
-        for i, (bits, rows, scale, levels) in enumerate(zip(codec.bits, codec.rows, codec.scale, codec.levels)):
+        for i, (bits, rows, scale, levels) in enumerate(zip(codec.bits, codec.numbers, codec.scale, codec.levels)):
             rows = rows.numpy()
             starts = np.searchsorted(rows, np.arange(codec.groups * FREQUENCIES + 1) * codec.rank)
             held = (
@@ -71,7 +71,7 @@ class LatentStep:
         if codec.coupled:
             before = [rows.contiguous() for rows in codec.paths.before]
             c.coupled, c.paths = codec.coupled, len(before[0])
-            c.path[: codec.coupled] = np.cumsum([0, *map(len, codec.rows[: codec.coupled - 1])]).tolist()
+            c.path[: codec.coupled] = np.cumsum([0, *map(len, codec.numbers[: codec.coupled - 1])]).tolist()
             c.before[:] = [x.data_ptr() for x in before]
             self._tables += before
 
@@ -110,7 +110,7 @@ class LatentStep:
 
 def decode_step(codec):
     """The faster step for `codec`: a kernel, or stock operations that serve several chunks at a time; None for others."""
-    if not isinstance(codec, SpectralCodec):
+    if not isinstance(codec, SpectralReader):
         return None
     if not codec.method.latent:
         return dense_step(codec)

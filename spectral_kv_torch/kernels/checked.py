@@ -12,7 +12,24 @@ from spectral_kv_core.arrays import attention
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}  # relative RMS; products may be in tf32
 CODES_DIFFERING = 1e-4  # share of codes: products of another order move some to the other side of a threshold
-_verdicts: dict[tuple, bool] = {}  # by kernel, card, dtype and size, for this process
+
+
+class Verdicts:
+    """Which kernels gave what stock operations give, by kernel, card, dtype and size."""
+
+    def __init__(self):
+        self.known: dict[tuple, bool] = {}
+
+    def about(self, kernel: tuple) -> bool | None:
+        """Whether `kernel` was right; None for one that nobody has seen."""
+        return self.known.get(kernel)
+
+    def note(self, kernel: tuple, right: bool) -> None:
+        """Remember what the first result of `kernel` was."""
+        self.known[kernel] = right
+
+
+OF_PROCESS = Verdicts()
 
 
 class Checked:
@@ -25,17 +42,17 @@ class Checked:
         """The result for `args`; `like` is on the card and has the dtype, `size` decides what is compiled: channels of a
         head, or 0. Ranks and lengths differ from layer to layer and call to call; kernels take them as they come."""
         key = self._name, like.device, like.dtype, size
-        verdict = _verdicts.get(key)
+        verdict = OF_PROCESS.about(key)
         if verdict:
             return self._kernel(*args)
         expected = self._stock(*args)
         if verdict is None:
-            _verdicts[key] = self._agrees(like.device, args, expected)
+            OF_PROCESS.note(key, self._agrees(like.device, args, expected))
         return expected
 
     def refused(self, like: torch.Tensor, size: int) -> bool:
         """Whether the kernel was wrong."""
-        return _verdicts.get((self._name, like.device, like.dtype, size)) is False
+        return OF_PROCESS.about((self._name, like.device, like.dtype, size)) is False
 
     def _agrees(self, device: torch.device, args: tuple, expected) -> bool:
         try:

@@ -11,12 +11,12 @@ from spectral_kv_core.arrays import attention
 from spectral_kv_core.arrays.rope import rotate as core_rotate
 from spectral_kv_core.arrays.transform import FREQUENCIES
 from spectral_kv_core.codecs.chunk import Chunk
-from spectral_kv_core.codecs.spectral import SpectralCodec
+from spectral_kv_core.codecs.spectral_reader import SpectralReader
 
 from .checked import Checked, CheckedStep
 from .device import runs_kernels
 from .flash import partial_attention, supports_partial_attention
-from .rotation import rotate
+from .rope import rotate
 
 TILE_CHUNKS = 16
 
@@ -24,7 +24,7 @@ TILE_CHUNKS = 16
 class Decoder:
     """Keys and values of one layer's codec, in the dtype that is asked for: products of half precision for half precision."""
 
-    def __init__(self, codec: SpectralCodec, latents):
+    def __init__(self, codec: SpectralReader, latents):
         self._codec, self._latents = codec, latents
         self._axes: dict[torch.dtype, torch.Tensor] = {}
         self._checked = Checked("decoding", self._decode, self._stock)
@@ -69,7 +69,7 @@ class Decoder:
 
 def decoder(codec) -> Decoder | None:
     """What decodes several chunks of `codec` at once; None where each is decoded on its own."""
-    if not isinstance(codec, SpectralCodec) or codec.block != FREQUENCIES or not runs_kernels(codec.time.device):
+    if not isinstance(codec, SpectralReader) or codec.block != FREQUENCIES or not runs_kernels(codec.time.device):
         return None
     from .triton_latents import Latents
 
@@ -79,7 +79,7 @@ def decoder(codec) -> Decoder | None:
 class DenseStep:
     """`attention.decode_step` over decoded tiles, by torch's own fused kernel where it has one for the dtype."""
 
-    def __init__(self, codec: SpectralCodec, decode: Decoder):
+    def __init__(self, codec: SpectralReader, decode: Decoder):
         self._codec, self._decode = codec, decode
 
     def __call__(self, chunks: list[Chunk], queries, keys, values, scale: float):
@@ -98,7 +98,7 @@ class DenseStep:
                     yield partial_attention(queries, *tile, scale)
                 else:
                     yield attention.dense_partial(xp, rows, *(x.float() for x in tile), scale)
-            mask = attention.causal_rows(xp, q_heads // heads, length, keys.shape[2], like=queries)
+            mask = attention.causal_mask(xp, q_heads // heads, length, keys.shape[2], like=queries)
             yield attention.dense_partial(xp, rows, keys.float(), values.float(), scale, mask)
 
         return attention.merge_partials(xp, partials()).reshape(queries.shape).to(queries.dtype)

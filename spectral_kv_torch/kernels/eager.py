@@ -8,7 +8,7 @@ import torch
 
 from spectral_kv_core.arrays import attention
 from spectral_kv_core.codecs.chunk import Chunk
-from spectral_kv_core.codecs.spectral import SpectralCodec
+from spectral_kv_core.codecs.spectral_reader import SpectralReader
 
 from .products import HALF_DIGITS, QUERY_DIGITS, WEIGHT_RANGE, make_rows
 from .tiles import Tile, Tiles
@@ -22,7 +22,7 @@ class EagerStep:
     On a CPU by the products of `products`; on a card, or where codes are those of a trellis, by the core's operations.
     """
 
-    def __init__(self, codec: SpectralCodec):
+    def __init__(self, codec: SpectralReader):
         self._codec, self._tiles = codec, Tiles(codec, TILE_CHUNKS)
         self._keys = self._values = ()
         if multiplies(codec.time.device) and not codec.coupled:
@@ -36,7 +36,7 @@ class EagerStep:
         if not self._keys or not self._values:
             return attention.decode_step(codec.xp, codec, self._tiles.full(chunks), queries, keys, values, scale)
         rows = attention.group_queries(queries, h).float()
-        mask = attention.causal_rows(codec.xp, queries.shape[1] // h, queries.shape[2], keys.shape[2], like=queries)
+        mask = attention.causal_mask(codec.xp, queries.shape[1] // h, queries.shape[2], keys.shape[2], like=queries)
         latent = rows @ codec.basis[:h] * scale
         offset = rows @ codec.mean[:h].transpose(1, 2) * scale  # q . mu
         digits = HALF_DIGITS if queries.dtype == torch.bfloat16 else QUERY_DIGITS

@@ -1,21 +1,22 @@
 // Attention over packed codes on the CPU: one call is the whole decode step of one layer.
 //
 // Codes are read once, as they are stored, and never rebuilt as keys or values: a query is projected on the basis and
-// scaled row by row (a row is one component at one frequency), a row of codes is looked up in its quantizer's levels in
-// registers and multiplied with all query rows of its KV head; the time transform is applied to scores and to
-// probabilities. All arithmetic is float32. Layout of codes: packing.pack_rows; formulas: codec.SpectralCodec.attend.
+// scaled coefficient by coefficient (one component at one frequency); the codes of a coefficient are looked up in its
+// quantizer's levels in registers and multiplied with all query rows of its KV head; the time transform is applied to
+// scores and to probabilities. All arithmetic is float32. Layout of codes: packing.pack_rows; formulas:
+// codec.SpectralCodec.attend.
 //
 // Work is split over (sequence, KV head) and groups of chunks, whose softmaxes are partial and merged at the end.
 //
-// Codes of a trellis (trellis.py) say their level together with the path bits of three rows before theirs, of any head.
-// So the path bits of some chunks are laid out first, one *path row* for every such row of the layer, and a row's labels
-// are made of path rows when it is decoded.
+// Codes of a trellis (trellis.py) say their level together with the path bits of three coefficients before, of any head.
+// So the path bits of some chunks are laid out first, one *path row* for every such coefficient of the layer, and the
+// labels of a coefficient are made of path rows when it is decoded.
 
 #include "threads.h"
 #include "vectors.h"
 
 #if USE_AVX512
-#define AT_ONCE 4  // vectors of a row that are kept in registers for all query rows
+#define AT_ONCE 4  // vectors of a coefficient that are kept in registers for all query rows
 #else
 #define AT_ONCE 2
 #endif
@@ -26,43 +27,41 @@
 #define PARTS 8         // that the path rows of a chunk are laid out in
 #define SPAN 4          // chunks that share one partial softmax
 #define WAVE 4          // items per thread, at least, that path rows are laid out for at a time
-#define ROWS 4          // query rows that share one pass over the codes
-#define AHEAD 4         // rows whose labels are made before those of a row are used
+#define QUERY_ROWS 4    // query rows that share one pass over the codes
+#define AHEAD 4         // coefficients whose labels are made before those of one are used
 #define MAX_WIDTHS 8
 #define LOWEST (-1e30f)
 
 typedef uint32_t __attribute__((may_alias, aligned(1))) word;
 typedef uint64_t __attribute__((may_alias, aligned(1))) long_word;
 typedef uint16_t __attribute__((may_alias)) half_word;
-typedef float v4 __attribute__((vector_size(4 * ROWS)));
+typedef float v4 __attribute__((vector_size(4 * QUERY_ROWS)));
 
 // What all sequences share. Groups are the KV heads' keys, then their values.
 typedef struct {
   int32_t kv_heads, dim, rank, widths;
   int32_t bits[MAX_WIDTHS];
-  const int32_t *first[MAX_WIDTHS];       // [groups * FREQUENCIES + 1]: where the rows of (group, frequency) start
-  const uint16_t *component[MAX_WIDTHS];  // [rows]
-  const float *scale[MAX_WIDTHS];         // [rows]: standard deviations
+  const int32_t *first[MAX_WIDTHS];       // [groups * FREQUENCIES + 1]: where (group, frequency) starts among the coefficients
+  const uint16_t *component[MAX_WIDTHS];  // [coefficients]
+  const float *scale[MAX_WIDTHS];         // [coefficients]: standard deviations
   const float *levels[MAX_WIDTHS];        // [256]
   const float *time;                      // [frequency][token]
   const float *basis;                     // [groups][dim][rank]
   const float *mean;                      // [groups][dim]
-  int32_t coupled, paths;                 // widths whose codes are those of a trellis, the first ones; rows they have
+  int32_t coupled, paths;                 // widths whose codes are those of a trellis, the first ones; coefficients they have
   int32_t path[MAX_WIDTHS];               // number of a width's first path row
   const int32_t *before[3];               // [paths]: the path rows 2, 3 and 5 before, `paths` for none
 } Codec;
 
 typedef struct {
-  int32_t batch, rows, length, chunks, exact, exact_is_bfloat16, threads;
+  int32_t batch, query_rows, length, chunks, exact, exact_is_bfloat16, threads;
   float scale;
   const int32_t *blocks;                   // [chunks]: time blocks held
   const uint8_t *const *codes;             // [chunks][widths][2]: whole units, and the rest
-  const float *queries;                    // [batch][kv_heads][rows][dim]
+  const float *queries;                    // [batch][kv_heads][query_rows][dim]
   const void *exact_keys, *exact_values;   // [batch][kv_heads][exact][dim]
-  float *output;                           // [batch][kv_heads][rows][dim]
+  float *output;                           // [batch][kv_heads][query_rows][dim]
 } Call;
-
-// ---------------------------------------------------------------------------------------------------- vectors
 
 INLINE float sum(vec x) {
   float s = 0;
@@ -104,8 +103,6 @@ INLINE vec reduce(vec a, vec b, vec c, vec d) {
   vec cd = PICK(c, d, 0, LANES, 1, LANES + 1) + PICK(c, d, 2, LANES + 2, 3, LANES + 3);
   return PICK(ab, cd, 0, 1, LANES, LANES + 1) + PICK(ab, cd, 2, 3, LANES + 2, LANES + 3);
 }
-
-// ---------------------------------------------------------------------------------------------------- codes
 
 INLINE uint32_t short_word(const uint8_t *p) { return p[0] | (uint32_t)p[1] << 8; }
 
@@ -275,26 +272,24 @@ INLINE vec decode(const int bits, const Levels *l, const uint8_t *p) {
 
 // The codes of one width of one chunk that belong to one group and frequency.
 typedef struct {
-  const uint8_t *units;  // of the first row
-  const uint8_t *rest;   // of all rows
-  long stride, row;      // bytes of a row's units; number of the first row in `rest`
+  const uint8_t *units;  // of the first coefficient
+  const uint8_t *rest;   // of all
+  long stride, first;    // bytes of a coefficient's units; number of the first one in `rest`
   int count, blocks;
   const uint8_t *paths;      // path rows of the chunk
-  const int32_t *before[3];  // numbers of path rows, for each of these rows
-  long path;                 // number of the first row's
-} Rows;
+  const int32_t *before[3];  // numbers of path rows, for each coefficient
+  long path;                 // number of the first one's
+} Coefficients;
 
-// Codes that wait for their unit: one byte each, [count][blocks % 8], into `bytes`; returns where the first row starts.
-INLINE const uint8_t *unpack_rest(const int bits, const Rows *r, uint8_t *bytes) {
-  long left = r->blocks % UNIT, start = r->row * left, stop = start + r->count * left;
+// Codes that wait for their unit: one byte each, [count][blocks % 8], into `bytes`; returns where the first one starts.
+INLINE const uint8_t *unpack_rest(const int bits, const Coefficients *r, uint8_t *bytes) {
+  long left = r->blocks % UNIT, start = r->first * left, stop = start + r->count * left;
   for (long unit = start / UNIT; unit * UNIT < stop; unit++) {
     uint64_t codes = unpack_unit(bits, r->rest + unit * bits);
     memcpy(bytes + unit * UNIT - start / UNIT * UNIT, &codes, UNIT);
   }
   return bytes + start % UNIT;
 }
-
-// ---------------------------------------------------------------------------------------------------- trellis
 
 // The two lowest bits of up to 64 codes of `bits` bits, side by side; the upper one of codes of one bit is 0.
 INLINE void lowest_bits(const int bits, const uint8_t *units, uint64_t out[2]) {
@@ -314,32 +309,32 @@ INLINE void lowest_bits(const int bits, const uint8_t *units, uint64_t out[2]) {
   }
 }
 
-// Path rows of rows [start, stop) of all those of one width, `start` a multiple of 8.
-INLINE void lay_paths(const int bits, const Rows *r, long start, long stop, uint64_t (*out)[2]) {
+// Path rows of coefficients [start, stop) of all those of one width, `start` a multiple of 8.
+INLINE void lay_paths(const int bits, const Coefficients *r, long start, long stop, uint64_t (*out)[2]) {
   const int blocks = r->blocks, left = blocks % UNIT;
   const long bytes = r->stride, all = r->count;
   uint64_t held[2], codes[UNIT + 1] = {0};
   for (int i = 0, n = blocks - left; i < 2; i++, n -= 32) held[i] = n >= 32 ? ~0ull : n > 0 ? (1ull << 2 * n) - 1 : 0;
   if (blocks == BLOCKS) {
-    for (long row = start; row < stop; row++) {
-      const uint8_t *p = r->units + row * UNIT * bits;
+    for (long c = start; c < stop; c++) {
+      const uint8_t *p = r->units + c * UNIT * bits;
       __builtin_prefetch(p + 2048, 0, 3);  // past the end of a page, where the processor's own stop
-      lowest_bits(bits, p, out[row]);
+      lowest_bits(bits, p, out[c]);
     }
     return;
   }
-  for (long row = start; row < stop; row++) {
-    const uint8_t *p = r->units + row * bytes;
+  for (long c = start; c < stop; c++) {
+    const uint8_t *p = r->units + c * bytes;
     uint8_t end[UNIT * 4] = {0};
-    if (row * bytes + UNIT * bits > all * bytes) p = memcpy(end, p, bytes);
-    lowest_bits(bits, p, out[row]);
-    out[row][0] &= held[0], out[row][1] &= held[1];
+    if (c * bytes + UNIT * bits > all * bytes) p = memcpy(end, p, bytes);
+    lowest_bits(bits, p, out[c]);
+    out[c][0] &= held[0], out[c][1] &= held[1];
     if (!left) continue;
-    if (row % UNIT == 0)  // eight rows wait in whole units
-      for (long i = 0, n = (all * left + UNIT - 1) / UNIT - row / UNIT * left; i < left && i < n; i++)
-        codes[i] = unpack_unit(bits, r->rest + (row / UNIT * left + i) * bits);
-    uint64_t waiting = *(long_word *)((uint8_t *)codes + row % UNIT * left) & ((1ull << 8 * left) - 1);
-    out[row][blocks / 32] |= gather_bits(waiting, 0x0303030303030303ull) << blocks / UNIT % 4 * 16;
+    if (c % UNIT == 0)  // eight coefficients wait in whole units
+      for (long i = 0, n = (all * left + UNIT - 1) / UNIT - c / UNIT * left; i < left && i < n; i++)
+        codes[i] = unpack_unit(bits, r->rest + (c / UNIT * left + i) * bits);
+    uint64_t waiting = *(long_word *)((uint8_t *)codes + c % UNIT * left) & ((1ull << 8 * left) - 1);
+    out[c][blocks / 32] |= gather_bits(waiting, 0x0303030303030303ull) << blocks / UNIT % 4 * 16;
   }
 }
 
@@ -349,12 +344,14 @@ INLINE uint64_t indices(uint64_t codes, const uint8_t *x, const uint8_t *second)
   return (codes & ~ones) << 1 | (unpack_unit(2, x) & ones) << 1 | (unpack_unit(2, second) & ones);
 }
 
-INLINE const uint8_t *path_row(const Rows *r, const int i, int row) { return r->paths + (long)r->before[i][row] * PATH_ROW; }
+INLINE const uint8_t *path_row(const Coefficients *r, const int i, int c) {
+  return r->paths + (long)r->before[i][c] * PATH_ROW;
+}
 
-// The sum modulo 2 of the path bits of a row, of the third and of the fifth before it, in every other bit.
-INLINE void add_paths(const Rows *r, int row, uint64_t sum[2]) {
-  const long_word *own = (const long_word *)(r->paths + (r->path + row) * PATH_ROW);
-  const long_word *third = (const long_word *)path_row(r, 1, row), *fifth = (const long_word *)path_row(r, 2, row);
+// The sum modulo 2 of the path bits of a coefficient, of the third and of the fifth before it, in every other bit.
+INLINE void add_paths(const Coefficients *r, int c, uint64_t sum[2]) {
+  const long_word *own = (const long_word *)(r->paths + (r->path + c) * PATH_ROW);
+  const long_word *third = (const long_word *)path_row(r, 1, c), *fifth = (const long_word *)path_row(r, 2, c);
   for (int i = 0; i < 2; i++) sum[i] = own[i] ^ third[i] ^ fifth[i];
 }
 
@@ -366,9 +363,9 @@ typedef struct {
 // Up to 3 bits: a nibble for every code, of the upper bit of its label, of its second bit, and of the lower bit of its label;
 // those of vector v are word v, even codes in its lower half. 4 bits: what the path bits of others add to the upper bit
 // of every label (words 0, 1 as bits of 64 codes), and the lower bits of all labels.
-INLINE void prepare(const int bits, const Rows *r, int row, Labels *l) {
-  const long_word *second = (const long_word *)path_row(r, 0, row);
-  const long_word *third = (const long_word *)path_row(r, 1, row), *fifth = (const long_word *)path_row(r, 2, row);
+INLINE void prepare(const int bits, const Coefficients *r, int c, Labels *l) {
+  const long_word *second = (const long_word *)path_row(r, 0, c);
+  const long_word *third = (const long_word *)path_row(r, 1, c), *fifth = (const long_word *)path_row(r, 2, c);
   if (bits == 4) {
     const uint64_t even = 0x5555555555555555ull;
     l->words[0] = _pext_u64(third[0] ^ fifth[0], even) | _pext_u64(third[1] ^ fifth[1], even) << 32;
@@ -377,7 +374,7 @@ INLINE void prepare(const int bits, const Rows *r, int row, Labels *l) {
   }
   const __m256i twice = _mm256_set_epi32(3, 3, 2, 2, 1, 1, 0, 0);
   const __m256i odd = _mm256_set_epi32(2, 0, 2, 0, 2, 0, 2, 0), even = _mm256_set_epi32(0, 2, 0, 2, 0, 2, 0, 2);
-  __m128i own = _mm_load_si128((const __m128i *)(r->paths + (r->path + row) * PATH_ROW));
+  __m128i own = _mm_load_si128((const __m128i *)(r->paths + (r->path + c) * PATH_ROW));
   __m128i others = _mm_ternarylogic_epi32(_mm_load_si128((const __m128i *)third), _mm_load_si128((const __m128i *)fifth),
                                           _mm_set1_epi8(0x55), 0x28);  // (a ^ b) & c
   __m256i low = _mm256_permutevar8x32_epi32(_mm256_castsi128_si256(_mm_xor_si128(own, others)), twice);
@@ -405,7 +402,7 @@ INLINE Levels arrange_coupled(const int bits, const float *levels) {
   return l;
 }
 
-// Levels of the codes of vector v of a row, whose units begin at `p`.
+// Levels of the codes of vector v of a coefficient, whose units begin at `p`.
 INLINE vec decode_coupled(const int bits, const Levels *l, const Labels *labels, const uint8_t *p, int v) {
   if (bits == 4) {
     __mmask16 flip = ((const half_word *)labels->words)[v], odd = ((const half_word *)labels->words)[4 + v];
@@ -425,10 +422,10 @@ typedef struct {
   const uint8_t *second;
 } Labels;
 
-INLINE void prepare(const int bits, const Rows *r, int row, Labels *l) {
+INLINE void prepare(const int bits, const Coefficients *r, int c, Labels *l) {
   (void)bits;
-  add_paths(r, row, l->sum);
-  l->second = path_row(r, 0, row);
+  add_paths(r, c, l->sum);
+  l->second = path_row(r, 0, c);
 }
 
 INLINE Levels arrange_coupled(const int bits, const float *levels) { return arrange(bits + 1, levels); }
@@ -439,27 +436,25 @@ INLINE vec decode_coupled(const int bits, const Levels *l, const Labels *labels,
 }
 #endif
 
-// ---------------------------------------------------------------------------------------------------- passes
-
 INLINE vec decode_vector(const int bits, const int coupled, const Levels *l, const Labels *labels, const uint8_t *p, int v) {
   return coupled ? decode_coupled(bits, l, labels, p, v) : decode(bits, l, p + v * (LANES / UNIT) * bits);
 }
 
-// sums[m][v] += q[row][m] y[row][v] over rows.
-INLINE void score_rows(const int bits, const int coupled, const int m_rows, const int vectors, const Rows *r, int vector,
-                       const Levels *given, const v4 *q, vec sums[ROWS][VECTORS]) {
+// sums[m][v] += q[c][m] y[c][v] over coefficients.
+INLINE void score_vectors(const int bits, const int coupled, const int m_rows, const int vectors, const Coefficients *r,
+                          int vector, const Levels *given, const v4 *q, vec sums[QUERY_ROWS][VECTORS]) {
   const Levels l = *given;
-  vec acc[ROWS][VECTORS];
+  vec acc[QUERY_ROWS][VECTORS];
   for (int m = 0; m < m_rows; m++)
     for (int v = 0; v < vectors; v++) acc[m][v] = sums[m][vector + v];
   const uint8_t *p = r->units;
   Labels labels[AHEAD];
-  for (int row = 0; coupled && row < AHEAD && row < r->count; row++) prepare(bits, r, row, labels + row);
-  for (int row = 0; row < r->count; row++, p += r->stride, q++) {
+  for (int c = 0; coupled && c < AHEAD && c < r->count; c++) prepare(bits, r, c, labels + c);
+  for (int c = 0; c < r->count; c++, p += r->stride, q++) {
     vec y[VECTORS];
 #pragma GCC unroll 4
-    for (int v = 0; v < vectors; v++) y[v] = decode_vector(bits, coupled, &l, labels + row % AHEAD, p, vector + v);
-    if (coupled && row + AHEAD < r->count) prepare(bits, r, row + AHEAD, labels + row % AHEAD);
+    for (int v = 0; v < vectors; v++) y[v] = decode_vector(bits, coupled, &l, labels + c % AHEAD, p, vector + v);
+    if (coupled && c + AHEAD < r->count) prepare(bits, r, c + AHEAD, labels + c % AHEAD);
 #pragma GCC unroll 4
     for (int m = 0; m < m_rows; m++)
 #pragma GCC unroll 4
@@ -469,65 +464,67 @@ INLINE void score_rows(const int bits, const int coupled, const int m_rows, cons
     for (int v = 0; v < vectors; v++) sums[m][vector + v] = acc[m][v];
 }
 
-// pooled[component][m] += scale w[m][v] . y[row][v] over rows, as `reduce` leaves them.
-INLINE void pool_rows(const int bits, const int coupled, const int m_rows, const int vectors, const Rows *r, int vector,
-                      const Levels *given, const float *scale, const uint16_t *component, vec weights[ROWS][VECTORS],
-                      vec *pooled) {
+// pooled[component][m] += scale w[m][v] . y[c][v] over coefficients, as `reduce` leaves them.
+INLINE void pool_vectors(const int bits, const int coupled, const int m_rows, const int vectors, const Coefficients *r,
+                         int vector, const Levels *given, const float *scale, const uint16_t *component,
+                         vec weights[QUERY_ROWS][VECTORS], vec *pooled) {
   const Levels l = *given;
-  vec w[ROWS][VECTORS];
+  vec w[QUERY_ROWS][VECTORS];
   for (int m = 0; m < m_rows; m++)
     for (int v = 0; v < vectors; v++) w[m][v] = weights[m][vector + v];
   const uint8_t *p = r->units;
   Labels labels[AHEAD];
-  for (int row = 0; coupled && row < AHEAD && row < r->count; row++) prepare(bits, r, row, labels + row);
-  for (int row = 0; row < r->count; row++, p += r->stride) {
-    vec dot[ROWS] = {{0}};
+  for (int c = 0; coupled && c < AHEAD && c < r->count; c++) prepare(bits, r, c, labels + c);
+  for (int c = 0; c < r->count; c++, p += r->stride) {
+    vec dot[QUERY_ROWS] = {{0}};
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; v++) {
-      vec y = decode_vector(bits, coupled, &l, labels + row % AHEAD, p, vector + v);
+      vec y = decode_vector(bits, coupled, &l, labels + c % AHEAD, p, vector + v);
 #pragma GCC unroll 4
       for (int m = 0; m < m_rows; m++) dot[m] += w[m][v] * y;
     }
-    if (coupled && row + AHEAD < r->count) prepare(bits, r, row + AHEAD, labels + row % AHEAD);
-    pooled[component[row]] += scale[row] * reduce(dot[0], dot[1], dot[2], dot[3]);
+    if (coupled && c + AHEAD < r->count) prepare(bits, r, c + AHEAD, labels + c % AHEAD);
+    pooled[component[c]] += scale[c] * reduce(dot[0], dot[1], dot[2], dot[3]);
   }
 }
 
 // The vector that is not made of whole units alone: an odd unit where a vector takes two, and what waits for its unit.
-INLINE vec decode_tail(const int bits, const int coupled, const Levels *l, const Rows *r, int row, const uint8_t *rest) {
+INLINE vec decode_tail(const int bits, const int coupled, const Levels *l, const Coefficients *r, int c,
+                       const uint8_t *rest) {
   int units = r->blocks / UNIT, left = r->blocks % UNIT, odd = units % (LANES / UNIT);
-  uint64_t first = odd ? unpack_unit(bits, r->units + row * r->stride + (units - 1) * bits) : 0, second = 0;
-  if (left) memcpy(&second, rest + (long)row * left, UNIT);  // more than `left` are read, and weigh nothing
+  uint64_t first = odd ? unpack_unit(bits, r->units + c * r->stride + (units - 1) * bits) : 0, second = 0;
+  if (left) memcpy(&second, rest + (long)c * left, UNIT);  // more than `left` are read, and weigh nothing
   if (!odd) first = second;
   if (!coupled) return decode_bytes(bits, l, first, second);
   uint64_t sum[2];
-  add_paths(r, row, sum);
-  const uint8_t *x = (const uint8_t *)sum + 2 * (units - odd), *y = path_row(r, 0, row) + 2 * (units - odd);
+  add_paths(r, c, sum);
+  const uint8_t *x = (const uint8_t *)sum + 2 * (units - odd), *y = path_row(r, 0, c) + 2 * (units - odd);
   return decode_bytes(bits + 1, l, indices(first, x, y), units - odd < 7 ? indices(second, x + 2, y + 2) : 0);
 }
 
-INLINE void score_tail(const int bits, const int coupled, const int m_rows, const Rows *r, const Levels *l, const v4 *q,
-                       uint8_t *bytes, vec sums[ROWS][VECTORS]) {
+INLINE void score_tail(const int bits, const int coupled, const int m_rows, const Coefficients *r, const Levels *l,
+                       const v4 *q, uint8_t *bytes, vec sums[QUERY_ROWS][VECTORS]) {
   const uint8_t *rest = unpack_rest(bits, r, bytes);
   int vector = r->blocks / LANES;
-  for (int row = 0; row < r->count; row++, q++) {
-    vec y = decode_tail(bits, coupled, l, r, row, rest);
+  for (int c = 0; c < r->count; c++, q++) {
+    vec y = decode_tail(bits, coupled, l, r, c, rest);
     for (int m = 0; m < m_rows; m++) sums[m][vector] += (*q)[m] * y;
   }
 }
 
-INLINE void pool_tail(const int bits, const int coupled, const int m_rows, const Rows *r, const Levels *l, const float *scale,
-                      const uint16_t *component, uint8_t *bytes, vec weights[ROWS][VECTORS], vec *pooled) {
+INLINE void pool_tail(const int bits, const int coupled, const int m_rows, const Coefficients *r, const Levels *l,
+                      const float *scale, const uint16_t *component, uint8_t *bytes, vec weights[QUERY_ROWS][VECTORS],
+                      vec *pooled) {
   const uint8_t *rest = unpack_rest(bits, r, bytes);
   int vector = r->blocks / LANES;
-  for (int row = 0; row < r->count; row++) {
-    vec y = decode_tail(bits, coupled, l, r, row, rest), dot[ROWS] = {{0}};
+  for (int c = 0; c < r->count; c++) {
+    vec y = decode_tail(bits, coupled, l, r, c, rest), dot[QUERY_ROWS] = {{0}};
     for (int m = 0; m < m_rows; m++) dot[m] = weights[m][vector] * y;
-    pooled[component[row]] += scale[row] * reduce(dot[0], dot[1], dot[2], dot[3]);
+    pooled[component[c]] += scale[c] * reduce(dot[0], dot[1], dot[2], dot[3]);
   }
 }
 
-// Vectors of a row that are decoded from its own units, or from its labels alone.
+// Vectors of a coefficient that are decoded from its own units, or from its labels alone.
 INLINE int whole_vectors(const int bits, const int coupled, int blocks) {
   (void)bits, (void)coupled;
 #if USE_AVX512
@@ -536,52 +533,55 @@ INLINE int whole_vectors(const int bits, const int coupled, int blocks) {
   return blocks / LANES;
 }
 
-INLINE void score(const int bits, const int coupled, const int m_rows, const Rows *r, const float *levels, const v4 *q,
-                  uint8_t *bytes, vec sums[ROWS][VECTORS]) {
+INLINE void score(const int bits, const int coupled, const int m_rows, const Coefficients *r, const float *levels,
+                  const v4 *q, uint8_t *bytes, vec sums[QUERY_ROWS][VECTORS]) {
   const Levels l = coupled ? arrange_coupled(bits, levels) : arrange(bits, levels);
   int whole = whole_vectors(bits, coupled, r->blocks), v = 0;
-  for (; v + AT_ONCE <= whole; v += AT_ONCE) score_rows(bits, coupled, m_rows, AT_ONCE, r, v, &l, q, sums);
+  for (; v + AT_ONCE <= whole; v += AT_ONCE) score_vectors(bits, coupled, m_rows, AT_ONCE, r, v, &l, q, sums);
   if (coupled && AT_ONCE == 4 && v + 2 <= whole) {  // so that labels are made once
-    if (v + 3 == whole) score_rows(bits, coupled, m_rows, 3, r, v, &l, q, sums);
-    else score_rows(bits, coupled, m_rows, 2, r, v, &l, q, sums);
+    if (v + 3 == whole) score_vectors(bits, coupled, m_rows, 3, r, v, &l, q, sums);
+    else score_vectors(bits, coupled, m_rows, 2, r, v, &l, q, sums);
     v = whole;
   }
-  for (; v < whole; v++) score_rows(bits, coupled, m_rows, 1, r, v, &l, q, sums);
+  for (; v < whole; v++) score_vectors(bits, coupled, m_rows, 1, r, v, &l, q, sums);
   if (v * LANES < r->blocks) score_tail(bits, coupled, m_rows, r, &l, q, bytes, sums);
 }
 
-INLINE void pool(const int bits, const int coupled, const int m_rows, const Rows *r, const float *levels, const float *scale,
-                 const uint16_t *component, uint8_t *bytes, vec weights[ROWS][VECTORS], vec *pooled) {
+INLINE void pool(const int bits, const int coupled, const int m_rows, const Coefficients *r, const float *levels,
+                 const float *scale, const uint16_t *component, uint8_t *bytes, vec weights[QUERY_ROWS][VECTORS],
+                 vec *pooled)
+                 {
   const Levels l = coupled ? arrange_coupled(bits, levels) : arrange(bits, levels);
   int whole = whole_vectors(bits, coupled, r->blocks), v = 0;
   for (; v + AT_ONCE <= whole; v += AT_ONCE)
-    pool_rows(bits, coupled, m_rows, AT_ONCE, r, v, &l, scale, component, weights, pooled);
+    pool_vectors(bits, coupled, m_rows, AT_ONCE, r, v, &l, scale, component, weights, pooled);
   if (coupled && AT_ONCE == 4 && v + 2 <= whole) {
-    if (v + 3 == whole) pool_rows(bits, coupled, m_rows, 3, r, v, &l, scale, component, weights, pooled);
-    else pool_rows(bits, coupled, m_rows, 2, r, v, &l, scale, component, weights, pooled);
+    if (v + 3 == whole) pool_vectors(bits, coupled, m_rows, 3, r, v, &l, scale, component, weights, pooled);
+    else pool_vectors(bits, coupled, m_rows, 2, r, v, &l, scale, component, weights, pooled);
     v = whole;
   }
-  for (; v < whole; v++) pool_rows(bits, coupled, m_rows, 1, r, v, &l, scale, component, weights, pooled);
+  for (; v < whole; v++) pool_vectors(bits, coupled, m_rows, 1, r, v, &l, scale, component, weights, pooled);
   if (v * LANES < r->blocks) pool_tail(bits, coupled, m_rows, r, &l, scale, component, bytes, weights, pooled);
 }
 
 // One body for every width and number of query rows, so that both are constants in it.
-#define BODY(bits, coupled, m_rows)                                                                              \
-  static void score_##bits##_##coupled##_##m_rows(const Rows *r, const float *levels, const v4 *q, uint8_t *bytes, \
-                                                  vec sums[ROWS][VECTORS]) {                                     \
-    score(bits, coupled, m_rows, r, levels, q, bytes, sums);                                                     \
-  }                                                                                                              \
-  static void pool_##bits##_##coupled##_##m_rows(const Rows *r, const float *levels, const float *scale,         \
-                                                 const uint16_t *component, uint8_t *bytes,                      \
-                                                 vec weights[ROWS][VECTORS], vec *pooled) {                      \
-    pool(bits, coupled, m_rows, r, levels, scale, component, bytes, weights, pooled);                            \
+#define BODY(bits, coupled, m_rows)                                                                                   \
+  static void score_##bits##_##coupled##_##m_rows(const Coefficients *r, const float *levels, const v4 *q, uint8_t *bytes, \
+                                                  vec sums[QUERY_ROWS][VECTORS]) {                                    \
+    score(bits, coupled, m_rows, r, levels, q, bytes, sums);                                                          \
+  }                                                                                                                   \
+  static void pool_##bits##_##coupled##_##m_rows(const Coefficients *r, const float *levels, const float *scale,      \
+                                                 const uint16_t *component, uint8_t *bytes,                           \
+                                                 vec weights[QUERY_ROWS][VECTORS], vec *pooled) {                     \
+    pool(bits, coupled, m_rows, r, levels, scale, component, bytes, weights, pooled);                                 \
   }
 #define BODIES(bits, coupled) BODY(bits, coupled, 1) BODY(bits, coupled, 2) BODY(bits, coupled, 3) BODY(bits, coupled, 4)
 BODIES(1, 0) BODIES(2, 0) BODIES(3, 0) BODIES(4, 0) BODIES(5, 0) BODIES(6, 0) BODIES(8, 0)
 BODIES(1, 1) BODIES(2, 1) BODIES(3, 1) BODIES(4, 1)
 
-typedef void (*Score)(const Rows *, const float *, const v4 *, uint8_t *, vec[ROWS][VECTORS]);
-typedef void (*Pool)(const Rows *, const float *, const float *, const uint16_t *, uint8_t *, vec[ROWS][VECTORS], vec *);
+typedef void (*Score)(const Coefficients *, const float *, const v4 *, uint8_t *, vec[QUERY_ROWS][VECTORS]);
+typedef void (*Pool)(const Coefficients *, const float *, const float *, const uint16_t *, uint8_t *,
+                     vec[QUERY_ROWS][VECTORS], vec *);
 #define EACH(name, bits, coupled) \
   {name##_##bits##_##coupled##_1, name##_##bits##_##coupled##_2, name##_##bits##_##coupled##_3, name##_##bits##_##coupled##_4}
 #define NONE {0, 0, 0, 0}
@@ -590,34 +590,32 @@ typedef void (*Pool)(const Rows *, const float *, const float *, const uint16_t 
   {                                                                                             \
     {NONE, LOW(name, 0), EACH(name, 5, 0), EACH(name, 6, 0), NONE, EACH(name, 8, 0)}, { NONE, LOW(name, 1) } \
   }
-static const Score score_table[2][9][ROWS] = TABLE(score);
-static const Pool pool_table[2][9][ROWS] = TABLE(pool);
-
-// ---------------------------------------------------------------------------------------------------- a group of chunks
+static const Score score_table[2][9][QUERY_ROWS] = TABLE(score);
+static const Pool pool_table[2][9][QUERY_ROWS] = TABLE(pool);
 
 // Query rows of one KV head on the basis of its keys, times the softmax's scale; logits are to the base 2.
 typedef struct {
-  const float *latent;  // [rows][rank]
-  const float *offset;  // [rows]: the part of the mean
+  const float *latent;  // [query_rows][rank]
+  const float *offset;  // [query_rows]: the part of the mean
 } Projected;
 
 typedef struct {
-  float *pooled;  // [rows][rank], or [rows][dim] for exact tokens: sum of exp(s - top) v
-  float *top;     // [rows]
-  float *total;   // [rows]: sum of exp(s - top)
+  float *pooled;  // [query_rows][rank], or [query_rows][dim] for exact tokens: sum of exp(s - top) v
+  float *top;     // [query_rows]
+  float *total;   // [query_rows]: sum of exp(s - top)
 } Partial;
 
 static long stored(const Codec *codec, int width) { return codec->first[width][2 * codec->kv_heads * FREQUENCIES]; }
 
-// Rows [start, stop) of one width of a chunk that has `paths`.
-INLINE Rows rows_of(const Codec *codec, const Call *call, int chunk, int sequence, int width, long start, long stop,
-                    const uint8_t *paths) {
+// Coefficients [start, stop) of one width of a chunk that has `paths`.
+INLINE Coefficients coefficients_of(const Codec *codec, const Call *call, int chunk, int sequence, int width, long start,
+                                    long stop, const uint8_t *paths) {
   int bits = codec->bits[width], blocks = call->blocks[chunk], left = blocks % UNIT;
   long all = stored(codec, width), stride = (long)(blocks / UNIT) * bits, rest = (all * left + UNIT - 1) / UNIT * bits;
   const uint8_t *const *codes = call->codes + ((long)chunk * codec->widths + width) * 2;
-  Rows r;
+  Coefficients r;
   r.units = codes[0] + (sequence * all + start) * stride, r.rest = codes[1] + sequence * rest;
-  r.stride = stride, r.row = start, r.count = stop - start, r.blocks = blocks;
+  r.stride = stride, r.first = start, r.count = stop - start, r.blocks = blocks;
   if (width < codec->coupled) {
     r.paths = paths, r.path = codec->path[width] + start;
     for (int i = 0; i < 3; i++) r.before[i] = codec->before[i] + r.path;
@@ -626,9 +624,10 @@ INLINE Rows rows_of(const Codec *codec, const Call *call, int chunk, int sequenc
 }
 
 // Of one KV head's keys or values, at one frequency.
-INLINE Rows rows_at(const Codec *codec, const Call *call, int chunk, int sequence, int width, int slot, const uint8_t *paths) {
+INLINE Coefficients coefficients_at(const Codec *codec, const Call *call, int chunk, int sequence, int width, int slot,
+                                    const uint8_t *paths) {
   const int32_t *first = codec->first[width];
-  return rows_of(codec, call, chunk, sequence, width, first[slot], first[slot + 1], paths);
+  return coefficients_of(codec, call, chunk, sequence, width, first[slot], first[slot + 1], paths);
 }
 
 static long path_bytes(const Codec *codec) { return ((long)codec->paths * PATH_ROW + 127) / 64 * 64; }
@@ -638,7 +637,7 @@ static void lay_part(const Codec *codec, const Call *call, int chunk, int sequen
   for (int w = 0; w < codec->coupled; w++) {
     long all = stored(codec, w), step = (all + PARTS * UNIT - 1) / (PARTS * UNIT) * UNIT, start = part * step;
     long stop = start + step < all ? start + step : all;
-    Rows r = rows_of(codec, call, chunk, sequence, w, 0, all, paths);
+    Coefficients r = coefficients_of(codec, call, chunk, sequence, w, 0, all, paths);
     uint64_t(*out)[2] = (uint64_t(*)[2])(paths + r.path * PATH_ROW);
     if (codec->bits[w] == 1) lay_paths(1, &r, start, stop, out);
     if (codec->bits[w] == 2) lay_paths(2, &r, start, stop, out);
@@ -675,21 +674,21 @@ INLINE ivec beyond(int blocks, int v) {
 }
 
 typedef struct {
-  vec spectrum[FREQUENCIES][ROWS][VECTORS];
+  vec spectrum[FREQUENCIES][QUERY_ROWS][VECTORS];
   vec turned[FREQUENCIES * VECTORS], line[FREQUENCIES * VECTORS];
-  vec scores[SPAN][ROWS][FREQUENCIES * VECTORS];
+  vec scores[SPAN][QUERY_ROWS][FREQUENCIES * VECTORS];
 } Scratch;
 
-// What every row of codes of a head's keys is multiplied with, in the order in which they are read.
+// What the codes of every coefficient of a head's keys are multiplied with, in the order in which they are read.
 static void scale_queries(const Codec *codec, int head, int from, int m_rows, Projected query, v4 *q) {
   const int rank = codec->rank;
   v4 latent[rank];
   for (int r = 0; r < rank; r++)
-    for (int m = 0; m < ROWS; m++) latent[r][m] = m < m_rows ? query.latent[(from + m) * rank + r] : 0;
+    for (int m = 0; m < QUERY_ROWS; m++) latent[r][m] = m < m_rows ? query.latent[(from + m) * rank + r] : 0;
   for (int slot = head * FREQUENCIES; slot < (head + 1) * FREQUENCIES; slot++)
     for (int w = 0; w < codec->widths; w++)
-      for (int row = codec->first[w][slot]; row < codec->first[w][slot + 1]; row++)
-        *q++ = latent[codec->component[w][row]] * codec->scale[w][row];
+      for (int c = codec->first[w][slot]; c < codec->first[w][slot + 1]; c++)
+        *q++ = latent[codec->component[w][c]] * codec->scale[w][c];
 }
 
 // Partial softmax of query rows [from, from + m_rows) of one KV head over chunks [start, stop), which have `paths`.
@@ -699,17 +698,18 @@ static void attend_chunks(const Codec *codec, const Call *call, int sequence, in
   const int rank = codec->rank;
   const long laid = paths ? path_bytes(codec) : 0;
   scale_queries(codec, head, from, m_rows, query, q);
-  vec top[ROWS];
-  for (int m = 0; m < ROWS; m++) top[m] = splat(LOWEST);
+  vec top[QUERY_ROWS];
+  for (int m = 0; m < QUERY_ROWS; m++) top[m] = splat(LOWEST);
   for (int chunk = start; chunk < stop; chunk++) {
     memset(s->spectrum, 0, sizeof s->spectrum);
-    const v4 *row = q;
+    const v4 *scaled = q;
     for (int f = 0; f < FREQUENCIES; f++)
       for (int w = 0; w < codec->widths; w++) {
-        Rows r = rows_at(codec, call, chunk, sequence, w, head * FREQUENCIES + f, paths + (chunk - start) * laid);
+        Coefficients r = coefficients_at(codec, call, chunk, sequence, w, head * FREQUENCIES + f, paths + (chunk -
+                                         start) * laid);
         Score score = score_table[w < codec->coupled][codec->bits[w]][m_rows - 1];
-        if (r.count) score(&r, codec->levels[w], row, bytes, s->spectrum[f]);
-        row += r.count;
+        if (r.count) score(&r, codec->levels[w], scaled, bytes, s->spectrum[f]);
+        scaled += r.count;
       }
     int blocks = call->blocks[chunk];
     for (int m = 0; m < m_rows; m++) {
@@ -727,7 +727,7 @@ static void attend_chunks(const Codec *codec, const Call *call, int sequence, in
       }
     }
   }
-  vec total[ROWS] = {{0}};
+  vec total[QUERY_ROWS] = {{0}};
   for (int m = 0; m < m_rows; m++) out.top[from + m] = largest(top[m]);
   memset(pooled, 0, sizeof(vec) * rank);
   for (int chunk = start; chunk < stop; chunk++) {
@@ -743,10 +743,10 @@ static void attend_chunks(const Codec *codec, const Call *call, int sequence, in
     for (int f = 0; f < FREQUENCIES; f++)
       for (int w = 0; w < codec->widths; w++) {
         int slot = (codec->kv_heads + head) * FREQUENCIES + f;
-        Rows r = rows_at(codec, call, chunk, sequence, w, slot, paths + (chunk - start) * laid);
+        Coefficients r = coefficients_at(codec, call, chunk, sequence, w, slot, paths + (chunk - start) * laid);
         Pool pool = pool_table[w < codec->coupled][codec->bits[w]][m_rows - 1];
         if (r.count)
-          pool(&r, codec->levels[w], codec->scale[w] + r.row, codec->component[w] + r.row, bytes, s->spectrum[f], pooled);
+          pool(&r, codec->levels[w], codec->scale[w] + r.first, codec->component[w] + r.first, bytes, s->spectrum[f], pooled);
       }
   }
   for (int m = 0; m < m_rows; m++) {
@@ -758,8 +758,6 @@ static void attend_chunks(const Codec *codec, const Call *call, int sequence, in
     }
   }
 }
-
-// ---------------------------------------------------------------------------------------------------- exact tokens
 
 static const float *exact_row(const Call *call, const void *side, long row, int dim, float *buffer) {
   if (!call->exact_is_bfloat16) return (const float *)side + row * dim;
@@ -774,10 +772,10 @@ static const float *exact_row(const Call *call, const void *side, long row, int 
 // Partial softmax over the exact tokens; query row m is token m % length, and sees the exact ones up to itself.
 static void attend_exact(const Codec *codec, const Call *call, int head, Partial out, float *scores, float *buffer) {
   const int dim = codec->dim, exact = call->exact;
-  const float *queries = call->queries + (long)head * call->rows * dim, scale = call->scale * 1.44269504f;
+  const float *queries = call->queries + (long)head * call->query_rows * dim, scale = call->scale * 1.44269504f;
   for (int j = 0; j < exact; j++) {
     const float *key = exact_row(call, call->exact_keys, (long)head * exact + j, dim, buffer);
-    for (int m = 0; m < call->rows; m++) {
+    for (int m = 0; m < call->query_rows; m++) {
       const float *q = queries + (long)m * dim;
       float dot = 0;
 #pragma omp simd reduction(+ : dot)
@@ -786,8 +784,8 @@ static void attend_exact(const Codec *codec, const Call *call, int head, Partial
       scores[(long)m * exact + j] = j < seen ? dot * scale : LOWEST;
     }
   }
-  memset(out.pooled, 0, sizeof(float) * call->rows * dim);
-  for (int m = 0; m < call->rows; m++) {
+  memset(out.pooled, 0, sizeof(float) * call->query_rows * dim);
+  for (int m = 0; m < call->query_rows; m++) {
     float *row = scores + (long)m * exact, top = LOWEST, total = 0;
     for (int j = 0; j < exact; j++) top = row[j] > top ? row[j] : top;
     for (int j = 0; j < exact; j++) total += row[j] = row[j] > LOWEST ? exp2f(row[j] - top) : 0;
@@ -795,7 +793,7 @@ static void attend_exact(const Codec *codec, const Call *call, int head, Partial
   }
   for (int j = 0; j < exact; j++) {
     const float *value = exact_row(call, call->exact_values, (long)head * exact + j, dim, buffer);
-    for (int m = 0; m < call->rows; m++) {
+    for (int m = 0; m < call->query_rows; m++) {
       float p = scores[(long)m * exact + j], *sum = out.pooled + (long)m * dim;
 #pragma omp simd
       for (int d = 0; d < dim; d++) sum[d] += p * value[d];
@@ -803,14 +801,12 @@ static void attend_exact(const Codec *codec, const Call *call, int head, Partial
   }
 }
 
-// ---------------------------------------------------------------------------------------------------- the whole step
-
 static void project(const Codec *codec, const Call *call, int head, float *latent, float *offset) {
   const int dim = codec->dim, rank = codec->rank, group = head % codec->kv_heads;
   const float *basis = codec->basis + (long)group * dim * rank, *mean = codec->mean + (long)group * dim;
   const float scale = call->scale * 1.44269504f;
-  for (int m = 0; m < call->rows; m++, latent += rank) {
-    const float *q = call->queries + ((long)head * call->rows + m) * dim;
+  for (int m = 0; m < call->query_rows; m++, latent += rank) {
+    const float *q = call->queries + ((long)head * call->query_rows + m) * dim;
     float sum = 0;
     memset(latent, 0, sizeof(float) * rank);
     for (int d = 0; d < dim; d++) {
@@ -827,7 +823,7 @@ static void project(const Codec *codec, const Call *call, int head, float *laten
 static void merge(const Codec *codec, const Call *call, int head, int spans, const Partial *parts, float *sum) {
   const int dim = codec->dim, rank = codec->rank, group = codec->kv_heads + head % codec->kv_heads;
   const float *basis = codec->basis + (long)group * dim * rank, *mean = codec->mean + (long)group * dim;
-  for (int m = 0; m < call->rows; m++) {
+  for (int m = 0; m < call->query_rows; m++) {
     float top = LOWEST, total = 0, sealed = 0;
     for (int i = 0; i <= spans; i++) top = parts[i].top[m] > top ? parts[i].top[m] : top;
     memset(sum, 0, sizeof(float) * rank);
@@ -837,7 +833,7 @@ static void merge(const Codec *codec, const Call *call, int head, int spans, con
 #pragma omp simd
       for (int r = 0; r < rank; r++) sum[r] += weight * parts[i].pooled[(long)m * rank + r];
     }
-    float weight = exp2f(parts[spans].top[m] - top), *out = call->output + ((long)head * call->rows + m) * dim;
+    float weight = exp2f(parts[spans].top[m] - top), *out = call->output + ((long)head * call->query_rows + m) * dim;
     total = sealed + weight * parts[spans].total[m];
     for (int d = 0; d < dim; d++) {
       float dot = 0;
@@ -856,7 +852,7 @@ typedef struct {
   const Call *call;
   int spans, wave;  // partial softmaxes over chunks of a sequence; (sequence, span)s whose path rows there is room for
   long laid;        // bytes of a chunk's path rows, 0 for none
-  float *store;     // queries on the basis [batch * kv_heads][rows][rank], their offsets [...][rows], then what `parts` holds
+  float *store;     // queries on the basis [batch * kv_heads][query_rows][rank], their offsets, then what `parts` holds
   Partial *parts;   // [batch * kv_heads][spans + 1], the last over exact tokens
   uint8_t *paths;
   long *next;       // items taken of every loop, in their order
@@ -867,7 +863,7 @@ typedef struct {
   Scratch *scratch;
   vec *pooled;
   v4 *scaled;
-  float *buffer;  // [rows][exact + rank] and two rows of the wider of rank and dim
+  float *buffer;  // [query_rows][exact + rank] and two rows of the wider of rank and dim
   uint8_t *bytes;
 } Memory;  // of one thread
 
@@ -875,9 +871,9 @@ static long widest(const Work *w) { return w->codec->rank > w->codec->dim ? w->c
 
 static long heads_of(const Work *w) { return (long)w->call->batch * w->codec->kv_heads; }
 
-static float *latent_of(const Work *w, long head) { return w->store + head * w->call->rows * w->codec->rank; }
+static float *latent_of(const Work *w, long head) { return w->store + head * w->call->query_rows * w->codec->rank; }
 
-static float *offset_of(const Work *w, long head) { return latent_of(w, heads_of(w)) + head * w->call->rows; }
+static float *offset_of(const Work *w, long head) { return latent_of(w, heads_of(w)) + head * w->call->query_rows; }
 
 // Item `i` of a wave that starts at (sequence, span) `first`: a part of the path rows of a chunk.
 static void lay_item(const Work *w, int first, int i) {
@@ -889,14 +885,16 @@ static void lay_item(const Work *w, int first, int i) {
 static void attend_item(const Work *w, const Memory *m, int first, int i) {
   const Codec *codec = w->codec;
   const Call *call = w->call;
-  int pair = first + i / codec->kv_heads, sequence = pair / w->spans, span = pair % w->spans, rows = call->rows;
+  int pair = first + i / codec->kv_heads, sequence = pair / w->spans, span = pair % w->spans, query_rows = call->query_rows;
   long head = (long)sequence * codec->kv_heads + i % codec->kv_heads;
   Projected query = {latent_of(w, head), offset_of(w, head)};
   int stop = (span + 1) * SPAN < call->chunks ? (span + 1) * SPAN : call->chunks;
-  for (int from = 0; from < rows; from += ROWS)
-    attend_chunks(codec, call, sequence, i % codec->kv_heads, span * SPAN, stop, from, rows - from < ROWS ? rows - from : ROWS,
-                  query, w->parts[head * (w->spans + 1) + span], m->scratch, m->scaled, m->pooled, m->bytes,
+  for (int from = 0; from < query_rows; from += QUERY_ROWS) {
+    const int m_rows = query_rows - from < QUERY_ROWS ? query_rows - from : QUERY_ROWS;
+    attend_chunks(codec, call, sequence, i % codec->kv_heads, span * SPAN, stop, from, m_rows, query,
+                  w->parts[head * (w->spans + 1) + span], m->scratch, m->scaled, m->pooled, m->bytes,
                   w->laid ? w->paths + (long)(i / codec->kv_heads) * SPAN * w->laid : 0);
+  }
 }
 
 // All loops of a call, shared with the other threads; a loop that reads what another writes waits for it.
@@ -917,7 +915,7 @@ static void run_loops(Work *w, const Memory *m) {
     for (; (i = take(next, 1)) < held * codec->kv_heads;) attend_item(w, m, first, i);
     next++;
   }
-  float *row = m->buffer + (long)call->rows * (call->exact + codec->rank) + widest(w);
+  float *row = m->buffer + (long)call->query_rows * (call->exact + codec->rank) + widest(w);
   for (; (i = take(next, 1)) < heads;) attend_exact(codec, call, i, w->parts[i * (w->spans + 1) + w->spans], m->buffer, row);
   next++, wait_for_all();
   for (; (i = take(next, 1)) < heads;) merge(codec, call, i, w->spans, w->parts + i * (w->spans + 1), m->buffer);
@@ -925,12 +923,12 @@ static void run_loops(Work *w, const Memory *m) {
 
 static void attend_on_thread(void *data) {
   Work *w = data;
-  const long rank = w->codec->rank, rows = w->call->rows;
+  const long rank = w->codec->rank, query_rows = w->call->query_rows;
   Memory m = {
       allocate(sizeof *m.scratch),
       allocate(sizeof *m.pooled * rank),
       allocate(sizeof *m.scaled * rank * FREQUENCIES),
-      allocate(sizeof(float) * (rows * (w->call->exact + rank) + 2 * widest(w))),
+      allocate(sizeof(float) * (query_rows * (w->call->exact + rank) + 2 * widest(w))),
       allocate(rank * UNIT + 4 * UNIT),
   };
   if (!m.scratch || !m.pooled || !m.scaled || !m.buffer || !m.bytes) __atomic_store_n(&w->failed, 1, __ATOMIC_RELAXED);
@@ -942,9 +940,9 @@ static void attend_on_thread(void *data) {
 // Returns 0, or 1 when memory is short.
 int spectralkv_attend(const Codec *codec, const Call *call) {
   Work w = {codec, call, .spans = (call->chunks + SPAN - 1) / SPAN};
-  const long heads = heads_of(&w), rows = call->rows, items = w.spans + 1, all = (long)call->batch * w.spans;
+  const long heads = heads_of(&w), query_rows = call->query_rows, items = w.spans + 1, all = (long)call->batch * w.spans;
   const long enough = (WAVE * call->threads + codec->kv_heads - 1) / codec->kv_heads;
-  const long partial = rows * (widest(&w) + 2), queries = heads * rows * (codec->rank + 1);
+  const long partial = query_rows * (widest(&w) + 2), queries = heads * query_rows * (codec->rank + 1);
   w.wave = codec->coupled && enough < all ? enough : all;
   w.laid = codec->coupled ? path_bytes(codec) : 0;
   const size_t loops = 3 + 2 * (w.wave ? (all + w.wave - 1) / w.wave : 0);
@@ -955,7 +953,7 @@ int spectralkv_attend(const Codec *codec, const Call *call) {
   w.failed = !w.store || !w.parts || !w.next || (w.laid && !w.paths);
   for (long i = 0; i < heads * items && !w.failed; i++) {
     float *at = w.store + queries + i * partial;
-    w.parts[i] = (Partial){at + 2 * rows, at, at + rows};
+    w.parts[i] = (Partial){at + 2 * query_rows, at, at + query_rows};
   }
   if (!w.failed) in_parallel(attend_on_thread, &w, call->threads);
   free(w.store), free(w.parts), free(w.paths), free(w.next);

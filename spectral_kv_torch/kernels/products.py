@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from spectral_kv_core.codecs.spectral import SpectralCodec
+from spectral_kv_core.codecs.spectral_reader import SpectralReader
 from spectral_kv_core.quantization.packing import planes
 
 from .tiles import Tile
@@ -33,9 +33,9 @@ class Rows:
     every KV head as a slice, and in it (frequency, first, last) for every frequency that has any.
     """
 
-    def __init__(self, codec: SpectralCodec, number: int, first: int):
+    def __init__(self, codec: SpectralReader, number: int, first: int):
         heads, block, rank = codec.kv_heads, codec.block, codec.rank
-        places = codec.rows[number].numpy() - first
+        places = codec.numbers[number].numpy() - first
         start, stop = np.searchsorted(places, (0, heads * block * rank)).tolist()
         places = places[start:stop]
         self.xp, self.number, self.bits, self.levels = codec.xp, number, codec.bits[number], codec.levels[number]
@@ -99,7 +99,7 @@ class Rows:
 class IntegerRows(Rows):
     """Codes that are multiplied as they are."""
 
-    def __init__(self, codec: SpectralCodec, number: int, first: int):
+    def __init__(self, codec: SpectralReader, number: int, first: int):
         super().__init__(codec, number, first)
         self.fields, self.time = FIELDS[self.bits], codec.time.T.contiguous()
         step, lowest = float(self.levels[1] - self.levels[0]), float(self.levels[0])
@@ -201,7 +201,7 @@ class IntegerRows(Rows):
 class DecodedRows:
     """Codes of all other widths, which are looked up."""
 
-    def __init__(self, codec: SpectralCodec, numbers: list[int], first: int):
+    def __init__(self, codec: SpectralReader, numbers: list[int], first: int):
         self.widths = [LookedUpRows(codec, number, first) for number in numbers]
         self.time = codec.time.T.contiguous()
 
@@ -253,7 +253,7 @@ class DecodedRows:
 class LookedUpRows(Rows):
     """Codes of one width, several of which are looked up at once."""
 
-    def __init__(self, codec: SpectralCodec, number: int, first: int):
+    def __init__(self, codec: SpectralReader, number: int, first: int):
         super().__init__(codec, number, first)
         self.several = PER_LOOK_UP[self.bits]
         index, codes = np.arange(2 ** (self.bits * self.several)), []
@@ -287,7 +287,7 @@ class LookedUpRows(Rows):
         return [*super().tables(), self.table]
 
 
-def make_rows(codec: SpectralCodec, first: int) -> list[IntegerRows | DecodedRows]:
+def make_rows(codec: SpectralReader, first: int) -> list[IntegerRows | DecodedRows]:
     """All rows of the side that begins with row `first`; those that are in order already come first."""
     integer, others = [], []
     for number, (bits, levels) in enumerate(zip(codec.bits, codec.levels)):

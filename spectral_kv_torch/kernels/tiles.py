@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from spectral_kv_core.codecs.chunk import Chunk
-from spectral_kv_core.codecs.spectral import SpectralCodec
+from spectral_kv_core.codecs.spectral_reader import SpectralReader
 from spectral_kv_core.planning.budget import CHUNK_TOKENS
 from spectral_kv_core.quantization.packing import UNIT, interleave, pack, unpack
 
@@ -38,7 +38,7 @@ class Tiles:
     A tile that ends with the last chunk is made again when that has grown, once per 16 tokens.
     """
 
-    def __init__(self, codec: SpectralCodec, size: int):
+    def __init__(self, codec: SpectralReader, size: int):
         self._codec, self._size = codec, size
         self._made: WeakKeyDictionary[Chunk, tuple] = WeakKeyDictionary()  # by the last chunk of each
 

@@ -7,7 +7,7 @@ in which every row has its own width, and multiplies it with the query rows turn
     score[token, row, block] = sum over frequencies f, components r of (time[f, token] q[row, r]) y[f, r, block]
 
 so the time transform costs no pass of its own, and even one query row fills a tensor core's 16. Values go the same way
-back. One compilation serves every plan of a model, since widths are data. Formulas: codec.SpectralCodec.attend.
+back. One compilation serves every plan of a model, since widths are data. Formulas: SpectralReader.attend.
 
 Verified under Triton's interpreter (TRITON_INTERPRET=1, CPU tensors), and on an H100 with Triton 3.6: relative errors of 1e-7
 in float32 and 2e-4 to 7e-4 in half precision. Counts of registers, shared memory and instructions: results/triton.md.
@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from spectral_kv_core.codecs.chunk import Chunk
-from spectral_kv_core.codecs.spectral import SpectralCodec
+from spectral_kv_core.codecs.spectral_reader import SpectralReader
 
 from .triton_codes import BLOCKS_AT, FREQUENCIES, LEFT_AT, WAITING, CodeTables, Spans, coefficients
 
@@ -205,7 +205,7 @@ def _merge(
 class TritonStep:
     """`attention.decode_step` for one layer's codec, on the device of its tensors; the host never waits for it."""
 
-    def __init__(self, codec: SpectralCodec):
+    def __init__(self, codec: SpectralReader):
         self._codec = codec
         self._rank_tile, self._dim_tile = (max(16, triton.next_power_of_2(n)) for n in (codec.rank, codec.head_dim))
         blocks, self._exact = (max(16, min(32, TILE // n)) for n in (self._rank_tile, self._dim_tile))

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from spectral_kv_core.arrays import transform
 from spectral_kv_core.codecs.chunk import Chunk
-from spectral_kv_core.codecs.spectral import SpectralCodec
+from spectral_kv_core.codecs.spectral_reader import SpectralReader
 from spectral_kv_core.quantization.packing import UNIT
 from spectral_kv_core.quantization.quantizer import BIT_WIDTHS
 from spectral_kv_core.quantization.trellis import WIDTHS, curve
@@ -166,7 +166,7 @@ class CodeTables:
     starts [8]: numbers of the first rows of every width among those of the trellis; curves [3, 8]: their levels.
     """
 
-    def __init__(self, codec: SpectralCodec, tile: int):
+    def __init__(self, codec: SpectralReader, tile: int):
         slots, order = (x.cpu().numpy().reshape(-1) for x in (codec.quantizers.slots, codec.order))
         counts = np.bincount(slots, minlength=SLOTS)
         first = np.cumsum(counts) - counts - counts[0]  # row that a width begins with; width 0 has none
@@ -210,7 +210,7 @@ class CodeTables:
 class Spans:
     """The spans of chunks on the device of `like`, moved there once per sealing; each is up to `blocks` time blocks."""
 
-    def __init__(self, codec: SpectralCodec, blocks: int, like: torch.Tensor):
+    def __init__(self, codec: SpectralReader, blocks: int, like: torch.Tensor):
         self._codec, self._blocks, self._device = codec, blocks, like.device
         self._spans: WeakKeyDictionary[Chunk, np.ndarray] = WeakKeyDictionary()
         self._tables: WeakKeyDictionary[Chunk, tuple[ref[Chunk], torch.Tensor]] = WeakKeyDictionary()

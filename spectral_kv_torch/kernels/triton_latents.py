@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from spectral_kv_core.codecs.chunk import Chunk
-from spectral_kv_core.codecs.spectral import SpectralCodec
+from spectral_kv_core.codecs.spectral_reader import SpectralReader
 
 from .triton_codes import BLOCKS_AT, FIRST_AT, FREQUENCIES, LEFT_AT, WAITING, CodeTables, Spans, coefficients
 
@@ -66,7 +66,7 @@ def _latents(
 class Latents:
     """`transform.to_time` of the coefficients of several chunks of one layer's codec."""
 
-    def __init__(self, codec: SpectralCodec):
+    def __init__(self, codec: SpectralReader):
         self._codec, self._spans = codec, Spans(codec, BLOCKS, codec.basis)
 
     @cached_property

@@ -97,7 +97,7 @@ class Packer:
 
     def __init__(self, codec: SpectralCodec):
         self._codec = codec
-        self._rows = [len(rows) for rows in codec.rows]
+        self._rows = [len(rows) for rows in codec.numbers]
         self._layouts: dict[int, tuple] = {}  # by sequences
 
     def __call__(self, codes: torch.Tensor, chunk: Chunk | None = None) -> tuple:
@@ -132,7 +132,7 @@ class Packer:
             for bits, rows, start in zip(self._codec.bits, self._rows, starts)
             for first in range(0, rows, ROWS.value)
         ]
-        return torch.tensor(tiles, dtype=torch.int32, device=self._codec.time.device), torch.cat(self._codec.rows)
+        return torch.tensor(tiles, dtype=torch.int32, device=self._codec.time.device), torch.cat(self._codec.numbers)
 
     def _layout(self, batch: int) -> tuple:
         """Where units and rests of every width begin in a buffer [blocks, widths, 2], on the card; their sizes, the whole

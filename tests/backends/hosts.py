@@ -79,7 +79,7 @@ def relative_error(got, expected) -> float:
 def sealed_of(store, row: int) -> list[np.ndarray]:
     """Decoded keys and values [H, T, D] of the sealed tokens of one row of a batch."""
     group = next(group for group in store.padding_groups if row in group.sequences)
-    held, sinks = store.dense_of(group, group.exact_keys.dtype), min(store.sinks, group.exact)
+    held, sinks = group.dense(group.exact_keys.dtype), min(store.sinks, group.exact)
     number = list(group.sequences).index(row)
     return [store.xp.to_numpy(x)[number, :, sinks : sinks + group.sealed] for x in held]
 

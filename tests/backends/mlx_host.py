@@ -18,6 +18,7 @@ from mlx_lm.models.cache import ArraysCache, QuantizedKVCache, RotatingKVCache, 
 from mlx_models import make_model
 
 import spectral_kv_mlx
+from spectral_kv_core.cache.compressed_layer import leading_layers
 from spectral_kv_mlx import (
     InferenceEngine,
     SpectralProfiler,
@@ -32,7 +33,7 @@ from spectral_kv_mlx import (
     save_prompt_cache,
 )
 from spectral_kv_mlx import generation as backend
-from spectral_kv_mlx.cache import SpectralKVCache, rows_of
+from spectral_kv_mlx.cache import SpectralKVCache
 from spectral_kv_mlx.generation import decode_cache, encode_cache, fill, generate, plain_cache, score, sealed_bits
 from spectral_kv_mlx.integration import _fused, exact_layer, install, model_shape
 
@@ -56,7 +57,7 @@ __all__ = [
     "ops",
     "plain_cache",
     "restore",
-    "rows_of",
+    "leading_layers",
     "save_prompt_cache",
     "score",
     "sealed_bits",
@@ -135,10 +136,10 @@ def layers(cache) -> list:
 
 
 def stores(cache) -> list:
-    """The stores of the compressed rows of a cache, with every token that came in."""
-    for row in rows_of(cache):
-        row.commit()
-    return [row.store for row in rows_of(cache)]
+    """The stores of the compressed layers of a cache, with every token that came in."""
+    for layer in leading_layers(cache):
+        layer.commit()
+    return [layer.store for layer in leading_layers(cache)]
 
 
 def is_compressed(layer) -> bool:

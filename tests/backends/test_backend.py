@@ -366,7 +366,7 @@ def test_a_profile_may_be_named_by_its_path(host, tmp_path):
     model, profile = host.model("llama"), host.profile("llama")
     path = profile.save(tmp_path / "p.safetensors")
     caches = [host.make_prompt_cache(model, given, bits=2.0) for given in (profile, path, str(path))]
-    assert len({host.rows_of(cache)[0].plan.hash for cache in caches}) == 1
+    assert len({host.leading_layers(cache)[0].plan.hash for cache in caches}) == 1
     with pytest.raises(UsageError, match="path of one, or None, received 2.0"):
         host.make_prompt_cache(model, 2.0)
     with pytest.raises(FileNotFoundError, match="nowhere"):
@@ -458,7 +458,7 @@ def test_a_profile_is_deterministic_and_serves_every_budget(host, tmp_path):
     np.testing.assert_array_equal(again.basis_sets["head.post"].cost, profile.basis_sets["head.post"].cost)
     loaded = type(profile).load(profile.save(tmp_path / "p.safetensors"))
     for bits in (1.0, 1.37, 5.5, 8.0):
-        store = host.rows_of(host.make_prompt_cache(model, loaded, bits))[0]
+        store = host.leading_layers(host.make_prompt_cache(model, loaded, bits))[0]
         assert bits - 0.05 < store.plan.bits_per_element <= bits
 
 

@@ -77,8 +77,8 @@ def check_answer(host, engine, profile) -> None:
     shown = []
     answer = engine.generate(PROMPT, max_tokens=30, raw=True, on_token=shown.append)
     assert all(map(host.is_compressed, host.layers(engine.cache)))
-    assert all(row.store.padding_groups[0].chunks for row in host.rows_of(engine.cache))
-    assert host.rows_of(engine.cache)[0].plan.bits == 2
+    assert all(row.store.padding_groups[0].chunks for row in host.leading_layers(engine.cache))
+    assert host.leading_layers(engine.cache)[0].plan.bits == 2
     assert engine.cache_nbytes == host.cache_nbytes(engine.cache)
     assert engine.cache_nbytes.compression > 2  # in float32, with a window of 64 of 830 tokens
     prompt = engine.tokenizer.encode(PROMPT)
@@ -105,7 +105,7 @@ def test_options_reach_the_cache(host, model, profile):
     loaded = Profile.load(profile)
     engine = host.InferenceEngine(model, bits=3, profile=loaded, method="spectral-dense", window=16, sinks=2).load()
     engine.generate(PROMPT, max_tokens=3)
-    row = host.rows_of(engine.cache)[0]
+    row = host.leading_layers(engine.cache)[0]
     assert row.plan.method.name == "spectral-dense" and engine.profile is loaded
     assert (row.store.window, row.store.sinks) == (16, 2)
 

@@ -15,8 +15,9 @@ from spectral_kv_core.arrays.divergence import compare_logits
 from spectral_kv_core.cache.size import CacheSize
 from spectral_kv_core.cli import main as cli
 from spectral_kv_core.evaluation.documents import make_documents
-from spectral_kv_core.evaluation.rows import RowFile, summarize
-from spectral_kv_core.evaluation.run import Settings, evaluate, plan_jobs
+from spectral_kv_core.evaluation.records import RecordFile, summarize
+from spectral_kv_core.evaluation.run import evaluate, plan_jobs
+from spectral_kv_core.evaluation.settings import Settings
 from spectral_kv_core.evaluation.text import (
     Text,
     copy_span,
@@ -65,9 +66,9 @@ class FakeBackend:
     def plain_cache(self, model):
         return SimpleNamespace(kind="plain", tokens=[])
 
-    def make_prompt_cache(self, model, profile, bits, *, method, window, sinks):
-        self.log.append(("make", method.name, bits))
-        return SimpleNamespace(kind=method.name, tokens=[])
+    def build_cache(self, model, profile, request):
+        self.log.append(("make", request.method.name, request.bits))
+        return SimpleNamespace(kind=request.method.name, tokens=[])
 
     def fill(self, cache, plain):
         assert not cache.tokens
@@ -202,7 +203,7 @@ def test_a_damaged_file_of_rows_is_not_written_to(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"method": "spectral"}\nnot a row\n{"method": "affine"}\n')
     with pytest.raises(ValueError, match="line 2 is none"):
-        RowFile(path)
+        RecordFile(path)
     assert path.read_text().endswith('"affine"}\n')
 
 

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 from test_evaluation import SMALL, VOCABULARY, FakeBackend, LetterTokenizer, run_fake
 
-from spectral_kv_core.evaluation import run as evaluation
 from spectral_kv_core.evaluation.documents import DEPTHS, NEEDLE, QUESTION, hide_needle
 from spectral_kv_core.evaluation.fidelity import sealed_span
 from spectral_kv_core.evaluation.report import print_evaluation, save_evaluation
-from spectral_kv_core.evaluation.run import Settings
+from spectral_kv_core.evaluation.settings import Settings
 from spectral_kv_core.evaluation.text import Text
 from spectral_kv_core.planning import methods
 
@@ -41,9 +40,10 @@ class CopyingBackend(FakeBackend):
 class DroppingBackend(CopyingBackend):
     """Its caches keep the last `budget_tokens` tokens of the first call."""
 
-    def make_prompt_cache(self, model, profile, bits, *, method, window, sinks, budget_tokens=None):
-        self.log.append(("make", method.name, bits, budget_tokens))
-        return SimpleNamespace(kind=method.name, tokens=[], budget=budget_tokens, first=0)
+    def build_cache(self, model, profile, request):
+        name, budget = request.method.name, request.budget_tokens
+        self.log.append(("make", name, request.bits, budget))
+        return SimpleNamespace(kind=name, tokens=[], budget=budget, first=0)
 
     def feed(self, model, tokens, cache, keep=1):
         first, logits = not cache.tokens, super().feed(model, tokens, cache, keep)
@@ -67,8 +67,7 @@ class ByteTokenizer(LetterTokenizer):
 def dropping(monkeypatch):
     """A method `late` that drops tokens and reads the prefix for it, beside the others."""
     method = replace(methods.get_method("identity"), name="late", scorer="snapkv")
-    known = evaluation.get_method
-    monkeypatch.setattr(evaluation, "get_method", lambda name: method if name == "late" else known(name))
+    monkeypatch.setitem(methods.METHODS, "late", method)
 
 
 # --- drift ----------------------------------------------------------------------------------------------------------

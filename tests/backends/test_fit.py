@@ -13,10 +13,11 @@ from hosts import only, tokens
 from tiny_checkpoint import save_tiny_checkpoint
 
 from spectral_kv_core.arrays import ops
-from spectral_kv_core.benchmark.footprint import Budget, Footprint, Stored, fit, parse_bytes, safetensors_nbytes
+from spectral_kv_core.benchmark.footprint import Budget, Footprint, Stored, Wanted, fit, parse_bytes
 from spectral_kv_core.cache.layer_cache import LayerCache
 from spectral_kv_core.cli import main as cli
 from spectral_kv_core.codecs.registry import make_codec, make_plan
+from spectral_kv_core.hosts.weights import safetensors_nbytes
 from spectral_kv_core.planning.methods import get_method
 
 CONTEXTS = {"torch": (1, 60, 83, 84, 200, 1500, 2100, 3333), "mlx": (60, 84, 1500, 2500)}
@@ -206,7 +207,7 @@ def toy_footprint(**changes) -> Footprint:
 
 def toy_fit(host, memory, method="spectral", profile=None, **options):
     model = toy_footprint(**options.pop("model", {}))
-    return fit(model, memory, get_method(method), profile, host.footprint.table_nbytes, **options)
+    return fit(model, memory, Wanted(get_method(method), **options), profile, host.footprint.table_nbytes)
 
 
 def test_the_longest_context_fits_and_a_longer_one_does_not(host):

@@ -13,7 +13,8 @@ from tolerances import assert_close
 from spectral_kv_core.cli import main as cli
 from spectral_kv_core.evaluation.documents import make_documents
 from spectral_kv_core.evaluation.fidelity import sealed_span
-from spectral_kv_core.evaluation.run import Settings, evaluate
+from spectral_kv_core.evaluation.run import evaluate
+from spectral_kv_core.evaluation.settings import Settings
 from spectral_kv_core.evaluation.text import Text
 
 TEXTS = [Text("random", TEXT[0])]

@@ -20,7 +20,7 @@ from spectral_kv_core.profile.basis_set import PAIRS
 pytest.importorskip("constriction")
 
 STORED, LIVE = "spectral-stored-pairs", "spectral-dense-pairs"
-# an odd number of layers; biased keys; the first layer slides. mlx-lm's Gemma 3 has no neighbours to pair
+# an odd number of layers; biased keys; the first layer slides. mlx-lm's Gemma 3 has no neighbors to pair
 every_kind = of_families("llama", "qwen2", torch=("gemma3",))
 
 
@@ -103,7 +103,7 @@ def test_a_live_cache_is_stored_and_goes_on(host, tmp_path):
     host.logits(model, ids, cache)
     path = host.save_prompt_cache(tmp_path / "c", cache, ids, model=model)
     loaded, told = host.load_prompt_cache(path, model, profile)
-    assert told == ids and len(host.rows_of(loaded)) == 2
+    assert told == ids and len(host.leading_layers(loaded)) == 2
     np.testing.assert_array_equal(host.logits(model, more, loaded, 1), host.logits(model, more, cache, 1))
 
 
@@ -117,7 +117,9 @@ def test_attention_is_that_over_what_is_decoded(host, family, step):
     cache, more = new(host, family=family), tokens(40 if step == 40 else 8, seed=4)  # before the next block is full
     host.logits(model, tokens(300), cache)
     plain = host.decode_cache(cache, model)
-    assert any(len(row.layers) == 2 and row.store.padding_groups[0].sealed == 224 for row in host.rows_of(cache))
+    assert any(
+        len(layer.layers) == 2 and layer.store.padding_groups[0].sealed == 224 for layer in host.leading_layers(cache)
+    )
     close(host.logits(model, more, cache, step), host.logits(model, more, plain, step), atol=1e-4, rtol=1e-3)
 
 
@@ -126,11 +128,11 @@ def test_codes_are_those_of_both_layers_together(host):
     cache, plain = new(host), read(host)
     for layer_idx, (keys, values) in enumerate(layers_of(host, plain)):
         host.update(cache, layer_idx, keys[:, :, :300], values[:, :, :300])
-    for row in host.rows_of(cache):
-        xp = row.store.xp
-        held = [tuple(xp.asarray(x[:, :, 4:228]) for x in layers_of(host, plain)[i]) for i in row.layers]
-        expected = row.store.codec.encode(*join_layers(xp, held), 4)
-        for a, b in zip(codes(row.store), expected.arrays, strict=True):
+    for layer in host.leading_layers(cache):
+        xp = layer.store.xp
+        held = [tuple(xp.asarray(x[:, :, 4:228]) for x in layers_of(host, plain)[i]) for i in layer.layers]
+        expected = layer.store.codec.encode(*join_layers(xp, held), 4)
+        for a, b in zip(codes(layer.store), expected.arrays, strict=True):
             np.testing.assert_array_equal(a, xp.to_numpy(b))
     size = host.cache_nbytes(cache)
     assert size == sum(x.nbytes for store in host.stores(cache) for x in store.arrays())
@@ -145,10 +147,10 @@ def test_tokens_are_sealed_as_they_come(host, step):
     got = host.logits(model, tokens(300), cache, step)
     expected = host.logits(model, tokens(300), host.plain_cache(model), step)
     assert 0 < relative_rms(got, expected) < 0.05
-    for row in host.rows_of(cache):
-        row.finalize()
-        (group,) = row.store.padding_groups
-        assert (group.sealed, group.exact, row.store.seen, group.staged) == (224, 76, 300, [])
+    for layer in host.leading_layers(cache):
+        layer.finalize()
+        (group,) = layer.store.padding_groups
+        assert (group.sealed, group.exact, layer.store.seen, group.staged) == (224, 76, 300, [])
     assert 0.9 * 6 < host.sealed_bits(cache) <= 6 and host.seen(cache) == 300
 
 

@@ -16,6 +16,7 @@ mx = pytest.importorskip("mlx.core")
 from spectral_kv_core.arrays import attention  # noqa: E402
 from spectral_kv_core.arrays import ops as core_ops  # noqa: E402
 from spectral_kv_core.cache.layer_cache import LayerCache  # noqa: E402
+from spectral_kv_core.cache.padding_group import PaddingGroup  # noqa: E402
 from spectral_kv_core.codecs.registry import make_codec, make_plan  # noqa: E402
 from spectral_kv_core.planning.budget import CHUNK_TOKENS  # noqa: E402
 from spectral_kv_core.planning.methods import QUANTIZERS  # noqa: E402
@@ -186,13 +187,12 @@ def test_a_later_part_of_a_prompt_attends_to_one_chunk_at_a_time(monkeypatch, dt
     plan = make_plan(model.shape, toy_profile_of(model), "spectral", 2)
     q, (k, v) = model.queries(1, 2200, 2), model.sample(1, 2200, 2)
     q, k, v = (mx.array(x).astype(getattr(mx, dtype)) for x in (q, k, v))
-    outputs, decoded = [], []
+    outputs, decoded, whole = [], [], PaddingGroup.dense
+    monkeypatch.setattr(PaddingGroup, "dense", lambda *a: decoded.append(1) or whole(*a))
     for kernels in (ops.kernels, None):
         monkeypatch.setattr(ops, "kernels", kernels)
         store = LayerCache(ops, make_codec(ops, plan, 0), 4, 64, lambda: make_codec(ops, plan.staging, 0))
         store.start(2, [0, 30])
-        whole = store.dense_of
-        monkeypatch.setattr(store, "dense_of", lambda *a, whole=whole: decoded.append(1) or whole(*a))
         parts = [slice(0, 1300), slice(1300, 1900), slice(1900, 2200)]
         outputs.append([store.attend(q[:, :, p], k[:, :, p], v[:, :, p], 0.125, fused) for p in parts])
         assert store.is_staged

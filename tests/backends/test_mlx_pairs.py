@@ -21,11 +21,10 @@ from tolerances import assert_close
 
 import spectral_kv_mlx
 import spectral_kv_torch
+from spectral_kv_core.cache.compressed_layer import leading_layers
 from spectral_kv_mlx import bench
 from spectral_kv_mlx import generation as mlx_backend
-from spectral_kv_mlx.cache import rows_of
 from spectral_kv_torch import generation as torch_backend
-from spectral_kv_torch.cache import rows_of as torch_rows_of
 
 METHOD = "spectral-dense-pairs"
 
@@ -57,9 +56,10 @@ def codes(layers) -> list[np.ndarray]:
 
 def moved_share(by_torch, by_mlx) -> float:
     """Share of the bytes of codes that differ."""
-    for row in torch_rows_of(by_torch):
-        row.finalize()
-    held = [np.concatenate([x.reshape(-1) for x in codes(rows)]) for rows in (torch_rows_of(by_torch), rows_of(by_mlx))]
+    both = leading_layers(by_torch.layers), leading_layers(by_mlx)
+    for layer in both[0]:
+        layer.finalize()
+    held = [np.concatenate([x.reshape(-1) for x in codes(layers)]) for layers in both]
     return float(np.mean(np.not_equal(*held)))
 
 

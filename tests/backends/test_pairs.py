@@ -14,12 +14,14 @@ from hosts import only
 from tolerances import assert_close, relative_rms
 
 from spectral_kv_core.arrays import ops
+from spectral_kv_core.cache.compressed_layer import leading_layers
 from spectral_kv_core.cache.prompt_cache_file import PromptFile
 from spectral_kv_core.cli import main as cli
 from spectral_kv_core.codecs.chunk import join_layers, split_layers
 from spectral_kv_core.codecs.entropy_coded import EntropyCodec
 from spectral_kv_core.codecs.registry import make_plan
-from spectral_kv_core.evaluation.run import Settings, plan_jobs
+from spectral_kv_core.evaluation.run import plan_jobs
+from spectral_kv_core.evaluation.settings import Settings
 from spectral_kv_core.planning.budget import elements_per_token
 from spectral_kv_core.planning.methods import BASIS_SETS, Method, get_method
 from spectral_kv_core.profile.basis_set import PAIRS
@@ -41,7 +43,6 @@ from spectral_kv_torch import (  # noqa: E402
 )
 from spectral_kv_torch import generation as backend  # noqa: E402
 from spectral_kv_torch import ops as torch_ops  # noqa: E402
-from spectral_kv_torch.cache import rows_of  # noqa: E402
 
 METHOD, LIVE = "spectral-stored-pairs", "spectral-dense-pairs"
 MODEL = ToyModel(layers=3, rotated=True)  # a pair and a lone layer
@@ -295,7 +296,9 @@ def test_attention_without_kernels_is_that_over_what_is_decoded(name, step, monk
     cache, more = live(name), tokens(40 if step == 40 else 8, seed=4)  # before the next block is full
     logits_of(model, tokens(300), cache)
     plain = backend.decode_cache(cache, model)
-    assert any(len(layer.layers) == 2 and layer.store.padding_groups[0].sealed == 224 for layer in rows_of(cache))
+    assert any(
+        len(layer.layers) == 2 and layer.store.padding_groups[0].sealed == 224 for layer in leading_layers(cache.layers)
+    )
     torch.testing.assert_close(
         logits_of(model, more, cache, step), logits_of(model, more, plain, step), atol=1e-4, rtol=1e-3
     )
@@ -316,7 +319,7 @@ def test_crop_copy_and_selection():
     )
     assert other.is_initialized
     other.batch_select_indices(torch.tensor([1, 1, 0]))
-    for row in rows_of(other):
+    for row in leading_layers(other.layers):
         for held in row.store.dense():
             assert torch.equal(held[0], held[1])
     whole.reorder_cache(torch.tensor([1, 0]))

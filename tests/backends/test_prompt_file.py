@@ -180,15 +180,15 @@ def test_a_staged_prompt_is_ended_first(host, tmp_path):
     model, cache, ids = host.model("llama"), new(host, bits=2.0), tokens(700)
     for start in range(0, 600, 200):
         host.backend.feed(model, ids[start : start + 200], cache)
-    assert host.rows_of(cache)[0].store.is_staged
+    assert host.leading_layers(cache)[0].store.is_staged
     path = host.save_prompt_cache(tmp_path / "c", cache)
     loaded, told = load(host, path)
-    assert told is None and not host.rows_of(cache)[0].store.is_staged
+    assert told is None and not host.leading_layers(cache)[0].store.is_staged
     same(host, loaded, cache)
     for start in (600, 650):  # it goes on as a prompt does
         for one in (cache, loaded):
             host.backend.feed(model, ids[start : start + 50], one)
-    assert host.rows_of(loaded)[0].store.is_staged
+    assert host.leading_layers(loaded)[0].store.is_staged
     same(host, loaded, cache)
 
 
@@ -243,7 +243,7 @@ def test_from_one_method_to_another(host, path):
     errors = []
     for bits in (2.0, 6.0):
         other, _ = load(host, path, method="spectral-dense", bits=bits)
-        row = host.rows_of(other)[1]
+        row = host.leading_layers(other)[1]
         assert row.plan.method.name == "spectral-dense" and row.store.padding_groups[0].sealed == 224
         errors.append([relative_rms(a, b) for a, b in zip(vectors(host, other), held, strict=True)])
     coarse, fine = np.array(errors)
@@ -271,7 +271,7 @@ def test_a_method_for_files(host, tmp_path):
     same(host, host.decode_cache(container, model), loaded)
     with pytest.raises(ValueError, match="for files"):
         host.make_prompt_cache(model, profile, method="spectral-stored")
-    assert host.rows_of(load(host, path, method="spectral", bits=3.0)[0])[0].plan.bits == 3.0
+    assert host.leading_layers(load(host, path, method="spectral", bits=3.0)[0])[0].plan.bits == 3.0
     short, _ = plain_after(host, count=20)
     host.save_prompt_cache(path, short, bits=1.0, **options)  # nothing to seal
     same(host, load(host, path)[0], short)

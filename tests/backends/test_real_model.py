@@ -107,7 +107,7 @@ def simulated(plan, row, keys, values, start):
             decoded = np.where(widths == bits, plan.levels[bits][code], decoded)
     if coupled:
         cost = plan.loss(row)[..., BANDS].transpose(0, 2, 1)
-        rows = trellis.Rows(widths[:, 0], np.ones(cost.shape), cost, DCT, plan.search_tables)
+        rows = trellis.Coefficients(widths[:, 0], np.ones(cost.shape), cost, DCT, plan.search_tables)
         along = decoded_paths(rows, plan.levels, rows.search(z[None], None))[0]
         decoded = np.where(np.isin(widths, coupled), along, decoded)
     x = (DCT.T @ (decoded * sigma)).reshape(groups, -1, basis.shape[-1]) @ basis.swapaxes(-1, -2) / weight + mean

@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 
 from spectral_kv_core.arrays import attention  # noqa: E402
 from spectral_kv_core.cache.layer_cache import LayerCache  # noqa: E402
+from spectral_kv_core.cache.padding_group import PaddingGroup  # noqa: E402
 from spectral_kv_core.codecs.registry import make_codec, make_plan  # noqa: E402
 from spectral_kv_core.native import loader, toolchain  # noqa: E402
 from spectral_kv_core.planning.budget import CHUNK_TOKENS  # noqa: E402
@@ -177,7 +178,7 @@ def test_the_kernel_is_built_once_and_its_tables_are_counted(monkeypatch, tmp_pa
         build.library.cache_clear()
     codec = make_codec(ops, plan_of(ToyModel(), 3), 0)
     tables = decode_step(codec).tables()
-    rows = sum(len(x) for x in codec.rows)
+    rows = sum(len(x) for x in codec.numbers)
     assert sum(x.nbytes for x in tables if x.dtype == torch.int16) == 2 * rows
 
 
@@ -233,13 +234,12 @@ def test_a_later_part_of_a_prompt_attends_to_one_chunk_at_a_time(monkeypatch, dt
     plan = make_plan(model.shape, toy_profile_of(model), "spectral", 2)
     q, (k, v) = model.queries(1, 3000, 2), model.sample(1, 3000, 2)
     q, k, v = (torch.from_numpy(x).to(getattr(torch, dtype)) for x in (q, k, v))
-    outputs, decoded = [], []
+    outputs, decoded, whole = [], [], PaddingGroup.dense
+    monkeypatch.setattr(PaddingGroup, "dense", lambda *a: decoded.append(1) or whole(*a))
     for kernels in (ops.kernels, None):
         monkeypatch.setattr(ops, "kernels", kernels)
         store = LayerCache(ops, make_codec(ops, plan, 0), 4, 64, lambda: make_codec(ops, plan.staging, 0))
         store.start(2, [0, 30])
-        whole = store.dense_of
-        monkeypatch.setattr(store, "dense_of", lambda *a, whole=whole: decoded.append(1) or whole(*a))
         parts = [slice(0, 1300), slice(1300, 2500), slice(2500, 3000)]
         outputs.append([store.attend(q[:, :, p], k[:, :, p], v[:, :, p], 0.125, fused) for p in parts])
         assert store.is_staged
@@ -266,7 +266,7 @@ def fused(q, k, v, scale):
 
 @pytest.mark.parametrize("fault", [None, "wrong", "raises"])
 def test_a_kernel_not_seen_on_a_card_is_checked_at_its_first_step(monkeypatch, fault):
-    monkeypatch.setattr(checked, "_verdicts", {})
+    monkeypatch.setattr(checked, "OF_PROCESS", checked.Verdicts())
     case = Case(0, 64, 1, 2)
     codec = make_codec(ops, plan_of(case.model, 2), 0)
     calls = []
@@ -293,7 +293,7 @@ def test_a_kernel_not_seen_on_a_card_is_checked_at_its_first_step(monkeypatch, f
 
 
 def test_layers_of_other_ranks_share_a_check(monkeypatch):
-    monkeypatch.setattr(checked, "_verdicts", {})
+    monkeypatch.setattr(checked, "OF_PROCESS", checked.Verdicts())
     ranks = set()
     for bits in (0.5, 2):
         codec = make_codec(ops, plan_of(ToyModel(), bits, "layer", "pre"), 0)
@@ -301,7 +301,7 @@ def test_layers_of_other_ranks_share_a_check(monkeypatch):
         got = packing.CheckedPacker(codec, codec.pack)(codes)
         assert all(torch.equal(*pair) for pair in zip(got, codec.pack(codes), strict=True))
         ranks.add(codec.rank)
-    assert len(ranks) == 2 and list(checked._verdicts.values()) == [True]
+    assert len(ranks) == 2 and list(checked.OF_PROCESS.known.values()) == [True]
 
 
 def exact(case: Case) -> tuple:
@@ -323,7 +323,7 @@ def test_partial_attention_on_a_card(monkeypatch, fault, causal):
     keys, values = (torch.randn(2, 2, 40 if causal else 100, 64).bfloat16() for _ in range(2))
     assert flash.supports_partial_attention(queries) and not flash.supports_partial_attention(queries.float())
     rows = attention.group_queries(queries, 2).float()
-    mask = attention.causal_rows(ops, 3, 40, 40, queries) if causal else None
+    mask = attention.causal_mask(ops, 3, 40, 40, queries) if causal else None
     expected = attention.dense_partial(ops, rows, keys.float(), values.float(), 0.125, mask)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -374,7 +374,7 @@ def pretend_a_card(monkeypatch, factor: float = 1) -> None:
             scores = scores.masked_fill(future, -torch.inf)
         return (scores.softmax(-1) @ values).to(queries.dtype) * factor, scores.logsumexp(-1), None
 
-    monkeypatch.setattr(checked, "_verdicts", {})
+    monkeypatch.setattr(checked, "OF_PROCESS", checked.Verdicts())
     monkeypatch.setattr(flash, "is_card", lambda device: True)
     monkeypatch.setattr(flash, "runs_kernels", lambda device: True)
     monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention", attention_on_card)

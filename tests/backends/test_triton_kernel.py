@@ -68,13 +68,13 @@ def test_decoding_compiles_for_gpus_that_are_not_there(launches, dtype, capabili
 @needs_triton
 @pytest.mark.parametrize("dtype, capability", [("bfloat16", 90), ("float32", 80)])
 def test_the_encoder_compiles_for_gpus_that_are_not_there(launches, dtype, capability):
-    from spectral_kv_torch.kernels import triton_packing, triton_rotation, triton_rounding
+    from spectral_kv_torch.kernels import triton_packing, triton_rope, triton_rounding
 
     model, dtype = ToyModel(80), getattr(torch, dtype)
     x, places = torch.zeros(2, 2, 33, 80, dtype=dtype), torch.arange(33, dtype=torch.int32)
-    made = launches([triton_rotation], lambda: triton_rotation.rotate(x, model.rope, 5, True, dtype))
+    made = launches([triton_rope], lambda: triton_rope.rotate(x, model.rope, 5, True, dtype))
     assert_compiles(made, capability)
-    made = launches([triton_rotation], lambda: triton_rotation.rotate(x, model.rope, places, False, dtype))
+    made = launches([triton_rope], lambda: triton_rope.rotate(x, model.rope, places, False, dtype))
     assert_compiles(made, capability)
     codec = make_codec(ops, plan_of(model, 2, rounding="expected-attention"), 0)
     z, weights = codec.coefficients(*map(torch.from_numpy, model.sample(1, 32)), 4)
@@ -94,7 +94,7 @@ def test_layers_of_other_ranks_and_calls_of_other_lengths_need_no_other_kernels(
         triton_codes,
         triton_latents,
         triton_packing,
-        triton_rotation,
+        triton_rope,
         triton_rounding,
     )
 
@@ -116,7 +116,7 @@ def test_layers_of_other_ranks_and_calls_of_other_lengths_need_no_other_kernels(
         packer, codes = triton_packing.Packer(layer), layer.quantizers.quantize(z)
         made += launches([triton_packing], lambda: packer(codes))
         x = torch.zeros(1, 2, tokens + 1, 64)
-        made += launches([triton_rotation], lambda: triton_rotation.rotate(x, model.rope, tokens, True, torch.float32))
+        made += launches([triton_rope], lambda: triton_rope.rotate(x, model.rope, tokens, True, torch.float32))
         return [(kernel.__name__, specialized(kernel, args)) for kernel, args, _ in made], [head.rank, layer.rank]
 
     (some, ranks), (others, other_ranks) = variants(0.9, 0.3, 32), variants(2, 6, 400)

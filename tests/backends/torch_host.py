@@ -13,6 +13,7 @@ from torch_models import TEXT, model_and_profile, tiny_model
 from transformers.cache_utils import LinearAttentionLayer
 from transformers.modeling_utils import AttentionInterface
 
+from spectral_kv_core.cache import compressed_layer
 from spectral_kv_torch import (
     InferenceEngine,
     SpectralCache,
@@ -29,7 +30,7 @@ from spectral_kv_torch import (
     save_prompt_cache,
 )
 from spectral_kv_torch import generation as backend
-from spectral_kv_torch.cache import SpectralKVLayer, rows_of
+from spectral_kv_torch.cache import SpectralKVLayer
 from spectral_kv_torch.generation import decode_cache, encode_cache, fill, generate, plain_cache, score, sealed_bits
 from spectral_kv_torch.integration import ATTENTION, _fused, install, model_shape
 
@@ -53,7 +54,7 @@ __all__ = [
     "ops",
     "plain_cache",
     "restore",
-    "rows_of",
+    "leading_layers",
     "save_prompt_cache",
     "score",
     "sealed_bits",
@@ -124,11 +125,15 @@ def layers(cache) -> list:
     return cache.layers
 
 
+def leading_layers(cache) -> list:
+    return compressed_layer.leading_layers(cache.layers)
+
+
 def stores(cache) -> list:
-    """The stores of the compressed rows of a cache, with every token that came in."""
-    for row in rows_of(cache):
-        row.commit()
-    return [row.store for row in rows_of(cache)]
+    """The stores of the compressed layers of a cache, with every token that came in."""
+    for layer in leading_layers(cache):
+        layer.commit()
+    return [layer.store for layer in leading_layers(cache)]
 
 
 def is_compressed(layer) -> bool:

@@ -277,7 +277,7 @@ def test_a_padded_row_comes_out_as_if_alone(xp, sizes, rope):
         assert not together[row, :, :padding].any() and not held[0][row, :, :padding].any()
 
 
-def test_rows_of_equal_padding_share_a_lane(xp):
+def test_rows_of_equal_padding_share_a_padding_group(xp):
     queries, (keys, values) = MODEL.queries(1, 120, 4), MODEL.sample(1, 120, 4)
     cache = make_cache(xp, 3)
     cache.start(4, [7, 0, 7, 0])
@@ -286,6 +286,29 @@ def test_rows_of_equal_padding_share_a_lane(xp):
     for row, padding in enumerate([7, 0, 7, 0]):
         mine = (x[row : row + 1, :, padding:] for x in (queries, keys, values))
         assert_close("output", got[row : row + 1, :, padding:], attention(*mine, SCALE))
+
+
+def test_padding_of_a_sequence_without_tokens_is_still_to_be_told():
+    cache = make_cache(ops)
+    assert cache.awaits_tokens
+    cache.start(2, [0, 50])
+    keys, values = MODEL.sample(1, 80, 2)
+    append(cache, keys[:, :, :50], values[:, :, :50])
+    assert cache.awaits_tokens
+    cache.repad([0, 70])  # told by a call that went on inside it
+    append(cache, keys[:, :, 50:], values[:, :, 50:])
+    assert not cache.awaits_tokens
+    assert cache.padding == [0, 70] and [group.exact for group in cache.padding_groups] == [80, 10]
+
+
+@pytest.mark.parametrize("tokens", [1, 60, 300])
+def test_what_is_held_keeps_no_more_alive(tokens):
+    """What comes in may be a view of the projection of all heads."""
+    all_heads = np.concatenate(MODEL.sample(1, tokens), axis=1)
+    keys, values = all_heads[:, : MODEL.kv_heads], all_heads[:, MODEL.kv_heads :]
+    cache = make_cache(ops)
+    append(cache, keys, values)
+    assert not any(np.shares_memory(x, all_heads) for x in cache.arrays())
 
 
 def test_dense_while_a_row_is_still_all_padding(xp):

@@ -12,8 +12,9 @@ from spectral_kv_core.arrays.attention import dense_partial, group_queries, merg
 from spectral_kv_core.arrays.hadamard import hadamard, random_rotation, random_signs
 from spectral_kv_core.arrays.rope import rotate, unrotate
 from spectral_kv_core.cache.layer_cache import LayerCache
-from spectral_kv_core.codecs.chunk import Chunk, select_rows
-from spectral_kv_core.codecs.registry import bits_range, make_codec, make_plan, plan_for
+from spectral_kv_core.cache.request import CacheRequest
+from spectral_kv_core.codecs.chunk import Chunk, select_sequences
+from spectral_kv_core.codecs.registry import bits_range, make_codec, make_plan
 from spectral_kv_core.planning.budget import CHUNK_TOKENS, elements_per_token
 from spectral_kv_core.planning.methods import METHODS, get_method
 from spectral_kv_core.profile.derived import covariance, head_moments, means, query_moment, rotated_energy
@@ -151,7 +152,7 @@ def test_cut_and_selected_rows(xp, name):
     chunk = codec.encode(*arrays(xp, *MODEL.sample(1, 384, batch=3)), 4)
     cut = codec.cut(chunk, 128)
     assert (cut.start, cut.tokens) == (4, 128) and nbytes(cut) < nbytes(chunk) / 2
-    picked = select_rows(xp, cut, xp.asarray(np.array([2, 0, 2], np.int32)))
+    picked = select_sequences(xp, cut, xp.asarray(np.array([2, 0, 2], np.int32)))
     for got, whole in zip(decoded(codec, picked), decoded(codec, chunk)):
         assert_close("decoded", got, whole[[2, 0, 2], :, :128], limit=1e-6)
 
@@ -232,7 +233,7 @@ def test_default_bits_and_budgets_in_bytes(name):
     block = max(16, plan.method.block)
     exact = (68 + block - 1) * elements_per_token(MODEL.shape) * 2
     budget = int(exact + (low + 1) / 8 * (2000 - 68 - block + 1) * elements_per_token(MODEL.shape))
-    plan = plan_for(MODEL.shape, profile_of(name), name, budget_bytes=budget, max_context=2000)
+    plan, _ = CacheRequest(name, budget_bytes=budget, max_context=2000).plan(MODEL.shape, profile_of(name))
     held = 0
     for row in range(MODEL.layers):
         cache = LayerCache(ops, make_codec(ops, plan, row), 4, 64)

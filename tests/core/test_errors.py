@@ -12,7 +12,7 @@ from tiny_checkpoint import save_tiny_checkpoint
 import spectral_kv_core
 from spectral_kv_core.calibration.text import load_texts
 from spectral_kv_core.errors import UsageError, first_line
-from spectral_kv_core.evaluation.run import Settings
+from spectral_kv_core.evaluation.settings import Settings
 from spectral_kv_core.hosts.backends import load_backend
 from spectral_kv_core.profile.profile import Profile
 from spectral_kv_core.scorers import get_scorer

@@ -37,7 +37,7 @@ def make_caches(xp, name: str, budget: int, bits: float | None = None, layers: i
 
 def positions_of(cache, group: int = 0, heads: int = MODEL.kv_heads) -> np.ndarray:
     """Positions [b, H, stored] of all tokens that a group holds, in the order of `dense`."""
-    places = cache.padding_groups[group].all_places(cache.xp, cache.sinks)
+    places = cache.padding_groups[group].all_places()
     return np.broadcast_to(places, (places.shape[0], heads, places.shape[2]))
 
 

@@ -14,7 +14,7 @@ from tolerances import assert_close, relative_rms
 from spectral_kv_core.arrays import ops
 from spectral_kv_core.arrays.rope import rotate, unrotate
 from spectral_kv_core.cache.layer_cache import LayerCache
-from spectral_kv_core.calibration import model_basis as joint
+from spectral_kv_core.calibration import model_basis
 from spectral_kv_core.calibration.basis_fit import SKIP
 from spectral_kv_core.calibration.model_basis import fit_joint_set, randomized_axes
 from spectral_kv_core.calibration.spool import Spool
@@ -25,7 +25,7 @@ from spectral_kv_core.codecs.registry import bits_range, make_codec, make_plan
 from spectral_kv_core.codecs.xkv import leading_axes, ranks
 from spectral_kv_core.planning.budget import elements_per_token
 from spectral_kv_core.planning.methods import BASIS_SETS, METHODS, get_live_method
-from spectral_kv_core.profile.basis_set import JOINT
+from spectral_kv_core.profile.basis_set import WHOLE_MODEL
 
 MODEL = ToyModel(layers=3, rotated=True)
 TOKENS = 384
@@ -243,7 +243,7 @@ def test_svdq_prompt_is_better_than_a_profile_of_other_text():
 def test_kvtc_is_its_paper():
     """Components of all layers, per token and group minimum, range and uniform codes; 16 bits for a component alone."""
     plan = plan_of("kvtc", 1.5)
-    basis_set = plan.profile.basis_sets[JOINT]
+    basis_set = plan.profile.basis_sets[WHOLE_MODEL]
     keys, values = sample()
     codec, chunk = encode(ops, "kvtc", 1.5, keys, values, start=36)
     for side, (x, got, start) in enumerate(zip((keys, values), decoded(codec, chunk), (36, None))):
@@ -340,7 +340,7 @@ def spool():
 def test_the_joint_basis_is_that_of_all_layers(spool):
     basis_set = fit_joint_set(spool, MODEL.shape)
     channels = 3 * 2 * 64
-    assert basis_set.name == JOINT and basis_set.basis.shape == (1, 2, channels, channels)
+    assert basis_set.name == WHOLE_MODEL and basis_set.basis.shape == (1, 2, channels, channels)
     whole = [join_layers(ops, [MODEL.sample(500 + d, 300, layer=n) for n in range(3)]) for d in range(4)]
     for side in range(2):
         x = [side_by_side(parts[side], 0 if side == 0 else None)[SKIP:] for parts in whole]
@@ -357,9 +357,9 @@ def test_the_joint_basis_is_that_of_all_layers(spool):
 
 
 def test_the_joint_basis_needs_a_bounded_sample(spool, monkeypatch):
-    monkeypatch.setattr(joint, "SAMPLE", 200 * 384)
-    monkeypatch.setattr(joint, "RANK", 50)
-    places = joint._places(spool, 200)
+    monkeypatch.setattr(model_basis, "SAMPLE", 200 * 384)
+    monkeypatch.setattr(model_basis, "RANK", 50)
+    places = model_basis._places(spool, 200)
     assert 190 <= sum(map(len, places)) <= 200 and min(p[0] for p in places) == SKIP
     basis_set = fit_joint_set(spool, MODEL.shape)
     assert basis_set.basis.shape == (1, 2, 384, 50)
@@ -374,7 +374,7 @@ def test_randomized_axes_span_the_leading_directions():
 
 
 def test_the_joint_set_comes_on_request_only():
-    assert JOINT not in BASIS_SETS and METHODS["kvtc"].basis_set == JOINT
+    assert WHOLE_MODEL not in BASIS_SETS and METHODS["kvtc"].basis_set == WHOLE_MODEL
     profile = toy_profile_of(MODEL, "head", "post")
     with pytest.raises(ValueError, match=r"spectralkv profile --model toy --joint"):
         make_plan(MODEL.shape, profile, "kvtc", 1)

@@ -15,7 +15,8 @@ from cases import ToyModel
 from spectral_kv_core.arrays import ops
 from spectral_kv_core.arrays.transform import band_sizes
 from spectral_kv_core.cache.layer_cache import LayerCache
-from spectral_kv_core.codecs.registry import make_codec, make_plan, plan_for
+from spectral_kv_core.cache.request import CacheRequest
+from spectral_kv_core.codecs.registry import make_codec, make_plan
 from spectral_kv_core.planning.loss import COHERENCE, MAX_EXPANSION, coherent_cost, costs, expansion
 from spectral_kv_core.planning.methods import METHODS, Method, get_method
 from spectral_kv_core.profile.basis_set import BasisSet
@@ -146,24 +147,28 @@ def real_bytes(plan, context: int, window: int, sinks: int) -> int:
     return total
 
 
+def plan_within(profile, budget: int, context: int, **exact):
+    return CacheRequest(budget_bytes=budget, max_context=context, **exact).plan(SHAPE, profile)[0]
+
+
 @pytest.mark.parametrize("context", [600, 1500, 1507])
 @pytest.mark.parametrize("bits", [0.4, 1.7, 6.3])
 @pytest.mark.parametrize("window, sinks", [(64, 4), (0, 0)])
 def test_real_cache_stays_within_budget_bytes(toy_profile, context, bits, window, sinks):
     fixed = min(context, window + sinks + 15) * 2 * 2 * 2 * 64 * 2
     budget = int(fixed + bits / 8 * (context - window - sinks) * 2 * 2 * 2 * 64)
-    plan = plan_for(SHAPE, toy_profile, budget_bytes=budget, max_context=context, window=window, sinks=sinks)
+    plan = plan_within(toy_profile, budget, context, window=window, sinks=sinks)
     held = real_bytes(plan, context, window, sinks)
     assert 0.75 * budget < held <= budget  # the rest is kept for the 15 tokens that may wait for their block
 
 
 def test_budget_bytes_out_of_reach_names_the_range(toy_profile):
     with pytest.raises(ValueError, match="budget_bytes between") as caught:
-        plan_for(SHAPE, toy_profile, budget_bytes=1000, max_context=2000)
+        plan_within(toy_profile, 1000, 2000)
     low = int(str(caught.value).split("between ")[1].split(" and")[0].replace(",", ""))
-    assert real_bytes(plan_for(SHAPE, toy_profile, budget_bytes=low, max_context=2000), 2000, 64, 4) <= low
+    assert real_bytes(plan_within(toy_profile, low, 2000), 2000, 64, 4) <= low
     with pytest.raises(ValueError, match="budget_bytes between"):
-        plan_for(SHAPE, toy_profile, budget_bytes=low - 1, max_context=2000)
+        plan_within(toy_profile, low - 1, 2000)
 
 
 def test_impossible_arguments_are_refused(toy_profile):
@@ -176,11 +181,12 @@ def test_impossible_arguments_are_refused(toy_profile):
     ]
     for arguments, words in wrong:
         with pytest.raises(ValueError, match=words):
-            plan_for(SHAPE, toy_profile, **arguments)
+            CacheRequest(**arguments).plan(SHAPE, toy_profile)
 
 
 def test_passed_layers_count_against_budget_bytes(toy_profile):
-    plans = [plan_for(SHAPE, toy_profile, budget_bytes=400_000, max_context=2000, other_bytes=n) for n in (0, 100_000)]
+    request = CacheRequest(budget_bytes=400_000, max_context=2000)
+    plans = [request.plan(SHAPE, toy_profile, other_bytes=n)[0] for n in (0, 100_000)]
     assert plans[1].bits < plans[0].bits < 8
 
 

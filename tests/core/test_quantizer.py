@@ -13,7 +13,7 @@ from spectral_kv_core.quantization.packing import append_rows, lowest_bits, pack
 from spectral_kv_core.quantization.quantizer import (
     BIT_WIDTHS,
     CELLS,
-    RowTables,
+    CoefficientTables,
     dequantize_affine,
     empirical_tables,
     flat_tables,
@@ -132,7 +132,9 @@ def test_codes_and_levels_are_the_same_everywhere(xp, tables):
             edges = thresholds(tables[widths[f, r]])
             x[0, : len(edges), f, r] = edges  # exactly on a threshold: the upper level
     x[1, :4] = np.array([3e38, -3e38, 0.0, -0.0], np.float32)[:, None, None]
-    rows, reference = (RowTables(o, tuple(map(o.asarray, flat_tables(tables, tables))), widths) for o in (xp, ops))
+    rows, reference = (
+        CoefficientTables(o, tuple(map(o.asarray, flat_tables(tables, tables))), widths) for o in (xp, ops)
+    )
     codes, expected = rows.quantize(xp.asarray(x)), reference.quantize(x)
     np.testing.assert_array_equal(xp.to_numpy(codes), expected)
     got = xp.to_numpy(rows.dequantize(codes))

@@ -11,7 +11,7 @@ from spectral_kv_core.arrays import ops
 from spectral_kv_core.arrays.rope import unrotate
 from spectral_kv_core.cache.layer_cache import LayerCache
 from spectral_kv_core.cache.request import CacheRequest
-from spectral_kv_core.codecs.chunk import select_rows
+from spectral_kv_core.codecs.chunk import select_sequences
 from spectral_kv_core.codecs.registry import make_codec
 from spectral_kv_core.codecs.tiers import GROUP, make_tiered_plan
 from spectral_kv_core.planning.methods import get_method
@@ -47,7 +47,7 @@ def test_tokens_come_back_in_order_the_best_ones_with_less_error(xp, name):
     assert all(relative_rms(a, b) < 0.3 for a, b in zip(got, (keys, values))), "in another order it is above 1"
     scores = codec.scores(xp.asarray(unrotate(ops, keys, MODEL.rope, 0)), xp.asarray(values))
     scores = xp.to_numpy(scores)
-    scores = scores.mean(1, keepdims=True).repeat(2, 1) if codec.joint else scores
+    scores = scores.mean(1, keepdims=True).repeat(2, 1) if codec.shares_tokens else scores
     groups = scores.reshape(2, 2, -1, GROUP)
     best = (groups >= np.sort(groups, -1)[..., -GROUP // 4, None]).reshape(scores.shape)
     for a, b in zip(got, (keys, values)):
@@ -80,7 +80,7 @@ def test_pieces_cuts_and_rows(xp, name):
         assert np.count_nonzero(differing) <= 1, differing
     for a, b in zip(decoded(codec, codec.cut(whole, 192)), decoded(codec, whole)):
         assert_close("cut", a, b[:, :, :192])
-    rows = select_rows(xp, whole, xp.asarray(np.array([1], np.int32)))
+    rows = select_sequences(xp, whole, xp.asarray(np.array([1], np.int32)))
     for a, b in zip(decoded(codec, rows), decoded(codec, whole)):
         assert_close("rows", a, b[1:])
 

@@ -25,7 +25,7 @@ from spectral_kv_core.native.variants import processor_features
 from spectral_kv_core.planning.methods import METHODS, QUANTIZERS, get_method
 from spectral_kv_core.quantization import trellis
 from spectral_kv_core.quantization.quantizer import BIT_WIDTHS, flat_levels, flat_tables, gaussian_tables
-from spectral_kv_core.quantization.trellis import ERROR_RATIOS, STATES, WIDTHS, Paths, Rows, codebooks, label
+from spectral_kv_core.quantization.trellis import ERROR_RATIOS, STATES, WIDTHS, Coefficients, Paths, codebooks, label
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 NORMAL = gaussian_tables()
@@ -47,19 +47,19 @@ def kernel(request, monkeypatch, tmp_path_factory):
     native.library.cache_clear()
 
 
-def rows_of(widths: np.ndarray, seed: int = 0) -> Rows:
+def rows_of(widths: np.ndarray, seed: int = 0) -> Coefficients:
     """Rows of `widths` [G, F, R] with random gains and costs."""
     rng = np.random.default_rng(seed)
     gain, cost = rng.uniform(0.1, 1, widths.shape), rng.lognormal(size=widths.shape)
     tables = *flat_tables(NORMAL, BOOKS), flat_levels(BOOKS)
-    return Rows(widths, gain, cost, time_matrix("dct", widths.shape[1]), tables)
+    return Coefficients(widths, gain, cost, time_matrix("dct", widths.shape[1]), tables)
 
 
-def mixed_rows(groups: int, rank: int, seed: int = 0, choices=BIT_WIDTHS) -> Rows:
+def mixed_rows(groups: int, rank: int, seed: int = 0, choices=BIT_WIDTHS) -> Coefficients:
     return rows_of(np.random.default_rng(seed).choice(choices, (groups, 16, rank)).astype(np.uint8), seed)
 
 
-def coefficients(rows: Rows, batch: int, blocks: int, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
+def coefficients(rows: Coefficients, batch: int, blocks: int, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
     groups, frequencies, rank = rows.shape
     rng = np.random.default_rng(seed)
     weights = rng.lognormal(size=(batch, groups, blocks, frequencies))
@@ -67,7 +67,7 @@ def coefficients(rows: Rows, batch: int, blocks: int, seed: int = 1) -> tuple[np
     return z.astype(np.float32), (weights / weights.mean(-1, keepdims=True)).astype(np.float32)
 
 
-def weighted_error(rows: Rows, z, weights, levels) -> np.ndarray:
+def weighted_error(rows: Coefficients, z, weights, levels) -> np.ndarray:
     """What time rounding minimizes, of every block [B, n]: errors weighed by tokens, and by rows."""
     error = (z - levels) * rows.gain[:, None]
     spread = np.einsum("bgnfr,ft->bgntr", error, rows.time)

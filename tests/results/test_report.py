@@ -154,7 +154,7 @@ def test_tables_have_the_numbers_of_the_file(tmp_path):
     page = check_page(text)
     (table,) = [t for t in page.tables if "KL" in t[0]]
     assert table[0][:3] == ["method", "bits", "KL"], "text, prefix and documents are the same in all rows: in the title"
-    assert "text, 5 rows, text novel, prefix 1,024, documents 2" in text
+    assert "text, 5 records, text novel, prefix 1,024, documents 2" in text
     assert table[1] == ["spectral", "10", "0.10000", "0.01000", "90.00%", "10.000", "11.000", "10,000"]
     assert table[5][:3] == ["spectral", "5", "-"]
     (files,) = [t for t in page.tables if "SHA-256" in t[0]]
@@ -187,7 +187,7 @@ def test_what_is_not_drawn_is_named_with_its_reason(capsys, tmp_path):
     }
     page = check_page(output.read_text())
     rows = [tuple(row) for row in page.tables[-1][1:]]
-    assert ("aop", "no row has the field aop_layers", "made") in rows
+    assert ("aop", "no record has the field aop_layers", "made") in rows
     assert ("plan", "the profile has no basis per head", "layer") in rows
     assert [path.name for path in output.parent.iterdir()] == ["page.html"], "no temporary file stays"
     assert cli.main(arguments[:-1]) == 0

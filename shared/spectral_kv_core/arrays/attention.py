@@ -57,17 +57,17 @@ def decode_step(xp, codec, chunks, queries, keys, values, scale: float):
     `queries` [B, Hq, L, D], `keys`, `values` [B, H, E, D] exact, all in the host's dtype.
     """
     heads, length = keys.shape[1], queries.shape[2]
-    rows = xp.astype(group_queries(queries, heads), xp.float32)
+    query_rows = xp.astype(group_queries(queries, heads), xp.float32)
     keys, values = xp.astype(keys, xp.float32), xp.astype(values, xp.float32)
-    mask = causal_rows(xp, queries.shape[1] // heads, length, keys.shape[2], like=queries)
-    partials = [codec.attend(chunk, rows, scale) for chunk in chunks]
-    partials.append(dense_partial(xp, rows, keys, values, scale, mask))
+    mask = causal_mask(xp, queries.shape[1] // heads, length, keys.shape[2], like=queries)
+    partials = [codec.attend(chunk, query_rows, scale) for chunk in chunks]
+    partials.append(dense_partial(xp, query_rows, keys, values, scale, mask))
     return xp.astype(merge_partials(xp, partials).reshape(*queries.shape[:3], values.shape[3]), queries.dtype)
 
 
-def causal_rows(xp, group: int, length: int, exact: int, like):
+def causal_mask(xp, group: int, length: int, exact: int, like):
     """Mask [group * length, exact] for `length` new tokens at the end of `exact` keys; None for a single token."""
     if length == 1:
         return None
-    rows = np.tile(np.arange(exact - length, exact), group)[:, None]
-    return xp.asarray(rows >= np.arange(exact)[None, :], like=like)
+    places = np.tile(np.arange(exact - length, exact), group)[:, None]
+    return xp.asarray(places >= np.arange(exact)[None, :], like=like)

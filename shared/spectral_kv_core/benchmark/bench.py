@@ -12,7 +12,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import cycle, islice
@@ -22,6 +21,8 @@ from tqdm import tqdm
 
 from ..errors import UsageError
 from ..evaluation import run as evaluation
+from ..evaluation.settings import Settings as Evaluated
+from ..evaluation.tasks import Job
 from ..evaluation.text import default_texts
 from ..hosts.backends import load_backend
 from ..planning.budget import SEAL, SINKS, WINDOW
@@ -30,6 +31,7 @@ from ..planning.plan import Plan
 from ..profile.model_shape import ModelShape
 from .machine import cpu_cores, cpu_name
 from .synthetic import kept_share, synthetic_plan, synthetic_profile, synthetic_shape, synthetic_vectors
+from .timing import Bench
 
 WAYS = ("host", "gqa", "grouped")  # of attending to a plain cache with one token
 REPEATS = 3
@@ -38,7 +40,7 @@ AFTER = SEAL + DECODED  # tokens that follow the prompt in all
 PEAK_DECODED = 16  # tokens that follow the prompt where peak memory is measured
 CHARACTERS = 8  # of text per token of a prompt: about twice what a token takes
 CONTEXTS = (1024, 4096, 16384)
-HOST_ERRORS = (ImportError, ValueError, RuntimeError)  # of a quantized cache that cannot run: rows give the reason
+HOST_ERRORS = (ImportError, ValueError, RuntimeError)  # of a quantized cache that cannot run: records give the reason
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,9 @@ class Settings:
                 )
 
     @cached_property
-    def evaluated(self) -> evaluation.Settings:
+    def evaluated(self) -> Evaluated:
         """The methods and bits as `evaluation.plan_jobs` takes them."""
-        return evaluation.Settings(self.methods, (self.bits,), tasks=("text",))
+        return Evaluated(self.methods, (self.bits,), tasks=("text",))
 
     @property
     def shape(self) -> ModelShape:
@@ -106,24 +108,10 @@ class Settings:
         return replace(self, contexts=fitting)
 
 
-class Clock:
-    """Time in seconds spent in functions called through it, and calls that `count`."""
-
-    def __init__(self):
-        self.seconds, self.calls = 0.0, 0
-
-    def time(self, run: Callable, *args, count: bool = False, **kwargs):
-        started = time.perf_counter()
-        out = run(*args, **kwargs)
-        self.seconds += time.perf_counter() - started
-        self.calls += count
-        return out
-
-
-def bench_layer(bench, backend: str, settings: Settings, dtype: str) -> dict:
+def bench_layer(bench: Bench, backend: str, settings: Settings, dtype: str) -> dict:
     """`rows` of a synthetic layer, and the machine's read bandwidth. `bench`: the module of that name of `backend`."""
     shape, plans = settings.shape, settings.plans
-    rows, sweeps = [], []
+    records, sweeps = [], []
     for context in tqdm(settings.contexts, desc="bench", unit="context"):
         layer = bench.BenchLayer(shape, *synthetic_vectors(shape, context + SEAL), dtype)
         steps = {way: getattr(layer, way)() for way in WAYS}
@@ -148,9 +136,9 @@ def bench_layer(bench, backend: str, settings: Settings, dtype: str) -> dict:
         names = {"backend": backend, "synthetic": settings.synthetic, "plan": settings.plan, "dtype": dtype}
         plain_peak = fresh_peak(**names, context=context, method=None, bits=settings.bits)
         for name, plan in plans.items():
-            row = _row(plan, context, dtype, bench.threads(), means, reason, sizes[name], layer.plain_bytes)
-            rows.append(
-                row
+            record = _record(plan, context, dtype, bench.threads(), means, reason, sizes[name], layer.plain_bytes)
+            records.append(
+                record
                 | {
                     "bits": settings.bits,
                     "sealing_us": 1e6 * (means[name] - float(np.median(typical[name]))),
@@ -158,17 +146,17 @@ def bench_layer(bench, backend: str, settings: Settings, dtype: str) -> dict:
                     "plain_peak_bytes": plain_peak,
                 }
             )
-    return {"rows": rows, **_bandwidth(bench, sweeps)}
+    return {"rows": records, **_bandwidth(bench, sweeps)}
 
 
-def bench_model(host, bench, model, tokenizer, settings: Settings, names: dict) -> dict:
+def bench_model(host, bench: Bench, model, tokenizer, settings: Settings, names: dict) -> dict:
     """`rows` of a model that reads real text, and the machine's read bandwidth.
 
     host, bench: a backend's modules `generation` and `bench`; names: what `measure_peak` finds the model by.
     """
     jobs, skipped = evaluation.plan_jobs(host, model, tokenizer, settings.evaluated)
     dtype = str(host.model_dtype(model)).rpartition(".")[2]
-    rows = []
+    records = []
     for context in tqdm(settings.contexts, desc="bench", unit="context"):
         runs = _Runs(host, bench, model, real_prompt(tokenizer, context + 1))
         for _ in range(REPEATS):
@@ -179,7 +167,7 @@ def bench_model(host, bench, model, tokenizer, settings: Settings, names: dict) 
         for job in jobs:
             name = job.method.name
             sizes = runs.sizes[name], runs.sizes["host"]
-            row = _row(job.plan, context, dtype, bench.threads(), means, runs.reason, *sizes) | {
+            record = _record(job.plan, context, dtype, bench.threads(), means, runs.reason, *sizes) | {
                 "bits": job.bits,
                 "decode_tokens_per_s": rate[name],
                 "plain_decode_tokens_per_s": rate["host"],
@@ -188,8 +176,8 @@ def bench_model(host, bench, model, tokenizer, settings: Settings, names: dict) 
                 "peak_bytes": fresh_peak(**names, context=context, method=name, bits=job.bits),
                 "plain_peak_bytes": plain_peak,
             }
-            rows.append(row)
-    return {"rows": rows, "skipped": skipped, **_bandwidth(bench, [bench.sweep() for _ in range(REPEATS + 1)])}
+            records.append(record)
+    return {"rows": records, "skipped": skipped, **_bandwidth(bench, [bench.sweep() for _ in range(REPEATS + 1)])}
 
 
 class _Runs:
@@ -198,7 +186,7 @@ class _Runs:
     By cache: tokens read and decoded per second, and seconds in the attention of all `layers` per step.
     """
 
-    def __init__(self, host, bench, model, prompt: list[int]):
+    def __init__(self, host, bench: Bench, model, prompt: list[int]):
         self.host, self.bench, self.model, self.prompt = host, bench, model, prompt
         self.read: dict[str, list[float]] = {}
         self.decoded: dict[str, list[float]] = {}
@@ -207,7 +195,7 @@ class _Runs:
         self.reason: str | None = None
         self.layers = host.model_shape(model)[0].layers
 
-    def go_round(self, jobs: list[evaluation.Job]) -> None:
+    def go_round(self, jobs: list[Job]) -> None:
         host, model = self.host, self.model
         plain = self._read("host", host.plain_cache(model))
         for way in WAYS:
@@ -249,7 +237,7 @@ class _Runs:
         return self.host.generate(self.model, None, self.prompt[-1:], cache, tokens, True, lambda token: None)
 
 
-def machine(host, bench) -> dict:
+def machine(host, bench: Bench) -> dict:
     """What a time belongs to."""
     return {
         "cpu": cpu_name(),
@@ -307,10 +295,10 @@ def measure_layer_peak(
     return host.peak_bytes()
 
 
-def _row(
+def _record(
     plan: Plan, context: int, dtype: str, threads: int, means: dict, reason: str | None, nbytes: int, plain_bytes: int
 ) -> dict:
-    """What every row has, from the mean seconds of a step by cache; a step reads all bytes of its cache."""
+    """What every record has, from the mean seconds of a step by cache; a step reads all bytes of its cache."""
     own, quantized, fastest = means[plan.method.name], means.get("quantized"), min(means[way] for way in WAYS)
     return {
         "method": plan.method.name,
@@ -333,7 +321,7 @@ def _row(
     }
 
 
-def _bandwidth(bench, sweeps: list[float]) -> dict:
+def _bandwidth(bench: Bench, sweeps: list[float]) -> dict:
     return {"machine_read_gb_per_s": bench.SWEEP_BYTES / float(np.median(sweeps)) / 1e9}
 
 

@@ -11,11 +11,9 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from ..arrays.transform import band_sizes
 from ..codecs.registry import bits_range, family_of, make_plan
@@ -87,22 +85,6 @@ def parse_bytes(text: str) -> int:
     return size
 
 
-def safetensors_nbytes(folder: Path) -> int:
-    """Bytes of all tensors in the safetensors files of `folder`, read from their headers; raises UsageError without any."""
-    files, total = sorted(folder.glob("*.safetensors")), 0
-    for path in files:
-        try:
-            with safe_open(path, framework="numpy"):
-                pass  # checks the header against the length of the file
-        except SafetensorError as error:
-            raise UsageError(f"Expected whole weights in {folder}, {path.name} is damaged ({error}).") from None
-        with open(path, "rb") as file:
-            total += path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
-    if not files:
-        raise UsageError(f"Expected weights in safetensors files, {folder} has none: their size is not known.")
-    return total
-
-
 def table_nbytes(host: Host, plan: Plan) -> tuple[int, int]:
     """Bytes of the tables of all layer groups of `plan`, and of those that groups share.
 
@@ -116,8 +98,8 @@ def table_nbytes(host: Host, plan: Plan) -> tuple[int, int]:
     def nbytes(x) -> int:
         return sum(host.buffers([x]).values())
 
-    for row in range(len(plan.layer_groups)):
-        tables = {id(x): x for x in plan.make_codec(host.xp, row, device).tables()}
+    for layer_group in range(len(plan.layer_groups)):
+        tables = {id(x): x for x in plan.make_codec(host.xp, layer_group, device).tables()}
         quantizers = {id(x) for x in plan.shared_tables(host.xp, device)}
         shared |= {key: x for key, x in tables.items() if key in quantizers or key in before}
         own += sum(nbytes(x) for key, x in tables.items() if key not in shared)
@@ -128,7 +110,7 @@ def table_nbytes(host: Host, plan: Plan) -> tuple[int, int]:
 class Stored:
     """What a plan stores of sealed tokens, in all layers; `tables` gives the bytes that all sequences share.
 
-    layers: as many layers as the plan has rows, or how many one typical row stands for.
+    layers: as many layers as the plan has layer groups, or how many layers one typical group stands for.
     """
 
     def __init__(self, plan: Plan, tables: Callable[[Plan], tuple[int, int]], layers: int | None = None):
@@ -154,8 +136,8 @@ class Stored:
         return self.copies * (whole * self._chunk(CHUNK_TOKENS) + self._chunk(rest))
 
     def _chunk(self, tokens: int) -> int:
-        rows = range(len(self.plan.layer_groups)) if tokens else ()
-        arrays = [array for row in rows for array in self.plan.chunk_arrays(row, 1, tokens)]
+        groups = range(len(self.plan.layer_groups)) if tokens else ()
+        arrays = [array for layer_group in groups for array in self.plan.chunk_arrays(layer_group, 1, tokens)]
         return sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind in arrays)
 
 
@@ -246,41 +228,45 @@ class Budget:
         return low
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """The caches that `fit` counts. bits, contexts: none for those that the method and the model suggest.
+
+    window, sinks: last and first tokens that stay exact.
+    """
+
+    method: Method
+    bits: Iterable[float] = ()
+    contexts: Iterable[int] = ()
+    window: int = WINDOW
+    sinks: int = SINKS
+
+
 def fit(
-    model: Footprint,
-    memory: int,
-    method: Method,
-    profile: Profile | None,
-    tables: Callable[[Plan], tuple[int, int]],
-    bits: Iterable[float] = (),
-    contexts: Iterable[int] = (),
-    window: int = WINDOW,
-    sinks: int = SINKS,
+    model: Footprint, memory: int, wanted: Wanted, profile: Profile | None, tables: Callable[[Plan], tuple[int, int]]
 ) -> dict:
     """`rows` for every pair of bits and context, `limits` by bits, `contexts` with the bits that they allow.
 
-    profile None: tables and widths of a typical plan for this shape. tables: (bytes of the rows, bytes that all rows
-    share) of a plan. Raises UsageError for bits that `method` cannot reach, contexts out of range, or memory that the
+    profile None: tables and widths of a typical plan for this shape. tables: (bytes of the layer groups, bytes that all groups
+    share) of a plan. Raises UsageError for bits that the method cannot reach, contexts out of range, or memory that the
     weights alone exceed.
     """
-    _check_request(model, memory, method)
-    contexts = tuple(dict.fromkeys(contexts)) or _default_contexts(model.context)
+    method, bits = wanted.method, tuple(dict.fromkeys(wanted.bits))
+    _check_wanted(model, memory, method)
+    contexts = tuple(dict.fromkeys(wanted.contexts)) or _default_contexts(model.context)
     _check_contexts(model, contexts)
     if not method.compresses and bits:
         raise UsageError(f"Expected no `bits` for {method.name}, which stores what the plain cache does.")
-    made = {
-        b: _stored(model, method, profile, tables, b)
-        for b in tuple(dict.fromkeys(bits)) or _default_bits(model.shape, method)
-    }
+    made = {b: _stored(model, method, profile, tables, b) for b in bits or _default_bits(model.shape, method)}
     own = 8 * model.element_bytes
     budgets = {("plain", float(b)): Budget(model, None, 0, 0, b // 8) for b in sorted({16, own}, reverse=True)}
     profile_bytes = _profile_nbytes(model.shape, profile) if method.basis_set and model.shares_memory else 0
-    sizes = sinks, window, model.element_bytes, profile_bytes
+    sizes = wanted.sinks, wanted.window, model.element_bytes, profile_bytes
     budgets |= {(method.name, b): Budget(model, s, *sizes) for b, s in made.items()}
     table_bytes = max((stored.table_bytes for stored in made.values()), default=0)
     options = model, method, table_bytes, sizes, memory
     return {
-        "rows": [_row(*key, budget, context, memory) for context in contexts for key, budget in budgets.items()],
+        "rows": [_record(*key, budget, context, memory) for context in contexts for key, budget in budgets.items()],
         "limits": [_limit(*key, budget, memory) for key, budget in budgets.items()],
         "contexts": [
             {
@@ -293,7 +279,7 @@ def fit(
     }
 
 
-def _check_request(model: Footprint, memory: int, method: Method) -> None:
+def _check_wanted(model: Footprint, memory: int, method: Method) -> None:
     if memory <= model.weights_bytes:
         raise UsageError(
             f"Expected memory for the weights, {model.weights_bytes:,} bytes, received {memory:,}. Give more `memory`, or "
@@ -370,7 +356,7 @@ def _limit(name: str, bits: float, budget: Budget, memory: int) -> dict:
     }
 
 
-def _row(name: str, bits: float, budget: Budget, context: int, memory: int) -> dict:
+def _record(name: str, bits: float, budget: Budget, context: int, memory: int) -> dict:
     cache, dense = budget.cache_bytes(context), budget.dense_bytes(context)
     peak, turns = budget.peak_bytes(context), budget.peak_bytes(context, turns=True)
     return {

@@ -13,7 +13,7 @@ from .layer_cache import LayerCache
 
 
 class CompressedLayer:
-    """Layer group number `row` of a plan: one layer, or the first of several that are coded together, whose tokens it keeps.
+    """A layer group: one layer, or the first of several that are coded together, whose tokens it keeps.
 
     A host's own cache layer inherits it, and gives `xp`. `taken`: by layer of the group, keys and values [B, H, L, D] that
     came in and that nobody has attended to yet. `store`: None until the device is known.
@@ -26,14 +26,14 @@ class CompressedLayer:
     def __init__(
         self,
         plan: Plan,
-        row: int,
+        layer_group: int,
         sinks: int,
         window: int,
         eviction: Eviction | None = None,
         working_set: int = 0,
     ):
         super().__init__()
-        self.plan, self.row, self.sinks, self.window = plan, row, sinks, window
+        self.plan, self.layer_group, self.sinks, self.window = plan, layer_group, sinks, window
         self.eviction, self.working_set = eviction, working_set
         self.store, self.taken = None, {}
 
@@ -49,7 +49,7 @@ class CompressedLayer:
     @property
     def layers(self) -> tuple[int, ...]:
         """Indices of the layers of the group."""
-        return self.plan.layer_groups[self.row]
+        return self.plan.layer_groups[self.layer_group]
 
     @property
     def kv_heads(self) -> int:
@@ -63,11 +63,11 @@ class CompressedLayer:
 
     def open(self, device=None) -> LayerCache:
         """Put the codec's tables on `device`; returns the store, empty."""
-        codec = self.plan.codecs(self.xp, device)[self.row]
+        codec = self.plan.codecs(self.xp, device)[self.layer_group]
         staging, at_more_bits = None, self.plan.staging
         if at_more_bits and self.eviction is None:
-            staging = lambda: at_more_bits.codecs(self.xp, device)[self.row]  # noqa: E731
-        made = self.sinks, self.window, staging, self.eviction, self.row, self.working_set
+            staging = lambda: at_more_bits.codecs(self.xp, device)[self.layer_group]  # noqa: E731
+        made = self.sinks, self.window, staging, self.eviction, self.layer_group, self.working_set
         self.store = LayerCache(self.xp, codec, *made)
         return self.store
 

@@ -26,58 +26,53 @@ def check_working_set(method: Method, limit: int) -> None:
 
 
 def bytes_per_layer(plan: Plan, limit: int) -> int:
-    """What every row of the plan's tables may keep of `limit` bytes; raises UsageError for a method that decodes nothing."""
+    """What every layer group may keep of `limit` bytes; raises UsageError for a method that decodes nothing."""
     check_working_set(plan.method, limit)
     return limit // len(plan.layer_groups)
 
 
-def held(group, layer: int | None = None) -> list:
-    """The decoded arrays that stay in `group`, of `layer` of its row or of all."""
-    return [x for (_, of), pair in group.decoded.items() if layer in (None, of) for x in pair]
+def decode_step(group, layer: int, limit: int, queries, keys, values, scale: float):
+    """`attention.decode_step` over the chunks of a `PaddingGroup`, of which those that fit in `limit` bytes stay decoded.
 
-
-def decode_step(xp, codec, group, layer: int, limit: int, queries, keys, values, scale: float):
-    """`attention.decode_step` over the chunks of `group`, of which those that fit in `limit` bytes stay decoded in it.
-
-    `codec`: that of layer number `layer` of the row. Chunks stay in 16 bits: in the dtype of `queries` where that has as
-    many, else in float16.
+    Chunks stay in 16 bits: in the dtype of `queries` where that has as many, else in float16.
     """
+    xp, codec = group.storage.xp, group.storage.codec.reader(layer)
     kind = queries.dtype if queries.nbytes == 2 * prod(queries.shape) else xp.float16
     there = set(group.chunks)
     group.decoded = {key: pair for key, pair in group.decoded.items() if key[0] in there}
-    decoded, left = dict(group.decoded), limit - sum(x.nbytes for x in held(group, layer))
+    decoded, left = dict(group.decoded), limit - sum(x.nbytes for x in group.decoded_arrays(layer))
     heads, (batch, q_heads, length, dim) = keys.shape[1], queries.shape
     size = 2 * 2 * batch * heads * dim  # bytes of a token
-    rows = xp.astype(attention.group_queries(queries, heads), xp.float32)
+    query_rows = xp.astype(attention.group_queries(queries, heads), xp.float32)
 
     def partials():
         nonlocal left
         for chunk in group.chunks:
             key = chunk, layer
             if key not in decoded and chunk.tokens * size > left:
-                yield codec.attend(chunk, rows, scale)
+                yield codec.attend(chunk, query_rows, scale)
                 continue
             if key not in decoded:
                 decoded[key] = tuple(xp.astype(x, kind) for x in codec.decode(chunk))
                 left -= chunk.tokens * size
             k, v = decoded[key]
-            yield attend_decoded(xp, queries, rows, k, v, scale)
-        mask = attention.causal_rows(xp, q_heads // heads, length, keys.shape[2], like=queries)
+            yield attend_decoded(xp, queries, query_rows, k, v, scale)
+        mask = attention.causal_mask(xp, q_heads // heads, length, keys.shape[2], like=queries)
         k, v = (xp.astype(x, xp.float32) for x in (keys, values))
-        yield attention.dense_partial(xp, rows, k, v, scale, mask)
+        yield attention.dense_partial(xp, query_rows, k, v, scale, mask)
 
     out = attention.merge_partials(xp, partials())
     group.decoded = decoded
     return xp.astype(out.reshape(*queries.shape[:3], values.shape[3]), queries.dtype)
 
 
-def attend_decoded(xp, queries, rows, keys, values, scale: float):
+def attend_decoded(xp, queries, query_rows, keys, values, scale: float):
     """Partial softmax over a decoded chunk: by the host's fused kernel where dtypes agree and it gives partials.
 
-    `queries` [B, Hq, L, D] as they came, `rows` the same, grouped, in float32.
+    `queries` [B, Hq, L, D] as they came, `query_rows` the same, grouped, in float32.
     """
     fused = xp.kernels if queries.dtype == keys.dtype else None
     if fused and fused.supports_partial_attention(queries):
         return fused.partial_attention(queries, keys, values, scale)
     keys, values = (xp.astype(x, xp.float32) for x in (keys, values))
-    return attention.dense_partial(xp, rows, keys, values, scale)
+    return attention.dense_partial(xp, query_rows, keys, values, scale)

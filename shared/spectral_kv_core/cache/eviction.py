@@ -14,7 +14,7 @@ import numpy as np
 
 from ..codecs.chunk import Chunk
 from ..errors import UsageError
-from ..planning.budget import CHUNK_TOKENS
+from ..planning.budget import CHUNK_TOKENS, WAITING
 from ..planning.plan import Plan, needed
 from ..scorers import Scorer, Tokens, get_scorer
 from ..scorers.selection import MODES, select
@@ -42,7 +42,7 @@ class Eviction:
     mode: str = MODES[0]
     every: int = EVERY
     wavelet: str | None = None
-    agreed: dict = field(default_factory=dict, repr=False)  # blocks that stay in every layer, by rows: masks are shared
+    agreed: dict = field(default_factory=dict, repr=False)  # blocks that stay in all layers, by sequences
     waiting: list = field(default_factory=list, repr=False)  # per_head: layers that the others of a call will follow
 
     def __post_init__(self):
@@ -68,8 +68,9 @@ class Eviction:
         for start, end in sorted(self.protect):
             covered += max(end - max(start, last), 0)
             last = max(last, end)
-        blocks = 2 * 15 * len(self.protect) if self.coded else 0  # a block is kept for the sake of one token
-        waits = 15 if self.coded else 0  # for their block to fill
+        # a block is kept for the sake of one token, at both ends of a span
+        blocks = 2 * WAITING * len(self.protect) if self.coded else 0
+        waits = WAITING if self.coded else 0
         return self.sinks + self.window + waits + blocks + covered
 
     @property
@@ -86,7 +87,7 @@ class Eviction:
         return get_scorer(needed(self.plan.method.scorer))
 
     @property
-    def joint(self) -> bool:
+    def shares_tokens(self) -> bool:
         """Whether the heads of a layer keep the same tokens, because they are coded together."""
         return self.plan.method.shares_tokens
 
@@ -94,70 +95,71 @@ class Eviction:
         """The protected spans in a text of `seen` tokens."""
         return [(start, min(end, seen)) for start, end in self.protect if start < seen]
 
-    def scores(self, xp, row: int, keys, values, positions, now: int, recent=None):
-        """How much every stored token of layer number `row` matters: [B, H, T] float32, H 1 for joint heads.
+    def scores(self, xp, layer_group: int, keys, values, positions, now: int, recent=None):
+        """How much every stored token of `layer_group` matters: [B, H, T] float32, H 1 where heads share.
 
         `keys`, `values` [B, H, T, D] after RoPE; `positions` NumPy [B, H, T] or [T]; `now`: of the last token; `recent`
         [B, Hq, L, D]: queries of the last L tokens times the attention scale, where there are any.
         """
-        statistics = self.plan.query_statistics(row)
+        statistics = self.plan.query_statistics(layer_group)
         tokens = Tokens(xp, keys, values, positions, now, self.plan.shape.rope, recent=recent, **statistics)
-        options: dict[str, int | str] = {"seed": row} if self.scorer.name == "random" else {}
+        options: dict[str, int | str] = {"seed": layer_group} if self.scorer.name == "random" else {}
         if self.wavelet is not None:
             options["wavelet"] = self.wavelet
         scores = self.scorer(tokens, **options)
-        return xp.mean(scores, axis=1, keepdims=True) if self.joint else scores
+        return xp.mean(scores, axis=1, keepdims=True) if self.shares_tokens else scores
 
-    def cut(self, cache, group: PaddingGroup, prompt: bool, recent) -> None:
-        """Bring `group` of the layer `cache` within the budget; after generated tokens with room for those that come.
+    def cut(self, layer_group: int, group: PaddingGroup, prompt: bool, recent) -> None:
+        """Bring `group` of `layer_group` within the budget; after generated tokens with room for those that come.
 
         `recent`: see `scores`; None where nothing attended.
         """
         if group.stored <= self.budget:
             return
         target = self.budget if prompt else self.target
-        scores, places = self._scored(cache, group, recent)
+        scores, places = self._scored(layer_group, group, recent)
         if self.mode == "per_layer_per_head":
-            self._drop(cache, group, scores, places, target)
+            self._drop(layer_group, group, scores, places, target)
             return
         self.waiting = [
-            entry for entry in self.waiting if (entry[0].row, entry[1].sequences) != (cache.row, group.sequences)
+            entry for entry in self.waiting if (entry[0], entry[1].sequences) != (layer_group, group.sequences)
         ]
-        self.waiting.append((cache, group, scores, places))
+        self.waiting.append((layer_group, group, scores, places))
         layers = [entry for entry in self.waiting if entry[1].sequences == group.sequences]
         if len(layers) < len(self.plan.layer_groups):
             return
-        mean = cache.xp.mean(cache.xp.stack([entry[2] for entry in layers]), axis=0)
+        xp = group.storage.xp
+        mean = xp.mean(xp.stack([entry[2] for entry in layers]), axis=0)
         self.waiting = [entry for entry in self.waiting if entry[1].sequences != group.sequences]
-        for layer, its_group, _, its_places in layers:
-            self._drop(layer, its_group, mean, its_places, target)
+        for its_layer_group, its_group, _, its_places in layers:
+            self._drop(its_layer_group, its_group, mean, its_places, target)
 
-    def _scored(self, cache, group: PaddingGroup, recent):
+    def _scored(self, layer_group: int, group: PaddingGroup, recent):
         """Scores [b, H or 1, stored] of all tokens of `group`, and their positions, NumPy: sinks, sealed ones, the rest."""
-        xp = cache.xp
-        keys, values = cache.dense_of(group, xp.float32)
-        places = group.all_places(xp, self.sinks)
+        xp = group.storage.xp
+        keys, values = group.dense(xp.float32)
+        places = group.all_places()
         everywhere = np.broadcast_to(places, keys.shape[:3])
-        scores = self.scores(xp, cache.row, keys, values, everywhere, group.seen - 1, recent)
+        scores = self.scores(xp, layer_group, keys, values, everywhere, group.seen - 1, recent)
         return scores, np.broadcast_to(places, scores.shape)
 
-    def _drop(self, cache, group: PaddingGroup, scores, places: np.ndarray, target: int) -> None:
+    def _drop(self, layer_group: int, group: PaddingGroup, scores, places: np.ndarray, target: int) -> None:
         """Keep the `target` best tokens of every head; of sealed ones whole blocks, as many in every head."""
-        xp, before = cache.xp, group.stored
+        xp, before = group.storage.xp, group.stored
         spans, fixed = self.spans(group.seen), (self.sinks, self.window)
-        start, sealed = min(self.sinks, group.exact), group.sealed
-        now = group.places(xp, self.sinks)
+        start, sealed = group.sinks, group.sealed
+        now = group.places()
         if sealed:
             best = xp.to_numpy(select(xp, scores, target, *fixed, spans, places))
             inside = float(((best >= start) & (best < start + sealed)).sum(-1).mean())
-            block = cache.codec.block
-            rows, blocks = tuple(group.sequences), max(int(inside // block), (target - group.exact) // block)
-            if self.agreed.get(rows, (None,))[0] != (group.seen, group.stored) or cache.row == 0:
-                self.agreed[rows] = (group.seen, group.stored), blocks
-            blocks = self.agreed[rows][1]
+            block = group.storage.codec.block
+            sequences, blocks = tuple(group.sequences), max(int(inside // block), (target - group.exact) // block)
+            if self.agreed.get(sequences, (None,))[0] != (group.seen, group.stored) or layer_group == 0:
+                self.agreed[sequences] = (group.seen, group.stored), blocks
+            blocks = self.agreed[sequences][1]
             group.decoded = {}
             group.chunks = self._best_blocks(
-                cache, group, scores[:, :, start : start + sealed], places[:, :, start : start + sealed], spans, blocks
+                group, scores[:, :, start : start + sealed], places[:, :, start : start + sealed], spans, blocks
             )
             target = min(target - group.sealed, group.exact)
             scores = xp.concat([scores[:, :, :start], scores[:, :, start + sealed :]], axis=2)
@@ -170,9 +172,10 @@ class Eviction:
             group.exact_values = xp.take_along_axis(group.exact_values, index[..., None], axis=2)
         group.dropped += before - group.stored
 
-    def _best_blocks(self, cache, group: PaddingGroup, scores, places: np.ndarray, spans, count: int) -> list[Chunk]:
+    def _best_blocks(self, group: PaddingGroup, scores, places: np.ndarray, spans, count: int) -> list[Chunk]:
         """The chunks of `group` with the `count` best blocks of every head, and at least those with protected tokens."""
-        xp, block = cache.xp, cache.codec.block
+        xp, codec = group.storage.xp, group.storage.codec
+        block = codec.block
         scores = xp.mean(scores.reshape(*scores.shape[:2], -1, block), axis=-1)
         if spans:
             inside = np.zeros(places.shape, bool)
@@ -183,4 +186,4 @@ class Eviction:
             scores = xp.where(xp.asarray(protected, like=scores), 3e38, scores)
         if not count:
             return []
-        return cache.codec.keep(group.chunks, select(xp, scores, count, 0, 0), CHUNK_TOKENS)
+        return codec.keep(group.chunks, select(xp, scores, count, 0, 0), CHUNK_TOKENS)

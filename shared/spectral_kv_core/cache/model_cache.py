@@ -10,7 +10,6 @@ from itertools import islice
 from ..codecs.chunk import join_layers, split_layers
 from ..errors import UsageError
 from ..hosts.protocol import Host
-from ..planning.budget import elements_per_token
 from ..profile.profile import Profile
 from .compressed_layer import CompressedLayer, FollowingLayer, is_compressed, leading_layers
 from .request import CacheRequest
@@ -35,7 +34,7 @@ def build_cache(
     shape, passed, profile = host.profile_for(model, request.recipe, profile, tokenizer)
     layers = host.models.host_layers(model, left_padding)
     element_bytes = host.xp.zeros((), dtype=host.models.model_dtype(model)).nbytes
-    of_token = elements_per_token(shape) // len(shape.layers) * element_bytes
+    of_token = 2 * shape.kv_heads * shape.head_dim * element_bytes
     other = sum(host.most_tokens(layers[i]) for i in passed) * of_token
     plan, eviction = request.plan(shape, profile, element_bytes, other)
     host.install(model)

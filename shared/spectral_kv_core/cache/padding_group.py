@@ -1,19 +1,64 @@
-"""What a cache layer holds for the sequences of a batch that start at the same slot."""
+"""The life of a key tensor in a cache: exact sinks and an exact recent window, sealed chunks of packed codes in between.
+
+Sequences of a batch that start at the same slot form a *padding group*. They are stored and attended together. New tokens
+enter behind the exact ones (`append`). Those that left the window are coded once they fill blocks (`seal`), and are
+attended to as codes (`attend`).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from ..codecs.chunk import Chunk, positions_of
+from ..arrays import attention
+from ..codecs.base import Codec
+from ..codecs.chunk import Chunk, decoded, positions_of, select_sequences, split_by_chunk, split_layers
+from ..planning.budget import SEAL
+from . import decoded_chunks
+
+LATENT_QUERIES = 16  # up to so many new tokens attend to the codes; more are a prefill and use the host's fused kernel
+DENSE_TOKENS = 32768  # sealed tokens that may be decoded at once for such a call, where that saves small operations
+
+
+class Storage:
+    """How tokens are held, which all padding groups of a layer share.
+
+    codec: None keeps everything exact. sinks, window: first and last tokens kept exactly. layers: that the codec codes
+    together. block: tokens are sealed in multiples of it. make_staging: see `LayerCache`.
+    """
+
+    def __init__(self, xp, codec, sinks: int, window: int, make_staging: Callable[[], Codec] | None = None):
+        self.xp, self.codec, self.sinks, self.window, self.make_staging = xp, codec, sinks, window, make_staging
+        self.layers = 1 if codec is None else codec.layers
+        self.block = SEAL if codec is None else max(SEAL, codec.block)
+        self._staging: Codec | None = None
+
+    @property
+    def staging(self) -> Codec:
+        """The codec that holds a prompt; made when the first prompt goes on after one call."""
+        if self._staging is None:
+            assert self.make_staging is not None, "nothing is staged without"
+            self._staging = self.make_staging()
+        return self._staging
+
+    def tables(self) -> list:
+        """Every array that all sequences share."""
+        codecs = [codec for codec in (self.codec, self._staging) if codec is not None]
+        return list({id(x): x for codec in codecs for x in codec.tables()}.values())
 
 
 @dataclass
 class PaddingGroup:
-    """State of the sequences of a batch, by their numbers, that share their left padding `pad` (slots)."""
+    """Tokens of the sequences of a batch, by their numbers, that share their left padding `pad` (slots).
 
+    Arrays have these sequences alone: b of them. Heads H are those of all layers that are coded together, of one layer where
+    a method takes its number `layer`.
+    """
+
+    storage: Storage
     sequences: list[int]
     pad: int
     exact_keys: Any = None  # [b, H, sinks + window, D], sinks first
@@ -43,31 +88,258 @@ class PaddingGroup:
         """Tokens that came in: the position of the next one."""
         return self.stored + self.dropped
 
-    def recent(self, xp, window: int) -> int:
-        """Exact tokens at the end that nothing is missing between; not more than `window` of those at the last eviction."""
+    @property
+    def sinks(self) -> int:
+        """Exact tokens before the sealed ones."""
+        return min(self.storage.sinks, self.exact)
+
+    @property
+    def ready(self) -> int:
+        """Exact tokens that lie before the window and fill blocks."""
+        storage = self.storage
+        if storage.codec is None:
+            return 0
+        return max(self.exact - storage.sinks - storage.window, 0) // storage.block * storage.block
+
+    def append(self, keys, values, joined: tuple | None = None) -> None:
+        """Put `keys`, `values` [b, H, L, D] behind the exact tokens; `joined`: as `attend` gave it."""
+        self.exact_keys, self.exact_values = joined or self._joined(keys, values)
+
+    def own(self, keys, values) -> None:
+        """Copy what came in where it is held as it came: it may be a view of the projection of all heads."""
+        if self.exact_keys is keys:
+            self.exact_keys, self.exact_values = self.storage.xp.copy(keys), self.storage.xp.copy(values)
+
+    def seal(self, staged: bool = False) -> None:
+        """Code the exact tokens that are `ready`; `staged`: at more bits, until the prompt ends."""
+        ready = self.ready
+        if not ready:
+            return
+        storage, xp = self.storage, self.storage.xp
+        first, stop = storage.sinks, storage.sinks + ready
+
+        def split(x):
+            return x[:, :, first:stop], xp.concat([x[:, :, :first], x[:, :, stop:]], axis=2)
+
+        position, left_places = split(self.places()) if self.dropped else (first + self.sealed, None)
+        (keys, left_keys), (values, left_values) = split(self.exact_keys), split(self.exact_values)
+        if staged:
+            self.staged = coded(storage.staging, self.staged, keys, values, position)
+        else:
+            self.chunks = coded(storage.codec, self.chunks, keys, values, position)
+        self.exact_keys, self.exact_values, self.positions = left_keys, left_values, left_places
+
+    def finalize(self) -> None:
+        """End the prompt: what was staged is encoded at the plan's bits, chunk by chunk."""
+        if not self.staged:
+            return
+        storage, xp = self.storage, self.storage.xp
+        position = storage.sinks + sum(chunk.tokens for chunk in self.chunks)
+        for keys, values in decoded(xp, storage.staging, self.staged, xp.float32):
+            self.chunks = coded(storage.codec, self.chunks, keys, values, position)
+            position += keys.shape[2]
+        self.staged = []
+
+    def attend(
+        self, queries, keys, values, scale: float, fused, layer: int = 0, working_set: int | None = None
+    ) -> tuple:
+        """Attention [b, Hq, L, D] to everything held and to L new tokens of `layer`, which do not enter.
+
+        fused: see `LayerCache.attend`. working_set: bytes of decoded chunks of `layer` that may stay, None for a cache
+        without. Returns also keys and values of the exact tokens with the new ones behind them, or None where it took none.
+        """
+        sealed = self.chunks or self.staged
+        if sealed and queries.shape[2] > LATENT_QUERIES:
+            return self._attend_prompt(queries, keys, values, scale, fused, layer), None
+        k, v = joined = self._joined(keys, values, layer)
+        if not sealed:
+            out = fused(queries, k, v, scale)
+        elif working_set is not None:
+            out = decoded_chunks.decode_step(self, layer, working_set, queries, k, v, scale)
+        else:
+            out = self.storage.codec.reader(layer).decode_step(self.chunks, queries, k, v, scale)
+        return out, joined
+
+    def _attend_prompt(self, queries, keys, values, scale: float, fused, layer: int):
+        """`attend` for many new tokens, to decoded keys and values."""
+        xp = self.storage.xp
+        at_once = self.storage.codec.reader(layer).decoder and self.sealed <= DENSE_TOKENS
+        if not at_once and xp.kernels and xp.kernels.supports_partial_attention(queries):
+            return self._attend_tiles(queries, keys, values, scale, layer)
+        return fused(queries, *self.dense(keys.dtype, (keys, values), layer), scale)
+
+    def _attend_tiles(self, queries, keys, values, scale: float, layer: int):
+        """`attend` with never more of the history decoded than `decoded` gives at a time."""
+        xp = self.storage.xp
+        attend = xp.kernels.partial_attention
+
+        def partials():
+            yield attend(queries, keys, values, scale, causal=True)
+            if self.exact:  # no fused kernel takes 0 keys
+                yield attend(queries, *self._exact(layer), scale)
+            for tile in self._tiles(queries.dtype, layer):
+                yield attend(queries, *tile, scale)
+
+        parts = partials()
+        total = next(parts)
+        xp.evaluate(*total)
+        for part in parts:
+            total = attention.add_partials(xp, total, part)
+            xp.evaluate(*total)  # else all parts are there until the last one
+        o, _, l = total
+        return xp.astype((o / l).reshape(queries.shape), queries.dtype)
+
+    def dense(self, dtype, new=(), layer: int | None = None) -> tuple:
+        """Keys and values [b, H, stored, D], decoded: sinks, what is sealed, the rest, and those of `new` tokens.
+
+        Of one layer, or of all (None).
+        """
+        xp, sinks, exact = self.storage.xp, self.sinks, self._exact(layer)
+        parts = [[x[:, :, :sinks]] for x in exact]
+        for tile in self._tiles(dtype, layer):
+            for side, x in zip(parts, tile):
+                side.append(x)
+        for side, x in zip(parts, exact):
+            side.append(x[:, :, sinks:])
+        for side, x in zip(parts, new):
+            side.append(x)
+        return tuple(xp.concat([xp.astype(x, dtype) for x in side], axis=2) for side in parts)
+
+    def _tiles(self, dtype, layer: int | None) -> Iterator[tuple]:
+        """Keys and values [b, H, T, D] of what is sealed, in its order, of one layer or of all, decoded part by part."""
+        storage = self.storage
+        if self.chunks:
+            yield from decoded(storage.xp, storage.codec.reader(layer), self.chunks, dtype)
+        if self.staged:
+            yield from decoded(storage.xp, storage.staging.reader(layer), self.staged, dtype)
+
+    def _exact(self, layer: int | None = None) -> tuple:
+        """Exact keys and values [b, H, exact, D] of one layer, or of all (None)."""
+        sides, layers = (self.exact_keys, self.exact_values), self.storage.layers
+        return sides if layer is None or layers == 1 else split_layers(*sides, layers)[layer]
+
+    def _joined(self, keys, values, layer: int | None = None) -> tuple:
+        """Keys and values of the exact tokens, with `keys` and `values` behind them."""
+        if not self.exact:
+            return keys, values
+        exact_keys, exact_values = self._exact(layer)
+        concat = self.storage.xp.concat
+        return concat([exact_keys, keys], axis=2), concat([exact_values, values], axis=2)
+
+    def recent(self) -> int:
+        """Exact tokens at the end that nothing is missing between; not more than the window of those at the last eviction."""
         if not self.dropped:
             return self.exact
-        known = xp.to_numpy(self.positions)[..., ::-1]
+        known = self.storage.xp.to_numpy(self.positions)[..., ::-1]
         later = self.exact - known.shape[2]
         whole = (known == self.seen - later - 1 - np.arange(known.shape[2])).all((0, 1))
-        return later + min(int(np.logical_and.accumulate(whole).sum()), window)
+        return later + min(int(np.logical_and.accumulate(whole).sum()), self.storage.window)
 
-    def places(self, xp, sinks: int):
-        """Positions int32 [b or 1, H or 1, exact] of the exact tokens, of which `sinks` stand before the sealed ones."""
+    def places(self):
+        """Positions int32 [b or 1, H or 1, exact] of the exact tokens."""
+        xp = self.storage.xp
         if self.dropped:
             known = self.positions
             first = self.seen - (self.exact - known.shape[2])
             rest = np.arange(first, self.seen, dtype=np.int32)[None, None]
             blank = xp.zeros((*known.shape[:2], 1), dtype=xp.int32, like=known)
             return xp.concat([known, xp.asarray(rest, like=known) + blank], axis=2)
-        sinks = min(sinks, self.exact)
-        places = np.concatenate([np.arange(sinks), np.arange(sinks + self.sealed, self.seen)])
+        places = np.concatenate([np.arange(self.sinks), np.arange(self.sinks + self.sealed, self.seen)])
         return xp.asarray(places.astype(np.int32)[None, None], like=self.exact_keys)
 
-    def all_places(self, xp, sinks: int) -> np.ndarray:
+    def all_places(self) -> np.ndarray:
         """Positions [b, H or 1, stored] of all tokens, NumPy: sinks, sealed ones, the rest."""
-        exact, first = self.places(xp, sinks), min(sinks, self.exact)
+        xp, exact, first = self.storage.xp, self.places(), self.sinks
         sealed = [positions_of(xp, chunk, exact) for chunk in (*self.chunks, *self.staged)]
         parts = [xp.to_numpy(x) for x in (exact[:, :, :first], *sealed, exact[:, :, first:])]
         shape = len(self.sequences), max(part.shape[1] for part in parts)
         return np.concatenate([np.broadcast_to(part, (*shape, part.shape[2])) for part in parts], axis=2)
+
+    def crop(self, tokens: int) -> None:
+        """Forget the last `tokens` tokens; a sealed block that the cut splits is decoded back into the window."""
+        xp, keep = self.storage.xp, self.stored - tokens
+        self.decoded = {}
+        if keep <= 0:
+            self.exact_keys = self.exact_values = self.positions = None
+            self.chunks, self.dropped = [], 0
+            return
+        if self.dropped:
+            self.positions = xp.copy(self.positions[:, :, : self.exact - tokens])
+        if self.chunks and tokens > self.exact - self.sinks:
+            self._crop_sealed(keep)
+            return
+        left = self.exact - tokens
+        self.exact_keys, self.exact_values = (xp.copy(x[:, :, :left]) for x in (self.exact_keys, self.exact_values))
+
+    def _crop_sealed(self, keep: int) -> None:
+        """Keep the first `keep` tokens, of which the sealed ones are the last."""
+        storage, xp = self.storage, self.storage.xp
+        exact = [x[:, :, : min(storage.sinks, keep)] for x in (self.exact_keys, self.exact_values)]
+        left = max(keep - storage.sinks, 0)
+        chunks, tail = [], None
+        for chunk in self.chunks:
+            here = min(left, chunk.tokens)
+            whole = here // storage.block * storage.block
+            if whole:
+                chunks.append(chunk if whole == chunk.tokens else storage.codec.cut(chunk, whole))
+            if whole < here:
+                tail = [xp.astype(x[:, :, whole:left], self.exact_keys.dtype) for x in storage.codec.decode(chunk)]
+            left -= here
+            if not left:
+                break
+        if tail:
+            exact = [xp.concat([a, b], axis=2) for a, b in zip(exact, tail)]
+        self.exact_keys, self.exact_values = (xp.copy(x) for x in exact)
+        self.chunks = chunks
+
+    def select(self, places: list[int], sequences: list[int]) -> PaddingGroup:
+        """The sequences at `places` of this group, repeats allowed, with the numbers `sequences`."""
+        xp = self.storage.xp
+        kept = PaddingGroup(self.storage, sequences, self.pad, dropped=self.dropped)
+        if self.exact_keys is not None:
+            index = xp.asarray(np.array(places, np.int32), like=self.exact_keys)
+            kept.exact_keys = xp.take(self.exact_keys, index, axis=0)
+            kept.exact_values = xp.take(self.exact_values, index, axis=0)
+            kept.chunks = [select_sequences(xp, chunk, index) for chunk in self.chunks]
+            kept.staged = [select_sequences(xp, chunk, index) for chunk in self.staged]
+            if self.positions is not None:
+                kept.positions = xp.take(self.positions, index, axis=0)
+        return kept
+
+    def copy(self) -> PaddingGroup:
+        """An independent group; arrays are never changed in place, so both share them."""
+        return replace(self, sequences=list(self.sequences), chunks=list(self.chunks), staged=list(self.staged))
+
+    def state_arrays(self) -> list:
+        """Every array held, without what others of them decode to."""
+        exact = [x for x in (self.exact_keys, self.exact_values, self.positions) if x is not None]
+        return exact + [a for chunk in (*self.chunks, *self.staged) for a in chunk.held]
+
+    def decoded_arrays(self, layer: int | None = None) -> list:
+        """The decoded arrays that stay, of one layer or of all (None)."""
+        return [x for (_, of), pair in self.decoded.items() if layer in (None, of) for x in pair]
+
+
+def coded(codec: Codec, chunks: list[Chunk], keys, values, position) -> list[Chunk]:
+    """`chunks` with the tokens of `keys`, `values` [B, H, T, D] at `position` (see `Chunk`) behind them, in a new list."""
+    chunks, tokens, full = list(chunks), keys.shape[2], codec.chunk_tokens
+
+    def places(start: int, stop: int):
+        return position + start if isinstance(position, int) else codec.xp.copy(position[:, :, start:stop])
+
+    for run in range(0, tokens, codec.at_once or tokens):
+        stop = min(run + (codec.at_once or tokens), tokens)
+        codes = codec.choose(keys[:, :, run:stop], values[:, :, run:stop], places(run, stop)) if codec.at_once else None
+        growing = chunks[-1].tokens % full if chunks else 0
+        for start, end in split_by_chunk(run, stop, growing, full):
+            last = chunks.pop() if chunks and chunks[-1].tokens < full else None
+            here = places(start, end)
+            if codes is not None:
+                part = codes[:, :, (start - run) // codec.block : (end - run) // codec.block]
+                chunks.append(codec.seal(last, part, here))
+            elif last is None:
+                chunks.append(codec.encode(keys[:, :, start:end], values[:, :, start:end], here))
+            else:
+                told = None if isinstance(here, int) else here
+                chunks.append(codec.append(last, keys[:, :, start:end], values[:, :, start:end], told))
+    return chunks

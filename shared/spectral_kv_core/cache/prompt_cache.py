@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..codecs.registry import make_plan, plan_for
@@ -20,30 +21,41 @@ from .model_cache import fill, layer_contents
 from .prompt_cache_file import ExactLayer, PromptFile, encode_within
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """How a cache is encoded before it is stored. method None: not at all.
+
+    bits: average stored bits of `method`, None for its own. window, sinks: tokens that stay exact.
+    """
+
+    method: str | Method | None = None
+    bits: float | None = None
+    profile: Profile | None = None
+    window: int = WINDOW
+    sinks: int = SINKS
+
+
 def save_prompt_cache(
     host: Host,
     path: str | os.PathLike,
     cache,
     tokens: Sequence | None = None,
     *,
+    encoding: Encoding,
     model=None,
-    method: str | Method | None = None,
-    bits: float | None = None,
-    profile: Profile | None = None,
-    window: int = WINDOW,
-    sinks: int = SINKS,
     metadata: dict | None = None,
 ) -> Path:
     """`save_prompt_cache` of a backend, where the arguments are described."""
+    method, bits = encoding.method, encoding.bits
     if method is None and not leading_layers(host.layers(cache)):
         method = "identity"
     if method is not None:
         if model is None:
             raise UsageError("Expected the model of a cache that is to be encoded, received none. Give model=.")
         method = get_keeping_method(method)
-        shape, _, profile = host.profile_for(model, method, profile)
-        plan = plan_for(shape, profile, method, bits, window=window, sinks=sinks)
-        cache = encode_cache(host, plan, cache, sinks, window)
+        shape, _, profile = host.profile_for(model, method, encoding.profile)
+        plan = plan_for(shape, profile, method, bits, encoding.window, encoding.sinks)
+        cache = encode_cache(host, plan, cache, encoding.sinks, encoding.window)
     elif bits is not None:
         raise UsageError(f"Expected a method that has {bits:g} bits, received bits alone. Give method= too.")
     ours = leading_layers(host.layers(cache))

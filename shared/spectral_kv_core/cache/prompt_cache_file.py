@@ -27,7 +27,6 @@ from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
 from ..profile.store import find_profile
 from .layer_cache import LayerCache
-from .padding_group import PaddingGroup
 from .size import CacheSize
 
 log = logging.getLogger("spectralkv")
@@ -124,7 +123,7 @@ class PromptFile:
             ids = np.array(tokens.tolist() if hasattr(tokens, "tolist") else tokens, np.int32)
             if ids.shape not in (
                 (first.seen,),
-                (sum(len(group.sequences) for group in first.padding_groups), first.seen),
+                (first.batch, first.seen),
             ):
                 raise UsageError(
                     f"Expected the ids of the {first.seen:,} tokens that the cache has seen, received an array of shape "
@@ -166,9 +165,9 @@ class PromptFile:
 
     @property
     def padding(self) -> list[int]:
-        """Left padding of every row of the batch, in slots."""
+        """Left padding of every sequence of the batch, in slots."""
         padding_groups = self.layers[self.shape.layers[0]]["padding_groups"]
-        return [pad for _, pad in sorted((row, group["pad"]) for group in padding_groups for row in group["sequences"])]
+        return [pad for _, pad in sorted((i, group["pad"]) for group in padding_groups for i in group["sequences"])]
 
     def check(self, shape: ModelShape, weights_digest: str = "") -> None:
         """Raise UsageError unless the cache is of a model of this `shape`; warn when it is of other weights."""
@@ -209,11 +208,11 @@ class PromptFile:
         return plan
 
     def restore(self, layer_idx: int, store: LayerCache, dtype, like=None) -> None:
-        """Fill the empty `store` of a compressed layer, the first of its row; exact keys and values become `dtype`."""
+        """Fill the empty `store` of a compressed layer, the first of its group; exact keys and values become `dtype`."""
         xp, state = store.xp, self.layers[layer_idx]
         for number, fields in enumerate(state["padding_groups"]):
             name = f"layers/{layer_idx}/padding_groups/{number}"
-            group = PaddingGroup(list(fields["sequences"]), fields["pad"])
+            group = store.open_group(list(fields["sequences"]), fields["pad"])
             if f"{name}/keys" in self.arrays:
                 group.exact_keys, group.exact_values = self._exact(xp, name, state["dtype"], dtype, like)
             for place, (start, tokens) in enumerate(fields["chunks"]):
@@ -221,7 +220,6 @@ class PromptFile:
                 arrays = (self.arrays[n] for n in names)
                 codes = tuple(xp.from_file(x, x.dtype.name, like) for x in arrays)
                 group.chunks.append(Chunk(len(group.sequences), start, tokens, codes))
-            store.padding_groups.append(group)
         store.seen = self.seen
 
     def exact(self, xp, layer_idx: int, dtype, like=None) -> ExactLayer:
@@ -276,7 +274,7 @@ class PromptFile:
             state, name = self.layers[layer_idx], f"layers/{layer_idx}"
             size = (batch, *state["size"]), FILE_DTYPES[state["dtype"]]
             yield from ((f"{name}/{side}", size) for side in ("keys", "values"))
-        for row, layers in enumerate(plan.layer_groups):
+        for layer_group, layers in enumerate(plan.layer_groups):
             state, name = self.layers[layers[0]], f"layers/{layers[0]}"
             heads, dtype = len(layers) * shape.kv_heads, FILE_DTYPES[state["dtype"]]
             for number, group in enumerate(state["padding_groups"]):
@@ -285,7 +283,7 @@ class PromptFile:
                     if start != self.sinks + sealed:
                         raise UsageError(f"Expected chunks without gaps, {self._name} has one. Make it again.")
                     sealed += tokens
-                    parts = plan.chunk_arrays(row, batch, tokens)
+                    parts = plan.chunk_arrays(layer_group, batch, tokens)
                     for i, (size, kind) in enumerate(parts):
                         array = f"{name}/padding_groups/{number}/chunks/{place}/{i}"
                         yield array, (size or self.arrays[array].shape, kind)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
 
-from ..codecs.registry import plan_for, usable_method
+from ..codecs.registry import bits_range, make_plan, usable_method
 from ..codecs.tiers import check_tiers, make_tiered_plan
 from ..errors import UsageError
-from ..planning.budget import SINKS, WINDOW, elements_per_token, whole_number
+from ..planning.budget import SEAL, SINKS, WAITING, WINDOW, elements_per_token, whole_number
 from ..planning.methods import DEFAULT_METHOD, Method, get_live_method, rounded_by
 from ..planning.plan import Plan
 from ..profile.model_shape import ModelShape
@@ -74,6 +74,7 @@ class CacheRequest:
             raise UsageError(f"Expected a selection among {', '.join(MODES)}, received {self.selection!r}.")
         if self.tiers is not None:
             self._check_tiers(self.tiers)
+            object.__setattr__(self, "tiers", tuple((float(share), float(bits)) for share, bits in self.tiers))
         elif self.recipe.scorer is None:
             self._check_keeping()
         else:
@@ -94,19 +95,57 @@ class CacheRequest:
         element_bytes: size of an exact element. other_bytes: what the layers that pass through need. Raises UsageError
         for bits out of range, a budget that is too small for what must stay, and a profile that does not fit.
         """
-        method, exact = usable_method(self.recipe), (self.window, self.sinks, element_bytes, other_bytes)
+        method, sizes = usable_method(self.recipe), (element_bytes, other_bytes)
         if self.tiers is not None:
-            return make_tiered_plan(shape, profile, method, self.tiers), None  # type: ignore[arg-type]  # it has one
+            return make_tiered_plan(shape, profile, method, self.tiers), None
         if method.scorer is None:
-            return plan_for(shape, profile, method, self.bits, self.budget_bytes, self.max_context, *exact), None
-        plan = plan_for(shape, profile, method, self.bits, None, None, *exact)
-        tokens = self.budget_tokens
-        if self.budget_bytes is not None:
-            tokens = _tokens_for_bytes(plan, self.budget_bytes, *exact)
+            bits = self.bits if self.budget_bytes is None else self._bits_for_bytes(shape, method, *sizes)
+            return make_plan(shape, profile, method, bits), None
+        plan = make_plan(shape, profile, method, self.bits)
+        tokens = self.budget_tokens if self.budget_bytes is None else self._tokens_for_bytes(plan, *sizes)
         mode = self.selection or MODES[0]
         every = EVERY if self.evict_every is None else int(self.evict_every)
-        sizes = int(tokens or 0), int(self.sinks), int(self.window)
-        return plan, Eviction(plan, *sizes, tuple(self.protect), mode, every, self.wavelet)
+        kept = int(tokens or 0), int(self.sinks), int(self.window)
+        return plan, Eviction(plan, *kept, tuple(self.protect), mode, every, self.wavelet)
+
+    def _bits_for_bytes(self, shape: ModelShape, method: Method, element_bytes: int, other_bytes: int) -> float:
+        """Bits per sealed element that keep a cache of `max_context` tokens within `budget_bytes`.
+
+        Raises UsageError with the possible range.
+        """
+        assert self.budget_bytes is not None and self.max_context is not None, "__post_init__ sees to it"
+        allowed, context, budget = bits_range(method, shape), self.max_context, self.budget_bytes
+        waiting = max(SEAL, method.block) - 1  # tokens, at most, until their block is full
+        exact = min(context, self.sinks + self.window + waiting)
+        per_token = elements_per_token(shape)
+        fixed = exact * per_token * element_bytes + other_bytes
+        sealed = context - exact
+        if sealed <= 0:
+            raise UsageError(
+                f"Expected a max_context above sinks + window + {waiting} = {exact} tokens for budget_bytes, received "
+                f"{context}."
+            )
+        bits = (budget - fixed) * 8 / (sealed * per_token)
+        if not bits >= allowed[0]:
+            low = math.ceil(fixed + allowed[0] * sealed * per_token / 8)
+            high = int(fixed + allowed[1] * sealed * per_token / 8)
+            raise UsageError(
+                f"Expected budget_bytes between {low:,} and {high:,} for {context:,} tokens with {self.sinks} sinks and a "
+                f"window of {self.window}, received {budget:,}."
+            )
+        return min(bits, allowed[1])
+
+    def _tokens_for_bytes(self, plan: Plan, element_bytes: int, other_bytes: int) -> int:
+        """Tokens that a cache of `budget_bytes` may hold under `plan`, positions of kept tokens included."""
+        assert self.budget_bytes is not None, "asked for where it is given"
+        elements = elements_per_token(plan.shape)
+        places = 4 * len(plan.shape.layers) * plan.shape.kv_heads
+        exact = elements * element_bytes + places
+        if not plan.method.compresses:
+            return max(int((self.budget_bytes - other_bytes) // exact), 1)
+        whole = self.sinks + self.window + WAITING
+        left = self.budget_bytes - other_bytes - whole * exact
+        return whole + max(int(left // (elements * plan.bits_per_element / 8 + places)), 0)
 
     def _given(self, *names: str) -> list[str]:
         """Those of the fields `names` that were given."""
@@ -116,7 +155,6 @@ class CacheRequest:
         for name in self._given("bits", "budget_bytes", "max_context", *DROPS):
             raise UsageError(f"Expected tiers alone, which say bits and drop no token, received {name} too.")
         check_tiers(self.recipe, tiers)
-        object.__setattr__(self, "tiers", tuple((float(share), float(bits)) for share, bits in tiers))
 
     def _check_keeping(self) -> None:
         method = self.recipe
@@ -160,17 +198,3 @@ def _spans(protect) -> tuple[tuple[int, int], ...]:
     if not all(0 <= start < end for start, end in spans):
         raise UsageError(f"Expected protected spans (start, end) of positions with start < end, received {protect!r}.")
     return spans
-
-
-def _tokens_for_bytes(
-    plan: Plan, budget_bytes: int, window: int, sinks: int, element_bytes: int, other_bytes: int
-) -> int:
-    """Tokens that a cache of `budget_bytes` may hold under `plan`, positions of kept tokens included."""
-    elements = elements_per_token(plan.shape)
-    places = 4 * len(plan.shape.layers) * plan.shape.kv_heads
-    exact = elements * element_bytes + places
-    if not plan.method.compresses:
-        return max(int((budget_bytes - other_bytes) // exact), 1)
-    whole = sinks + window + 15  # of which up to 15 wait for their block to fill
-    left = budget_bytes - other_bytes - whole * exact
-    return whole + max(int(left // (elements * plan.bits_per_element / 8 + places)), 0)

@@ -50,12 +50,12 @@ def fit_basis_set(
     pooled, groups = np.zeros(HISTOGRAM_BINS, np.int64), result.mean.shape[1]
     copies = SPREAD if rope == "post" and shape.rope is not None and positions else 1
     with tempfile.TemporaryFile() as shelf:  # histograms wait here for the tables that they are costed with
-        for row, layers in enumerate(progress(layer_groups)):
+        for layer_group, layers in enumerate(progress(layer_groups)):
             numbers = tuple(map(shape.layers.index, layers))
             documents = _Documents(spool, numbers, shape, rope, groups, block, positions, copies)
             part = _narrowed(result, 2 * shape.kv_heads * len(layers) // groups, shape.head_dim)
-            _fit_basis(part, row, documents)
-            np.save(shelf, _fit_spectrum(part, row, documents, pooled))
+            _fit_basis(part, layer_group, documents)
+            np.save(shelf, _fit_spectrum(part, layer_group, documents, pooled))
         result.levels, result.histogram = empirical_tables(pooled, HISTOGRAM_LIMIT), pooled
         shelf.seek(0)
         _fit_costs(result, shelf)
@@ -65,7 +65,7 @@ def fit_basis_set(
 def _empty_set(shape: ModelShape, group: str, rope: str, time: str, block: int) -> BasisSet:
     """A basis set of full rank that has its sizes and nothing in it."""
     layer_groups = shape.layer_groups(group)
-    rows, heads = len(layer_groups), 2 * shape.kv_heads * max(map(len, layer_groups))
+    count, heads = len(layer_groups), 2 * shape.kv_heads * max(map(len, layer_groups))
     groups = {"head": heads, "side": 2}.get(group, 1)
     members = heads // groups
     channels, bands = members * shape.head_dim, len(band_sizes(block))
@@ -74,19 +74,19 @@ def _empty_set(shape: ModelShape, group: str, rope: str, time: str, block: int) 
         rope,
         time,
         block,
-        mean=np.zeros((rows, groups, channels), np.float32),
-        weight=np.ones((rows, groups, members), np.float32),
-        basis=np.zeros((rows, groups, channels, channels), np.float32),
-        variance=np.zeros((rows, groups, channels, bands), np.float32),
-        sensitivity=np.zeros((rows, groups, channels, bands), np.float32),
-        cost=np.zeros((rows, groups, channels, bands, len(BIT_WIDTHS)), np.float32),
+        mean=np.zeros((count, groups, channels), np.float32),
+        weight=np.ones((count, groups, members), np.float32),
+        basis=np.zeros((count, groups, channels, channels), np.float32),
+        variance=np.zeros((count, groups, channels, bands), np.float32),
+        sensitivity=np.zeros((count, groups, channels, bands), np.float32),
+        cost=np.zeros((count, groups, channels, bands, len(BIT_WIDTHS)), np.float32),
         levels={},
     )
 
 
 @dataclass(frozen=True)
 class _Documents:
-    """The documents of a row's layers as `_grouped` gives them, read again at every iteration to keep one in memory.
+    """The documents of a group's layers as `_grouped` gives them, read again at every iteration to keep one in memory.
 
     numbers: of the layers among the compressible ones.
     """
@@ -131,18 +131,18 @@ def _grouped(x, gradients, shape, rope, groups, block, offset):
     return gather(x), gather(gradients)
 
 
-def _coefficients(basis_set: BasisSet, row: int, x: np.ndarray) -> np.ndarray:
+def _coefficients(basis_set: BasisSet, layer_group: int, x: np.ndarray) -> np.ndarray:
     """[..., G, T, Dg] -> [..., G, n, block, R] with the basis and the time transform of `basis_set`."""
-    return to_frequency(ops, x @ basis_set.basis[row], time_matrix(basis_set.time, basis_set.block))
+    return to_frequency(ops, x @ basis_set.basis[layer_group], time_matrix(basis_set.time, basis_set.block))
 
 
-def _weights(basis_set: BasisSet, row: int) -> np.ndarray:
+def _weights(basis_set: BasisSet, layer_group: int) -> np.ndarray:
     members = basis_set.weight.shape[-1]
-    return np.repeat(basis_set.weight[row], basis_set.mean.shape[-1] // members, axis=-1)[:, None, :]
+    return np.repeat(basis_set.weight[layer_group], basis_set.mean.shape[-1] // members, axis=-1)[:, None, :]
 
 
 def _narrowed(basis_set: BasisSet, members: int, head_dim: int) -> BasisSet:
-    """The first `members` of every group: views, which are filled for a row that has no more."""
+    """The first `members` of every group: views, which are filled for a layer group that has no more."""
     channels = members * head_dim
     return replace(
         basis_set,
@@ -154,7 +154,7 @@ def _narrowed(basis_set: BasisSet, members: int, head_dim: int) -> BasisSet:
     )
 
 
-def _fit_basis(basis_set: BasisSet, row: int, documents: _Documents) -> None:
+def _fit_basis(basis_set: BasisSet, layer_group: int, documents: _Documents) -> None:
     members = basis_set.weight.shape[-1]
     moments, energy = Moments(), []
     for x, g in documents:
@@ -163,33 +163,33 @@ def _fit_basis(basis_set: BasisSet, row: int, documents: _Documents) -> None:
     if members > 1:
         weight = np.sqrt(np.mean(energy, axis=0).reshape(-1, members, basis_set.mean.shape[-1] // members).mean(-1))
         weight = weight / np.maximum(weight.mean(-1, keepdims=True), 1e-30)
-        basis_set.weight[row] = np.maximum(weight, 1e-3)  # a head without gradient stays decodable
-    weights = _weights(basis_set, row).astype(np.float64)
-    basis_set.mean[row] = moments.mean
-    basis_set.basis[row], _ = fit_basis(moments.covariance * np.swapaxes(weights, -1, -2) * weights)
+        basis_set.weight[layer_group] = np.maximum(weight, 1e-3)  # a head without gradient stays decodable
+    weights = _weights(basis_set, layer_group).astype(np.float64)
+    basis_set.mean[layer_group] = moments.mean
+    basis_set.basis[layer_group], _ = fit_basis(moments.covariance * np.swapaxes(weights, -1, -2) * weights)
 
 
-def _fit_spectrum(basis_set: BasisSet, row: int, documents: _Documents, pooled: np.ndarray) -> np.ndarray:
+def _fit_spectrum(basis_set: BasisSet, layer_group: int, documents: _Documents, pooled: np.ndarray) -> np.ndarray:
     """Variance and sensitivity of every band, and E[g^2] by the cell that |coefficient| / sigma lies in.
 
     Adds the plain histogram of the cells to `pooled`. Returns [G, R, F, cells] float32.
     """
-    weights, bands, sizes = _weights(basis_set, row), octave_bands(basis_set.block), band_sizes(basis_set.block)
+    weights, bands, sizes = _weights(basis_set, layer_group), octave_bands(basis_set.block), band_sizes(basis_set.block)
 
     def spectra():  # made twice, so that one document is in memory at a time
         for x, g in documents:
-            y = _coefficients(basis_set, row, (x - basis_set.mean[row][:, None]) * weights)
-            yield y, np.square(_coefficients(basis_set, row, g / weights)).mean(0)  # over label samples
+            y = _coefficients(basis_set, layer_group, (x - basis_set.mean[layer_group][:, None]) * weights)
+            yield y, np.square(_coefficients(basis_set, layer_group, g / weights)).mean(0)  # over label samples
 
     energy, slope, count = np.zeros(()), np.zeros(()), 0
     for y, importance in spectra():
         energy = energy + np.square(y).sum(1, dtype=np.float64)
         slope = slope + importance.sum(1, dtype=np.float64)
         count += y.shape[1]
-    basis_set.variance[row] = _per_band(energy / count, bands)
-    basis_set.sensitivity[row] = _per_band(slope / count, bands)
+    basis_set.variance[layer_group] = _per_band(energy / count, bands)
+    basis_set.sensitivity[layer_group] = _per_band(slope / count, bands)
     groups, rank, number = basis_set.variance.shape[1:]
-    sigma = np.sqrt(basis_set.variance[row])[..., bands].transpose(0, 2, 1)[:, None]  # [G, 1, F, R]
+    sigma = np.sqrt(basis_set.variance[layer_group])[..., bands].transpose(0, 2, 1)[:, None]  # [G, 1, F, R]
     cells = np.float32(HISTOGRAM_BINS / HISTOGRAM_LIMIT) / np.where(sigma > 0, sigma, 1)
     first = (np.arange(groups)[:, None, None] * rank + np.arange(rank)) * number + bands[:, None]
     first = (first * HISTOGRAM_BINS)[:, None]  # [G, 1, F, R]
@@ -208,10 +208,10 @@ def _per_band(x: np.ndarray, bands: np.ndarray) -> np.ndarray:
 
 
 def _fit_costs(basis_set: BasisSet, shelf: IO[bytes]) -> None:
-    """Costs of every row from its histogram on the `shelf`, as `_fit_spectrum` left it, and the tables of the set."""
+    """Costs of every layer group from its histogram on the `shelf`, as `_fit_spectrum` left it, and the tables of the set."""
     errors = _cell_errors(basis_set.levels)
     for cost, variance in zip(basis_set.cost, basis_set.variance):
-        weighted = np.load(shelf)  # [G, R, F, cells], R of this row
+        weighted = np.load(shelf)  # [G, R, F, cells], R of this layer group
         rank = weighted.shape[1]
         cost[:, :rank] = (weighted @ errors) * variance[:, :rank, :, None]
 

@@ -45,7 +45,7 @@ def probed(shape: ModelShape, profile: Profile, documents: Iterable[tuple[list, 
     """
     basis_set = profile.basis_set(PROBED)
     plan = SpectralPlan.make(shape, profile, replace(METHODS[DEFAULT_METHOD], quantizer="scalar"), BITS)
-    codecs = [make_codec(ops, plan, row) for row in range(len(shape.layers))]
+    codecs = [make_codec(ops, plan, layer_group) for layer_group in range(len(shape.layers))]
     measured = np.zeros((len(codecs), 2))
     for held, log_p in documents:
         reference = log_p({})

@@ -18,9 +18,9 @@ def local_gradients(
     """
     heads, tokens, dim = keys.shape
     length = queries.shape[1]
-    rows = queries.reshape(heads, -1, dim).astype(np.float32)  # query heads of a KV head, one after the other
-    scores = rows @ np.swapaxes(keys, -1, -2)
-    last = np.tile(np.arange(tokens - length, tokens), rows.shape[1] // length)
+    query_rows = queries.reshape(heads, -1, dim).astype(np.float32)  # query heads of a KV head, one after the other
+    scores = query_rows @ np.swapaxes(keys, -1, -2)
+    last = np.tile(np.arange(tokens - length, tokens), query_rows.shape[1] // length)
     scores = np.where(np.arange(tokens) <= last[:, None], scores, -np.inf)
     p = np.exp(scores - scores.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
@@ -31,6 +31,6 @@ def local_gradients(
     for _ in range(samples):
         probe = rng.standard_normal(output.shape, np.float32) / np.float32(size)
         by_score = p * (probe @ np.swapaxes(values, -1, -2) - (probe * output).sum(-1, keepdims=True))
-        by_key.append((np.swapaxes(by_score, -1, -2) @ rows)[:, :old])
+        by_key.append((np.swapaxes(by_score, -1, -2) @ query_rows)[:, :old])
         by_value.append((np.swapaxes(p, -1, -2) @ probe)[:, :old])
     return np.stack(by_key), np.stack(by_value)

@@ -27,7 +27,7 @@ def fit_joint_set(
 
     Nothing but a sample of tokens is looked at, as many as `SAMPLE` numbers hold, spread over all documents: with p
     channels, at most SAMPLE / p of them. Components are ordered by the variance held out, since that of the fitted tokens
-    flatters the last ones. One row, two groups, one band; nothing is known of sensitivity.
+    flatters the last ones. One layer group, two groups of heads, one band; nothing is known of sensitivity.
     """
     channels = len(shape.layers) * shape.kv_heads * shape.head_dim
     places = _places(spool, max(SAMPLE // channels, 64))
@@ -70,14 +70,14 @@ def _sample(spool: Spool, shape: ModelShape, places: list[np.ndarray], side: int
     """Keys before RoPE (side 0) or values (1) of all layers at `places` of every document, [n, p] float32."""
     width = shape.kv_heads * shape.head_dim
     sample = np.zeros((sum(map(len, places)), len(shape.layers) * width), np.float32)
-    for row in range(len(shape.layers)):
+    for layer in range(len(shape.layers)):
         done = 0
-        for (x, _), chosen in zip(spool.read(row), places):
+        for (x, _), chosen in zip(spool.read(layer), places):
             part = np.split(x, 2)[side]
             if side == 0 and shape.rope is not None:
                 part = unrotate(ops, part, shape.rope, 0)
             flat = np.moveaxis(part[:, chosen], 0, 1).reshape(len(chosen), width)
-            sample[done : done + len(chosen), row * width : (row + 1) * width] = flat
+            sample[done : done + len(chosen), layer * width : (layer + 1) * width] = flat
             done += len(chosen)
     return sample
 

@@ -15,7 +15,7 @@ from ..errors import UsageError
 from ..hosts.demo_model import demo_model_path
 from ..hosts.protocol import Captures, Models
 from ..planning.methods import BASIS_SETS, Method
-from ..profile.basis_set import JOINT, PAIRS, BasisSet
+from ..profile.basis_set import PAIRS, WHOLE_MODEL, BasisSet
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile, QueryStatistics
 from ..profile.store import auto_profile, name_passed_layers, warn_if_other_weights
@@ -94,9 +94,9 @@ class ProfilerBase:
         self.target_energy, self.tokens, self.document = target_energy, tokens, document
         self.samples, self.seed, self.positions, self.progress = samples, seed, positions, progress
         self.gradients, self.probes = gradients, probes
-        self.basis_sets = tuple(dict.fromkeys((*basis_sets, *[PAIRS] * pairs, *[JOINT] * joint)))
+        self.basis_sets = tuple(dict.fromkeys((*basis_sets, *[PAIRS] * pairs, *[WHOLE_MODEL] * joint)))
         for name in self.basis_sets:
-            if name not in (known := (*BASIS_SETS, PAIRS, JOINT)):
+            if name not in (known := (*BASIS_SETS, PAIRS, WHOLE_MODEL)):
                 raise UsageError(f"Expected basis sets among {', '.join(known)}, received {name!r}.")
 
     def load(self, name: str, quantize: str | None = None):
@@ -198,7 +198,7 @@ class ProfilerBase:
 
         Raises UsageError for a model without layers to compress.
         """
-        shape, passed, digest, _, _ = self.describe(model)
+        shape, passed = self.models.model_shape(model)
         if not shape.layers:
             raise UsageError(
                 f"Expected full-attention layers to compress, received only: {', '.join(set(passed.values()))}."
@@ -210,7 +210,7 @@ class ProfilerBase:
         name_passed_layers(passed)
         if profile is not None and method.profile_set:
             profile.check(shape)
-            warn_if_other_weights(profile, digest)
+            warn_if_other_weights(profile, self.models.weights_digest(model))
         return shape, passed, profile
 
     def _read_documents(self, model, shape: ModelShape, documents: list[list[int]], spool: Spool) -> QueryStatistics:
@@ -219,9 +219,9 @@ class ProfilerBase:
         for d, tokens in enumerate(self._bar(documents, "Reading text")):
             seed = self.seed * len(documents) + d
             made = (self.vectors if self.gradients else self._local)(model, shape, tokens, _scored(tokens), seed)
-            for row, (queries, *captured) in enumerate(made):
-                moments[row].update(queries)
-                spool.add(row, d, *captured)
+            for layer, (queries, *captured) in enumerate(made):
+                moments[layer].update(queries)
+                spool.add(layer, d, *captured)
         return QueryStatistics(*map(np.stack, zip(*(m.result() for m in moments))))
 
     def _fit_basis_sets(self, shape: ModelShape, spool: Spool, positions: int) -> dict[str, BasisSet]:
@@ -229,7 +229,7 @@ class ProfilerBase:
         spread, sets = max(positions - self.document, 0), {}  # a document starts there at the latest
         for key in self.basis_sets:
             progress = partial(self._bar, what=f"Fitting {key}")
-            if key == JOINT:
+            if key == WHOLE_MODEL:
                 sets[key] = fit_joint_set(spool, shape, self.seed, progress)
                 continue
             group, rope = key.split(".")

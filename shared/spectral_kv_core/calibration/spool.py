@@ -28,19 +28,20 @@ class Spool:
     def __exit__(self, *_) -> None:
         self._folder.cleanup()
 
-    def add(self, row: int, document: int, keys, values, key_gradients, value_gradients) -> None:
-        """Store layer number `row` of one document; raises UsageError on NaN or infinity."""
+    def add(self, layer: int, document: int, keys, values, key_gradients, value_gradients) -> None:
+        """Store layer number `layer` of one document; raises UsageError on NaN or infinity."""
         x = np.concatenate([keys, values]).astype(np.float32)
         gradients = np.concatenate([key_gradients, value_gradients], axis=1).astype(np.float32)
         if not (np.isfinite(x).all() and np.isfinite(gradients).all()):
             raise UsageError(
-                f"Expected finite activations, compressible layer {row} has NaN or infinity: check the weights and the dtype."
+                f"Expected finite activations, compressible layer {layer} has NaN or infinity: check the weights and the "
+                "dtype."
             )
         mean = x.mean(1, keepdims=True)
         spread = max(float(np.abs(x - mean).max()), 1e-30)
         peak = max(float(np.abs(gradients).max()), 1e-30)
         np.savez(
-            self._path(row, document),
+            self._path(layer, document),
             mean=mean,
             x=((x - mean) / spread).astype(np.float16),
             spread=np.float32(spread),
@@ -49,22 +50,22 @@ class Spool:
         )
         self.documents = max(self.documents, document + 1)
 
-    def read(self, *rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Vectors [2H, T, D] and gradients [S, 2H, T, D] of layers number `rows`, document by document.
+    def read(self, *layers: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Vectors [2H, T, D] and gradients [S, 2H, T, D] of layers number `layers`, document by document.
 
         The keys of all of these layers come first, layer by layer; H counts the heads of all of them.
         """
         for document in range(self.documents):
-            vectors, gradients = zip(*(self._load(row, document) for row in rows))
+            vectors, gradients = zip(*(self._load(layer, document) for layer in layers))
             yield _keys_first(vectors), _keys_first(gradients)
 
-    def _load(self, row: int, document: int) -> tuple[np.ndarray, np.ndarray]:
-        with np.load(self._path(row, document)) as arrays:
+    def _load(self, layer: int, document: int) -> tuple[np.ndarray, np.ndarray]:
+        with np.load(self._path(layer, document)) as arrays:
             x = arrays["x"].astype(np.float32) * arrays["spread"] + arrays["mean"]
             return x, arrays["gradients"].astype(np.float32) * arrays["peak"]
 
-    def _path(self, row: int, document: int) -> Path:
-        return Path(self._folder.name) / f"{row}-{document}.npz"
+    def _path(self, layer: int, document: int) -> Path:
+        return Path(self._folder.name) / f"{layer}-{document}.npz"
 
 
 def _keys_first(layers: tuple[np.ndarray, ...]) -> np.ndarray:

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..errors import UsageError
 from ..evaluation import report
 from ..evaluation import run as evaluation
+from ..evaluation.settings import DEFAULT_KEEP, SUITES, Settings
 from ..evaluation.text import Text, default_texts, read_text
 from ..hosts.backends import load_backend
 from ..profile.profile import Profile
@@ -16,7 +17,7 @@ from .options import listed, model_options, model_path, read_file, tiers_of, val
 
 NAME, HELP = "eval", "measure methods against the plain cache on texts"
 PARENTS = (model_options,)
-DEFAULTS = evaluation.Settings  # a field's default is an attribute of its class
+DEFAULTS = Settings  # a field's default is an attribute of its class
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _by_suite(field: str) -> str:
     """What `field` is in every suite."""
-    shown = {name: suite[field] for name, suite in evaluation.SUITES.items()}
+    shown = {name: suite[field] for name, suite in SUITES.items()}
     return ", ".join(f"{name}: {listed(v) if isinstance(v, tuple) else v}" for name, v in shown.items())
 
 
@@ -36,7 +37,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--methods", required=True, metavar="A,B", help="recipes, see: spectralkv methods")
     add("--bits", metavar="A,B", help=f"stored bits per sealed element (default {listed(DEFAULTS.bits)})")
-    add("--suite", choices=tuple(evaluation.SUITES), default="quick", help="the five defaults that follow")
+    add("--suite", choices=tuple(SUITES), default="quick", help="the five defaults that follow")
     add(
         "--tasks",
         metavar="A,B",
@@ -62,7 +63,7 @@ def _add_what(parser: argparse.ArgumentParser) -> None:
     add(
         "--keep",
         metavar="A,B",
-        help=f"shares of the prefix to keep, for methods that drop tokens (default {listed(evaluation.DEFAULT_KEEP)})",
+        help=f"shares of the prefix to keep, for methods that drop tokens (default {listed(DEFAULT_KEEP)})",
     )
     add("--wavelet", metavar="A,B", help=f"filters of wavelet scorers, one cache each (default {WAVELET}, untold)")
     add(
@@ -107,9 +108,9 @@ def run(args: argparse.Namespace) -> dict:
     return result
 
 
-def _settings(args: argparse.Namespace) -> evaluation.Settings:
-    suite = evaluation.SUITES[args.suite]
-    return evaluation.Settings(
+def _settings(args: argparse.Namespace) -> Settings:
+    suite = SUITES[args.suite]
+    return Settings(
         methods=values_of(args.methods, "--methods", str),
         bits=values_of(args.bits, "--bits", float) or DEFAULTS.bits,
         tasks=values_of(args.tasks, "--tasks", str) or suite["tasks"],

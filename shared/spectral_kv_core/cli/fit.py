@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> dict:
         loaded.check(model.shape)
     elif method.basis_set:
         loaded = find_profile(model.shape, method.basis_set)
-    options = {"window": args.window, "sinks": args.sinks}
+    wanted = fitting.Wanted(method, bits, contexts, args.window, args.sinks)
     result = {
         "model": args.model,
         "backend": name,
@@ -59,8 +59,9 @@ def run(args: argparse.Namespace) -> dict:
         "profile": None if loaded is None else loaded.path,
         "passed": {i: reason for i, reason in model.passed.items() if i in model.passed_tokens},
         "uncounted": {i: reason for i, reason in model.passed.items() if i not in model.passed_tokens},
-        **options,
-        **fitting.fit(model, memory, method, loaded, backend.table_nbytes, bits, contexts, **options),
+        "window": args.window,
+        "sinks": args.sinks,
+        **fitting.fit(model, memory, wanted, loaded, backend.table_nbytes),
     }
     if not args.json:
         tables.print_fit(result)

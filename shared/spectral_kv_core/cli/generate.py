@@ -156,7 +156,7 @@ def _prepare(args: argparse.Namespace) -> Job:
         options |= {"method": method, "protect": protect, "tiers": tiers}
         if args.budget_bytes is not None:
             options["max_context"] = args.max_context or longest
-        return backend.make_prompt_cache(model, loaded, **options, tokenizer=tokenizer)
+        return backend.build_cache(model, loaded, CacheRequest(**options), tokenizer)
 
     return Job(name, backend, model, tokenizer, stored, method, prompt, labels, new_cache)
 

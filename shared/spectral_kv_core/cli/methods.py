@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Show the table."""
-    rows = [
+    methods = [
         {
             "name": m.name,
             "summary": m.summary,
@@ -34,5 +34,5 @@ def run(args: argparse.Namespace) -> dict:
         for m in METHODS.values()
     ]
     if not args.json:
-        tables.print_methods(rows)
-    return {"methods": rows}
+        tables.print_methods(methods)
+    return {"methods": methods}

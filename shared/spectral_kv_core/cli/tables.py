@@ -209,11 +209,11 @@ def print_prompt_file(summary: dict) -> None:
     )
 
 
-def print_methods(rows: list[dict]) -> None:
+def print_methods(methods: list[dict]) -> None:
     """The method table."""
     columns = ("method", "what it does", "profile", "attends to codes")
     yes = {True: "yes", False: "no"}
-    cells = [(row["name"], row["summary"], yes[row["needs_profile"]], yes[row["latent_attention"]]) for row in rows]
+    cells = [(m["name"], m["summary"], yes[m["needs_profile"]], yes[m["latent_attention"]]) for m in methods]
     print_table(cells, columns, left=columns)
 
 
@@ -228,12 +228,12 @@ def print_bench(result: dict) -> None:
     console.print(
         f"Memory is read at {result['machine_read_gb_per_s']:.1f} GB/s. Ratios above 1: faster than that cache."
     )
-    for context, group in groupby(result["rows"], lambda row: row["context"]):
-        rows = list(group)
-        first = rows[0]
+    for context, group in groupby(result["rows"], lambda record: record["context"]):
+        records = list(group)
+        first = records[0]
         title = f"{context:,} tokens, {first['dtype']}"
-        print_table(_bench_rows(rows), ("cache", *_BENCH_COLUMNS), title, width=_BENCH_WIDTH)
-        _print_end_to_end(rows)
+        print_table(_bench_lines(records), ("cache", *_BENCH_COLUMNS), title, width=_BENCH_WIDTH)
+        _print_end_to_end(records)
         if first["host_quantized_reason"]:
             console.print(f"{machine['host_quantized']}: not measured. {first['host_quantized_reason']}")
 
@@ -244,7 +244,7 @@ _PLAIN_WAYS = {
     "gqa": "plain, kernel with enable_gqa",
     "grouped": "plain, kernel with grouped rows",
 }
-_BENCH_COLUMNS = {  # label: key of a row, format
+_BENCH_COLUMNS = {  # label: key of a record, format
     "µs": ("attention_us", "{:,.0f}"),
     "x fastest plain": ("ratio_to_dense", "{:.2f}"),
     "x host": ("ratio_to_host", "{:.2f}"),
@@ -256,9 +256,9 @@ _BENCH_COLUMNS = {  # label: key of a row, format
 }
 
 
-def _bench_rows(rows: list[dict]) -> list[list[str]]:
+def _bench_lines(records: list[dict]) -> list[list[str]]:
     """Cells of the plain cache, each way of attending to it, of the host's quantized cache, and of every method."""
-    first, table = rows[0], []
+    first, table = records[0], []
     for way, label in _PLAIN_WAYS.items():
         microseconds = first[f"plain_{way}_us"]
         rate = first["plain_bytes"] / microseconds / 1e3
@@ -266,23 +266,26 @@ def _bench_rows(rows: list[dict]) -> list[list[str]]:
         table.append([label, *_bench_cells(plain)])
     if first["host_quantized_us"]:
         table.append(["host's quantized cache", *_bench_cells({"attention_us": first["host_quantized_us"]})])
-    return table + [[f"{row['method']}, {row['bits_per_element']:.3g} bits", *_bench_cells(row)] for row in rows]
+    return table + [
+        [f"{record['method']}, {record['bits_per_element']:.3g} bits", *_bench_cells(record)] for record in records
+    ]
 
 
-def _bench_cells(row: dict) -> list[str]:
-    return ["" if row.get(key) is None else form.format(row[key]) for key, form in _BENCH_COLUMNS.values()]
+def _bench_cells(record: dict) -> list[str]:
+    return ["" if record.get(key) is None else form.format(record[key]) for key, form in _BENCH_COLUMNS.values()]
 
 
-def _print_end_to_end(rows: list[dict]) -> None:
+def _print_end_to_end(records: list[dict]) -> None:
     columns = {
         "decode tokens/s": ("decode_tokens_per_s", 1),
         "prefill tokens/s": ("prefill_tokens_per_s", 1),
         "peak MiB": ("peak_bytes", 2**20),
     }
-    columns = {name: (key, unit) for name, (key, unit) in columns.items() if key in rows[0]}
-    runs = [("plain", rows[0], "plain_"), *((row["method"], row, "") for row in rows)]
+    columns = {name: (key, unit) for name, (key, unit) in columns.items() if key in records[0]}
+    runs = [("plain", records[0], "plain_"), *((record["method"], record, "") for record in records)]
     table = [
-        (label, *(f"{row[prefix + key] / unit:,.1f}" for key, unit in columns.values())) for label, row, prefix in runs
+        (label, *(f"{record[prefix + key] / unit:,.1f}" for key, unit in columns.values()))
+        for label, record, prefix in runs
     ]
     print_table(table, ("cache", *columns), width=_BENCH_WIDTH)
 
@@ -299,15 +302,21 @@ def print_fit(result: dict) -> None:
     for note in _fit_notes(result):
         console.print(note)
     limits = [
-        (row["method"], f"{row['bits']:g}", f"{row['max_prompt']:,}", f"{row['max_context']:,}", row["limited_by"])
-        for row in result["limits"]
+        (
+            limit["method"],
+            f"{limit['bits']:g}",
+            f"{limit['max_prompt']:,}",
+            f"{limit['max_context']:,}",
+            limit["limited_by"],
+        )
+        for limit in result["limits"]
     ]
     names = ("cache", "bits", "one prompt, tokens", "in turns, tokens", "limited by")
     print_table(limits, names, left=("cache", "limited by"), width=_FIT_WIDTH)
     columns = ("cache", "bits", "cache size", "smaller", "tables", "prompt on top", "peak", "fits")
-    for context, rows in groupby(result["rows"], lambda row: row["context"]):
+    for context, records in groupby(result["rows"], lambda record: record["context"]):
         console.print(Text.assemble((f"{context:,} tokens", "bold"), f": {_bits_allowed(result, context)}"))
-        print_table(map(_fit_cells, rows), columns, left=("cache", "fits"), width=_FIT_WIDTH)
+        print_table(map(_fit_cells, records), columns, left=("cache", "fits"), width=_FIT_WIDTH)
     console.print(
         "A prompt of more than one call waits at 4 bits until it ends; in turns: the context comes in pieces of one call. "
         "The peak counts weights, profile, cache, tables and the arrays of one layer at work, not the process itself."
@@ -325,11 +334,11 @@ def _fit_notes(result: dict) -> Iterator[str]:
         yield "No profile of this model yet: tables are those of a typical one. spectralkv profile --model MODEL"
 
 
-def _fit_cells(row: dict) -> tuple[str, ...]:
-    fits = "yes" if row["fits"] else "in turns" if row["fits_in_turns"] else "no"
-    sizes = (_amount(row[key]) for key in ("table_bytes", "prefill_bytes", "peak_bytes"))
-    smaller = f"{row['compression']:.2f}"
-    return row["method"], f"{row['bits']:g}", _amount(row["cache_bytes"]), smaller, *sizes, fits
+def _fit_cells(record: dict) -> tuple[str, ...]:
+    fits = "yes" if record["fits"] else "in turns" if record["fits_in_turns"] else "no"
+    sizes = (_amount(record[key]) for key in ("table_bytes", "prefill_bytes", "peak_bytes"))
+    smaller = f"{record['compression']:.2f}"
+    return record["method"], f"{record['bits']:g}", _amount(record["cache_bytes"]), smaller, *sizes, fits
 
 
 def _bits_allowed(result: dict, context: int) -> str:

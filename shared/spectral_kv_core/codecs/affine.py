@@ -57,7 +57,7 @@ class AffinePlan(Plan):
     def bits_per_element(self) -> float:
         return self.code_bits + 32 / self.method.group_size
 
-    def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
+    def chunk_arrays(self, layer_group: int, batch: int, tokens: int) -> list[tuple]:
         lead = batch, self.shape.kv_heads, tokens
         scales = ((*lead, self.shape.head_dim // self.method.group_size), "float16")
         return 2 * [((*lead, -(-self.shape.head_dim // UNIT), self.code_bits), "uint8"), scales, scales]
@@ -71,7 +71,7 @@ class AffineCodec(Codec):
 
     block = 1
 
-    def __init__(self, xp, plan: AffinePlan, row: int, like=None):
+    def __init__(self, xp, plan: AffinePlan, layer_group: int, like=None):
         self.xp, self.bits, self.group_size = xp, plan.code_bits, plan.method.group_size
 
     def encode(self, keys, values, start) -> Chunk:

@@ -20,15 +20,44 @@ from ..quantization.packing import UNIT, pack, unpack
 from .chunk import Chunk, check_finite
 
 
-class Codec(Protocol):
-    """Keys and values [B, H, T, D] of sealed tokens <-> chunks, for a row of a plan; H counts the heads of its layers.
+class Reader(Protocol):
+    """Chunks -> keys and values [B, H, T, D] of the H heads of some layers, and attention to them.
 
-    block: tokens that are coded together. layers: how many layers the row stands for. chunk_tokens: of a full chunk.
-    at_once: tokens whose codes are chosen together, by `choose` and `seal`; 0: those of one chunk, by `encode` and
-    `append`. decoder: decodes several chunks at a time where the array library has a way, else None.
+    decoder: decodes several chunks at a time where the array library has a way, else None.
     """
 
     xp: Any
+
+    @property
+    def decoder(self) -> Callable | None:
+        return None
+
+    def decode(self, chunk: Chunk) -> tuple:
+        """Keys and values [B, H, T, D] float32 of a chunk; keys are rotated as the model had them."""
+        ...
+
+    def attend(self, chunk: Chunk, queries, scale: float) -> tuple:
+        """Partial softmax (o, m, l) of grouped `queries` [B, H, M, D] float32 over a chunk, decoded for this call only."""
+        keys, values = self.decode(chunk)
+        return attention.dense_partial(self.xp, queries, keys, values, scale)
+
+    def decode_step(self, chunks, queries, keys, values, scale: float):
+        """`attention.decode_step`."""
+        return attention.decode_step(self.xp, self, chunks, queries, keys, values, scale)
+
+    def tables(self) -> list:
+        """Every array that all sequences share."""
+        return []
+
+
+class Codec(Reader, Protocol):
+    """Keys and values [B, H, T, D] of sealed tokens <-> chunks, for a layer group; H counts the heads of its layers.
+
+    block: tokens that are coded together. layers: how many layers the group has. chunk_tokens: of a full chunk.
+    at_once: tokens whose codes are chosen together, by `choose` and `seal`; 0: those of one chunk, by `encode` and
+    `append`.
+    """
+
     block: int = UNIT
     layers: int = 1
     chunk_tokens: int = CHUNK_TOKENS
@@ -38,13 +67,13 @@ class Codec(Protocol):
         return 0
 
     @property
-    def decoder(self) -> Callable | None:
-        return None
-
-    @property
-    def of_layers(self) -> list:
-        """For every layer of the row a codec that decodes and attends to that layer's heads alone."""
+    def of_layers(self) -> Sequence[Reader]:
+        """For every layer of the group what decodes and attends to that layer's heads alone."""
         return [self]
+
+    def reader(self, layer: int | None) -> Reader:
+        """What decodes chunks and attends to them for layer number `layer` of the group, or for all layers (None)."""
+        return self if layer is None or self.layers == 1 else self.of_layers[layer]
 
     def encode(self, keys, values, start) -> Chunk:
         """A new chunk from T tokens at `start` (see `Chunk`), T a multiple of `block`; raises UsageError on NaN, infinity."""
@@ -66,23 +95,6 @@ class Codec(Protocol):
         """The first `tokens` tokens of `chunk`, a multiple of `block`; codes are copied, not decoded."""
         ...
 
-    def decode(self, chunk: Chunk) -> tuple:
-        """Keys and values [B, H, T, D] float32 of a chunk; keys are rotated as the model had them."""
-        ...
-
-    def attend(self, chunk: Chunk, queries, scale: float) -> tuple:
-        """Partial softmax (o, m, l) of grouped `queries` [B, H, M, D] float32 over a chunk, decoded for this call only."""
-        keys, values = self.decode(chunk)
-        return attention.dense_partial(self.xp, queries, keys, values, scale)
-
-    def decode_step(self, chunks, queries, keys, values, scale: float):
-        """`attention.decode_step`."""
-        return attention.decode_step(self.xp, self, chunks, queries, keys, values, scale)
-
-    def tables(self) -> list:
-        """Every array that all sequences share."""
-        return []
-
 
 @dataclass(frozen=True)
 class ArrayPlan(Plan):
@@ -97,9 +109,9 @@ class ArrayCodec(Codec):
     A subclass gives `store(keys, values, start)` -> arrays, and `decode`.
     """
 
-    def __init__(self, xp, plan: ArrayPlan, row: int, like=None):
+    def __init__(self, xp, plan: ArrayPlan, layer_group: int, like=None):
         self.xp, self.like, self.method, self.rope = xp, like, plan.method, plan.shape.rope
-        self.kv_heads, self.head_dim = plan.shape.kv_heads * len(plan.layer_groups[row]), plan.shape.head_dim
+        self.kv_heads, self.head_dim = plan.shape.kv_heads * len(plan.layer_groups[layer_group]), plan.shape.head_dim
         self._tables: list = []
 
     def table(self, x, dtype=np.float32):

@@ -17,9 +17,9 @@ from ..errors import UsageError
 TILE_CHUNKS = 8  # chunks that are coded at a time where small operations cost more than memory
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Chunk:
-    """Packed codes of `tokens` tokens; arrays have the batch first.
+    """Packed codes of `tokens` tokens; arrays have the batch first. Codes never change, but may `move`.
 
     start: position of the first token, those of the others follow; or, where tokens in between were dropped, the
     positions of all, int32 [B, H, tokens], with one head for all where the codec keeps heads together.
@@ -38,7 +38,7 @@ class Chunk:
     def move(self, arrays: tuple) -> None:
         """Hold the same codes in other arrays, such as views of what several chunks were joined to."""
         assert [x.shape for x in arrays] == [x.shape for x in self.arrays]
-        object.__setattr__(self, "arrays", arrays)
+        self.arrays = arrays
 
 
 def decoded(xp, codec, chunks: list[Chunk], dtype):
@@ -62,7 +62,7 @@ def split_by_chunk(start: int, stop: int, growing: int, full: int) -> list[tuple
 
 
 def join_layers(xp, layers: Sequence[tuple]) -> tuple:
-    """Keys and values [B, H, T, D] of the layers of a row -> [B, layers * H, T, D], as its codec takes them."""
+    """Keys and values [B, H, T, D] of the layers of a group -> [B, layers * H, T, D], as its codec takes them."""
     if len(layers) == 1:
         return layers[0]
     return tuple(xp.concat(list(side), axis=1) for side in zip(*layers))
@@ -74,11 +74,11 @@ def split_layers(keys, values, layers: int) -> list[tuple]:
     return [tuple(x[:, i * heads : (i + 1) * heads] for x in (keys, values)) for i in range(layers)]
 
 
-def select_rows(xp, chunk: Chunk, rows) -> Chunk:
-    """The batch rows `rows` (int32 array) of a chunk."""
-    start = chunk.start if isinstance(chunk.start, int) else xp.take(chunk.start, rows, axis=0)
-    arrays = tuple(xp.take(a, rows, axis=0) for a in chunk.arrays)
-    return replace(chunk, batch=rows.shape[0], start=start, arrays=arrays)
+def select_sequences(xp, chunk: Chunk, sequences) -> Chunk:
+    """The sequences `sequences` of the batch (int32 array) of a chunk."""
+    start = chunk.start if isinstance(chunk.start, int) else xp.take(chunk.start, sequences, axis=0)
+    arrays = tuple(xp.take(a, sequences, axis=0) for a in chunk.arrays)
+    return replace(chunk, batch=sequences.shape[0], start=start, arrays=arrays)
 
 
 def positions_of(xp, chunk: Chunk, like):

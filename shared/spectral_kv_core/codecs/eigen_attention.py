@@ -1,8 +1,8 @@
 """Eigen Attention (Saxena et al. 2024, arXiv 2408.05646): keys and values of low rank, nothing quantized.
 
 Section 3: per KV head, keys before RoPE in the leading directions of keys and queries stacked, values in their own;
-neither is centred; keys are expanded and rotated to attend. A rank is that of the head of its layer that needs most for a
-share of the sum of singular values. Departures: keys and queries weigh alike in the joint basis, since the profile has the
+neither is centered; keys are expanded and rotated to attend. A rank is that of the head of its layer that needs most for a
+share of the sum of singular values. Departures: keys and queries weigh alike in their common basis, since the profile has the
 attention scale in its queries; one share for all layers, from the bits, in place of an error budget per layer; latents are
 float16, and stay beside the model instead of being folded into its weights.
 """
@@ -26,10 +26,10 @@ from .base import ArrayCodec, ArrayPlan, ranks_within
 class EigenCodec(ArrayCodec):
     """Latents of keys and of values, [B, H, T, R] float16."""
 
-    def __init__(self, xp, plan: EigenPlan, row: int, like=None):
-        super().__init__(xp, plan, row, like)
-        bases = np.split(_bases(needed(plan.profile), row)[0], 2)
-        self.bases = [self.table(u[..., :r]) for u, r in zip(bases, plan.ranks[row].tolist())]  # [H, D, R]
+    def __init__(self, xp, plan: EigenPlan, layer_group: int, like=None):
+        super().__init__(xp, plan, layer_group, like)
+        bases = np.split(_bases(needed(plan.profile), layer_group)[0], 2)
+        self.bases = [self.table(u[..., :r]) for u, r in zip(bases, plan.ranks[layer_group].tolist())]  # [H, D, R]
 
     def store(self, keys, values, start: int) -> tuple:
         xp = self.xp
@@ -63,7 +63,9 @@ class EigenPlan(ArrayPlan):
     @classmethod
     def make(cls, shape: ModelShape, profile: Profile | None, method: Method, bits: float) -> EigenPlan:
         cls.check_bits(shape, method, bits)
-        variance = np.stack([_bases(needed(profile), row)[1] for row in range(len(shape.layers))])  # [L, 2H, D]
+        variance = np.stack(
+            [_bases(needed(profile), layer_group)[1] for layer_group in range(len(shape.layers))]
+        )  # [L, 2H, D]
         singular = np.sqrt(variance).reshape(len(variance), 2, -1, shape.head_dim)
         ranks = ranks_within(singular, bits / 16 * shape.head_dim, range(1, shape.head_dim + 1))
         return cls(method, bits, shape, profile=profile, ranks=ranks)
@@ -77,13 +79,13 @@ class EigenPlan(ArrayPlan):
             "query_root": queries.root,
         }
 
-    def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
-        return [((batch, self.shape.kv_heads, tokens, rank), "float16") for rank in self.ranks[row].tolist()]
+    def chunk_arrays(self, layer_group: int, batch: int, tokens: int) -> list[tuple]:
+        return [((batch, self.shape.kv_heads, tokens, rank), "float16") for rank in self.ranks[layer_group].tolist()]
 
 
-def _bases(profile: Profile, row: int) -> tuple[np.ndarray, np.ndarray]:
+def _bases(profile: Profile, layer_group: int) -> tuple[np.ndarray, np.ndarray]:
     """Bases [2H, D, D] of keys with queries, then of values, and the squares of their singular values [2H, D]."""
-    moments = head_moments(profile, row)
+    moments = head_moments(profile, layer_group)
     keys, values = np.split(moments, 2)
-    joint = sum(m / np.trace(m, axis1=-2, axis2=-1)[:, None, None] for m in (keys, query_moment(profile, row)))
-    return fit_basis(np.concatenate([joint, values]))
+    shared = sum(m / np.trace(m, axis1=-2, axis2=-1)[:, None, None] for m in (keys, query_moment(profile, layer_group)))
+    return fit_basis(np.concatenate([shared, values]))

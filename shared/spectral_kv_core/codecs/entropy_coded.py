@@ -92,7 +92,7 @@ class EntropyCodedPlan(TransformPlan):
         """Of entropy codes on calibration text, before time rounding."""
         return (_table_rates(self.tables) * RATE_UNIT)[self.choices]
 
-    def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
+    def chunk_arrays(self, layer_group: int, batch: int, tokens: int) -> list[tuple]:
         return [(None, "uint8")]
 
     def decides(self) -> dict[str, Any]:
@@ -105,20 +105,20 @@ class EntropyCodedPlan(TransformPlan):
 
 
 class StepRows:
-    """The quantizers of rows of coefficients that differ in their step, with the interface of `RowTables`.
+    """The quantizers of coefficients that differ in their step, with the interface of `CoefficientTables`.
 
-    `choices` [..., F, R]: which of the plan's tables every row has.
+    `choices` [..., F, R]: which of the plan's tables every coefficient has.
     """
 
     def __init__(self, xp, plan: EntropyCodedPlan, choices: np.ndarray, like=None):
         def array(x, dtype=np.float32):
             return xp.asarray(np.ascontiguousarray(x, dtype), like=like)
 
-        def of_rows(name):
+        def chosen(name):
             return np.array([getattr(t, name) for t in plan.tables])[choices]
 
         self.xp = xp
-        self.step, self.offset, self.limit = array(of_rows("step")), array(of_rows("offset")), array(of_rows("limit"))
+        self.step, self.offset, self.limit = array(chosen("step")), array(chosen("offset")), array(chosen("limit"))
         starts = np.cumsum([0, *(len(t.levels) for t in plan.tables)])[:-1]
         self.start = array(starts[choices], np.int32)
         self.levels = array(np.concatenate([t.levels for t in plan.tables]))
@@ -140,20 +140,20 @@ class StepRows:
 
 
 class EntropyCodec(TransformCodec):
-    """Entropy-coded coefficients of one row. A chunk holds one array: uint8 [bytes] of `encode_streams`.
+    """Entropy-coded coefficients of one layer group. A chunk holds one array: uint8 [bytes] of `encode_streams`.
 
-    Codes are ordered table by table, and in a table by batch row, (group, frequency, component) and block.
+    Codes are ordered table by table, and in a table by sequence, (group, frequency, component) and block.
     """
 
-    def __init__(self, xp, plan: EntropyCodedPlan, row: int, like=None):
-        super().__init__(xp, plan, row, like)
-        kept = kept_components(plan.coded[row])
-        choices = by_frequency(plan.choices[row], kept, self.block)
+    def __init__(self, xp, plan: EntropyCodedPlan, layer_group: int, like=None):
+        super().__init__(xp, plan, layer_group, like)
+        kept = kept_components(plan.coded[layer_group])
+        choices = by_frequency(plan.choices[layer_group], kept, self.block)
         self.quantizers = StepRows(xp, plan, choices[:, None], like)
-        sigma = deviations(plan.basis_set, row, kept)
+        sigma = deviations(plan.basis_set, layer_group, kept)
         self.scale = xp.asarray(np.ascontiguousarray(sigma[..., None], np.float32), like=like)  # [G, F, R, 1]
         self.streams = plan.tables
-        self.rows = [np.flatnonzero(choices.reshape(-1) == i) for i in range(len(plan.tables))]
+        self.by_table = [np.flatnonzero(choices.reshape(-1) == i) for i in range(len(plan.tables))]
 
     def encode(self, keys, values, start: int) -> Chunk:
         """A chunk of T tokens, T a multiple of `block`; raises UsageError on NaN or infinity."""
@@ -167,7 +167,7 @@ class EntropyCodec(TransformCodec):
         batch, groups, n, block, rank = codes.shape
         codes = xp.permute_dims(codes, (0, 1, 3, 4, 2)).reshape(batch, groups * block * rank, n)
         codes = xp.to_numpy(codes)
-        data = encode_streams([codes[:, rows] for rows in self.rows], self.streams)
+        data = encode_streams([codes[:, chosen] for chosen in self.by_table], self.streams)
         return Chunk(batch, start, keys.shape[2], (xp.asarray(np.frombuffer(data, np.uint8), like=keys),))
 
     def decode(self, chunk: Chunk):
@@ -176,11 +176,11 @@ class EntropyCodec(TransformCodec):
         Raises UsageError for bytes that are not of this plan.
         """
         xp, n = self.xp, chunk.tokens // self.block
-        counts = [chunk.batch * len(rows) * n for rows in self.rows]
+        counts = [chunk.batch * len(chosen) * n for chosen in self.by_table]
         codes = np.zeros((chunk.batch, self.groups * self.block * self.rank, n), np.int32)
         data = xp.to_numpy(chunk.arrays[0]).tobytes()
-        for rows, stream in zip(self.rows, decode_streams(data, counts, self.streams)):
-            codes[:, rows] = stream.reshape(chunk.batch, len(rows), n)
+        for chosen, stream in zip(self.by_table, decode_streams(data, counts, self.streams)):
+            codes[:, chosen] = stream.reshape(chunk.batch, len(chosen), n)
         codes = codes.reshape(chunk.batch, self.groups, self.block, self.rank, n).transpose(0, 1, 4, 2, 3)
         z = self.quantizers.dequantize(xp.asarray(np.ascontiguousarray(codes), like=self.scale))
         return self.vectors(xp.permute_dims(z, (0, 1, 3, 4, 2)) * self.scale, chunk.start)

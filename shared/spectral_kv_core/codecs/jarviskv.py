@@ -28,15 +28,15 @@ RANK_STEP = 8  # ranks are multiples of this: the rotation has a Hadamard matrix
 class JarvisCodec(LatentCodec):
     """Per side: codes [B, H, T / 8, R, b], signs [B, H, T / 8, R, 1], scales and magnitudes [B, H, T] float16."""
 
-    def __init__(self, xp, plan: JarvisPlan, row: int, like=None):
-        super().__init__(xp, plan, row, like)
+    def __init__(self, xp, plan: JarvisPlan, layer_group: int, like=None):
+        super().__init__(xp, plan, layer_group, like)
         self.bits = plan.code_bits
         basis_set = plan.read_set
-        basis = orthonormalize(basis_set.basis[row])
+        basis = orthonormalize(basis_set.basis[layer_group])
         bases = np.split(basis, 2)
         self.set_bases(
-            [u[..., :r] @ random_rotation(r) for u, r in zip(bases, plan.ranks[row].tolist())],
-            np.split(basis_set.mean[row], 2),
+            [u[..., :r] @ random_rotation(r) for u, r in zip(bases, plan.ranks[layer_group].tolist())],
+            np.split(basis_set.mean[layer_group], 2),
         )
 
     def store(self, keys, values, start: int) -> tuple:
@@ -99,10 +99,10 @@ class JarvisPlan(ArrayPlan):
         basis_set = self.read_set
         return {"code_bits": self.code_bits, "ranks": self.ranks, "mean": basis_set.mean, "basis": basis_set.basis}
 
-    def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
+    def chunk_arrays(self, layer_group: int, batch: int, tokens: int) -> list[tuple]:
         lead = batch, self.shape.kv_heads
         arrays: list[tuple] = []
-        for rank in self.ranks[row].tolist():
+        for rank in self.ranks[layer_group].tolist():
             arrays += [((*lead, tokens // 8, rank, b), "uint8") for b in (self.code_bits, 1)]
             arrays += 2 * [((*lead, tokens), "float16")]
         return arrays

@@ -20,8 +20,8 @@ from .base import ArrayCodec, ArrayPlan, highest_within
 class KiviCodec(ArrayCodec):
     """Codes, scale and bias of keys, then of values; shapes: `KiviPlan.chunk_arrays`."""
 
-    def __init__(self, xp, plan: KiviPlan, row: int, like=None):
-        super().__init__(xp, plan, row, like)
+    def __init__(self, xp, plan: KiviPlan, layer_group: int, like=None):
+        super().__init__(xp, plan, layer_group, like)
         self.bits, self.group_size, self.block = plan.code_bits, plan.method.group_size, plan.method.block
 
     def store(self, keys, values, start: int) -> tuple:
@@ -74,7 +74,7 @@ class KiviPlan(ArrayPlan):
     def decides(self) -> dict:
         return {"code_bits": self.code_bits}
 
-    def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
+    def chunk_arrays(self, layer_group: int, batch: int, tokens: int) -> list[tuple]:
         dim, block, group = self.shape.head_dim, self.method.block, self.method.group_size
         lead = batch, self.shape.kv_heads
         by_channel, by_token = (*lead, tokens // block, dim, 1), (*lead, tokens, dim // group)

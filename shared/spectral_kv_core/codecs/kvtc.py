@@ -43,8 +43,8 @@ ROUNDS = 40  # of the search for the price of a bit
 class KvtcCodec(FileCodec):
     """A chunk holds one array: the deflated bytes of, per side and run of like groups, codes, scales and offsets."""
 
-    def __init__(self, xp, plan: KvtcPlan, row: int, like=None):
-        super().__init__(xp, plan, row, like)
+    def __init__(self, xp, plan: KvtcPlan, layer_group: int, like=None):
+        super().__init__(xp, plan, layer_group, like)
         basis_set = plan.read_set
         self.runs = plan.runs
         basis = [u[:, : sum(s * n for s, _, n in runs)] for u, runs in zip(plan.axes, self.runs)]
@@ -146,12 +146,12 @@ class KvtcPlan(ArrayPlan):
         runs = {f"{side}_runs": np.array(runs) for side, runs in zip(("key", "value"), self.runs)}
         return runs | {"mean": basis_set.mean, "basis": basis_set.basis}
 
-    def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
+    def chunk_arrays(self, layer_group: int, batch: int, tokens: int) -> list[tuple]:
         return [(None, "uint8")]
 
 
 def best_groups(variance: np.ndarray, budget: float) -> list[tuple[int, int]]:
-    """Groups (components, bits) from the first component on that minimise squared error within `budget` bits per token.
+    """Groups (components, bits) from the first component on that minimize squared error within `budget` bits per token.
 
     `variance` [R] of the components, which fall. At every price of a bit the best groups are found by dynamic programming;
     the price is searched that uses the budget best. What it leaves takes further groups of the fewest bits, larger ones
@@ -187,7 +187,7 @@ def _options(tail: np.ndarray) -> list[tuple]:
 
 
 def _groups_at(tail: list[float], options: list[tuple], price: float) -> list[tuple[int, int]]:
-    """Groups that minimise error + price * bits, widths never rising along the components."""
+    """Groups that minimize error + price * bits, widths never rising along the components."""
     rank = len(tail) - 1
     # per width allowed at most: (value, option taken) from every component on; the last entry drops everything
     value = {bits: [0.0] * (rank + 1) for bits in (*WIDTHS, 0)}

@@ -33,6 +33,6 @@ class PlainPlan(Plan):
     def bits_per_element(self) -> float:
         return PLAIN_BITS
 
-    def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
+    def chunk_arrays(self, layer_group: int, batch: int, tokens: int) -> list[tuple]:
         """None: no token is ever sealed."""
         return []

@@ -8,7 +8,7 @@ from functools import cache
 
 from ..errors import UsageError
 from ..native import disabled
-from ..planning.budget import SEAL, SINKS, WINDOW, bits_for_bytes, whole_number
+from ..planning.budget import SINKS, WINDOW, whole_number
 from ..planning.methods import Method, get_live_method, get_method
 from ..planning.plan import Plan
 from ..profile.model_shape import ModelShape
@@ -86,38 +86,22 @@ def plan_for(
     profile: Profile | None,
     method: str | Method = "spectral",
     bits: float | None = None,
-    budget_bytes: int | None = None,
-    max_context: int | None = None,
     window: int = WINDOW,
     sinks: int = SINKS,
-    element_bytes: int = 2,
-    other_bytes: int = 0,
 ) -> Plan:
-    """`make_plan` for a new cache from `bits`, or from `budget_bytes` for a cache of `max_context` tokens.
-
-    `element_bytes`: size of an exact element; `other_bytes`: what the layers that pass through need at that length.
-    """
+    """`make_plan` for a new cache; raises UsageError for a `window` or `sinks` that are no numbers of tokens too."""
     whole_number("window", window, 0)
     whole_number("sinks", sinks, 0)
-    method = usable_method(method)
-    if budget_bytes is None:
-        return make_plan(shape, profile, method, bits)
-    if bits is not None:
-        raise UsageError("Expected bits or budget_bytes, received both.")
-    if max_context is None:
-        raise UsageError("Expected max_context, the tokens that budget_bytes must hold, received none.")
-    allowed, block = bits_range(method, shape), max(SEAL, method.block)
-    bits = bits_for_bytes(shape, budget_bytes, max_context, window, sinks, element_bytes, other_bytes, allowed, block)
-    return make_plan(shape, profile, method, bits)
+    return make_plan(shape, profile, usable_method(method), bits)
 
 
-def make_codec(xp, plan: Plan, row: int, like=None):
-    """Codec of row `row` for a live cache, or None for a plan that compresses nothing.
+def make_codec(xp, plan: Plan, layer_group: int, like=None):
+    """Codec of a layer group, by number, for a live cache, or None for a plan that compresses nothing.
 
     Raises UsageError for a method that makes files only.
     """
     get_live_method(plan.method)
-    return plan.make_codec(xp, row, like)
+    return plan.make_codec(xp, layer_group, like)
 
 
 def bits_range(method: Method, shape: ModelShape | None = None) -> tuple[float, float]:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from copy import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
 
-from ..arrays import attention
-from ..arrays.rope import rotate
-from ..arrays.transform import band_sizes, to_time
+from ..arrays.transform import band_sizes
 from ..planning.allocation import allocate_bits
 from ..planning.budget import CHUNK_TOKENS, elements_per_token
 from ..planning.loss import costs, distortions, expansion
@@ -21,9 +18,10 @@ from ..planning.plan import Plan
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
 from ..quantization.packing import UNIT, append_rows, interleave, pack_rows, unpack_rows
-from ..quantization.quantizer import BIT_WIDTHS, RowTables, dequantize, flat_levels, flat_tables
+from ..quantization.quantizer import BIT_WIDTHS, CoefficientTables, dequantize, flat_levels, flat_tables
 from ..quantization.time_rounding import round_in_time
 from .chunk import TILE_CHUNKS, Chunk, check_finite, extended, kept_positions, next_start
+from .spectral_reader import LayerView, SpectralReader
 from .transform import TransformCodec, TransformPlan, by_frequency, deviations, kept_components
 
 MIN_BITS, MAX_BITS = 0.25, 8.0
@@ -112,16 +110,16 @@ class SpectralPlan(TransformPlan):
         return flat_tables(self.basis_set.levels, self.levels)
 
     @cached_property
-    def rows_by_width(self) -> list[dict[int, int]]:
-        """Of every row of the plan, how many coefficients of a block have each width that it stores."""
+    def coefficients_by_width(self) -> list[dict[int, int]]:
+        """Of every layer group, how many coefficients of a block have each width that it stores."""
         sizes = band_sizes(self.basis_set.block)
         return [{int(b): int(((widths == b) * sizes).sum()) for b in np.unique(widths) if b} for widths in self.widths]
 
-    def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
+    def chunk_arrays(self, layer_group: int, batch: int, tokens: int) -> list[tuple]:
         arrays: list[tuple] = []
         units, rest = divmod(tokens // self.method.block, UNIT)
-        for bits, rows in self.rows_by_width[row].items():
-            arrays += [((batch, rows, units, bits), "uint8"), ((batch, -(-rows * rest // UNIT), bits), "uint8")]
+        for bits, count in self.coefficients_by_width[layer_group].items():
+            arrays += [((batch, count, units, bits), "uint8"), ((batch, -(-count * rest // UNIT), bits), "uint8")]
         return arrays
 
     def decides(self) -> dict[str, Any]:
@@ -136,40 +134,36 @@ class SpectralPlan(TransformPlan):
         return np.take_along_axis(cost, places, -1)[..., 0].sum((-1, -2))
 
 
-class SpectralCodec(TransformCodec):
+class SpectralCodec(SpectralReader, TransformCodec):
     """Coefficients as packed codes: one table entry per coefficient.
 
-    Coefficients with 0 bits are not stored. Rows (group, frequency, component) are sorted by width; codes of a row are
-    packed along time. A chunk holds, width by width, whole units [B, rows, units, bits] and then the codes that wait for
-    their unit to fill (`pack_rows`).
+    Coefficients with 0 bits are not stored. The others (group, frequency, component) are sorted by width, and
+    the codes of each are packed along time. A chunk holds, width by width, whole units [B, n, units, bits] of the n
+    coefficients and then the codes that wait for their unit to fill (`pack_rows`).
     """
 
-    coupled = 0  # widths whose codes are those of a trellis, the first ones
-
-    def __init__(self, xp, plan: SpectralPlan, row: int, like=None):
-        super().__init__(xp, plan, row, like)
+    def __init__(self, xp, plan: SpectralPlan, layer_group: int, like=None):
+        super().__init__(xp, plan, layer_group, like)
 
         def table(x, dtype=np.float32):
             return xp.asarray(np.ascontiguousarray(x, dtype), like=like)
 
-        kept = kept_components(plan.coded[row])
-        widths, sigma = by_frequency(plan.widths[row], kept, self.block), deviations(plan.basis_set, row, kept)
-        self.quantizers = RowTables(xp, plan.shared_tables(xp, like), widths[:, None])
-        widths, sigma = widths.reshape(-1), sigma.reshape(-1)  # rows in the order (group, frequency, component)
+        kept = kept_components(plan.coded[layer_group])
+        widths, sigma = (
+            by_frequency(plan.widths[layer_group], kept, self.block),
+            deviations(plan.basis_set, layer_group, kept),
+        )
+        self.quantizers = CoefficientTables(xp, plan.shared_tables(xp, like), widths[:, None])
+        widths, sigma = widths.reshape(-1), sigma.reshape(-1)  # in the order (group, frequency, component)
         self.bits = [int(b) for b in np.unique(widths) if b]
-        rows = [np.flatnonzero(widths == b) for b in self.bits]
-        order = np.full(len(widths), sum(map(len, rows)), np.int32)  # dropped rows read the zero row at the end
-        if rows:
-            order[np.concatenate(rows)] = np.arange(len(order[widths > 0]))
+        numbers = [np.flatnonzero(widths == b) for b in self.bits]
+        order = np.full(len(widths), sum(map(len, numbers)), np.int32)  # dropped ones read the zero at the end
+        if numbers:
+            order[np.concatenate(numbers)] = np.arange(len(order[widths > 0]))
         self.order = table(order, np.int32)
-        self.rows = [table(chosen, np.int32) for chosen in rows]
-        self.scale = [table(sigma[chosen][:, None]) for chosen in rows]
+        self.numbers = [table(chosen, np.int32) for chosen in numbers]
+        self.scale = [table(sigma[chosen][:, None]) for chosen in numbers]
         self.levels = [table(plan.levels[b]) for b in self.bits]
-
-    @cached_property
-    def decoder(self):
-        """What the array library has to decode several chunks at a time, of one layer, or None."""
-        return self.layers == 1 and self.xp.kernels and self.xp.kernels.decoder(self)
 
     @cached_property
     def packer(self):
@@ -177,22 +171,8 @@ class SpectralCodec(TransformCodec):
         return self.xp.kernels and self.xp.kernels.packer(self)
 
     @cached_property
-    def kernel(self):
-        """The faster decode step that the array library has for this codec of one layer, or None."""
-        return self.layers == 1 and self.xp.kernels and self.xp.kernels.decode_step(self)
-
-    @cached_property
-    def of_layers(self) -> list:
-        """For every layer of the row a codec that decodes and attends to that layer's heads alone, and encodes nothing."""
-        return [self] if self.layers == 1 else [self._of_layer(number) for number in range(self.layers)]
-
-    def _of_layer(self, number: int) -> SpectralCodec:
-        view = copy(self)
-        for made in ("decoder", "kernel", "of_layers"):
-            view.__dict__.pop(made, None)
-        view.layers, view.kv_heads, view.axes = 1, self.kv_heads // self.layers, self.axes[number : number + 1]
-        view.packer = None  # nothing is packed by it
-        return view
+    def of_layers(self) -> Sequence[SpectralReader]:
+        return [self] if self.layers == 1 else [LayerView(self, number) for number in range(self.layers)]
 
     def choose(self, keys, values, start):
         """Codes uint8 [B, G, T / block, block, R] of T tokens at `start`, T a multiple of `block`.
@@ -213,12 +193,12 @@ class SpectralCodec(TransformCodec):
         """Arrays of a chunk with `codes` [B, G, n, block, R], behind those of `chunk` where one is given."""
         xp, (batch, _, n, _, _) = self.xp, codes.shape
         codes = xp.permute_dims(codes, (0, 1, 3, 4, 2)).reshape(batch, -1, n)
-        by_width = [xp.take(codes, rows, axis=1) for rows in self.rows]
+        by_width = [xp.take(codes, chosen, axis=1) for chosen in self.numbers]
         if chunk is None:
             return interleave([pack_rows(xp, x, b) for x, b in zip(by_width, self.bits)])
         held = chunk.tokens // self.block
-        rows = zip(_pairs(chunk.arrays), by_width, self.bits)
-        return interleave([append_rows(xp, old, held, new, b) for old, new, b in rows])
+        held_and_new = zip(_pairs(chunk.arrays), by_width, self.bits)
+        return interleave([append_rows(xp, old, held, new, b) for old, new, b in held_and_new])
 
     def seal(self, chunk: Chunk | None, codes, position) -> Chunk:
         """`chunk` with `codes` [B, G, n, block, R] behind its own, or a new one; `position`: where these tokens stand.
@@ -250,8 +230,8 @@ class SpectralCodec(TransformCodec):
         One head stands for all where the plan codes heads together.
         """
         xp, arrays = self.xp, []
-        for i, (bits, rows) in enumerate(zip(self.bits, self.rows)):
-            heads = xp.to_numpy(rows) // (self.block * self.rank) % blocks.shape[1]
+        for i, (bits, numbers) in enumerate(zip(self.bits, self.numbers)):
+            heads = xp.to_numpy(numbers) // (self.block * self.rank) % blocks.shape[1]
             codes = [
                 unpack_rows(xp, chunk.arrays[2 * i : 2 * i + 2], bits, chunk.tokens // self.block) for chunk in chunks
             ]
@@ -286,81 +266,14 @@ class SpectralCodec(TransformCodec):
         return y.reshape(chunk.batch, self.groups, self.block, self.rank, n)
 
     def _dequantized(self, codes: list) -> list:
-        """Coefficients [B, rows, n] of codes width by width."""
+        """Coefficients [B, n, blocks] of codes, width by width."""
         return [dequantize(self.xp, *of_width) * scale for *of_width, scale in zip(codes, self.levels, self.scale)]
 
-    def decode(self, chunk: Chunk):
-        """Keys and values [B, H, T, D] float32 of a chunk; keys are rotated as the model had them."""
-        return self.vectors(self.spectrum(chunk), chunk.start)
-
-    def attend(self, chunk: Chunk, queries, scale: float):
-        """Partial softmax of grouped `queries` [B, H, M, D] float32 over a chunk.
-
-        On latents where the method allows it: with k = mu + U F^T y, q.k = q.mu + F^T (U^T q . y), and likewise the
-        output is one expansion of sum_t p_t z_t per query row, so that neither keys nor values are rebuilt.
-        """
-        xp, h = self.xp, self.kv_heads
-        if not self.method.latent:
-            return self._attend_rotated(chunk, queries, scale)
-        y = self.spectrum(chunk)
-        batch, _, block, _, n = y.shape
-        rows = queries.shape[2]
-        latent = xp.matmul(queries, self.basis[:h])  # [B, H, M, R]
-        by_frequency = xp.matmul(latent[:, :, None], y[:, :h])  # [B, H, block, M, n]
-        scores = xp.matmul(xp.permute_dims(by_frequency, (0, 1, 3, 4, 2)), self.time)  # [B, H, M, n, block]
-        offset = xp.matmul(queries, xp.permute_dims(self.mean[:h], (0, 2, 1)))  # q . mu, [B, H, M, 1]
-        scores = (scores.reshape(batch, h, rows, n * block) + offset) * scale
-        p, m, l = attention.partial_from_scores(xp, scores)
-        weights = xp.matmul(p.reshape(batch, h, rows, n, block), xp.permute_dims(self.time, (1, 0)))
-        weights = xp.permute_dims(weights, (0, 1, 4, 2, 3))  # [B, H, block, M, n]
-        pooled = xp.sum(xp.matmul(weights, xp.permute_dims(y[:, h:], (0, 1, 2, 4, 3))), axis=2)  # [B, H, M, R]
-        output = xp.matmul(pooled, xp.permute_dims(self.basis[h:], (0, 2, 1))) + l * self.mean[h:]
-        return output, m, l
-
-    def _attend_rotated(self, chunk: Chunk, queries, scale: float):
-        """`attend` where scores need keys that are rebuilt and rotated; values are pooled as latents all the same.
-
-        A head's values take one product with the basis per query row instead of one per token.
-        """
-        xp, h = self.xp, self.kv_heads
-        (batch, _, rows, dim), tokens = queries.shape, chunk.tokens
-        z = to_time(xp, self.spectrum(chunk), self.time)  # [B, G, T, R]
-        (key_z, value_z), (key_basis, value_basis), means = (self._sides(x) for x in (z, self.basis, self.mean))
-        keys = xp.matmul(key_z, xp.permute_dims(key_basis, (0, 2, 1)))
-        if self.weight is not None:
-            keys = keys / self._sides(self.weight)[0]
-        keys = (keys + means[0]).reshape(batch, key_z.shape[1], tokens, -1, dim)
-        keys = xp.permute_dims(keys, (0, 1, 3, 2, 4)).reshape(batch, h, tokens, dim)
-        if self.rope and self.method.rope == "pre":
-            keys = rotate(xp, keys, self.rope, chunk.start)
-        p, m, l = attention.partial_from_scores(xp, xp.matmul(queries, xp.permute_dims(keys, (0, 1, 3, 2))) * scale)
-        pooled = xp.matmul(p.reshape(batch, value_z.shape[1], -1, tokens), value_z).reshape(batch, h, rows, -1)
-        output = xp.matmul(pooled, xp.permute_dims(value_basis.reshape(h, dim, -1), (0, 2, 1)))
-        if self.weight is not None:
-            output = output / self._sides(self.weight)[1].reshape(h, 1, dim)
-        return output + l * means[1].reshape(h, 1, dim), m, l
-
-    def _sides(self, x) -> tuple:
-        """What `x`, [G, Dg or 1, ...] of a table or [B, G, T, R] of latents, has for keys and for values."""
-        if self.groups > 1:
-            axis, half = len(x.shape) - 3, self.groups // 2
-            return tuple(x[(slice(None),) * axis + (part,)] for part in (slice(half), slice(half, None)))
-        if len(x.shape) == 4:  # both come from the same latents
-            return x, x
-        axis, half = (1 if x.shape[1] > 1 else 2), self.kv_heads * self.head_dim
-        return tuple(x[(slice(None),) * axis + (part,)] for part in (slice(half), slice(half, None)))
-
-    def decode_step(self, chunks, queries, keys, values, scale: float):
-        """`attention.decode_step`, by the kernel that the array library has for it or by its operations."""
-        step = self.kernel or partial(attention.decode_step, self.xp, self)
-        return step(chunks, queries, keys, values, scale)
-
     def tables(self) -> list:
-        """Every array that all sequences share."""
-        rows = [self.order, *self.rows, *self.scale, *self.levels]
-        faster = [x for way in (self.decoder, self.packer, self.kernel) if way for x in way.tables()]
+        own = [self.order, *self.numbers, *self.scale, *self.levels, *self.quantizers.arrays()]
+        packer = self.packer.tables() if self.packer else []
         views = [x for view in self.of_layers if view is not self for x in view.tables()]
-        return super().tables() + rows + self.quantizers.arrays() + faster + views
+        return super().tables() + own + packer + views
 
 
 def _pairs(arrays: tuple) -> list[tuple]:

@@ -33,12 +33,12 @@ REACH = 2.6  # standard deviations that the range of 128 tokens covers to either
 class SvdqCodec(ArrayCodec):
     """`quantize_groups` of the latents of keys, and values [B, H, T, D] float16."""
 
-    def __init__(self, xp, plan: SvdqPlan, row: int, like=None):
-        super().__init__(xp, plan, row, like)
+    def __init__(self, xp, plan: SvdqPlan, layer_group: int, like=None):
+        super().__init__(xp, plan, layer_group, like)
         self.block, self.widths = plan.method.block, plan.widths
-        basis, _ = fit_basis(covariance(needed(plan.profile), row, 0, self.kv_heads))
+        basis, _ = fit_basis(covariance(needed(plan.profile), layer_group, 0, self.kv_heads))
         self.basis = self.table(basis[:, : coded_channels(plan.widths, len(basis))])  # [H D, R]
-        self.mean = self.table(means(needed(plan.profile), row)[: self.kv_heads].reshape(-1))
+        self.mean = self.table(means(needed(plan.profile), layer_group)[: self.kv_heads].reshape(-1))
 
     def store(self, keys, values, start: int) -> tuple:
         xp = self.xp
@@ -129,8 +129,8 @@ class SvdqPlan(ArrayPlan):
         cls.check_bits(shape, method, bits)
         check_groups(shape)
         spectra = []
-        for row in range(len(shape.layers)):
-            _, variance = fit_basis(covariance(needed(profile), row, 0, shape.kv_heads))
+        for layer_group in range(len(shape.layers)):
+            _, variance = fit_basis(covariance(needed(profile), layer_group, 0, shape.kv_heads))
             spectra.append(variance.reshape(GROUPS, -1).sum(-1) / variance.sum())
         cost = np.mean(spectra, axis=0)[:, None] * np.array(width_errors())
         cost = np.array([[float(f"{x:.9g}") for x in row] for row in cost])  # last bits differ between machines
@@ -148,7 +148,7 @@ class SvdqPlan(ArrayPlan):
         names = "mean", "weight", "basis", "variance"
         return {"widths": self.widths, **{name: getattr(basis_set, name) for name in names}}
 
-    def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
+    def chunk_arrays(self, layer_group: int, batch: int, tokens: int) -> list[tuple]:
         heads, dim = self.shape.kv_heads, self.shape.head_dim
         coded = group_arrays(self.widths, heads * dim, batch, tokens, self.method.block)
         return [*coded, ((batch, heads, tokens, dim), "float16")]

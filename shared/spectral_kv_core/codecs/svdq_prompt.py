@@ -44,8 +44,8 @@ class SvdqPromptCodec(FileCodec):
 
     chunk_tokens = 2**31
 
-    def __init__(self, xp, plan: SvdqPromptPlan, row: int, like=None):
-        super().__init__(xp, plan, row, like)
+    def __init__(self, xp, plan: SvdqPromptPlan, layer_group: int, like=None):
+        super().__init__(xp, plan, layer_group, like)
         self.block, self.budget = plan.method.block, plan.bits
 
     def store(self, keys, values, start: int) -> tuple:
@@ -119,7 +119,7 @@ class SvdqPromptPlan(PromptPlan):
         cls.check_bits(shape, method, bits)
         return cls(method, bits, shape)
 
-    def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
+    def chunk_arrays(self, layer_group: int, batch: int, tokens: int) -> list[tuple]:
         heads, dim, block = self.shape.kv_heads, self.shape.head_dim, self.method.block
         widths = schedule(self.bits, heads * dim, tokens, block)
         axes = [((batch, n, heads * dim), "float16") for n in (1, coded_channels(widths, heads * dim))]

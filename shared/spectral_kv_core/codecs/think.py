@@ -26,12 +26,12 @@ from .base import ArrayCodec, ArrayPlan
 class ThinkCodec(ArrayCodec):
     """Kept channels of keys [B, H, T, C] and values [B, H, T, D] float16, and which they are, a bit each [B, H, D / 8, 1]."""
 
-    def __init__(self, xp, plan: ThinkPlan, row: int, like=None):
-        super().__init__(xp, plan, row, like)
+    def __init__(self, xp, plan: ThinkPlan, layer_group: int, like=None):
+        super().__init__(xp, plan, layer_group, like)
         self.kept = plan.channels
         profile = needed(plan.profile)
         positions = profile.calibration.get("positions", 2048)
-        energy = rotated_energy(query_moment(profile, row), self.rope, positions)
+        energy = rotated_energy(query_moment(profile, layer_group), self.rope, positions)
         self.energy = self.table(energy / energy.mean(-1, keepdims=True))  # [H, D]
         self.order = self.table(np.arange(self.head_dim), np.int32)
 
@@ -112,7 +112,7 @@ class ThinkPlan(ArrayPlan):
     def decides(self) -> dict:
         return {"channels": self.channels}
 
-    def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
+    def chunk_arrays(self, layer_group: int, batch: int, tokens: int) -> list[tuple]:
         lead, dim = (batch, self.shape.kv_heads), self.shape.head_dim
         kept = [((*lead, tokens, n), "float16") for n in (self.channels, dim)]
         return [*kept, ((*lead, -(-dim // UNIT), 1), "uint8")]

@@ -36,12 +36,12 @@ class TieredCodec(Codec):
 
     block = GROUP
 
-    def __init__(self, xp, plan: TieredPlan, row: int, like=None):
+    def __init__(self, xp, plan: TieredPlan, layer_group: int, like=None):
         self.xp, self.shape, self.bits = xp, plan.shape, max(len(plan.tiers) - 1, 1).bit_length()
-        self.codecs = [tier.make_codec(xp, row, like) for tier in plan.tiers]
+        self.codecs = [tier.make_codec(xp, layer_group, like) for tier in plan.tiers]
         self.counts = [round(share * GROUP) for share in plan.shares]
-        self.scores = BlockScores(xp, plan, row, needed(plan.method.scorer), GROUP)
-        self.joint = plan.method.group != "head"
+        self.scores = BlockScores(xp, plan, layer_group, needed(plan.method.scorer), GROUP)
+        self.shares_tokens = plan.method.group != "head"
 
     def encode(self, keys, values, start: int) -> Chunk:
         """A new chunk from T tokens, T a multiple of `GROUP`; raises UsageError on NaN or infinity."""
@@ -97,7 +97,7 @@ class TieredCodec(Codec):
         xp, rope = self.xp, self.shape.rope
         keys, values = xp.astype(keys, xp.float32), xp.astype(values, xp.float32)
         scores = self.scores(unrotate(xp, keys, rope, start) if rope else keys, values)
-        if self.joint:
+        if self.shares_tokens:
             scores = xp.mean(scores, axis=1, keepdims=True)
         scores = scores.reshape(*scores.shape[:2], -1, GROUP)
         rank = xp.argsort(xp.argsort(-scores, axis=-1), axis=-1)

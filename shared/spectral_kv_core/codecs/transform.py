@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays.basis import orthonormalize
-from ..arrays.rope import rotate, unrotate
+from ..arrays.rope import Rope, rotate, unrotate
 from ..arrays.transform import band_sizes, octave_bands, time_matrix, to_frequency, to_time
 from ..errors import UsageError
 from ..planning.budget import elements_per_token
@@ -21,13 +21,13 @@ from ..profile.basis_set import BasisSet
 from ..profile.profile import Profile
 from ..quantization.time_rounding import TokenWeights
 from ..scorers import get_scorer
-from .base import Codec
+from .base import Codec, Reader
 from .chunk import join_layers, split_layers
 
 
 @dataclass(frozen=True)
 class TransformPlan(Plan):
-    """A plan over coefficients: rows of layers, groups, components R and bands F of frequencies.
+    """A plan over coefficients: layer groups L, groups G, components R and bands F of frequencies.
 
     basis_set: what vectors are projected on, never None in a plan that is made.
     """
@@ -68,13 +68,13 @@ class TransformPlan(Plan):
             return False
         return bool(self.query_statistics(0)) or not get_scorer(self.method.rounding).needs_queries
 
-    def loss(self, row: int) -> np.ndarray:
+    def loss(self, layer_group: int) -> np.ndarray:
         """What losing a whole coefficient costs [G, R, F] float64, up to one factor."""
-        return coefficient_loss(self.basis_set, row)
+        return coefficient_loss(self.basis_set, layer_group)
 
-    def gain(self, row: int) -> np.ndarray:
+    def gain(self, layer_group: int) -> np.ndarray:
         """Root of `loss` [G, R, F], relative to the largest of its component."""
-        return rounding_gain(self.loss(row))
+        return rounding_gain(self.loss(layer_group))
 
     def decides(self) -> dict[str, Any]:
         return {name: getattr(self.basis_set, name) for name in ("mean", "weight", "basis", "variance")}
@@ -116,30 +116,68 @@ class Axes:
         return [x for x in (self.mean, self.basis, self.weight) if x is not None]
 
 
-class TransformCodec(Codec):
-    """Keys and values of a row's layers <-> coefficients: basis across channels, transform over blocks of time.
+class TransformReader(Reader):
+    """Coefficients -> keys and values of the layers that `axes` has, the heads of the first layer first.
 
-    H counts the heads of all layers that the row stands for, its first layer's first; `axes` has those of each layer.
+    `time`: see `arrays.transform.time_matrix`. `rope`: None for a model without.
+    """
+
+    method: Method
+    rope: Rope | None
+    axes: list[Axes]
+    time: Any
+
+    @property
+    def mean(self):
+        """[G, 1, Dg] of a reader of one layer; basis [G, Dg, R] and weight, None or [G, 1, Dg], likewise."""
+        (axes,) = self.axes
+        return axes.mean
+
+    @property
+    def basis(self):
+        (axes,) = self.axes
+        return axes.basis
+
+    @property
+    def weight(self):
+        (axes,) = self.axes
+        return axes.weight
+
+    def vectors(self, spectrum, start):
+        """Keys and values [B, H, T, D] float32 of coefficients [B, G, block, R, T / block], which have their scale.
+
+        Keys are rotated as the model had them, at `start` (see `Chunk`).
+        """
+        xp = self.xp
+        z = to_time(xp, spectrum, self.time)  # [B, G, T, R]
+        keys, values = join_layers(xp, [axes.vectors(z) for axes in self.axes])
+        return (rotate(xp, keys, self.rope, start) if self.rope and self.method.rope == "pre" else keys), values
+
+
+class TransformCodec(TransformReader, Codec):
+    """Keys and values of a layer group <-> coefficients: basis across channels, transform over blocks of time.
+
+    H counts the heads of all layers of the group, its first layer's first; `axes` has those of each layer.
     Components of which the plan stores no coefficient are never computed.
     """
 
-    def __init__(self, xp, plan: TransformPlan, row: int, like=None):
+    def __init__(self, xp, plan: TransformPlan, layer_group: int, like=None):
         basis_set, method = plan.basis_set, plan.method
         self.xp, self.method, self.block = xp, method, basis_set.block
         self.rope = plan.shape.rope
-        self.layers = len(plan.layer_groups[row])
+        self.layers = len(plan.layer_groups[layer_group])
         self.kv_heads, self.head_dim = plan.shape.kv_heads * self.layers, plan.shape.head_dim
         self.groups = basis_set.mean.shape[1]
-        members = 2 * self.kv_heads // self.groups  # the first ones of a row that has fewer layers than others
+        members = 2 * self.kv_heads // self.groups  # the first ones of a layer group that has fewer layers than others
 
         def table(x, dtype=np.float32):
             return xp.asarray(np.ascontiguousarray(x, dtype), like=like)
 
-        kept = kept_components(plan.coded[row])  # [G, R]
+        kept = kept_components(plan.coded[layer_group])  # [G, R]
         self.rank = kept.shape[1]
-        basis = np.take_along_axis(orthonormalize(basis_set.basis[row]), kept[:, None], -1)  # [G, Dg, R]
-        weight = np.repeat(basis_set.weight[row, :, :members], self.head_dim, axis=-1)[:, None]  # [G, 1, Dg]
-        mean = basis_set.mean[row][:, None]
+        basis = np.take_along_axis(orthonormalize(basis_set.basis[layer_group]), kept[:, None], -1)  # [G, Dg, R]
+        weight = np.repeat(basis_set.weight[layer_group, :, :members], self.head_dim, axis=-1)[:, None]  # [G, 1, Dg]
+        mean = basis_set.mean[layer_group][:, None]
         channels = np.arange(members * self.head_dim)  # keys of all layers, then values
         if self.layers > 1:
             channels = channels.reshape(2, self.layers, -1).swapaxes(0, 1)
@@ -155,25 +193,9 @@ class TransformCodec(Codec):
         ]
         self.time = table(time_matrix(basis_set.time, basis_set.block))
 
-        self.normalize = table(1 / deviations(basis_set, row, kept)[:, None])  # [G, 1, F, R]
-        self.weigh = TokenWeights(xp, plan, row, table) if plan.rounds else None
-        self.gain = self.weigh and table(by_frequency(plan.gain(row), kept, self.block)[:, None])
-
-    @property
-    def mean(self):
-        """[G, 1, Dg] of a row of one layer; basis [G, Dg, R] and weight, None or [G, 1, Dg], likewise."""
-        (axes,) = self.axes
-        return axes.mean
-
-    @property
-    def basis(self):
-        (axes,) = self.axes
-        return axes.basis
-
-    @property
-    def weight(self):
-        (axes,) = self.axes
-        return axes.weight
+        self.normalize = table(1 / deviations(basis_set, layer_group, kept)[:, None])  # [G, 1, F, R]
+        self.weigh = TokenWeights(xp, plan, layer_group, table) if plan.rounds else None
+        self.gain = self.weigh and table(by_frequency(plan.gain(layer_group), kept, self.block)[:, None])
 
     def coefficients(self, keys, values, start):
         """Transform [B, H, T, D] keys and values (T a multiple of `block`) of tokens at `start` (see `Chunk`).
@@ -192,16 +214,6 @@ class TransformCodec(Codec):
         weights = self.weigh(turned, values)
         weights = xp.concat([weights, weights], axis=1).reshape(keys.shape[0], self.groups, -1, keys.shape[2])
         return z, xp.mean(weights, axis=2).reshape(*z.shape[:4])
-
-    def vectors(self, spectrum, start):
-        """Keys and values [B, H, T, D] float32 of coefficients [B, G, block, R, T / block], which have their scale.
-
-        Keys are rotated as the model had them, at `start` (see `Chunk`).
-        """
-        xp = self.xp
-        z = to_time(xp, spectrum, self.time)  # [B, G, T, R]
-        keys, values = join_layers(xp, [axes.vectors(z) for axes in self.axes])
-        return (rotate(xp, keys, self.rope, start) if self.rope and self.method.rope == "pre" else keys), values
 
     def tables(self) -> list:
         """Every array that all sequences share."""
@@ -223,7 +235,7 @@ def by_frequency(x: np.ndarray, kept: np.ndarray, block: int) -> np.ndarray:
     return np.take_along_axis(x, kept[..., None], 1)[..., octave_bands(block)].transpose(0, 2, 1)
 
 
-def deviations(basis_set: BasisSet, row: int, kept: np.ndarray) -> np.ndarray:
+def deviations(basis_set: BasisSet, layer_group: int, kept: np.ndarray) -> np.ndarray:
     """Standard deviations [G, block, R] of the components `kept` [G, R]; 1 for a coefficient that never moved."""
-    sigma = np.sqrt(by_frequency(basis_set.variance[row], kept, basis_set.block))
+    sigma = np.sqrt(by_frequency(basis_set.variance[layer_group], kept, basis_set.block))
     return np.where(sigma > 0, sigma, np.float32(1))

@@ -31,21 +31,24 @@ class TrellisPlan(SpectralPlan):
 
     def decides(self) -> dict[str, Any]:
         """The order of the path follows from losses."""
-        return super().decides() | {"loss": np.stack([self.loss(row) for row in range(len(self.widths))])}
+        return super().decides() | {
+            "loss": np.stack([self.loss(layer_group) for layer_group in range(len(self.widths))])
+        }
 
 
 class TrellisCodec(SpectralCodec):
     """The codec with codes of `trellis`: stored as those of `SpectralCodec`, chosen and decoded together."""
 
-    def __init__(self, xp, plan: TrellisPlan, row: int, like=None):
-        super().__init__(xp, plan, row, like)
-        kept = kept_components(plan.coded[row])
+    def __init__(self, xp, plan: TrellisPlan, layer_group: int, like=None):
+        super().__init__(xp, plan, layer_group, like)
+        kept = kept_components(plan.coded[layer_group])
         widths, gain, cost = (
-            by_frequency(x, kept, self.block) for x in (plan.widths[row], plan.gain(row), plan.loss(row))
+            by_frequency(x, kept, self.block)
+            for x in (plan.widths[layer_group], plan.gain(layer_group), plan.loss(layer_group))
         )
-        self.search = trellis.Rows(widths, gain, cost, xp.to_numpy(self.time), plan.search_tables)
+        self.search = trellis.Coefficients(widths, gain, cost, xp.to_numpy(self.time), plan.search_tables)
         self.coupled = sum(b in trellis.WIDTHS for b in self.bits)
-        stored = [xp.to_numpy(rows) for rows in self.rows[: self.coupled]]
+        stored = [xp.to_numpy(numbers) for numbers in self.numbers[: self.coupled]]
         if self.coupled:
             numbers = np.concatenate(stored)
             sequences = self.search.sequences()
@@ -59,7 +62,7 @@ class TrellisCodec(SpectralCodec):
         return xp.asarray(codes, like=self.time)
 
     def _dequantized(self, codes: list) -> list:
-        """Coefficients [B, rows, n] of codes width by width."""
+        """Coefficients [B, n, blocks] of codes, width by width."""
         xp, n = self.xp, self.coupled
         alone = [dequantize(xp, *x) * scale for *x, scale in zip(codes[n:], self.levels[n:], self.scale[n:])]
         if not n:

@@ -17,7 +17,7 @@ from ..arrays.hadamard import random_rotation
 from ..planning.methods import Method
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
-from ..quantization.quantizer import BIT_WIDTHS, RowTables, flat_tables, gaussian_tables
+from ..quantization.quantizer import BIT_WIDTHS, CoefficientTables, flat_tables, gaussian_tables
 from .base import ArrayPlan, LatentCodec, highest_within, pack_tokens, unpack_tokens
 
 
@@ -27,13 +27,13 @@ class TurboQuantCodec(LatentCodec):
     A sketched side has the signs of its residual, [B, H, T / 8, D, 1], between them, and the residual's norms behind.
     """
 
-    def __init__(self, xp, plan: TurboQuantPlan, row: int, like=None):
-        super().__init__(xp, plan, row, like)
+    def __init__(self, xp, plan: TurboQuantPlan, layer_group: int, like=None):
+        super().__init__(xp, plan, layer_group, like)
         self.set_bases(2 * [random_rotation(self.head_dim)[None]])
         self.sketch = self.table(random_rotation(self.head_dim, "sketch")) if plan.sketched else None
         self.bits = plan.side_bits
         flat = tuple(self.table(x, x.dtype) for x in _flat_tables())
-        self.quantizers = [RowTables(xp, flat, np.array([bits])) for bits in self.bits]
+        self.quantizers = [CoefficientTables(xp, flat, np.array([bits])) for bits in self.bits]
         self._tables += [q.slots for q in self.quantizers]
 
     def store(self, keys, values, start: int) -> tuple:
@@ -119,7 +119,7 @@ class TurboQuantPlan(ArrayPlan):
     def decides(self) -> dict:
         return {"code_bits": self.code_bits}
 
-    def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
+    def chunk_arrays(self, layer_group: int, batch: int, tokens: int) -> list[tuple]:
         lead = batch, self.shape.kv_heads
         arrays: list[tuple] = []
         for side, bits in enumerate(self.side_bits):

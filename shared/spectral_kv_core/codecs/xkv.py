@@ -26,8 +26,8 @@ class XkvCodec(FileCodec):
 
     chunk_tokens = 2**31
 
-    def __init__(self, xp, plan: XkvPlan, row: int, like=None):
-        super().__init__(xp, plan, row, like)
+    def __init__(self, xp, plan: XkvPlan, layer_group: int, like=None):
+        super().__init__(xp, plan, layer_group, like)
         self._ranks = plan.bits, self.kv_heads * self.head_dim
 
     def store(self, keys, values, start: int) -> tuple:
@@ -87,7 +87,7 @@ class XkvPlan(PromptPlan):
     def bits_range(cls, shape: ModelShape, method: Method) -> tuple[float, float]:
         return 0.1, 32.0  # both factors of a square matrix at full rank
 
-    def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
-        channels = len(self.layer_groups[row]) * self.shape.kv_heads * self.shape.head_dim
+    def chunk_arrays(self, layer_group: int, batch: int, tokens: int) -> list[tuple]:
+        channels = len(self.layer_groups[layer_group]) * self.shape.kv_heads * self.shape.head_dim
         sizes = [(batch, *size) for r in ranks(self.bits, channels, tokens) for size in ((tokens, r), (r, channels))]
         return [(size, "float16") for size in sizes]

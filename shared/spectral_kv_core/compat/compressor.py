@@ -18,7 +18,7 @@ from ..planning.allocation import allocate_bits
 from ..planning.loss import distortions
 from ..profile.projection import Projection
 from ..quantization.packing import interleave, pack_rows, unpack_rows
-from ..quantization.quantizer import BIT_WIDTHS, RowTables, dequantize, flat_tables
+from ..quantization.quantizer import BIT_WIDTHS, CoefficientTables, dequantize, flat_tables
 
 HALF = 16  # bits of an element that is not compressed
 
@@ -172,7 +172,7 @@ class Compressor:
             "mean": table(p.mean),
             "basis": table(p.basis),
             "normalize": table(1 / sigma),
-            "quantizers": RowTables(xp, flat, widths),
+            "quantizers": CoefficientTables(xp, flat, widths),
             "order": table(order, np.int32),
             "widths": [
                 (b, table(r, np.int32), table(p.levels[b]), table(sigma[r][:, None])) for b, r in zip(used, rows)

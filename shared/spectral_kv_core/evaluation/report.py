@@ -11,10 +11,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from .rows import VARIANT
+from .records import VARIANT
 
 SHOWN_TURNS = 6  # of the task drift, in a table
-_JOB_COLUMNS = (  # label, key of a summary row, format
+_JOB_COLUMNS = (  # label, key of a summary record, format
     ("method", "method", "{}"),
     ("bits", "bits", "{:g}"),
     ("keep", "keep", "{:.0%}"),
@@ -74,70 +74,72 @@ def _drift_columns(turns: list[int]) -> tuple:
 
 
 def _evaluation_tables(result: dict):
-    """(title, columns, rows) by text, prefix and task; columns that no row fills are left out."""
+    """(title, columns, records) by text, prefix and task; columns that no record fills are left out."""
 
-    def place(row):
-        return row["text"], row["prefix"], row["task"]
+    def place(record):
+        return record["text"], record["prefix"], record["task"]
 
     order = list(dict.fromkeys(map(place, result["rows"])))
     for (text, prefix, task), group in groupby(sorted(result["rows"], key=lambda r: order.index(place(r))), place):
-        rows = list(group)
-        many = f"{rows[0]['documents']} document{'s' if rows[0]['documents'] > 1 else ''}"
+        records = list(group)
+        many = f"{records[0]['documents']} document{'s' if records[0]['documents'] > 1 else ''}"
         title = f"{text}, {task}: {many} of {prefix:,} tokens, "
         if task == "drift":
-            rows, turns = _by_job(rows, _over_turns), list(dict.fromkeys(row["turn"] for row in rows))
+            records, turns = _by_job(records, _over_turns), list(dict.fromkeys(record["turn"] for record in records))
             ways = "KL of one cache, and of one that is made at that turn"
             tables = [(f"{title}{len(turns)} turn{'s' if len(turns) > 1 else ''}: {ways}", _drift_columns(turns))]
         elif task == "needle":
-            rows, depths = _by_job(rows, _over_depths), len({row["depth"] for row in rows})
+            records, depths = _by_job(records, _over_depths), len({record["depth"] for record in records})
             tables = [
                 (f"{title}a number hidden at {depths} depths of each, asked for after compression", _NEEDLE_COLUMNS)
             ]
         else:
-            rows = [row | _worst_layer(row, result["layers"]) for row in rows]
-            ppl = f"plain PPL {rows[0]['ppl_ref']:.2f}{' (low)' if rows[0].get('low_ppl') else ''}"
-            tables = [(f"{title}{rows[0]['scored_tokens']:,} scored in all, {ppl}", _SCORE_COLUMNS)]
+            records = [record | _worst_layer(record, result["layers"]) for record in records]
+            ppl = f"plain PPL {records[0]['ppl_ref']:.2f}{' (low)' if records[0].get('low_ppl') else ''}"
+            tables = [(f"{title}{records[0]['scored_tokens']:,} scored in all, {ppl}", _SCORE_COLUMNS)]
             tables.append((f"{text}, {task}, {prefix:,} tokens: inside", _INSIDE_COLUMNS))
         for title, columns in tables:
-            filled = [c for c in columns if c in _JOB_COLUMNS[:2] or any(row.get(c[1]) is not None for row in rows)]
+            filled = [
+                c for c in columns if c in _JOB_COLUMNS[:2] or any(record.get(c[1]) is not None for record in records)
+            ]
             if any(column not in _JOB_COLUMNS for column in filled):
-                yield title, filled, rows
+                yield title, filled, records
 
 
-def _by_job(rows: list[dict], join) -> list[dict]:
-    """`join` of the rows of every cache."""
+def _by_job(records: list[dict], join) -> list[dict]:
+    """`join` of the records of every cache."""
     groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row.get(name) for name in VARIANT), []).append(row)
+    for record in records:
+        groups.setdefault(tuple(record.get(name) for name in VARIANT), []).append(record)
     return [join(group) for group in groups.values()]
 
 
-def _over_turns(rows: list[dict]) -> dict:
-    """The last of the rows, with figures of all turns under their names and the turn."""
+def _over_turns(records: list[dict]) -> dict:
+    """The last of the records, with figures of all turns under their names and the turn."""
     names = ("kl", "kl_fresh", "aop")
-    return rows[-1] | {f"{name}{row['turn']}": row.get(name) for row in rows for name in names}
+    return records[-1] | {f"{name}{record['turn']}": record.get(name) for record in records for name in names}
 
 
-def _over_depths(rows: list[dict]) -> dict:
+def _over_depths(records: list[dict]) -> dict:
     """Means over depths; the depth where the KL is largest."""
-    worst = max(rows, key=lambda row: row["needle_kl"])
+    worst = max(records, key=lambda record: record["needle_kl"])
     numbers = ("found", "found_ref", "needle_kl", "needle_logp", "needle_logp_ref")
     return (
-        rows[0]
-        | {name: float(np.mean([row[name] for row in rows])) for name in numbers}
+        records[0]
+        | {name: float(np.mean([record[name] for record in records])) for name in numbers}
         | {"worst_depth": f"{worst['depth']:.0%}: {worst['needle_kl']:.4f}"}
     )
 
 
-def _worst_layer(row: dict, layers: list[int]) -> dict:
-    if "aop_layers" not in row:
+def _worst_layer(record: dict, layers: list[int]) -> dict:
+    if "aop_layers" not in record:
         return {}
-    layer, aop = max(zip(layers, row["aop_layers"]), key=lambda pair: pair[1])
+    layer, aop = max(zip(layers, record["aop_layers"]), key=lambda pair: pair[1])
     return {"worst_layer": f"{layer}: {aop:.4f}"}
 
 
-def _cells(row: dict, columns) -> list[str]:
-    return ["-" if row.get(key) is None else form.format(row[key]) for _, key, form in columns]
+def _cells(record: dict, columns) -> list[str]:
+    return ["-" if record.get(key) is None else form.format(record[key]) for _, key, form in columns]
 
 
 def print_evaluation(result: dict) -> None:
@@ -145,13 +147,13 @@ def print_evaluation(result: dict) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 127
-    for title, columns, rows in _evaluation_tables(result):
+    for title, columns, records in _evaluation_tables(result):
         console.print(f"[bold]{title}[/bold]")
         table = Table(box=None, pad_edge=False)
         for label, key, _ in columns:
             table.add_column(label, justify="left" if key == "method" else "right")
-        for row in rows:
-            table.add_row(*_cells(row, columns))
+        for record in records:
+            table.add_row(*_cells(record, columns))
         console.print(table)
 
 
@@ -160,7 +162,7 @@ def save_evaluation(result: dict, folder: Path) -> None:
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     settings = {key: value for key, value in result["settings"].items() if key != "texts"}
     lines = [f"# {result['model']}, {result['backend']}, {result['dtype']}", "", f"{versions}. {json.dumps(settings)}"]
-    for title, columns, rows in _evaluation_tables(result):
+    for title, columns, records in _evaluation_tables(result):
         lines += [
             "",
             f"## {title}",
@@ -168,7 +170,7 @@ def save_evaluation(result: dict, folder: Path) -> None:
             f"| {' | '.join(label for label, _, _ in columns)} |",
             "|---" * len(columns) + "|",
         ]
-        lines += [f"| {' | '.join(_cells(row, columns))} |" for row in rows]
+        lines += [f"| {' | '.join(_cells(record, columns))} |" for record in records]
     for name, text in (("summary.json", json.dumps(result, indent=1)), ("summary.md", "\n".join(lines))):
         temporary = folder / f"{name}.tmp"
         temporary.write_text(text + "\n", encoding="utf-8")

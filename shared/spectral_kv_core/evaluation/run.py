@@ -6,157 +6,36 @@ Works on any module with the names of a backend's `generation`.
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from tqdm import tqdm
 
 from .. import __version__
 from ..codecs.registry import bits_range, make_plan, usable_method
-from ..codecs.tiers import check_tiers, make_tiered_plan, mean_bits, name_tiers
+from ..codecs.tiers import make_tiered_plan, mean_bits, name_tiers
 from ..errors import UsageError
-from ..planning.budget import SEAL, SINKS, WINDOW
-from ..planning.methods import ROUNDINGS, Method, get_method, rounded_by
-from ..profile.basis_set import JOINT, PAIRS
+from ..planning.methods import Method, get_method, rounded_by
+from ..profile.basis_set import PAIRS, WHOLE_MODEL
 from ..profile.profile import Profile
 from ..profile.store import auto_profile
-from ..scorers import check_wavelet, get_scorer
 from .documents import Document, make_documents
-from .rows import RowFile, row_key, summarize
+from .records import RecordFile, record_key, summarize
+from .settings import METRICS, Settings, drops_tokens, has_wavelet, rounds
 from .tasks import LOW_PPL, Job, Runner
-from .text import Text, copy_span
+from .text import Text
 
 log = logging.getLogger("spectralkv")
-# score what really follows; a span of the prefix, repeated; turns on one cache; a number hidden in the prefix
-TASKS = ("text", "copy", "drift", "needle")
-METRICS = ("kl", "aop", "reconstruction")
-SUITES: dict[str, dict[str, Any]] = {
-    "quick": {"prefixes": (1024,), "documents": 2, "scored": 64, "tasks": ("text", "copy"), "greedy": 32},
-    "full": {"prefixes": (1024, 2048), "documents": 4, "scored": 128, "tasks": TASKS, "greedy": 128},
-}
-DEFAULT_BITS = (4.0, 3.0, 2.0)
-DEFAULT_KEEP = (0.5, 0.25)
 
-Place: TypeAlias = tuple[int, str, Job]  # of a row: which document, the task and the cache
+Place: TypeAlias = tuple[int, str, Job]  # of a record: which document, the task and the cache
 Tiers: TypeAlias = tuple[tuple[float, float], ...]  # (share, bits) pairs
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to measure, in tokens: `prefixes` read, then `scored` tokens, `step` per model call.
-
-    prefill_chunk: tokens per call of the prefix, through the compressed cache itself; None reads it in one call. metrics:
-    `kl` is always measured. greedy: tokens generated after the prefix, in the task `text`. turns, turn_tokens: how often the
-    task `drift` goes on with a piece of prompt, and how long that is. keep: shares of the prefix's tokens that methods
-    which drop tokens keep, `DEFAULT_KEEP` unless told. wavelets: filters of wavelet scorers, one cache each; the scorer's
-    own unless told. rounding_scores: whose scores weight the codec's rounding, one cache each; the method's own unless told.
-    tiers: (share, bits) pairs, as in `make_prompt_cache`, for methods SCORER+METHOD, which then drop nothing.
-    """
-
-    methods: tuple[str, ...]
-    bits: tuple[float, ...] = DEFAULT_BITS
-    tasks: tuple[str, ...] = SUITES["quick"]["tasks"]
-    metrics: tuple[str, ...] = METRICS
-    prefixes: tuple[int, ...] = (1024,)
-    scored: int = 64
-    documents: int = 2
-    step: int = 1
-    prefill_chunk: int | None = None
-    window: int = WINDOW
-    sinks: int = SINKS
-    greedy: int = 0
-    turns: int = 5
-    turn_tokens: int = 256
-    keep: tuple[float, ...] = ()
-    wavelets: tuple[str, ...] = ()
-    rounding_scores: tuple[str, ...] = ()
-    tiers: tuple[tuple[tuple[float, float], ...], ...] = ()
-
-    def __post_init__(self):
-        for name, values in (("methods", self.methods), ("tasks", self.tasks), ("prefixes", self.prefixes)):
-            if not values:
-                raise UsageError(f"Expected at least one value for `{name}`, received none.")
-        methods = [get_method(name) for name in self.methods]
-        value: str | int
-        for name, values, known in (("tasks", self.tasks, TASKS), ("metrics", self.metrics, METRICS)):
-            for value in values:
-                if value not in known:
-                    raise UsageError(f"Expected `{name}` among {', '.join(known)}, received {value!r}.")
-        for bits in self.bits:
-            if not (math.isfinite(bits) and bits > 0):
-                raise UsageError(f"Expected `bits` above 0, received {bits:g}.")
-        chunk = 1 if self.prefill_chunk is None else self.prefill_chunk
-        numbers = [
-            ("prefixes", prefix, 2) for prefix in self.prefixes
-        ]  # a tokenizer's own first token, and one of the text
-        numbers += [("scored", self.scored, 2), ("documents", self.documents, 1), ("step", self.step, 1)]
-        numbers += [("prefill_chunk", chunk, 1), ("window", self.window, 0), ("sinks", self.sinks, 0)]
-        numbers += [("greedy", self.greedy, 0), ("turns", self.turns, 1), ("turn_tokens", self.turn_tokens, 1)]
-        for name, value, least in numbers:  # the first scored token is predicted by the prefix alone
-            if value < least:
-                raise UsageError(f"Expected `{name}` of at least {least}, received {value}.")
-        if "copy" in self.tasks:
-            for prefix in self.prefixes:
-                copy_span(prefix, self.scored, self.sinks, self.window)
-        if self.tasks == ("drift",) and not any(method.live for method in methods):
-            raise UsageError(
-                f"Expected a method with a live cache for the task drift, received {', '.join(self.methods)}, for files."
-            )
-        for tiers in self.tiers:
-            for method in methods:
-                if _drops_tokens(method):
-                    check_tiers(method, tiers)
-        if self.tiers and not any(map(_drops_tokens, methods)):
-            raise UsageError(
-                f"Expected a method SCORER+METHOD for `tiers`, {', '.join(self.methods)} are none. Take for example "
-                "triattention+spectral."
-            )
-        for scorer in self.rounding_scores:
-            if scorer not in ROUNDINGS:
-                raise UsageError(f"Expected `rounding_scores` among {', '.join(ROUNDINGS)}, received {scorer!r}.")
-        if self.rounding_scores and not any(map(_rounds, methods)):
-            raise UsageError(
-                f"Expected a method that rounds by scores for `rounding_scores`, {', '.join(self.methods)} do not."
-            )
-        wavy = [named for method in methods if (named := method.scorer) and _has_wavelet(method)]
-        if self.wavelets and not (wavy and self.shares):
-            raise UsageError(
-                f"Expected a method that drops tokens by a wavelet scorer for `wavelets`, {', '.join(self.methods)} "
-                f"{'drop none with `tiers` alone' if wavy else 'do not'}."
-            )
-        for wavelet in self.wavelets:
-            check_wavelet(get_scorer(wavy[0]), wavelet)
-        self._check_keep([method for method in methods if _drops_tokens(method)])
-
-    @property
-    def shares(self) -> tuple[float, ...]:
-        """What methods that drop tokens keep; none where tiers alone are asked for."""
-        return self.keep or (() if self.tiers else DEFAULT_KEEP)
-
-    def _check_keep(self, dropping: list) -> None:
-        if self.keep and not dropping:
-            raise UsageError(
-                f"Expected a method that drops tokens for `keep`, {', '.join(self.methods)} keep every token."
-            )
-        for keep in self.shares if dropping else ():
-            if not 0 < keep <= 1:
-                raise UsageError(f"Expected shares above 0, at most 1, for `keep`, received {keep:g}.")
-            waits = SEAL - 1 if any(method.compresses for method in dropping) else 0
-            for prefix in self.prefixes:
-                if round(keep * prefix) <= self.sinks + self.window + waits:
-                    raise UsageError(
-                        f"Expected `keep` to leave more than the {self.sinks} sinks, the window of {self.window} and {waits} "
-                        f"that wait to be coded, received {keep:g}, {round(keep * prefix):,} of {prefix:,} tokens. Raise "
-                        "`keep` or `prefixes`."
-                    )
 
 
 def evaluate(
@@ -170,16 +49,16 @@ def evaluate(
     names: dict[str, str],
     profile: Profile | None = None,
 ) -> dict:
-    """Measure every method on every document; finished rows of `output`/rows.jsonl are kept and not run again.
+    """Measure every method on every document; finished records of `output`/rows.jsonl are kept and not run again.
 
-    names: `model` and `backend` as rows call them. profile None looks for one, and calibrates if there is none. Returns
-    `rows` (summaries), `documents` (the rows behind them), `skipped` (pairs of method and bits that cannot be reached, or
+    names: `model` and `backend` as records call them. profile None looks for one, and calibrates if there is none. Returns
+    `rows` (summaries), `documents` (the records behind them), `skipped` (pairs of method and bits that cannot be reached, or
     that a task is not for), `layers` (the indices that `aop_layers` are of), and what identifies the run. Raises UsageError
     before the model runs for anything that cannot work.
     """
     documents = make_documents(tokenizer, texts, settings, backend.context_limit(model))
     Path(output).mkdir(parents=True, exist_ok=True)
-    finished = RowFile(Path(output) / "rows.jsonl")
+    finished = RecordFile(Path(output) / "rows.jsonl")
     jobs, skipped = plan_jobs(backend, model, tokenizer, settings, profile)
     common = {
         **names,
@@ -187,13 +66,13 @@ def evaluate(
         "dtype": str(backend.model_dtype(model)).rpartition(".")[2],
         "library_version": __version__,
     }
-    keys, unfit = _plan_rows(documents, jobs, settings, common)
+    keys, unfit = _plan_records(documents, jobs, settings, common)
     runner = Runner(backend, model, settings)
-    rows = _run_rows(runner, documents, jobs, keys, finished)
-    _warn_of_low_perplexity(rows)
+    records = _run_records(runner, documents, jobs, keys, finished)
+    _warn_of_low_perplexity(records)
     return {
-        "rows": summarize(rows),
-        "documents": rows,
+        "rows": summarize(records),
+        "documents": records,
         "skipped": skipped + unfit,
         "layers": list(runner.layers),
         **{key: value for key, value in common.items() if key != "library_version"},
@@ -202,10 +81,10 @@ def evaluate(
     }
 
 
-def _plan_rows(
+def _plan_records(
     documents: list[Document], jobs: list[Job], settings: Settings, common: dict
 ) -> tuple[dict[Place, list[dict]], list[dict]]:
-    """What identifies the rows at every place, and the pairs of job and task that are not for each other, which are named."""
+    """What identifies the records of every place, and the pairs of job and task that do not go together, by name."""
     skipped = []
     for job, task in product(jobs, settings.tasks):
         if not _runs(task, job):
@@ -221,16 +100,18 @@ def _plan_rows(
     return keys, skipped
 
 
-def _run_rows(
-    runner: Runner, documents: list[Document], jobs: list[Job], keys: dict[Place, list[dict]], finished: RowFile
+def _run_records(
+    runner: Runner, documents: list[Document], jobs: list[Job], keys: dict[Place, list[dict]], finished: RecordFile
 ) -> list[dict]:
-    """The row of every key, in their order; what `finished` lacks is measured now and added to it."""
+    """The record of every key, in their order; what `finished` lacks is measured now and added to it."""
 
     def missing(place: Place) -> list[dict]:
         return [key for key in keys.get(place, ()) if finished.find(key) is None]
 
     total = sum(map(len, keys.values()))
-    with tqdm(total=total, initial=total - sum(len(missing(place)) for place in keys), desc="eval", unit="row") as bar:
+    with tqdm(
+        total=total, initial=total - sum(len(missing(place)) for place in keys), desc="eval", unit="record"
+    ) as bar:
         for d, document in enumerate(documents):
             todo = {task: [job for job in jobs if missing((d, task, job))] for task in document.scored}
             for task, job, numbers in runner.measure(document, todo):
@@ -238,11 +119,11 @@ def _run_rows(
                 if finished.find(key) is None:  # turns are run again from the first on
                     finished.append(key | numbers)
                     bar.update()
-    return [finished.rows[row_key(key)] for group in keys.values() for key in group]
+    return [finished.records[record_key(key)] for group in keys.values() for key in group]
 
 
-def _warn_of_low_perplexity(rows: list[dict]) -> None:
-    low = sorted({row["text"] for row in rows if row.get("low_ppl")})
+def _warn_of_low_perplexity(records: list[dict]) -> None:
+    low = sorted({record["text"] for record in records if record.get("low_ppl")})
     if low:
         log.warning(
             "The plain cache's perplexity on %s is below %g: such a text says little about quality.",
@@ -293,9 +174,9 @@ def plan_jobs(
 
 def _plans_of(method: Method, settings: Settings) -> list[tuple[float, str | None, Tiers | None]]:
     """(bits, rounding scores, tiers) of every plan of `method` that `settings` ask for; bits alone first, then tiers."""
-    drops, (low, high) = _drops_tokens(method), bits_range(method)
+    drops, (low, high) = drops_tokens(method), bits_range(method)
     bits = dict.fromkeys(settings.bits) if low < high else (low,)
-    scorers = settings.rounding_scores or (None,) if _rounds(method) else (None,)
+    scorers = settings.rounding_scores or (None,) if rounds(method) else (None,)
     plans: list[tuple[float, str | None, Tiers | None]] = []
     if settings.shares or not drops:
         plans += [(b, scorer, None) for b, scorer in product(bits, scorers)]
@@ -308,26 +189,14 @@ def _caches_of(method: Method, settings: Settings, tiers: Tiers | None) -> Itera
     """(share of the tokens kept, wavelet) of every cache that a plan with `tiers`, or without, is measured in."""
     if tiers:
         return [(None, None)]
-    shares = settings.shares if _drops_tokens(method) else (None,)
-    return product(shares, settings.wavelets or (None,) if _has_wavelet(method) else (None,))
+    shares = settings.shares if drops_tokens(method) else (None,)
+    return product(shares, settings.wavelets or (None,) if has_wavelet(method) else (None,))
 
 
 def _calibrated(backend, model, tokenizer, basis_set: str) -> Profile:
     """A profile of `model` made now, with `basis_set`."""
-    profiler = backend.SpectralProfiler(pairs=basis_set == PAIRS, joint=basis_set == JOINT)
+    profiler = backend.SpectralProfiler(pairs=basis_set == PAIRS, joint=basis_set == WHOLE_MODEL)
     return profiler.profile_from_model(model, tokenizer)
-
-
-def _drops_tokens(method: Method) -> bool:
-    return method.scorer is not None
-
-
-def _has_wavelet(method: Method) -> bool:
-    return method.scorer is not None and "wavelet" in get_scorer(method.scorer).options
-
-
-def _rounds(method: Method) -> bool:
-    return method.rounding != "nearest"
 
 
 def _runs(task: str, job: Job) -> bool:
@@ -336,7 +205,7 @@ def _runs(task: str, job: Job) -> bool:
 
 
 def _keys(document: Document, task: str, job: Job, settings: Settings, common: dict) -> list[dict]:
-    """What identifies the rows of `job` in `task`: one, or one per turn."""
+    """What identifies the records of `job` in `task`: one, or one per turn."""
     metrics = {"text": METRICS, "copy": METRICS[:2], "drift": METRICS[:2], "needle": METRICS[:1]}[task]
     key = {
         "method": job.method.name,
@@ -360,7 +229,7 @@ def _keys(document: Document, task: str, job: Job, settings: Settings, common: d
         "plan": job.plan_hash,
         **common,
     }
-    if job.wavelet:  # other rows stay as they are without it
+    if job.wavelet:  # other records stay as they are without it
         key["wavelet"] = job.wavelet
     if task == "text":
         return [key | {"greedy": settings.greedy}]

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays.divergence import compare_logits, compare_tokens
+from ..cache.request import CacheRequest
 from ..codecs.tiers import GROUP
 from ..planning.methods import Method
 from ..planning.plan import Plan
@@ -53,16 +54,17 @@ class Job:
     def budget_tokens(self, prefix: int) -> int | None:
         return None if self.keep is None else round(self.keep * prefix)
 
-    def options(self, prefix: int) -> dict:
-        """The fields of `CacheRequest` that ask for this cache after a prefix of so many tokens."""
-        asked = {
-            "method": self.method,  # with its rounding
-            "bits": None if self.tiers else self.bits,
-            "budget_tokens": self.budget_tokens(prefix),
-            "tiers": self.tiers,
-            "wavelet": self.wavelet,
-        }
-        return {name: value for name, value in asked.items() if value is not None}
+    def request(self, prefix: int, window: int, sinks: int) -> CacheRequest:
+        """What asks for this cache, with `window` and `sinks`, after a prefix of so many tokens."""
+        return CacheRequest(
+            method=self.method,  # with its rounding
+            bits=None if self.tiers else self.bits,
+            window=window,
+            sinks=sinks,
+            budget_tokens=self.budget_tokens(prefix),
+            tiers=self.tiers,
+            wavelet=self.wavelet,
+        )
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class Runner:
         tasks = {"text": self._text, "copy": self._copy, "drift": self._drift, "needle": self._needle}
         for task, jobs in todo.items():
             if jobs:
-                yield from ((task, *row) for row in tasks[task](document, jobs, plain, after_prefix))
+                yield from ((task, *found) for found in tasks[task](document, jobs, plain, after_prefix))
 
     def _text(self, document: Document, jobs: list[Job], plain, after_prefix) -> Iterator[tuple[Job, dict]]:
         """Score what really follows; generate from the same place; compare what the cache holds of the prefix."""
@@ -233,9 +235,8 @@ class Runner:
         return cache
 
     def _empty(self, job: Job, prefix: int):
-        exact = {"window": self.settings.window, "sinks": self.settings.sinks}
-        options = job.options(prefix) | exact
-        return self.backend.make_prompt_cache(self.model, job.plan.profile, options.pop("bits", None), **options)
+        request = job.request(prefix, self.settings.window, self.settings.sinks)
+        return self.backend.build_cache(self.model, job.plan.profile, request)
 
     def _copied(self, plain):
         cache = self.backend.plain_cache(self.model)

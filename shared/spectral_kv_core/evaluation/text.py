@@ -16,7 +16,7 @@ _TITLE = re.compile(r"^ ?= (?:[^=\n]+ )?= ?$", re.MULTILINE)  # top-level headin
 
 @dataclass(frozen=True)
 class Text:
-    """A text under the name that rows and tables give it."""
+    """A text under the name that records and tables give it."""
 
     name: str
     text: str

@@ -97,8 +97,8 @@ def _header(file) -> dict | None:
 
 def _digest(arrays: dict[str, np.ndarray], header: dict) -> str:
     """Hash of a file's arrays and of its header without the hash itself."""
-    signed = {key: value for key, value in header.items() if key != "sha256"}
-    digest = hashlib.sha256(json.dumps(signed, sort_keys=True).encode())
+    rest = {key: value for key, value in header.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
     for name in sorted(arrays):
         digest.update(f"{name}{arrays[name].dtype}{arrays[name].shape}".encode())
         digest.update(arrays[name].tobytes())

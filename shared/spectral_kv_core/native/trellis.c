@@ -16,10 +16,10 @@ typedef struct {
   int32_t groups, blocks, rank, first, count;  // `count` blocks from `first` on, of `blocks` of a sequence
   const float *z, *weights;  // [batch][groups][blocks][FREQUENCIES][rank]; without [rank], or null: nearest codes
   const float *gain, *cost;  // [groups][FREQUENCIES][rank]
-  const int32_t *slots;      // likewise: number of the row's width
-  const int32_t *order;      // [FREQUENCIES][groups * rank]: rows of a frequency as the path visits them
+  const int32_t *slots;      // likewise: number of the coefficient's width
+  const int32_t *order;      // [FREQUENCIES][groups * rank]: coefficients of a frequency as the path visits them
   const float *time;         // [frequency][token]
-  const uint8_t *cells;      // [widths][SPAN]: code of every cell, of rows without a path
+  const uint8_t *cells;      // [widths][SPAN]: code of every cell, of coefficients without a path
   const float *levels, *decoded;  // [widths][LEVELS]: what the search takes codes for, and what they are decoded to
   uint8_t *output;           // as z
 } Search;
@@ -33,7 +33,7 @@ INLINE vec select_vec(ivec where, vec a, vec b) { return (vec)((where & (ivec)a)
 // Quarter of a codebook that the last six path bits choose, the newest lowest: Ungerboeck's code of 32 states.
 #define LABEL(z) ((((z) ^ (z) >> 3 ^ (z) >> 5) & 1) << 1 | ((z) >> 2 & 1))
 
-// Costs of all paths after one more row: the better of two into every state, and which that was.
+// Costs of all paths after one more coefficient: the better of two into every state, and which that was.
 INLINE ivec advance(const vec *cost, vec *next, const vec *error) {
   ivec took = {0};
 #pragma GCC unroll 16
@@ -105,21 +105,21 @@ static void search(const Search *c, long first, int count, float *memory) {
       costs[0][0] = (vec){0};
       for (int s = 1; s < STATES; s++) costs[0][s] = splat(1e30f);
       for (int i = 0; i < all; i++) {
-        const int row = order[i], g = row / c->rank;
-        const long place = ((long)g * FREQUENCIES + f) * c->rank + row % c->rank;
+        const int item = order[i], g = item / c->rank;
+        const long place = ((long)g * FREQUENCIES + f) * c->rank + item % c->rank;
         const int slot = c->slots[place], bits = BITS[slot];
-        const vec *line = metric + (g * FREQUENCIES + f) * FREQUENCIES, x = z[f * all + row];
+        const vec *line = metric + (g * FREQUENCIES + f) * FREQUENCIES, x = z[f * all + item];
         const float gain = c->gain[place];
         if (!bits) {
-          error[f * all + row] = x * gain;
-          for (int l = 0; l < LANES; l++) codes[((long)f * all + row) * LANES + l] = 0;
+          error[f * all + item] = x * gain;
+          for (int l = 0; l < LANES; l++) codes[((long)f * all + item) * LANES + l] = 0;
           continue;
         }
         vec aim = x;
         if (pass) {
           vec others = {0};
-          for (int h = 0; h < FREQUENCIES; h++) others += line[h] * error[h * all + row];
-          aim = x + (others / line[f] - error[f * all + row]) / gain;
+          for (int h = 0; h < FREQUENCIES; h++) others += line[h] * error[h * all + item];
+          aim = x + (others / line[f] - error[f * all + item]) / gain;
         }
         aim = smaller(larger(aim, splat(-REACH)), splat(REACH));
         if (bits > WIDEST) {
@@ -128,10 +128,10 @@ static void search(const Search *c, long first, int count, float *memory) {
           vec level;
           for (int l = 0; l < LANES; l++) {
             const uint8_t code = c->cells[slot * SPAN + cell[l]];
-            codes[((long)f * all + row) * LANES + l] = code;
+            codes[((long)f * all + item) * LANES + l] = code;
             level[l] = c->decoded[slot * LEVELS + code];
           }
-          error[f * all + row] = (x - level) * gain;
+          error[f * all + item] = (x - level) * gain;
           continue;
         }
         target[i] = aim;
@@ -148,8 +148,8 @@ static void search(const Search *c, long first, int count, float *memory) {
         state = (less & s) | (~less & state);
       }
       for (int i = all - 1; i >= 0; i--) {
-        const int row = order[i], g = row / c->rank;
-        const long place = ((long)g * FREQUENCIES + f) * c->rank + row % c->rank;
+        const int item = order[i], g = item / c->rank;
+        const long place = ((long)g * FREQUENCIES + f) * c->rank + item % c->rank;
         const int slot = c->slots[place], bits = BITS[slot];
         if (!bits || bits > WIDEST) continue;
         const ivec before = (state >> 1) | ((took[i] >> state & 1) << 4), label = LABEL(before << 1 | (state & 1));
@@ -164,8 +164,8 @@ static void search(const Search *c, long first, int count, float *memory) {
           code = (take & (v >> 2)) | (~take & code);
         }
         code = code << 1 | (state & 1);
-        for (int l = 0; l < LANES; l++) codes[((long)f * all + row) * LANES + l] = code[l];
-        error[f * all + row] = (z[f * all + row] - level) * c->gain[place];
+        for (int l = 0; l < LANES; l++) codes[((long)f * all + item) * LANES + l] = code[l];
+        error[f * all + item] = (z[f * all + item] - level) * c->gain[place];
         state = before;
       }
     }
@@ -274,31 +274,31 @@ static void search_alone(const Search *c, long n, float *memory) {
       for (int k = 0; k < PARTS; k++) cost[k] = splat(1e30f);
       cost[0][0] = 0;
       for (int i = 0; i < all; i++) {
-        const int row = order[i], g = row / c->rank;
-        const long place = ((long)g * FREQUENCIES + f) * c->rank + row % c->rank;
+        const int item = order[i], g = item / c->rank;
+        const long place = ((long)g * FREQUENCIES + f) * c->rank + item % c->rank;
         const int slot = c->slots[place], bits = BITS[slot];
         if (!bits) {
-          error[f * all + row] = z[f * all + row] * c->gain[place];
-          codes[f * all + row] = 0;
+          error[f * all + item] = z[f * all + item] * c->gain[place];
+          codes[f * all + item] = 0;
           continue;
         }
-        const float aim = fminf(fmaxf(target[row], -REACH), REACH);
-        target[row] = aim;
+        const float aim = fminf(fmaxf(target[item], -REACH), REACH);
+        target[item] = aim;
         if (bits > WIDEST) {
           int32_t cell = aim * CELLS + REACH * CELLS;
           cell -= cell == SPAN;
-          const uint8_t code = codes[f * all + row] = c->cells[slot * SPAN + cell];
-          error[f * all + row] = (z[f * all + row] - c->decoded[slot * LEVELS + code]) * c->gain[place];
+          const uint8_t code = codes[f * all + item] = c->cells[slot * SPAN + cell];
+          error[f * all + item] = (z[f * all + item] - c->decoded[slot * LEVELS + code]) * c->gain[place];
           continue;
         }
         const float weight = c->cost[place] * metric[(g * FREQUENCIES + f) * FREQUENCIES + f];
         const vec e = widened(_mm_mul_ps(nearest(aim, books.levels[slot]), _mm_set1_ps(weight)));
         vec next[PARTS];
-        took[row] = 0;
+        took[item] = 0;
         for (int k = 0; k < PARTS; k++) {
           const vec p = permute(cost[k / 2], twice[k & 1]) + permute(e, label[0][k]);
           const vec q = permute(cost[PARTS / 2 + k / 2], twice[k & 1]) + permute(e, label[1][k]);
-          took[row] |= less_bits(q, p) << k * LANES;
+          took[item] |= less_bits(q, p) << k * LANES;
           next[k] = smaller(p, q);
         }
         for (int k = 0; k < PARTS; k++) cost[k] = next[k];
@@ -307,14 +307,14 @@ static void search_alone(const Search *c, long n, float *memory) {
       for (int s = 1; s < STATES; s++)
         if (((float *)cost)[s] < ((float *)cost)[state]) state = s;
       for (int i = all - 1; i >= 0; i--) {
-        const int row = order[i], g = row / c->rank;
-        const long place = ((long)g * FREQUENCIES + f) * c->rank + row % c->rank;
+        const int item = order[i], g = item / c->rank;
+        const long place = ((long)g * FREQUENCIES + f) * c->rank + item % c->rank;
         const int slot = c->slots[place], bits = BITS[slot];
         if (!bits || bits > WIDEST) continue;
-        const int before = state >> 1 | (took[row] >> state & 1) << 4, quarter = LABEL(before << 1 | (state & 1));
-        const int best = nearest_of(target[row], books.quarters[slot][quarter]);
-        codes[f * all + row] = best << 1 | (state & 1);
-        error[f * all + row] = (z[f * all + row] - c->decoded[slot * LEVELS + best * 4 + quarter]) * c->gain[place];
+        const int before = state >> 1 | (took[item] >> state & 1) << 4, quarter = LABEL(before << 1 | (state & 1));
+        const int best = nearest_of(target[item], books.quarters[slot][quarter]);
+        codes[f * all + item] = best << 1 | (state & 1);
+        error[f * all + item] = (z[f * all + item] - c->decoded[slot * LEVELS + best * 4 + quarter]) * c->gain[place];
         state = before;
       }
     }

@@ -8,7 +8,7 @@ from ..quantization.quantizer import BIT_WIDTHS
 
 
 def allocate_bits(cost: np.ndarray, copies: np.ndarray, budget: int, rates: np.ndarray | None = None) -> np.ndarray:
-    """Widths that minimise the total cost under `budget` bits: one Lagrangian over all coefficients of a model.
+    """Widths that minimize the total cost under `budget` bits: one Lagrangian over all coefficients of a model.
 
     Greedy along the lower convex hull of every item's rate-cost curve, which is the Lagrangian's solution at every
     budget it meets (Shoham and Gersho 1988). Sums of bits are integers and ties keep the item order, so the result is

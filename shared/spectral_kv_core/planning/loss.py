@@ -31,10 +31,10 @@ def costs(basis_set: BasisSet, ratios: Ratios) -> np.ndarray:
     return cost * coherent_cost(distortion)
 
 
-def coefficient_loss(basis_set: BasisSet, row: int) -> np.ndarray:
-    """What losing a whole coefficient of a row costs [G, R, F] float64, up to one factor."""
-    product = basis_set.sensitivity[row].astype(np.float64) * basis_set.variance[row]
-    return MEASURED_SHARE * basis_set.cost[row, ..., 0] + (1 - MEASURED_SHARE) * product
+def coefficient_loss(basis_set: BasisSet, layer_group: int) -> np.ndarray:
+    """What losing a whole coefficient of a layer group costs [G, R, F] float64, up to one factor."""
+    product = basis_set.sensitivity[layer_group].astype(np.float64) * basis_set.variance[layer_group]
+    return MEASURED_SHARE * basis_set.cost[layer_group, ..., 0] + (1 - MEASURED_SHARE) * product
 
 
 def rounding_gain(loss: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ..errors import UsageError
-from ..profile.basis_set import JOINT, PAIRS
+from ..profile.basis_set import PAIRS, WHOLE_MODEL
 from ..scorers import SCORERS, get_scorer
 
 # vectors that share one basis: one head; all K heads or all V heads; all of both; of two or four layers that follow each
@@ -163,7 +163,7 @@ METHODS = {
             "spectral-dense-pairs",
             "spectral",
             "spectral-dense with one basis for every two layers that follow each other; profile made with --pairs",
-            "as spectral-dense; neighbouring layers read nearly the same hidden state",
+            "as spectral-dense; neighboring layers read nearly the same hidden state",
             rope="pre",
             group="layer2",
             time="dct",
@@ -186,7 +186,7 @@ METHODS = {
             "spectral-stored-pairs",
             "entropy-coded",
             "spectral-stored with one basis for every two layers that follow each other; profile made with --pairs",
-            "as spectral-stored; neighbouring layers read nearly the same hidden state",
+            "as spectral-stored; neighboring layers read nearly the same hidden state",
             rope="pre",
             group="layer2",
             time="dct",
@@ -285,7 +285,9 @@ METHODS = {
     )
 }
 DEFAULT_METHOD = "spectral"
-BASIS_SETS = tuple(dict.fromkeys(m.basis_set for m in METHODS.values() if m.basis_set not in (None, PAIRS, JOINT)))
+BASIS_SETS = tuple(
+    dict.fromkeys(m.basis_set for m in METHODS.values() if m.basis_set not in (None, PAIRS, WHOLE_MODEL))
+)
 
 
 def get_method(name: str | Method) -> Method:

@@ -54,6 +54,7 @@ class Plan:
 
     bits: the ceiling asked for, average stored bits per K or V element of the sealed region. A family of codecs is a
     subclass: it says how its plans are made and in which range of bits, what they store, and which codec codes by them.
+    `layer_group` is the number of a group of layers in `layer_groups`.
     """
 
     method: Method
@@ -111,24 +112,24 @@ class Plan:
         """The codec that codes by this plan; None for a plan that compresses nothing."""
         return self.CODEC
 
-    def make_codec(self, xp, row: int, like=None):
-        """Codec of row `row` on the device of `like`, or None for a plan that compresses nothing."""
-        return self.codec_class(xp, self, row, like) if self.codec_class else None
+    def make_codec(self, xp, layer_group: int, like=None):
+        """Codec of a layer group, by number, on the device of `like`, or None for a plan that compresses nothing."""
+        return self.codec_class(xp, self, layer_group, like) if self.codec_class else None
 
     def codecs(self, xp, like=None) -> list:
-        """`make_codec` for every row, made once on every device and shared by all caches of the plan.
+        """`make_codec` for every layer group, made once on every device and shared by all caches of the plan.
 
         All at a time: arrays that stay, made among those of a forward pass, leave the memory of a process in pieces.
         """
-        rows = range(len(self.layer_groups))
-        return self.made.once("codecs", xp, like, lambda: [self.make_codec(xp, row, like) for row in rows])
+        groups = range(len(self.layer_groups))
+        return self.made.once("codecs", xp, like, lambda: [self.make_codec(xp, number, like) for number in groups])
 
     @cached_property
     def layer_groups(self) -> tuple[tuple[int, ...], ...]:
-        """Indices of the layers that every row of the plan stands for."""
+        """Indices of the layers of every layer group of the plan."""
         return self.shape.layer_groups(self.method.group)
 
-    def chunk_arrays(self, row: int, batch: int, tokens: int) -> list[tuple]:
+    def chunk_arrays(self, layer_group: int, batch: int, tokens: int) -> list[tuple]:
         """(shape, dtype name) of every array of a chunk; shape None for bytes whose number depends on the text."""
         raise NotImplementedError
 
@@ -138,7 +139,8 @@ class Plan:
 
         In full chunks: the bytes of `chunk_arrays`.
         """
-        sizes = [size for row in range(len(self.layer_groups)) for size in self.chunk_arrays(row, 1, CHUNK_TOKENS)]
+        groups = range(len(self.layer_groups))
+        sizes = [size for layer_group in groups for size in self.chunk_arrays(layer_group, 1, CHUNK_TOKENS)]
         stored = sum(int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in sizes)
         return 8 * stored / (CHUNK_TOKENS * elements_per_token(self.shape))
 
@@ -152,12 +154,12 @@ class Plan:
         """The basis set of the profile that the method reads."""
         return read_set(self.profile, self.method)
 
-    def query_statistics(self, row: int) -> dict[str, np.ndarray]:
-        """What `scorers.Tokens` takes of the profile for the heads of the layers of `row`; empty where it has nothing."""
+    def query_statistics(self, layer_group: int) -> dict[str, np.ndarray]:
+        """What `scorers.Tokens` takes of the profile for the heads of `layer_group`; empty where it has nothing."""
         queries = self.profile.queries if self.profile is not None else None
         if queries is None:
             return {}
-        numbers = [self.shape.layers.index(layer_idx) for layer_idx in self.layer_groups[row]]
+        numbers = [self.shape.layers.index(layer_idx) for layer_idx in self.layer_groups[layer_group]]
         return {f"query_{name}": np.concatenate(getattr(queries, name)[numbers]) for name in queries.ARRAYS}
 
     def decides(self) -> dict[str, Any]:
@@ -165,7 +167,7 @@ class Plan:
         return {}
 
     def shared_tables(self, xp, like=None) -> tuple:
-        """Arrays that the codecs of all rows share."""
+        """Arrays that the codecs of all layer groups share."""
         return ()
 
     @cached_property

@@ -26,26 +26,28 @@ DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)), (0, (1, 1)), (0,
 
 def rate_distortion(result: Result):
     """KL against stored bits per element, a line per method (and share of tokens kept), a panel per text, task and prefix."""
-    rows = [row for row in result.rows("kl") if row["kl"] > 0]
-    if not rows:
-        raise Skip("no row has a KL above 0")
-    whole = any(row.get("budget_tokens") or row.get("sealed_bits") is None for row in rows)
+    records = [record for record in result.records("kl") if record["kl"] > 0]
+    if not records:
+        raise Skip("no record has a KL above 0")
+    whole = any(record.get("budget_tokens") or record.get("sealed_bits") is None for record in records)
     field, where = ("bits_per_element", "whole cache") if whole else ("sealed_bits", "sealed region")
-    rows = [row for row in rows if row.get(field) is not None]
-    if not rows:
-        raise Skip(f"no row with a KL has the field {field}")
-    names = curve_names(rows)
+    records = [record for record in records if record.get(field) is not None]
+    if not records:
+        raise Skip(f"no record with a KL has the field {field}")
+    names = curve_names(records)
     styles = _styles(names.values())
-    panels = by_place(rows)
+    panels = by_place(records)
     figure, axes = _panels(result.title, len(panels), sharey=True)
     for axis, (place, members) in zip(axes, panels.items()):
         for name, style in styles.items():
-            line = sorted((row for row in members if names[variant(row)] == name), key=lambda row: row[field])
+            line = sorted(
+                (record for record in members if names[variant(record)] == name), key=lambda record: record[field]
+            )
             if line:
-                high = [row.get("kl_se") or 0 for row in line]
+                high = [record.get("kl_se") or 0 for record in line]
                 # a standard error as large as the mean has no place on a logarithmic axis
-                low = [min(e, 0.9 * row["kl"]) for e, row in zip(high, line)]
-                x, y = [row[field] for row in line], [row["kl"] for row in line]
+                low = [min(e, 0.9 * record["kl"]) for e, record in zip(high, line)]
+                x, y = [record[field] for record in line], [record["kl"] for record in line]
                 error = {"yerr": [low, high], "capsize": 2, "elinewidth": 0.8} if any(high) else {}
                 axis.errorbar(x, y, label=name, **error, **style)
         axis.set_yscale("log")
@@ -56,22 +58,22 @@ def rate_distortion(result: Result):
 
 def aop_by_layer(result: Result):
     """Relative error of the attention output, layer by layer: a panel per place, and per budget where lines are many."""
-    rows = result.rows("aop_layers")
-    if not any(error > 0 for row in rows for error in row["aop_layers"]):
-        raise Skip("no row has an error of the attention output above 0")
-    apart = len(variants(rows)) > MOST_LINES
-    names = {one: variant_name(one, budget="" if apart else None) for one in variants(rows)}
+    records = result.records("aop_layers")
+    if not any(error > 0 for record in records for error in record["aop_layers"]):
+        raise Skip("no record has an error of the attention output above 0")
+    apart = len(variants(records)) > MOST_LINES
+    names = {one: variant_name(one, budget="" if apart else None) for one in variants(records)}
     styles = _styles(names.values())
     panels: dict[str, list[dict]] = {}
-    for place, members in by_place(rows).items():
-        for row in members:
-            panels.setdefault(f"{place}, {budget_name(variant(row))}" if apart else place, []).append(row)
-    columns = max(COLUMNS, len(panels) // len(by_place(rows))) if apart else COLUMNS  # a row for every place
+    for place, members in by_place(records).items():
+        for record in members:
+            panels.setdefault(f"{place}, {budget_name(variant(record))}" if apart else place, []).append(record)
+    columns = max(COLUMNS, len(panels) // len(by_place(records))) if apart else COLUMNS  # a row for every place
     figure, axes = _panels(result.title, len(panels), columns=min(columns, 4), sharey=True)
     for axis, (title, members) in zip(axes, panels.items()):
-        for row in sorted(members, key=lambda row: list(names).index(variant(row))):
-            layers, name = np.arange(len(row["aop_layers"])), names[variant(row)]
-            axis.plot(layers, row["aop_layers"], label=name, markevery=_every(layers), **styles[name])
+        for record in sorted(members, key=lambda record: list(names).index(variant(record))):
+            layers, name = np.arange(len(record["aop_layers"])), names[variant(record)]
+            axis.plot(layers, record["aop_layers"], label=name, markevery=_every(layers), **styles[name])
         axis.set_yscale("log")
         axis.set_title(title)
     _label(axes, "compressible layer (first is 0)", "relative error of the\nattention output (no unit)")
@@ -80,15 +82,15 @@ def aop_by_layer(result: Result):
 
 def drift_by_turn(result: Result):
     """KL and error of the attention output turn by turn, a line per method and bits, a row of panels per text."""
-    rows = result.rows("turn", "drift")
-    fields = [(key, label) for key, label in _DRIFT.items() if any(row.get(key) is not None for row in rows)]
+    records = result.records("turn", "drift")
+    fields = [(key, label) for key, label in _DRIFT.items() if any(record.get(key) is not None for record in records)]
     if not fields:
-        raise Skip(f"no row of the task drift has the fields {' or '.join(_DRIFT)}")
-    names = variants(rows)
+        raise Skip(f"no record of the task drift has the fields {' or '.join(_DRIFT)}")
+    names = variants(records)
     if len(names) > MOST_LINES:
         raise Skip(f"{len(names)} pairs of method and bits are more than {MOST_LINES} lines, evaluate fewer at a time")
     styles = _styles(names)
-    places = by_place(rows)
+    places = by_place(records)
     figure, axes = _panels(result.title, len(places) * len(fields), columns=len(fields))
     grid = zip(axes, ((place, field) for place in places.items() for field in fields))
     for axis, ((place, members), (field, label)) in grid:
@@ -99,11 +101,11 @@ def drift_by_turn(result: Result):
             )
             if line:
                 axis.plot([r["turn"] for r in line], [r[field] for r in line], label=variant_name(name), **style)
-        if all(row[field] > 0 for row in members if row.get(field) is not None):
+        if all(record[field] > 0 for record in members if record.get(field) is not None):
             axis.set_yscale("log")
             axis.minorticks_off()
             _plain_ticks(axis, axis.get_ylim())
-        axis.set_xticks(sorted({row["turn"] for row in members}))
+        axis.set_xticks(sorted({record["turn"] for record in members}))
         axis.set_title(place)
         axis.set_xlabel("turn of the conversation")
         axis.set_ylabel(label)
@@ -115,20 +117,20 @@ _DRIFT = {"kl": "KL from the plain cache\n(nats per token)", "aop": "relative er
 
 def needle_grid(result: Result):
     """Share of needles found, depth by method and bits, a panel per text and prefix."""
-    rows = [row for row in result.rows("found", "needle") if row.get("depth") is not None]
-    if not rows:
-        raise Skip("no row of the task needle has the field depth")
-    places = by_place(rows)
+    records = [record for record in result.records("found", "needle") if record.get("depth") is not None]
+    if not records:
+        raise Skip("no record of the task needle has the field depth")
+    places = by_place(records)
     most = max(len(variants(members)) for members in places.values())
-    longest = max(len(variant_name(one)) for one in variants(rows))
-    wide = 1.0 + 0.08 * longest + 0.42 * len({row["depth"] for row in rows})
+    longest = max(len(variant_name(one)) for one in variants(records))
+    wide = 1.0 + 0.08 * longest + 0.42 * len({record["depth"] for record in records})
     figure, axes = _panels(result.title, len(places), columns=2, size=(wide, 1.2 + 0.28 * most))
     for axis, (place, members) in zip(axes, places.items()):
         names = variants(members)
-        depths = sorted({row["depth"] for row in members})
+        depths = sorted({record["depth"] for record in members})
         grid = np.full((len(names), len(depths)), np.nan)
-        for row in members:
-            grid[names.index(variant(row)), depths.index(row["depth"])] = row["found"]
+        for record in members:
+            grid[names.index(variant(record)), depths.index(record["depth"])] = record["found"]
         image = axis.imshow(grid, cmap="gray", vmin=0, vmax=1, aspect="auto")
         _write_cells(axis, grid, "{:.0%}", dark_below=0.5)
         axis.set_xticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
@@ -142,21 +144,23 @@ def needle_grid(result: Result):
 
 def speed(result: Result):
     """How many times faster a decode step's attention is than the host's, against context; a panel per method."""
-    rows = result.rows("ratio_to_dense")
-    names = [key for key in RATIOS if any(row.get(key) is not None for row in rows)]
+    records = result.records("ratio_to_dense")
+    names = [key for key in RATIOS if any(record.get(key) is not None for record in records)]
     styles = _styles(names)
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    contexts = sorted({row["context"] for row in rows})
+    methods = list(dict.fromkeys(record["method"] for record in records))
+    contexts = sorted({record["context"] for record in records})
     figure, axes = _panels(result.title, len(methods), sharey=True, size=(5.6, 3.4))
     for axis, method in zip(axes, methods):
-        members = sorted((row for row in rows if row["method"] == method), key=lambda row: row["context"])
+        own = [record for record in records if record["method"] == method]
+        members = sorted(own, key=lambda record: record["context"])
         if len(contexts) == 1:
             _bars(axis, members[0], names)
             continue
-        fastest = [row["ratio_to_dense"] for row in members]  # one of the others at every context: drawn behind them
-        axis.plot([row["context"] for row in members], fastest, label="fastest plain cache", color="0.8", linewidth=8)
+        # the fastest is one of the others at every context: drawn behind them
+        at, fastest = zip(*((record["context"], record["ratio_to_dense"]) for record in members))
+        axis.plot(at, fastest, label="fastest plain cache", color="0.8", linewidth=8)
         for name, style in styles.items():
-            line = [row for row in members if row.get(name) is not None]
+            line = [record for record in members if record.get(name) is not None]
             axis.plot([r["context"] for r in line], [r[name] for r in line], label=RATIOS[name], **style)
         axis.axhline(1, color="0.4", linewidth=0.8)
         axis.set_xscale("log", base=2)
@@ -188,10 +192,10 @@ def spectrum(result: Result):
     figure, axes = _panels(f"{result.title}: spectra by head, after RoPE", 2, sharey=True)
     heads = variance.shape[1] // 2
     for axis, side, part in zip(axes, ("keys", "values"), (variance[:, :heads], variance[:, heads:])):
-        for row in chosen:
-            mean = (part[row] / part[row].max(-1, keepdims=True)).mean(0)
+        for layer in chosen:
+            mean = (part[layer] / part[layer].max(-1, keepdims=True)).mean(0)
             components = np.arange(1, len(mean) + 1)
-            axis.plot(components, mean, label=f"layer {layers[row]}", markevery=_every(components), **styles[row])
+            axis.plot(components, mean, label=f"layer {layers[layer]}", markevery=_every(components), **styles[layer])
         axis.set_yscale("log")
         axis.set_title(f"{side}, mean over {heads} head{'s' if heads > 1 else ''}")
     _label(axes, "component", "variance (share of the largest)")
@@ -285,10 +289,10 @@ def _plain_ticks(axis, limits: tuple[float, float]) -> None:
     axis.set_yticks(ticks, [f"{t:g}" for t in ticks])
 
 
-def _bars(axis, row: dict, names: list[str]) -> None:
-    shown = [name for name in names if row.get(name) is not None]
-    bars = axis.barh(range(len(shown)), [row[name] for name in shown], color="0.75", edgecolor="black", hatch="//")
-    axis.bar_label(bars, [f"{row[name]:.2f}" for name in shown], padding=3)
+def _bars(axis, record: dict, names: list[str]) -> None:
+    shown = [name for name in names if record.get(name) is not None]
+    bars = axis.barh(range(len(shown)), [record[name] for name in shown], color="0.75", edgecolor="black", hatch="//")
+    axis.bar_label(bars, [f"{record[name]:.2f}" for name in shown], padding=3)
     axis.set_yticks(range(len(shown)), [RATIOS[name] for name in shown])
     axis.invert_yaxis()
     axis.axvline(1, color="black", linewidth=0.8)

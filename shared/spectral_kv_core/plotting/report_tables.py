@@ -15,7 +15,7 @@ from .plan_map import bits_by_head, kept_by_head
 
 STEPS = 10  # shades of a map
 _MIB = 2**20
-_JOB_COLUMNS = (  # key of a row, label, format or unit in bytes
+_JOB_COLUMNS = (  # key of a record, label, format or unit in bytes
     ("method", "method", ""),
     ("bits", "bits", "{:g}"),
     ("keep", "keeps", "{:.3g}%"),
@@ -80,34 +80,34 @@ BENCH_COLUMNS = (
     ("peak_bytes", "peak MiB", _MIB),
     ("plain_peak_bytes", "peak MiB, plain", _MIB),
 )
-_CONSTANT = ("text", "prefix", "documents", "dtype", "threads")  # said once where all rows have the same
+_CONSTANT = ("text", "prefix", "documents", "dtype", "threads")  # said once where all records have the same
 
 
 def evaluation_tables(content: dict) -> Markup:
-    """A table for every task of the rows of `spectralkv eval`."""
-    rows = content["rows"]
-    tasks = list(dict.fromkeys(str(row.get("task") or "rows") for row in rows))
-    members = {task: [row for row in rows if str(row.get("task") or "rows") == task] for task in tasks}
-    return joined(rows_table(task, found, EVAL_COLUMNS) for task, found in members.items())
+    """A table for every task of the records of `spectralkv eval`."""
+    members: dict[str, list[dict]] = {}
+    for record in content["rows"]:
+        members.setdefault(str(record.get("task") or "rows"), []).append(record)
+    return joined(records_table(task, found, EVAL_COLUMNS) for task, found in members.items())
 
 
 def bench_table(content: dict) -> Markup:
-    """The rows of `spectralkv bench`; ratios above 1 say that ours is faster."""
-    return rows_table("decode step", content["rows"], BENCH_COLUMNS)
+    """The records of `spectralkv bench`; ratios above 1 say that ours is faster."""
+    return records_table("decode step", content["rows"], BENCH_COLUMNS)
 
 
-def rows_table(title: str, rows: list[dict], columns) -> Markup:
-    """`rows` as a table that can be sorted; columns without a value are left out, some that do not vary stand in the title."""
-    filled = [c for c in columns if any(row.get(c[0]) is not None for row in rows)]
-    said = [title, f"{len(rows):,} row{'s' if len(rows) > 1 else ''}"]
+def records_table(title: str, records: list[dict], columns) -> Markup:
+    """`records` as a table that can be sorted, without columns that are empty; some that do not vary stand in the title."""
+    filled = [c for c in columns if any(record.get(c[0]) is not None for record in records)]
+    said = [title, f"{len(records):,} record{'s' if len(records) > 1 else ''}"]
     shown = []
     for key, label, form in filled:
-        values = {str(row.get(key)) for row in rows}
+        values = {str(record.get(key)) for record in records}
         if key in _CONSTANT and len(values) == 1:
-            said.append(f"{label} {format_value(rows[0][key], form)}")
+            said.append(f"{label} {format_value(records[0][key], form)}")
         else:
             shown.append((key, label, form))
-    cells = [[_cell(row.get(key), form) for key, _, form in shown] for row in rows]
+    cells = [[_cell(record.get(key), form) for key, _, form in shown] for record in records]
     return table(", ".join(said), [label for _, label, _ in shown], cells)
 
 

@@ -1,4 +1,4 @@
-"""Result files as pictures need them: rows of `spectralkv eval` and `bench`, or a profile."""
+"""Result files as pictures need them: records of `spectralkv eval` and `bench`, or a profile."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UsageError
-from ..evaluation.rows import GROUP, MEANS, PLACES, VARIANT
+from ..evaluation.records import GROUP, MEANS, PLACES, VARIANT
 from ..files.container import format_name
 from ..files.paths import model_name
 from ..hosts.demo_model import DEMO_DIR
 from ..planning.methods import METHODS
 from ..profile.profile import FORMAT, Profile
 
-RATIOS = {  # key of a bench row: what it is a ratio to; ratio_to_dense is to the fastest of the plain ones
+RATIOS = {  # key of a bench record: what it is a ratio to; ratio_to_dense is to the fastest of the plain ones
     "ratio_to_host": "plain, as the host calls it",
     "ratio_to_gqa": "plain, kernel with enable_gqa",
     "ratio_to_grouped": "plain, kernel with grouped rows",
@@ -44,7 +44,7 @@ class Result:
     def kind(self) -> str:
         if isinstance(self.content, Profile):
             return "profile"
-        return "bench" if any("ratio_to_dense" in row for row in self.content["rows"]) else "eval"
+        return "bench" if any("ratio_to_dense" in record for record in self.content["rows"]) else "eval"
 
     @property
     def profile(self) -> Profile:
@@ -58,21 +58,21 @@ class Result:
         assert isinstance(self.content, dict)
         return self.content
 
-    def rows(self, field: str, task: str | None = None) -> list[dict]:
-        """Rows that have `field`, of `task` or of all without a picture of their own; else documents, averaged.
+    def records(self, field: str, task: str | None = None) -> list[dict]:
+        """Records that have `field`, of `task` or of all without a picture of their own; else documents, averaged.
 
         Raises Skip where there are none.
         """
 
-        def wanted(row: dict) -> bool:
-            mine = row.get("task") == task if task else row.get("task") not in PER_TASK
-            return mine and row.get(field) is not None and row.get("method") != "identity"
+        def wanted(record: dict) -> bool:
+            mine = record.get("task") == task if task else record.get("task") not in PER_TASK
+            return mine and record.get(field) is not None and record.get("method") != "identity"
 
-        rows = [row for row in self.fields["rows"] if wanted(row)]
-        rows = rows or _averaged([row for row in self.fields.get("documents", []) if wanted(row)], field)
-        if not rows:
-            raise Skip(f"no row{f' of the task {task}' if task else ''} has the field {field}")
-        return rows
+        records = [record for record in self.fields["rows"] if wanted(record)]
+        records = records or _averaged([record for record in self.fields.get("documents", []) if wanted(record)], field)
+        if not records:
+            raise Skip(f"no record{f' of the task {task}' if task else ''} has the field {field}")
+        return records
 
     @property
     def title(self) -> str:
@@ -108,25 +108,25 @@ def read_results(paths: Iterable[str], bits: float | None = None) -> list[Result
     return found
 
 
-def by_place(rows: list[dict]) -> dict[str, list[dict]]:
-    """Rows by panel title: text, task and prefix."""
+def by_place(records: list[dict]) -> dict[str, list[dict]]:
+    """Records by panel title: text, task and prefix."""
 
-    def place(row: dict) -> str:
-        parts = [str(row[key]) for key in ("text", "task") if row.get(key) and row[key] not in PER_TASK]
-        return ", ".join([*parts, *([f"{row['prefix']:,} tokens"] if row.get("prefix") else [])]) or "all rows"
+    def place(record: dict) -> str:
+        parts = [str(record[key]) for key in ("text", "task") if record.get(key) and record[key] not in PER_TASK]
+        return ", ".join([*parts, *([f"{record['prefix']:,} tokens"] if record.get("prefix") else [])]) or "all records"
 
-    order = list(dict.fromkeys(map(place, rows)))
-    ordered = sorted(rows, key=lambda row: order.index(place(row)))
+    order = list(dict.fromkeys(map(place, records)))
+    ordered = sorted(records, key=lambda record: order.index(place(record)))
     return {name: list(members) for name, members in groupby(ordered, place)}
 
 
-def variant(row: dict) -> tuple:
-    """What a row measures: method, bits, the share of tokens kept (None where all are), whose scores round, tiers, wavelet."""
-    return tuple(row.get(name) for name in VARIANT)
+def variant(record: dict) -> tuple:
+    """What a record measures: method, bits, the share of tokens kept (None for all), whose scores round, tiers, wavelet."""
+    return tuple(record.get(name) for name in VARIANT)
 
 
-def variants(rows: list[dict]) -> list[tuple]:
-    """Every `variant` of `rows` once, in the order of the method table, most bits first."""
+def variants(records: list[dict]) -> list[tuple]:
+    """Every `variant` of `records` once, in the order of the method table, most bits first."""
     order = list(METHODS)
 
     def place(one: tuple) -> tuple:
@@ -141,7 +141,7 @@ def variants(rows: list[dict]) -> list[tuple]:
             wavelet or "",
         )
 
-    return sorted(dict.fromkeys(map(variant, rows)), key=place)
+    return sorted(dict.fromkeys(map(variant, records)), key=place)
 
 
 def budget_name(one: tuple, bits: bool = True) -> str:
@@ -160,9 +160,9 @@ def variant_name(one: tuple, budget: str | None = None) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def curve_names(rows: list[dict]) -> dict[tuple, str]:
-    """Name of the curve of every `variant` of `rows`, over its bits or, at one number of bits, over the tokens kept."""
-    found = variants(rows)
+def curve_names(records: list[dict]) -> dict[tuple, str]:
+    """Name of the curve of every `variant` of `records`, over its bits or, at one number of bits, over the tokens kept."""
+    found = variants(records)
     several = {m for m, *_ in found if len({bits for method, bits, *_ in found if method == m}) > 1}
     tiered = {one for one in found if one[4]}
     return {
@@ -181,10 +181,10 @@ def _read(path: Path, bits: float | None) -> Result:
         return Result(path.stem, Profile.load(path), bits, path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        rows = content["rows"]
+        records = content["rows"]
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
-        rows = None
-    if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
+        records = None
+    if not (isinstance(records, list) and records and all(isinstance(record, dict) for record in records)):
         raise UsageError(
             f"Expected a JSON object with rows, as spectralkv eval and bench write it, or a profile, {path} is neither."
         )
@@ -196,21 +196,21 @@ def _read(path: Path, bits: float | None) -> Result:
 def _check_fields(content: dict, path: Path) -> None:
     """Raise ValueError where pictures and tables would trip over a field of the wrong kind, or of none."""
     documents = content.get("documents", [])
-    if not isinstance(documents, list) or not all(isinstance(row, dict) for row in documents):
+    if not isinstance(documents, list) or not all(isinstance(record, dict) for record in documents):
         raise UsageError(f"Expected documents to be a list of objects, {path} has something else.")
-    for row in [*content["rows"], *documents]:
+    for record in [*content["rows"], *documents]:
         for name, (kind, noun, needed) in _FIELDS.items():
-            value = row.get(name)
+            value = record.get(name)
             if (
                 (needed and value is None)
                 or not isinstance(value, (*kind, type(None)))
                 or isinstance(value, bool)
                 or _huge(value)
             ):
-                raise UsageError(f"Expected {noun} as {name} of every row, {path} has {value!r}.")
-        if not all(isinstance(x, (int, float)) for x in row.get("aop_layers") or ()):
-            raise UsageError(f"Expected numbers as aop_layers of every row, {path} has something else.")
-    if any("ratio_to_dense" in row for row in content["rows"]):
+                raise UsageError(f"Expected {noun} as {name} of every record, {path} has {value!r}.")
+        if not all(isinstance(x, (int, float)) for x in record.get("aop_layers") or ()):
+            raise UsageError(f"Expected numbers as aop_layers of every record, {path} has something else.")
+    if any("ratio_to_dense" in record for record in content["rows"]):
         _check_bench(content, path)
 
 
@@ -232,14 +232,14 @@ def _check_bench(content: dict, path: Path) -> None:
         or not {"synthetic", "model"} & set(content)
     ):
         raise UsageError(f"Expected backend, bits and the model or layer of a benchmark, {path} lacks some of them.")
-    if not all(isinstance(row.get("context"), int) for row in content["rows"]):
-        raise UsageError(f"Expected a context in tokens in every row of a benchmark, {path} has rows without.")
+    if not all(isinstance(record.get("context"), int) for record in content["rows"]):
+        raise UsageError(f"Expected a context in tokens in every record of a benchmark, {path} has records without.")
 
 
 _NUMBER: tuple[type, ...] = (int, float)
 _FIELDS: dict[
     str, tuple[tuple[type, ...], str, bool]
-] = {  # name: kind, what messages call it, whether every row has it
+] = {  # name: kind, what messages call it, whether every record has it
     "method": ((str,), "a name", True),
     "bits": (_NUMBER, "a number", True),
     **dict.fromkeys(("text", "task", "rounding_scores", "tiers", "wavelet"), ((str,), "a name", False)),
@@ -250,19 +250,19 @@ _FIELDS: dict[
 }
 
 
-def _averaged(rows: list[dict], field: str) -> list[dict]:
-    """Rows of documents as one per place, variant, turn and depth, with the mean of the numbers that are drawn."""
+def _averaged(records: list[dict], field: str) -> list[dict]:
+    """Records of documents as one per place, variant, turn and depth, with the mean of the numbers that are drawn."""
     keys = (*GROUP, *PLACES)
     groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row.get(key) for key in keys), []).append(row)
+    for record in records:
+        groups.setdefault(tuple(record.get(key) for key in keys), []).append(record)
     numbers = {field, "kl", "aop", "found", "sealed_bits", "bits_per_element", "budget_tokens"} - set(keys)
     made = []
     for key, members in groups.items():
-        row = dict(zip(keys, key))
+        record = dict(zip(keys, key))
         for name in numbers:
             values = [member[name] for member in members if member.get(name) is not None]
             if values:
-                row[name] = np.mean(values, axis=0).tolist()
-        made.append(row)
+                record[name] = np.mean(values, axis=0).tolist()
+        made.append(record)
     return made

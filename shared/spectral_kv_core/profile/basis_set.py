@@ -10,8 +10,8 @@ import numpy as np
 from ..arrays.transform import band_sizes
 from ..quantization.quantizer import BIT_WIDTHS
 
-PAIRS, JOINT = "layer2.pre", "model.pre"  # names of basis sets that a profile has only when asked for
-ON_REQUEST = {PAIRS: " --pairs", JOINT: " --joint"}  # the options that ask for them
+PAIRS, WHOLE_MODEL = "layer2.pre", "model.pre"  # names of basis sets that a profile has only when asked for
+ON_REQUEST = {PAIRS: " --pairs", WHOLE_MODEL: " --joint"}  # the options that ask for them
 HISTOGRAM_LIMIT, HISTOGRAM_BINS = 12.0, 1500  # of `BasisSet.histogram`, in standard deviations
 
 
@@ -19,9 +19,9 @@ HISTOGRAM_LIMIT, HISTOGRAM_BINS = 12.0, 1500  # of `BasisSet.histogram`, in stan
 class BasisSet:
     """Bases, spectra and sensitivities for one way of grouping vectors.
 
-    L rows, one per tuple of `ModelShape.layer_groups`, G groups per row of m (side, head) members each, in the order K
-    heads then V heads, those of a row's first layer first; Dg = m * head_dim channels, R components, F time bands,
-    W = len(BIT_WIDTHS). A row of fewer layers than others fills the first members, channels and components.
+    L layer groups (`ModelShape.layer_groups`), each with G groups of m (side, head) members, in the order K
+    heads then V heads, those of its first layer first; Dg = m * head_dim channels, R components, F time bands,
+    W = len(BIT_WIDTHS). A layer group of fewer layers than others fills the first members, channels and components.
 
     mean [L, G, Dg]; weight [L, G, m] scales every member before the basis; basis [L, G, Dg, R] orthonormal columns;
     variance, sensitivity [L, G, R, F]: E[y^2] of the coefficients and E[g^2] of the score gradient along them;

@@ -12,32 +12,32 @@ from .profile import Profile
 SHARED = "layer.pre"  # full-rank PCA of all keys and values of a layer: their covariance in another form
 
 
-def covariance(profile: Profile, row: int, first: int, stop: int) -> np.ndarray:
-    """Covariance [n D, n D] float64 of members `first` to `stop` of layer number `row`, keys of all heads, then values.
+def covariance(profile: Profile, layer_group: int, first: int, stop: int) -> np.ndarray:
+    """Covariance [n D, n D] float64 of members `first` to `stop` of `layer_group`: keys of all heads, then values.
 
     The profile has W (x - mean) = U y with y uncorrelated: the covariance of x is W^-1 U diag(var y) U' W^-1.
     """
     basis_set = profile.basis_set(SHARED)
     dim = profile.shape.head_dim
-    weight = np.repeat(basis_set.weight[row, 0, first:stop].astype(np.float64), dim)[:, None]
-    half = orthonormalize(basis_set.basis[row, 0])[first * dim : stop * dim] / weight
-    half = half * np.sqrt(basis_set.channel_variance()[row, 0])
+    weight = np.repeat(basis_set.weight[layer_group, 0, first:stop].astype(np.float64), dim)[:, None]
+    half = orthonormalize(basis_set.basis[layer_group, 0])[first * dim : stop * dim] / weight
+    half = half * np.sqrt(basis_set.channel_variance()[layer_group, 0])
     return half @ half.T
 
 
-def means(profile: Profile, row: int) -> np.ndarray:
-    """Means [2H, D] float64 of keys before RoPE, then of values, of layer number `row`."""
-    return profile.basis_set(SHARED).mean[row, 0].reshape(-1, profile.shape.head_dim).astype(np.float64)
+def means(profile: Profile, layer_group: int) -> np.ndarray:
+    """Means [2H, D] float64 of keys before RoPE, then of values, of `layer_group`."""
+    return profile.basis_set(SHARED).mean[layer_group, 0].reshape(-1, profile.shape.head_dim).astype(np.float64)
 
 
-def head_moments(profile: Profile, row: int) -> np.ndarray:
-    """Uncentered second moments [2H, D, D] float64 of keys before RoPE, then of values, of layer number `row`."""
-    mean = means(profile, row)
-    blocks = np.stack([covariance(profile, row, i, i + 1) for i in range(len(mean))])
+def head_moments(profile: Profile, layer_group: int) -> np.ndarray:
+    """Uncentered second moments [2H, D, D] float64 of keys before RoPE, then of values, of `layer_group`."""
+    mean = means(profile, layer_group)
+    blocks = np.stack([covariance(profile, layer_group, i, i + 1) for i in range(len(mean))])
     return blocks + mean[:, :, None] * mean[:, None, :]
 
 
-def query_moment(profile: Profile, row: int) -> np.ndarray:
+def query_moment(profile: Profile, layer_group: int) -> np.ndarray:
     """Uncentered second moment [H, D, D] float64 of queries before RoPE, times the squared attention scale.
 
     Mean over the query heads of a KV head. Raises UsageError for a profile without query statistics.
@@ -47,7 +47,7 @@ def query_moment(profile: Profile, row: int) -> np.ndarray:
             f"Expected a profile with statistics of queries, {profile.path or 'this one'} is older. Calibrate again: "
             f"spectralkv profile --model {profile.model}"
         )
-    root, mean = (np.asarray(x[row], np.float64) for x in (profile.queries.root, profile.queries.mean))
+    root, mean = (np.asarray(x[layer_group], np.float64) for x in (profile.queries.root, profile.queries.mean))
     mean = mean.reshape(len(root), -1, root.shape[-1])
     return root @ root + np.swapaxes(mean, -1, -2) @ mean / mean.shape[1]
 

@@ -158,8 +158,8 @@ class Profile:
         if side not in SIDES:
             raise UsageError(f"Expected a side of {SIDES}, received {side!r}.")
         basis_set = self.basis_set("head.post")
-        row, group = shape.layers.index(layer), head + shape.kv_heads * SIDES.index(side)
-        variance = basis_set.channel_variance()[row, group].astype(np.float64)
+        layer_group, group = shape.layers.index(layer), head + shape.kv_heads * SIDES.index(side)
+        variance = basis_set.channel_variance()[layer_group, group].astype(np.float64)
         if rank is None:
             energy = energy or self.calibration.get("target_energy", 0.95)
             if not 0 < energy <= 1:
@@ -169,8 +169,8 @@ class Profile:
             raise UsageError("Expected rank or energy, received both.")
         if rank not in range(1, basis_set.rank + 1):
             raise UsageError(f"Expected a rank between 1 and {basis_set.rank}, received {rank!r}.")
-        basis = orthonormalize(basis_set.basis[row, group])[:, :rank]
-        mean = basis_set.mean[row, group].astype(np.float64)
+        basis = orthonormalize(basis_set.basis[layer_group, group])[:, :rank]
+        mean = basis_set.mean[layer_group, group].astype(np.float64)
         return Projection(self.model, layer, head, side, mean, basis, variance[:rank], basis_set.levels)
 
     def check(self, shape: ModelShape) -> None:
@@ -206,19 +206,19 @@ class Profile:
 
 
 def _check_sizes(basis_set: BasisSet, shape: ModelShape, path: str | os.PathLike) -> None:
-    rows, groups, channels, rank = basis_set.basis.shape
+    layers, groups, channels, rank = basis_set.basis.shape
     bands = len(band_sizes(basis_set.block))
     layer_groups = shape.layer_groups(basis_set.group)
     heads = 2 * shape.kv_heads * max(map(len, layer_groups))
     members = heads // groups
     expected = {
-        "mean": (rows, groups, channels),
-        "weight": (rows, groups, members),
-        "variance": (rows, groups, rank, bands),
-        "sensitivity": (rows, groups, rank, bands),
-        "cost": (rows, groups, rank, bands, len(BIT_WIDTHS)),
+        "mean": (layers, groups, channels),
+        "weight": (layers, groups, members),
+        "variance": (layers, groups, rank, bands),
+        "sensitivity": (layers, groups, rank, bands),
+        "cost": (layers, groups, rank, bands, len(BIT_WIDTHS)),
     }
     found = {name: getattr(basis_set, name).shape for name in expected}
-    whole = rows == len(layer_groups) and groups * channels == heads * shape.head_dim
+    whole = layers == len(layer_groups) and groups * channels == heads * shape.head_dim
     if found != expected or not whole:
         raise UsageError(f"Expected arrays that fit the model shape in the header, {path} has {found}. Make it again.")

@@ -95,11 +95,11 @@ def flat_levels(levels: dict[int, np.ndarray]) -> np.ndarray:
     return padded.reshape(-1)
 
 
-class RowTables:
-    """The quantizers of rows of coefficients that differ in width, by look-up: no loop over widths.
+class CoefficientTables:
+    """The quantizers of coefficients that differ in width, by look-up: no loop over widths.
 
-    `flat`: `flat_tables` as arrays of `xp`, shared by all layers; `widths` [..., F, R]: bits of every row. Coefficients
-    are in standard deviations; NaN is not checked here.
+    `flat`: `flat_tables` as arrays of `xp`, shared by all layers; `widths` [..., F, R]: bits of every coefficient, which
+    comes in standard deviations; NaN is not checked here.
     """
 
     def __init__(self, xp, flat: tuple, widths: np.ndarray):

@@ -52,9 +52,9 @@ def turn_matrix(rope: Rope | None, tokens: int, dim: int) -> np.ndarray:
 class BlockScores:
     """What a scorer says of every block of `block` tokens alone, as if it stood at the beginning of a text."""
 
-    def __init__(self, xp, plan, row: int, scorer: str, block: int):
+    def __init__(self, xp, plan, layer_group: int, scorer: str, block: int):
         self.xp, self.block, self.rope = xp, block, plan.shape.rope
-        self.scorer, self.statistics = get_scorer(scorer), plan.query_statistics(row)
+        self.scorer, self.statistics = get_scorer(scorer), plan.query_statistics(layer_group)
 
     def __call__(self, keys, values):
         """Scores [B, H, T], higher matters more, of pre-RoPE `keys` and `values` [B, H, T, D] float32."""
@@ -74,21 +74,21 @@ class TokenWeights:
     """How much each token matters, relative to the others of its block; a function of the block alone, so that no order
     of arrival changes a code.
 
-    By `expected-attention` with the queries of a row of the plan (`expected_weights`), or exp(z) of what any other scorer
+    By `expected-attention` with the queries of a layer group (`expected_weights`), or exp(z) of what any other scorer
     says (`BlockScores`), z normalized over the block.
     """
 
-    def __init__(self, xp, plan, row: int, table):
+    def __init__(self, xp, plan, layer_group: int, table):
         """`table` makes an array that all sequences share."""
         self.xp, self.block = xp, plan.basis_set.block
         self.scores: BlockScores | None = None
         self.tables: tuple = ()
         if plan.method.rounding == "expected-attention":
-            statistics = plan.query_statistics(row)
+            statistics = plan.query_statistics(layer_group)
             mean, root = statistics["query_mean"], statistics["query_root"]
             self.tables = tuple(map(table, future_queries(mean, root, plan.shape.rope)))
         else:
-            self.scores = BlockScores(xp, plan, row, plan.method.rounding, self.block)
+            self.scores = BlockScores(xp, plan, layer_group, plan.method.rounding, self.block)
 
     def __call__(self, keys, values):
         """Weights [B, H, T], mean 1 in every block, of pre-RoPE `keys` and `values` [B, H, T, D] float32."""
@@ -126,7 +126,7 @@ def round_in_time(xp, z, weights, gain, matrix, tables):
 
     `z` [B, G, n, F, R]: coefficients in standard deviations; `weights` [B, G, n, F] of a block's tokens; `gain`
     [G, 1, F, R]: root of what losing the whole coefficient costs; `matrix` [F, F]: the time transform; `tables`: the
-    quantizers, `RowTables` of [G, 1, F, R]. For every component the error e and its gains r cost
+    quantizers, `CoefficientTables` of [G, 1, F, R]. For every component the error e and its gains r cost
     (r e)' F diag(w) F' (r e); one round of coordinate descent over the frequencies from plain rounding lowers that, and
     more rounds did not lower the divergence of a model's predictions any further.
     """

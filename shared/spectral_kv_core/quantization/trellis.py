@@ -1,7 +1,7 @@
 """Trellis-coded quantization of coefficients: vectors are quantized together, at the bits and nearly the decoder of scalars.
 
 The coefficients of all components of a layer at one frequency of a block form a sequence. Every code of 1 to 4 bits, at
-`WIDTHS`, has a *path bit*, its lowest. The path bits of a row and of the five rows before it in the sequence say which
+`WIDTHS`, has a *path bit*, its lowest. The path bits of a coefficient and of the five before it in the sequence say which
 quarter of a codebook of twice as many levels the other bits choose from (`label`): Ungerboeck's code of 32 states (1982,
 table I), as Marcellin and Fischer 1990 (IEEE Trans. Comm. 38(1)) quantize with it. Which codes are best is a search over all
 paths (Viterbi); it takes the place of rounding in both passes of time rounding (`rounding.round_in_time`), whose errors
@@ -26,10 +26,10 @@ from .quantizer import BIT_WIDTHS, CELLS, REACH, gaussian_tables
 
 WIDTHS = (1, 2, 3, 4)  # of codes with a path bit
 STATES = 32
-DISTANCES = (2, 3, 5)  # rows before a row whose path bits choose its quarter, with its own
+DISTANCES = (2, 3, 5)  # places before a coefficient whose path bits choose its quarter, with its own
 BLOCKS_AT_ONCE = 16  # of a call of the kernel, whose registers have up to so many lanes
 NUMPY_BLOCKS = 128
-MIN_COST = 1e-4  # of the mean of a sequence: a row that costs next to nothing still has a defined code
+MIN_COST = 1e-4  # of the mean of a sequence: a coefficient that costs next to nothing still has a defined code
 
 # Upper halves of the codebooks of 2**(bits + 1) levels for the standard normal density, by the alternation of Lloyd 1982
 # with the search in place of the nearest level.
@@ -91,12 +91,12 @@ def is_fast() -> bool:
     return library() is not None
 
 
-class Rows:
-    """The rows (group, frequency, component) of one layer as the search takes them; flat numbers are in that order.
+class Coefficients:
+    """The coefficients (group, frequency, component) of a block as the search takes them, numbered in that order.
 
-    `widths` [G, F, R] uint8, `gain` [G, F, R]: as of `rounding.round_in_time`; `cost` [G, F, R]: what the squared error of a
-    row costs, in any unit; `matrix` [F, F]: the time transform; `tables`: `quantizer.flat_tables` and the levels that the
-    search takes codes for, [W * 256] too. A path visits the rows of a frequency by rising cost, so that the first few,
+    `widths` [G, F, R] uint8, `gain` [G, F, R]: as of `rounding.round_in_time`; `cost` [G, F, R]: what the squared error of
+    one costs, in any unit; `matrix` [F, F]: the time transform; `tables`: `quantizer.flat_tables` and the levels that the
+    search takes codes for, [W * 256] too. A path visits the coefficients of a frequency by rising cost, so that the first few,
     which find most of the trellis closed, are the cheapest.
     """
 
@@ -114,12 +114,12 @@ class Rows:
         self.cost = _relative(cost, self.has_path)
 
     def sequences(self) -> list[np.ndarray]:
-        """Flat numbers of the rows that have a path bit, in the order of the path, frequency by frequency."""
+        """Numbers of the coefficients that have a path bit, in the order of the path, frequency by frequency."""
         _, frequencies, rank = self.shape
         found = []
         for f, order in enumerate(self.order):
-            rows = order // rank * (frequencies * rank) + f * rank + order % rank
-            found.append(rows[self.has_path.reshape(-1)[rows]])
+            numbers = order // rank * (frequencies * rank) + f * rank + order % rank
+            found.append(numbers[self.has_path.reshape(-1)[numbers]])
         return found
 
     def search(self, z: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
@@ -150,14 +150,14 @@ class _Search(ctypes.Structure):
     ]
 
 
-def _native(rows: Rows, z: np.ndarray, weights: np.ndarray | None, codes: np.ndarray) -> None:
+def _native(given: Coefficients, z: np.ndarray, weights: np.ndarray | None, codes: np.ndarray) -> None:
     """Fill `codes` by the kernel, some blocks per thread at a time."""
     kernels = library()
     assert kernels is not None, "chosen where there is a library"
     run = kernels.spectralkv_trellis
     run.argtypes, run.restype = (POINTER(_Search),), ctypes.c_int
     batch, groups, blocks, _, rank = z.shape
-    tables = rows.gain, rows.cost, rows.slots, rows.order, rows.time, rows.cells, rows.levels, rows.decoded
+    tables = given.gain, given.cost, given.slots, given.order, given.time, given.cells, given.levels, given.decoded
     assert all(x is None or x.flags.c_contiguous for x in (z, weights, *tables, codes))
     held = [x if x is None else x.ctypes.data for x in (z, weights, *tables, codes)]
 
@@ -181,31 +181,31 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_threads.cache_clear)  # a pool's threads stay in the parent
 
 
-def _in_numpy(rows: Rows, z: np.ndarray, weights: np.ndarray | None, codes: np.ndarray) -> None:
+def _in_numpy(given: Coefficients, z: np.ndarray, weights: np.ndarray | None, codes: np.ndarray) -> None:
     """As the kernel, `NUMPY_BLOCKS` blocks at a time."""
     batch, groups, blocks, frequencies, rank = z.shape
     flat_z = z.transpose(3, 1, 4, 0, 2).reshape(frequencies, groups * rank, batch * blocks)
     if weights is None:
         metric = None
     else:
-        turned = np.einsum("ft,bgnt,ht->gfhbn", rows.time, weights, rows.time, optimize=True).astype(np.float32)
+        turned = np.einsum("ft,bgnt,ht->gfhbn", given.time, weights, given.time, optimize=True).astype(np.float32)
         metric = turned.reshape(groups, frequencies, frequencies, batch * blocks)
     found = np.empty(flat_z.shape, np.uint8)
     for start in range(0, batch * blocks, NUMPY_BLOCKS):
         part = np.s_[..., start : start + NUMPY_BLOCKS]
-        found[part] = _search_blocks(rows, flat_z[part], None if metric is None else metric[part])
+        found[part] = _search_blocks(given, flat_z[part], None if metric is None else metric[part])
     codes[...] = found.reshape(frequencies, groups, rank, batch, blocks).transpose(3, 1, 4, 0, 2)
 
 
-def _search_blocks(rows: Rows, z: np.ndarray, metric: np.ndarray | None) -> np.ndarray:
+def _search_blocks(given: Coefficients, z: np.ndarray, metric: np.ndarray | None) -> np.ndarray:
     """Codes [F, G * R, N] of `z` [F, G * R, N]; `metric` [G, F, F, N]: F diag(w) F' of every block."""
-    groups, frequencies, rank = rows.shape
+    groups, frequencies, rank = given.shape
     codes, error = np.zeros(z.shape, np.uint8), np.zeros_like(z)
 
     def flat(x):
         return x.transpose(1, 0, 2).reshape(frequencies, groups * rank)
 
-    slots, gain, cost, has_path = map(flat, (rows.slots, rows.gain, rows.cost, rows.has_path))
+    slots, gain, cost, has_path = map(flat, (given.slots, given.gain, given.cost, given.has_path))
     for again in range(1 if metric is None else 2):
         for f in range(frequencies):
             aim, own = z[f], np.ones((groups, 1, 1), np.float32)
@@ -219,23 +219,25 @@ def _search_blocks(rows: Rows, z: np.ndarray, metric: np.ndarray | None) -> np.n
             level = np.zeros_like(aim)
             scalar = np.flatnonzero(~has_path[f] & (slots[f] > 0))
             cell = np.minimum((aim[scalar] * CELLS + REACH * CELLS).astype(np.int32), 2 * REACH * CELLS - 1)
-            codes[f, scalar] = rows.cells[slots[f, scalar, None] * (2 * REACH * CELLS) + cell]
-            level[scalar] = rows.decoded[slots[f, scalar, None] * 256 + codes[f, scalar]]
-            path = rows.order[f][has_path[f, rows.order[f]]]
+            codes[f, scalar] = given.cells[slots[f, scalar, None] * (2 * REACH * CELLS) + cell]
+            level[scalar] = given.decoded[slots[f, scalar, None] * 256 + codes[f, scalar]]
+            path = given.order[f][has_path[f, given.order[f]]]
             weight = cost[f, path, None] * np.broadcast_to(own, (groups, rank, z.shape[2])).reshape(z[f].shape)[path]
-            index, codes[f, path] = _best_path(rows, slots[f, path], aim[path], weight)
-            level[path] = rows.decoded[slots[f, path, None] * 256 + index]
+            index, codes[f, path] = _best_path(given, slots[f, path], aim[path], weight)
+            level[path] = given.decoded[slots[f, path, None] * 256 + index]
             error[f] = (z[f] - level) * gain[f, :, None]
     return codes
 
 
-def _best_path(rows: Rows, slots: np.ndarray, x: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _best_path(
+    given: Coefficients, slots: np.ndarray, x: np.ndarray, weight: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Viterbi search: levels and codes [S, N] of a sequence with the least weighed squared error from `x` [S, N]."""
     steps, blocks = x.shape
     squared, nearest = np.empty((steps, 4, blocks), np.float32), np.empty((steps, 4, blocks), np.uint8)
     for slot in np.unique(slots):
         chosen, count = slots == slot, 2 << BIT_WIDTHS[slot]
-        levels = rows.levels[slot * 256 : slot * 256 + count].reshape(-1, 4, 1)
+        levels = given.levels[slot * 256 : slot * 256 + count].reshape(-1, 4, 1)
         distance = np.square(x[chosen][:, None, None] - levels)  # [s, levels of a quarter, quarters, N]
         best = distance.argmin(1)
         squared[chosen] = np.take_along_axis(distance, best[:, None], 1)[:, 0]
@@ -250,31 +252,31 @@ def _best_path(rows: Rows, slots: np.ndarray, x: np.ndarray, weight: np.ndarray)
         np.less(high, low, out=took[i])
         cost = np.minimum(low, high).reshape(STATES, blocks)
     index, codes = np.empty((steps, blocks), np.uint8), np.empty((steps, blocks), np.uint8)
-    state, lane = cost.argmin(0), np.arange(blocks)
+    state, block = cost.argmin(0), np.arange(blocks)
     for i in range(steps - 1, -1, -1):
-        before = state >> 1 | took[i, state >> 1, state & 1, lane] * (STATES // 2)
-        index[i] = nearest[i, label(before << 1 | state & 1), lane]
+        before = state >> 1 | took[i, state >> 1, state & 1, block] * (STATES // 2)
+        index[i] = nearest[i, label(before << 1 | state & 1), block]
         codes[i] = index[i] >> 2 << 1 | state & 1
         state = before
     return index, codes
 
 
 class Paths:
-    """What decoding rows with a path bit takes, as arrays of `xp`; rows are numbered as `stored` has them.
+    """What decoding coefficients with a path bit takes, as arrays of `xp`, in the order of `stored`.
 
-    `stored` [T]: flat numbers of the rows with a path bit in the order of the caller; `levels` by width in `widths` [T].
+    `stored` [T]: numbers of the coefficients with a path bit; `levels` by width in `widths` [T].
     """
 
     def __init__(
         self, xp, sequences: list[np.ndarray], stored: np.ndarray, widths: np.ndarray, levels: dict, like=None
     ):
         self.xp = xp
-        number = {row: i for i, row in enumerate(stored.tolist())}
-        before = np.full((len(DISTANCES), len(stored)), len(stored), np.int32)  # the row of zeros at the end
+        place = {number: i for i, number in enumerate(stored.tolist())}
+        before = np.full((len(DISTANCES), len(stored)), len(stored), np.int32)  # the zero at the end
         for sequence in sequences:
-            numbers = np.array([number[row] for row in sequence.tolist()], np.int32)
+            places = np.array([place[number] for number in sequence.tolist()], np.int32)
             for line, distance in zip(before, DISTANCES):
-                line[numbers[distance:]] = numbers[:-distance] if distance < len(numbers) else []
+                line[places[distance:]] = places[:-distance] if distance < len(places) else []
         starts = dict(zip(WIDTHS, np.cumsum([0, *(2 << bits for bits in WIDTHS)])))
         self.before = [xp.asarray(line, like=like) for line in before]
         self.start = xp.asarray(np.array([starts[b] for b in widths.tolist()], np.uint8)[:, None], like=like)
@@ -284,7 +286,7 @@ class Paths:
         """The higher and the lower bit of `label` for path bits [B, T, ...] uint8, or for bytes of eight of them."""
         xp = self.xp
         padded = xp.concat([bits, xp.zeros((bits.shape[0], 1, *bits.shape[2:]), dtype=xp.uint8, like=bits)], axis=1)
-        second, third, fifth = (xp.take(padded, rows, axis=1) for rows in self.before)
+        second, third, fifth = (xp.take(padded, places, axis=1) for places in self.before)
         return bits ^ third ^ fifth, second
 
     def levels_of(self, codes):

@@ -33,13 +33,17 @@ OPTIONAL = ("rope",)  # None is an answer: a model without rotary embedding
 
 @dataclass(frozen=True)
 class Scorer:
-    """A row of the table: `scores` takes the array namespace, then the fields of `Tokens` named in `needs`."""
+    """A scorer of the table: `scores` takes the array namespace, then the fields of `Tokens` named in `needs`.
+
+    blends: whether `scores` takes `Tokens` whole instead, to hand parts of it to other scorers.
+    """
 
     name: str
     scores: Callable
     needs: tuple[str, ...]
     summary: str
     source: str
+    blends: bool = False
 
     @property
     def needs_queries(self) -> bool:
@@ -49,7 +53,7 @@ class Scorer:
     @property
     def options(self) -> tuple[str, ...]:
         """The names of what may be told it beside the tokens."""
-        return tuple(inspect.signature(self.scores).parameters)[1 + len(self.needs) :]
+        return tuple(inspect.signature(self.scores).parameters)[1 + (1 if self.blends else len(self.needs)) :]
 
     @property
     def needs_recent(self) -> bool:
@@ -67,7 +71,7 @@ class Scorer:
         missing = [name for name, value in given.items() if value is None and name not in OPTIONAL]
         if missing:
             raise UsageError(f"Expected {', '.join(missing)} for the scorer {self.name}, received none.")
-        return self.scores(tokens.xp, *given.values(), **options)
+        return self.scores(tokens.xp, *((tokens,) if self.blends else given.values()), **options)
 
 
 _QUERIES = ("query_mean", "query_amplitude", "rope", "now")
@@ -109,6 +113,7 @@ SCORERS = {
             ("pre_rope", "post_rope", *_QUERIES),
             "waveletkv and triattention in equal parts",
             "as waveletkv and triattention; derived, no paper",
+            blends=True,
         ),
         Scorer(
             "waveletattention",
@@ -116,6 +121,7 @@ SCORERS = {
             ("pre_rope", "post_rope", "values", "query_mean", "query_root", "rope", "now", "recent"),
             "waveletkv, snapkv and expected-attention in equal parts",
             "as waveletkv, snapkv and expected-attention; derived, no paper",
+            blends=True,
         ),
         Scorer(
             "expected-attention",
@@ -154,7 +160,7 @@ def check_wavelet(scorer: Scorer, wavelet: str) -> None:
 
 
 def get_scorer(name: str) -> Scorer:
-    """The row called `name`; raises UsageError that lists the names there are."""
+    """The scorer called `name`; raises UsageError that lists the names there are."""
     if name not in SCORERS:
         raise UsageError(f"Expected a scorer among {', '.join(SCORERS)}, received {name!r}.")
     return SCORERS[name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..arrays.attention import causal_rows, group_queries, partial_from_scores
+from ..arrays.attention import causal_mask, group_queries, partial_from_scores
 from ..errors import UsageError
 
 
@@ -20,7 +20,7 @@ def scores(xp, post_rope, recent, kernel=5):
     batch, heads, tokens, _ = keys.shape
     length = recent.shape[2]
     logits = xp.matmul(group_queries(recent, heads), xp.permute_dims(keys, (0, 1, 3, 2)))
-    mask = causal_rows(xp, recent.shape[1] // heads, length, tokens, like=keys)
+    mask = causal_mask(xp, recent.shape[1] // heads, length, tokens, like=keys)
     weights, _, total = partial_from_scores(xp, logits if mask is None else xp.where(mask, logits, float("-inf")))
     before = tokens - length
     if before <= 0:

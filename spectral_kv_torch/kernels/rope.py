@@ -29,7 +29,7 @@ def rotate(x, rope: Rope, start, inverse: bool = False, dtype: torch.dtype = tor
 
 @cache
 def _checked() -> Checked:
-    from .triton_rotation import rotate as kernel
+    from .triton_rope import rotate as kernel
 
     return Checked("rotation", kernel, _stock)
 

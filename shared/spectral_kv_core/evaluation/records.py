@@ -1,4 +1,4 @@
-"""Rows of an evaluation: a file that survives being cut off, and their summary."""
+"""Records of an evaluation: a file that survives being cut off, and their summary."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import UsageError
 
-#: What tells one measurement from another: a row that agrees in all of these is not run again.
+#: What tells one measurement from another: a record that agrees in all of these is not run again.
 KEY = (
     "method", "bits", "keep", "rounding_scores", "tiers", "wavelet", "task", "text", "text_digest", "document",
     "document_digest", "prefix", "scored", "step", "prefill_chunk", "window", "sinks", "metrics", "greedy",
@@ -18,7 +18,7 @@ KEY = (
 )  # fmt: skip
 VARIANT = ("method", "bits", "keep", "rounding_scores", "tiers", "wavelet")  # what tells caches apart
 GROUP = (*VARIANT, "task", "text", "prefix")
-PLACES = ("turn", "depth")  # what tells rows of a group apart in the tasks that have it
+PLACES = ("turn", "depth")  # what tells records of a group apart in the tasks that have it
 MEANS = (
     "kl", "kl_p95", "kl_fresh", "top1", "top5", "ppl", "ppl_ref", "nd_ppl", "aop", "aop_p95", "aop_layers", "key_error",
     "value_error", "spectral_fidelity", "first_divergence", "token_match", "found", "found_ref", "needle_kl", "needle_logp",
@@ -27,24 +27,24 @@ MEANS = (
 )  # fmt: skip
 
 
-def row_key(row: dict) -> tuple:
-    """The values of `KEY` in `row`."""
-    return tuple(row.get(name) for name in KEY)
+def record_key(record: dict) -> tuple:
+    """The values of `KEY` in `record`."""
+    return tuple(record.get(name) for name in KEY)
 
 
-class RowFile:
-    """Finished rows, one JSON object a line; every line is on the disk before `append` returns."""
+class RecordFile:
+    """Finished records, one JSON object a line; every line is on the disk before `append` returns."""
 
     def __init__(self, path: str | os.PathLike):
         """Read what is there; a last line that was cut off is dropped. Raises UsageError for any other bad line."""
         self.path = Path(path)
-        self.rows: dict[tuple, dict] = {}
+        self.records: dict[tuple, dict] = {}
         content = self.path.read_bytes() if self.path.exists() else b""
         whole = content.rfind(b"\n") + 1
         for number, line in enumerate(content[:whole].splitlines(), 1):
             try:
-                row = json.loads(line)
-                self.rows[row_key(row)] = row
+                record = json.loads(line)
+                self.records[record_key(record)] = record
             except (ValueError, AttributeError):
                 raise UsageError(
                     f"Expected a JSON object on every line of {self.path}, line {number} is none. Move the file away or "
@@ -54,41 +54,41 @@ class RowFile:
             os.truncate(self.path, whole)
 
     def find(self, key: dict) -> dict | None:
-        """The finished row with the values `key` of all fields of `KEY`."""
-        return self.rows.get(row_key(key))
+        """The finished record with the values `key` of all fields of `KEY`."""
+        return self.records.get(record_key(key))
 
-    def append(self, row: dict) -> None:
+    def append(self, record: dict) -> None:
         with open(self.path, "ab") as file:
-            file.write(json.dumps(row).encode() + b"\n")
+            file.write(json.dumps(record).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        self.rows[row_key(row)] = row
+        self.records[record_key(record)] = record
 
 
-def summarize(rows: list[dict]) -> list[dict]:
-    """One row per cache (`VARIANT`), task, text and prefix, in `drift` per turn, in `needle` per depth: means over documents.
+def summarize(records: list[dict]) -> list[dict]:
+    """Means over documents: a record per cache (`VARIANT`), task, text and prefix, in `drift` per turn, in `needle` per depth.
 
-    Numbers that not every row of a group has are left out. Of the KL, how far documents differ: `kl_se`, the standard error
+    Numbers that not every record of a group has are left out. Of the KL, how far documents differ: `kl_se`, the standard error
     of the mean over documents, None of a single one; `kl_worst`, of the worst document. `aop_max` is over all documents.
     """
     groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row.get(name) for name in (*GROUP, *PLACES)), []).append(row)
+    for record in records:
+        groups.setdefault(tuple(record.get(name) for name in (*GROUP, *PLACES)), []).append(record)
     summary = []
     for key, members in groups.items():
         made = dict(zip(GROUP, key)) | {n: v for n, v in zip(PLACES, key[len(GROUP) :]) if v is not None}
-        present = [name for name in MEANS if all(row.get(name) is not None for row in members)]
-        made |= {name: np.mean([row[name] for row in members], axis=0).tolist() for name in present}
+        present = [name for name in MEANS if all(record.get(name) is not None for record in members)]
+        made |= {name: np.mean([record[name] for record in members], axis=0).tolist() for name in present}
         if "kl" in present:
-            kl = np.array([row["kl"] for row in members])
+            kl = np.array([record["kl"] for record in members])
             made["kl_se"] = float(kl.std(ddof=1) / np.sqrt(len(kl))) if len(kl) > 1 else None
             made["kl_worst"] = float(kl.max())
         if "aop" in present:
-            made["aop_max"] = max(row["aop_max"] for row in members)
+            made["aop_max"] = max(record["aop_max"] for record in members)
         made["documents"] = len(members)
-        made["scored_tokens"] = sum(row["scored_tokens"] for row in members)
-        made["seconds"] = sum(row["seconds"] for row in members)
-        if any(row.get("low_ppl") for row in members):
+        made["scored_tokens"] = sum(record["scored_tokens"] for record in members)
+        made["seconds"] = sum(record["seconds"] for record in members)
+        if any(record.get("low_ppl") for record in members):
             made["low_ppl"] = True
         summary.append(made)
     return summary
