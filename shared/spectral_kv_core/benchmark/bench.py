@@ -69,7 +69,8 @@ class Settings:
             raise UsageError(
                 f"Expected `plan` {self.plan} with `synthetic`, received a model, whose profile makes the plan."
             )
-        _ = self.evaluated
+        else:
+            _ = self.evaluated
         least = SINKS + WINDOW + SEAL
         for context in self.contexts:
             if context < least:
