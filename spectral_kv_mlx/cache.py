@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 from mlx_lm.models.cache import create_attention_mask, create_causal_mask
@@ -41,6 +43,7 @@ class SpectralKVCache(CompressedLayer, RoutedCache):
     ):
         super().__init__(plan, layer_group, sinks, window, eviction, working_set)
         self.left_padding = [int(p) for p in left_padding] if left_padding is not None else None
+        self.successor: Callable[[], SpectralKVCache | None] = lambda: None  # what was last made of this one
         self.open()
 
     @property
@@ -72,8 +75,8 @@ class SpectralKVCache(CompressedLayer, RoutedCache):
         keys, values = self.taken.pop(number)
         if not self.store.padding_groups:
             self.start(keys.shape[0])
-        if queries.shape[2] <= LATENT_QUERIES:
-            self.end_prompt()
+        if self.store.begin(queries.shape[2]):
+            mx.eval(self.store.arrays())  # else the decoded prompt of every layer lives until the last one
         out = self.store.attend(queries, keys, values, scale, fused, number)
         if queries.shape[2] > LATENT_QUERIES:  # else the dense keys and values of every layer live until the last one
             mx.eval(out, self.store.arrays())
@@ -84,6 +87,97 @@ class SpectralKVCache(CompressedLayer, RoutedCache):
         if self.left_padding is None and padding and any(padding):
             self.left_padding = list(padding)
         super().start(batch, self.left_padding)
+
+    @classmethod
+    def merge(cls, caches: Sequence[SpectralKVCache]) -> SpectralKVCache:
+        """The sequences of `caches`, which stay as they are, in one batch that shares their arrays.
+
+        Raises UsageError where their tokens are not coded and kept alike.
+        """
+        first, *others = (cache.begun() for cache in caches)
+        for other in others:
+            first.extend(other)
+        caches[0].successor = weakref.ref(first)
+        return first
+
+    def begun(self) -> SpectralKVCache:
+        """A cache of the same sequences that goes on by itself: of one where none has a token, or as many as were told."""
+        self.commit()
+        new = copy.copy(self)
+        new.store, new.taken = self.store.share(), {}
+        if not new.store.padding_groups:
+            new.start(len(self.left_padding or [0]))
+        return new
+
+    def extend(self, other: SpectralKVCache) -> None:
+        """Put the sequences of `other` behind those of this batch."""
+        if self.kept_alike() != other.kept_alike():
+            raise UsageError(
+                f"Expected caches of one batch to have one plan, sinks, window and budget, received {self.kept_alike()} and "
+                f"{other.kept_alike()}. Make them with equal arguments."
+            )
+        self.commit()
+        other.commit()
+        self.store.extend(other.store)
+        self.read_padding()
+
+    def kept_alike(self) -> tuple:
+        """What caches of one batch have in common."""
+        dropping = self.eviction and (self.eviction.budget, self.eviction.mode, self.eviction.every, self.eviction.protect)
+        return self.plan.hash, self.sinks, self.window, self.working_set, dropping
+
+    def extract(self, idx: int) -> SpectralKVCache:
+        """Sequence `idx` of the batch alone, without padding."""
+        self.commit()
+        new = copy.copy(self)
+        new.store, new.taken, new.left_padding = self.store.extract(idx), {}, None
+        mx.eval(new.store.arrays())  # else a copy of one sequence keeps all others alive
+        self.successor = weakref.ref(new)
+        return new
+
+    def filter(self, batch_indices: Sequence[int]) -> None:
+        """Keep the sequences `batch_indices` of the batch, in this order."""
+        self.commit()
+        self.store.select(batch_indices)
+        self.store.strip()
+        self.read_padding()
+        mx.eval(self.store.arrays())
+
+    def prepare(
+        self,
+        *,
+        left_padding: Sequence[int] | None = None,
+        lengths: Sequence[int] | None = None,
+        right_padding: Sequence[int] | None = None,
+    ) -> None:
+        """Tell the padding of the calls to come, until `finalize`: sequence i brings `lengths[i]` slots, then padding."""
+        self.commit()
+        if left_padding is not None:
+            if self.store.seen:
+                raise UsageError("Expected left padding for an empty cache, received some for one that holds tokens.")
+            told = self.left_padding or [0] * len(left_padding)
+            self.left_padding = [before + int(more) for before, more in zip(told, left_padding)]
+            self.start(len(left_padding))
+        if right_padding is not None and max(right_padding) > 0:
+            if lengths is None:
+                raise UsageError("Expected the lengths of sequences that are padded on the right, received none.")
+            if not self.store.padding_groups:
+                self.start(len(lengths))
+            self.store.expect([int(length) for length in lengths])
+
+    def finalize(self) -> None:
+        """End calls with padding on the right, which moves to the left; where there were none, end the prompt."""
+        self.commit()
+        if not self.store.expects_padding:
+            super().finalize()
+            return
+        self.store.settle()
+        self.read_padding()
+
+    def read_padding(self) -> None:
+        """Know the padding of the batch as it is now; none at all where no sequence has any."""
+        padding = self.store.padding
+        self.left_padding = padding if any(padding) else None
 
     def size(self) -> int:
         """Slots seen, padding included."""
@@ -135,6 +229,7 @@ class SpectralKVCache(CompressedLayer, RoutedCache):
                 "pad": group.pad,
                 "exact": group.exact_keys is not None,
                 "dropped": group.dropped,
+                "end": group.end,
                 "chunks": [_fields(chunk) for chunk in group.chunks],
                 "staged": [_fields(chunk) for chunk in group.staged],
             }
@@ -159,7 +254,7 @@ class SpectralKVCache(CompressedLayer, RoutedCache):
         self.taken, self.left_padding = {}, layout["left_padding"]
         self.store.seen, self.store.padding_groups = layout["seen"], []
         for fields in layout["padding_groups"]:
-            group = self.store.open_group(fields["sequences"], fields["pad"], dropped=fields["dropped"])
+            group = self.store.open_group(fields["sequences"], fields["pad"], dropped=fields["dropped"], end=fields["end"])
             if fields["exact"]:
                 group.exact_keys, group.exact_values = next(arrays), next(arrays)
             if group.dropped:
@@ -200,6 +295,36 @@ class FollowingKVCache(FollowingLayer, RoutedCache):
     def attend(self, queries: mx.array, scale: float, fused) -> mx.array:
         """As `SpectralKVCache.attend`."""
         return self.first.attend(queries, scale, fused, self.number)
+
+    @classmethod
+    def merge(cls, caches: Sequence[FollowingKVCache]) -> FollowingKVCache:
+        """As `SpectralKVCache.merge`, which has merged the first layers of the groups."""
+        return caches[0]._behind_successor()
+
+    def extract(self, idx: int) -> FollowingKVCache:
+        """As `SpectralKVCache.extract`, which has extracted from the first layer of the group."""
+        return self._behind_successor()
+
+    def _behind_successor(self) -> FollowingKVCache:
+        first = self.first.successor()
+        if first is None:
+            raise UsageError(
+                "Expected the first of the layers that are coded together to be merged or extracted before the others, "
+                f"received number {self.number}. Go through all layers in their order."
+            )
+        return FollowingKVCache(first, self.number)
+
+    def extend(self, other: FollowingKVCache) -> None:
+        """The first layer of the group extends, filters, prepares and finalizes for all."""
+
+    def filter(self, batch_indices: Sequence[int]) -> None:
+        """See `extend`."""
+
+    def prepare(self, **padding) -> None:
+        """See `extend`."""
+
+    def finalize(self) -> None:
+        """See `extend`."""
 
     def size(self) -> int:
         return self.first.size()
