@@ -2,29 +2,47 @@
 
 from __future__ import annotations
 
-import copy
-import json
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 from mlx_lm.models.cache import create_attention_mask, create_causal_mask
 
-from spectral_kv_core.cache.compressed_layer import CompressedLayer, FollowingLayer
+from spectral_kv_core.cache.compressed_layer import FollowingLayer
 from spectral_kv_core.cache.eviction import Eviction
-from spectral_kv_core.cache.padding_group import LATENT_QUERIES
-from spectral_kv_core.codecs.chunk import Chunk, split_layers
+from spectral_kv_core.cache.padding_group import LATENT_QUERIES, PaddingGroup
+from spectral_kv_core.codecs.chunk import split_layers
 from spectral_kv_core.errors import UsageError
 from spectral_kv_core.planning.plan import Plan
 
 from . import ops
+from .batch import BatchedLayer
 from .handles import RoutedCache
 
 
-class SpectralKVCache(CompressedLayer, RoutedCache):
+@dataclass(frozen=True)
+class Held:
+    """What a cache holds, beside the plan: the first entry of its state.
+
+    mlx-lm's `save_prompt_cache` refuses an entry that is neither an array nor a scalar, and prints it. It could not store
+    the plan, and its `load_prompt_cache` could make no cache without.
+    """
+
+    plan: str  # its hash
+    seen: int
+    left_padding: list[int] | None
+    padding_groups: list[PaddingGroup]
+
+    def __str__(self) -> str:
+        return (
+            "a cache of spectralkv. Save it with save_prompt_cache of spectral_kv_mlx and load it with load_prompt_cache "
+            "from there"
+        )
+
+
+class SpectralKVCache(BatchedLayer, RoutedCache):
     """A `CompressedLayer` in mlx-lm's list of caches.
 
-    `left_padding` counts slots, sequence by sequence of the batch.
     Where our dispatcher is installed, `update_and_fetch` gives back the new tokens only and the dispatcher attends to
     the codes; for anybody else it gives back dense keys and values.
     """
@@ -42,8 +60,8 @@ class SpectralKVCache(CompressedLayer, RoutedCache):
         working_set: int = 0,
     ):
         super().__init__(plan, layer_group, sinks, window, eviction, working_set)
-        self.left_padding = [int(p) for p in left_padding] if left_padding is not None else None
-        self.successor: Callable[[], SpectralKVCache | None] = lambda: None  # what was last made of this one
+        if left_padding is not None:
+            self.left_padding = [int(p) for p in left_padding]
         self.open()
 
     @property
@@ -81,103 +99,6 @@ class SpectralKVCache(CompressedLayer, RoutedCache):
         if queries.shape[2] > LATENT_QUERIES:  # else the dense keys and values of every layer live until the last one
             mx.eval(out, self.store.arrays())
         return out
-
-    def start(self, batch: int, padding: Sequence[int] | None = None) -> None:
-        """`CompressedLayer.start`; `padding` counts where nobody told it when the cache was made."""
-        if self.left_padding is None and padding and any(padding):
-            self.left_padding = list(padding)
-        super().start(batch, self.left_padding)
-
-    @classmethod
-    def merge(cls, caches: Sequence[SpectralKVCache]) -> SpectralKVCache:
-        """The sequences of `caches`, which stay as they are, in one batch that shares their arrays.
-
-        Raises UsageError where their tokens are not coded and kept alike.
-        """
-        first, *others = (cache.begun() for cache in caches)
-        for other in others:
-            first.extend(other)
-        caches[0].successor = weakref.ref(first)
-        return first
-
-    def begun(self) -> SpectralKVCache:
-        """A cache of the same sequences that goes on by itself: of one where none has a token, or as many as were told."""
-        self.commit()
-        new = copy.copy(self)
-        new.store, new.taken = self.store.share(), {}
-        if not new.store.padding_groups:
-            new.start(len(self.left_padding or [0]))
-        return new
-
-    def extend(self, other: SpectralKVCache) -> None:
-        """Put the sequences of `other` behind those of this batch."""
-        if self.kept_alike() != other.kept_alike():
-            raise UsageError(
-                f"Expected caches of one batch to have one plan, sinks, window and budget, received {self.kept_alike()} and "
-                f"{other.kept_alike()}. Make them with equal arguments."
-            )
-        self.commit()
-        other.commit()
-        self.store.extend(other.store)
-        self.read_padding()
-
-    def kept_alike(self) -> tuple:
-        """What caches of one batch have in common."""
-        dropping = self.eviction and (self.eviction.budget, self.eviction.mode, self.eviction.every, self.eviction.protect)
-        return self.plan.hash, self.sinks, self.window, self.working_set, dropping
-
-    def extract(self, idx: int) -> SpectralKVCache:
-        """Sequence `idx` of the batch alone, without padding."""
-        self.commit()
-        new = copy.copy(self)
-        new.store, new.taken, new.left_padding = self.store.extract(idx), {}, None
-        mx.eval(new.store.arrays())  # else a copy of one sequence keeps all others alive
-        self.successor = weakref.ref(new)
-        return new
-
-    def filter(self, batch_indices: Sequence[int]) -> None:
-        """Keep the sequences `batch_indices` of the batch, in this order."""
-        self.commit()
-        self.store.select(batch_indices)
-        self.store.strip()
-        self.read_padding()
-        mx.eval(self.store.arrays())
-
-    def prepare(
-        self,
-        *,
-        left_padding: Sequence[int] | None = None,
-        lengths: Sequence[int] | None = None,
-        right_padding: Sequence[int] | None = None,
-    ) -> None:
-        """Tell the padding of the calls to come, until `finalize`: sequence i brings `lengths[i]` slots, then padding."""
-        self.commit()
-        if left_padding is not None:
-            if self.store.seen:
-                raise UsageError("Expected left padding for an empty cache, received some for one that holds tokens.")
-            told = self.left_padding or [0] * len(left_padding)
-            self.left_padding = [before + int(more) for before, more in zip(told, left_padding)]
-            self.start(len(left_padding))
-        if right_padding is not None and max(right_padding) > 0:
-            if lengths is None:
-                raise UsageError("Expected the lengths of sequences that are padded on the right, received none.")
-            if not self.store.padding_groups:
-                self.start(len(lengths))
-            self.store.expect([int(length) for length in lengths])
-
-    def finalize(self) -> None:
-        """End calls with padding on the right, which moves to the left; where there were none, end the prompt."""
-        self.commit()
-        if not self.store.expects_padding:
-            super().finalize()
-            return
-        self.store.settle()
-        self.read_padding()
-
-    def read_padding(self) -> None:
-        """Know the padding of the batch as it is now; none at all where no sequence has any."""
-        padding = self.store.padding
-        self.left_padding = padding if any(padding) else None
 
     def size(self) -> int:
         """Slots seen, padding included."""
@@ -217,52 +138,25 @@ class SpectralKVCache(CompressedLayer, RoutedCache):
 
     @property
     def state(self) -> tuple:
-        """What tells this cache from an empty one of the same plan: the layout as JSON, then every array.
+        """What tells this cache from an empty one of the same plan, and every array of it, which mlx-lm evaluates.
 
-        A prompt that may go on stays staged: mlx-lm evaluates the state after every piece of a prompt.
+        A prompt that may go on stays staged: mlx-lm reads the state after every piece of a prompt.
         """
         self.commit()
-        arrays = self.store.state_arrays()
-        padding_groups = [
-            {
-                "sequences": group.sequences,
-                "pad": group.pad,
-                "exact": group.exact_keys is not None,
-                "dropped": group.dropped,
-                "end": group.end,
-                "chunks": [_fields(chunk) for chunk in group.chunks],
-                "staged": [_fields(chunk) for chunk in group.staged],
-            }
-            for group in self.store.padding_groups
-        ]
-        layout = {
-            "seen": self.store.seen,
-            "left_padding": self.left_padding,
-            "plan": self.plan.hash,
-            "padding_groups": padding_groups,
-        }
-        return json.dumps(layout), *arrays
+        groups = [group.copy() for group in self.store.padding_groups]
+        return Held(self.plan.hash, self.store.seen, self.left_padding, groups), *self.store.state_arrays()
 
     @state.setter
     def state(self, state: tuple) -> None:
-        layout, arrays = json.loads(state[0]), iter(state[1:])
-        if layout["plan"] != self.plan.hash:
+        held = state[0]
+        if held.plan != self.plan.hash:
             raise UsageError(
-                f"Expected the state of a cache with plan {self.plan.hash}, received {layout['plan']}. Make the cache with "
+                f"Expected the state of a cache with plan {self.plan.hash}, received {held.plan}. Make the cache with "
                 "the same profile, method and bits."
             )
-        self.taken, self.left_padding = {}, layout["left_padding"]
-        self.store.seen, self.store.padding_groups = layout["seen"], []
-        for fields in layout["padding_groups"]:
-            group = self.store.open_group(fields["sequences"], fields["pad"], dropped=fields["dropped"], end=fields["end"])
-            if fields["exact"]:
-                group.exact_keys, group.exact_values = next(arrays), next(arrays)
-            if group.dropped:
-                group.positions = next(arrays)
-            for chunks, held in ((group.chunks, fields["chunks"]), (group.staged, fields["staged"])):
-                for batch, start, tokens, count in held:
-                    codes = tuple(next(arrays) for _ in range(count))
-                    chunks.append(Chunk(batch, next(arrays) if start is None else start, tokens, codes))
+        self.taken, self.left_padding = {}, held.left_padding
+        groups = [replace(group.copy(), storage=self.store.storage, decoded={}) for group in held.padding_groups]
+        self.store.seen, self.store.padding_groups = held.seen, groups
 
     @classmethod
     def from_state(cls, state):
@@ -270,11 +164,6 @@ class SpectralKVCache(CompressedLayer, RoutedCache):
             "Expected a cache to restore into, received a state alone, which has no plan. Make the cache with "
             "make_prompt_cache, then set its `state`."
         )
-
-
-def _fields(chunk: Chunk) -> list:
-    """What a chunk is beside its arrays; no start where an array has the positions."""
-    return [chunk.batch, chunk.start if isinstance(chunk.start, int) else None, chunk.tokens, len(chunk.arrays)]
 
 
 class FollowingKVCache(FollowingLayer, RoutedCache):

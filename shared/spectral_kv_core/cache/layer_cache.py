@@ -101,7 +101,7 @@ class LayerCache:
     @property
     def awaits_tokens(self) -> bool:
         """Whether some sequence has no token yet, so that its left padding is still to be told."""
-        return not self.padding_groups or any(not group.seen for group in self.padding_groups)
+        return not self.padding_groups or any(not group.exact for group in self.padding_groups)
 
     def attend(self, queries, keys, values, scale: float, fused, layer: int = 0):
         """Append L tokens and attend to everything up to each of them.
@@ -300,17 +300,18 @@ class LayerCache:
         """Forget the left padding that all rows have."""
         surplus = min(self.padding, default=0)
         for group in self.padding_groups:
-            group.pad -= surplus
+            group.shift(-surplus)
         self.seen -= surplus
 
     def extend(self, other: LayerCache) -> None:
         """Put the rows of `other`, a cache of the same plan, behind those of this one; both share their arrays."""
         batch, seen = self.batch, max(self.seen, other.seen)
         for group in self.padding_groups:
-            group.pad += seen - self.seen
+            group.shift(seen - self.seen)
         for group in other.padding_groups:
-            rows, pad = [batch + row for row in group.sequences], group.pad + seen - other.seen
-            moved = replace(group.copy(), storage=self.storage, sequences=rows, pad=pad, decoded={})
+            rows = [batch + row for row in group.sequences]
+            moved = replace(group.copy(), storage=self.storage, sequences=rows, decoded={})
+            moved.shift(seen - other.seen)
             self.padding_groups.append(moved)
         self.seen = seen
         self.repad(self.padding)  # rows without a token need no groups of their own
@@ -337,7 +338,7 @@ class LayerCache:
         """Move the padding on the right, which nothing is stored of, to the left."""
         for group in self.padding_groups:
             if group.end is not None:
-                group.pad += max(self.seen - max(group.end, group.pad), 0)
+                group.pad += max(self.seen - group.end, 0)
                 group.end = None
         self.repad(self.padding)
 

@@ -111,6 +111,11 @@ class PaddingGroup:
         start = min(max(self.pad - seen, 0), tokens)
         return start, tokens if self.end is None else min(max(self.end - seen, start), tokens)
 
+    def shift(self, slots: int) -> None:
+        """Stand so many slots later in a batch that has as many more before."""
+        self.pad += slots
+        self.end = None if self.end is None else self.end + slots
+
     def own(self, keys, values) -> None:
         """Copy what came in where it is held as it came: it may be a view of the projection of all heads."""
         if self.exact_keys is keys:

@@ -1,0 +1,322 @@
+"""mlx-lm's batches of compressed caches: every sequence as if it were alone."""
+
+# ruff: noqa: E402 (without MLX the whole file is skipped before its imports)
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+mx = pytest.importorskip("mlx.core")
+pytest.importorskip("mlx_lm")
+
+import mlx_host
+from hosts import SMALL, only
+from mlx_lm.generate import BatchGenerator, batch_generate, generate_step
+from mlx_lm.models import cache as host_cache
+from mlx_models import feed, make_tokens
+
+from spectral_kv_mlx import cache_nbytes, make_prompt_cache, save_prompt_cache
+from spectral_kv_mlx.cache import FollowingKVCache, SpectralKVCache
+
+pytestmark = only("mlx", "mlx-lm alone makes batches out of caches")
+TIE = 0.02  # how near the log-probabilities of two tokens may be before a batch may choose the other
+FLIP = 0.05  # how far a code that rounds the other way may move a logit: the last bits of a product depend on the batch
+PROMPTS = {  # tokens and seed of each prompt: none has a tie within 16 tokens at 2 bits
+    "llama": ((150, 21), (90, 58), (40, 25), (7, 39)),
+    "gemma3": ((150, 33), (90, 53), (40, 33), (7, 34)),
+}
+
+
+class Tokenizer:
+    """As much of a tokenizer as `batch_generate` needs."""
+
+    eos_token_ids = ()
+
+    def decode(self, tokens):
+        return str(tokens)
+
+
+@pytest.fixture(scope="module", params=PROMPTS)
+def family(request):
+    name = request.param
+    prompts = [make_tokens(count, seed) for count, seed in PROMPTS[name]]
+    return SimpleNamespace(model=mlx_host.model(name), profile=mlx_host.profile(name), prompts=prompts)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    prompts = [make_tokens(count, seed) for count, seed in PROMPTS["llama"]]
+    return SimpleNamespace(model=mlx_host.model("llama"), profile=mlx_host.profile("llama"), prompts=prompts)
+
+
+def new_cache(of, bits: float | None = 2.0, **options) -> list:
+    return make_prompt_cache(of.model, of.profile, bits, **SMALL, **options)
+
+
+def alone(of, prompt: list[int], cache: list, count: int = 16, step: int = 64) -> list[int]:
+    """Greedy tokens after a prompt by itself, none of which was a tie."""
+    tokens = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        steps = generate_step(mx.array(prompt), of.model, max_tokens=count, prompt_cache=cache, prefill_step_size=step)
+        for token, logprobs in steps:
+            second, first = np.sort(np.array(logprobs))[-2:]
+            assert first - second > TIE, "choose another prompt: another processor might choose another token"
+            tokens.append(int(token))
+    return tokens
+
+
+def logprobs_of(model, cache: list, token: int) -> np.ndarray:
+    """Log-probabilities after one more token."""
+    logits = mx.array(feed(model, cache, [token])[0])
+    return np.array(logits - mx.logsumexp(logits))
+
+
+def compressed(cache: list) -> list[SpectralKVCache]:
+    return [layer for layer in cache if isinstance(layer, SpectralKVCache)]
+
+
+def bytes_of(cache: list) -> list[bytes]:
+    """All that a cache holds, by array."""
+    return [bytes(memoryview(np.array(x))) for layer in compressed(cache) for x in layer.store.state_arrays()]
+
+
+@pytest.mark.parametrize("step", [2048, 64])
+def test_batch_generate_gives_every_prompt_the_tokens_that_it_gets_alone(family, step):
+    """At 2 bits, prompts of different length, read at once and in pieces."""
+    expected = [alone(family, prompt, new_cache(family), step=step) for prompt in family.prompts]
+    caches = [new_cache(family) for _ in family.prompts]
+    got = batch_generate(
+        family.model, Tokenizer(), family.prompts, caches, 16, return_token_ids=True, prefill_step_size=step
+    )
+    assert got.token_ids == expected
+    assert all(layer.empty() for cache in caches for layer in cache), "caches that are given stay as they are"
+
+
+def test_more_prompts_than_a_batch_has_room_for_come_and_go(family):
+    """One ends early, its place is taken, and all go on together."""
+    order, counts = [2, 0, 3, 1, 2], [3, 16, 5, 16, 16]
+    prompts = [family.prompts[i] for i in order]
+    generator = BatchGenerator(family.model, completion_batch_size=3, prefill_batch_size=2, prefill_step_size=64)
+    uids = generator.insert(prompts, counts, [new_cache(family) for _ in prompts])
+    got, sizes = {uid: [] for uid in uids}, set()
+    while responses := generator.next_generated():
+        for response in responses:
+            got[response.uid].append(response.token)
+        batch = generator._generation_batch
+        sizes.add(len(batch))
+        for layer in compressed(batch.prompt_cache):
+            assert layer.nbytes > 0 and layer.store.batch == len(batch) and min(layer.left_padding or [0]) == 0
+    generator.close()
+    assert {1, 2, 3} <= sizes
+    for uid, i, count in zip(uids, order, counts):
+        assert got[uid] == alone(family, family.prompts[i], new_cache(family))[:count]
+
+
+def test_what_comes_back_is_the_cache_of_the_sequence_alone(family):
+    """It goes on by itself and in a batch with history, as mlx-lm's server uses stored caches."""
+    caches = [new_cache(family) for _ in family.prompts]
+    options = {"return_prompt_caches": True, "return_token_ids": True}
+    got = batch_generate(family.model, Tokenizer(), family.prompts, caches, 4, **options)
+    more = make_tokens(30, 5)
+    generator = BatchGenerator(family.model)
+    generator.insert([more] * 4, [1] * 4, copy.deepcopy(got.caches))
+    in_a_batch = {response.uid: np.array(response.logprobs) for response in generator.next_generated()}
+    generator.close()
+    for uid, (prompt, tokens, cache) in enumerate(zip(family.prompts, got.token_ids, got.caches)):
+        whole = new_cache(family)
+        feed(family.model, whole, prompt[:-1])
+        feed(family.model, whole, prompt[-1:] + tokens, 1)
+        assert [layer.offset for layer in cache] == [len(prompt) + 4] * len(cache)
+        for layer, other in zip(compressed(cache), compressed(whole)):
+            assert layer.left_padding is None and layer.store.batch == 1
+            assert layer.nbytes == other.nbytes and layer.store.tokens() == other.store.tokens()
+        for held in (cache, whole):
+            feed(family.model, held, more[:-1])
+        ours, expected = (logprobs_of(family.model, held, more[-1]) for held in (cache, whole))
+        np.testing.assert_allclose(ours, expected, atol=FLIP)
+        np.testing.assert_allclose(in_a_batch[uid], expected, atol=FLIP)
+
+
+METHODS = {
+    "identity": {},
+    "kivi": {},
+    "turboquant": {},
+    "spectral-dense-pairs": {"bits": 3.0},
+    "random": {"budget_tokens": 60},
+    "snapkv+spectral": {"budget_tokens": 60, "bits": 4.0},
+    "keydiff+spectral": {"budget_tokens": 60, "bits": 4.0, "selection": "per_head"},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_other_methods_in_a_batch(tiny, method):
+    """Layers that are coded together, caches that drop tokens, and such that compress nothing."""
+    profile = {"spectral-dense-pairs": _pairs, "identity": lambda: None}.get(method, lambda: tiny.profile)()
+
+    def new() -> list:
+        return make_prompt_cache(tiny.model, profile, method=method, **SMALL, **METHODS[method])
+
+    generator = BatchGenerator(tiny.model, prefill_step_size=64)
+    generator.insert(tiny.prompts, [6] * 4, [new() for _ in tiny.prompts])
+    tokens, logprobs, caches = [[] for _ in tiny.prompts], [[] for _ in tiny.prompts], {}
+    while responses := generator.next_generated():
+        for response in responses:
+            tokens[response.uid].append(response.token)
+            logprobs[response.uid].append(np.array(response.logprobs))
+            caches[response.uid] = response.prompt_cache
+    generator.close()
+    for uid, prompt in enumerate(tiny.prompts):
+        cache = new()
+        feed(tiny.model, cache, prompt[:-1], 64)
+        for token, got in zip([prompt[-1], *tokens[uid]], logprobs[uid]):
+            np.testing.assert_allclose(got, logprobs_of(tiny.model, cache, token), atol=FLIP)
+        assert compressed(caches[uid])[0].store.tokens() == len(prompt) + 6
+        assert "budget_tokens" not in METHODS[method] or all(c.store.slots <= 60 for c in compressed(caches[uid]))
+        assert [isinstance(layer, FollowingKVCache) for layer in caches[uid]] == [False, "pairs" in method]
+
+
+@functools.cache
+def _pairs():
+    return mlx_host.calibrate(mlx_host.model("llama"), pairs=True)
+
+
+def test_layers_of_a_group_are_merged_in_their_order(tiny):
+    caches = [make_prompt_cache(tiny.model, _pairs(), 3.0, method="spectral-dense-pairs", **SMALL) for _ in range(2)]
+    with pytest.raises(ValueError, match="in their order"):
+        caches[0][1].merge([cache[1] for cache in caches])
+    merged = [layer.merge(list(layers)) for layer, layers in zip(caches[0], zip(*caches))]
+    assert merged[1].first is merged[0] and merged[0].store.batch == 2
+
+
+def test_merged_and_extracted_caches_share_their_arrays(tiny):
+    caches = [new_cache(tiny) for _ in range(2)]
+    for cache, count in zip(caches, (150, 90)):
+        feed(tiny.model, cache, make_tokens(count))
+    batch = [layer.merge([a, b]) for layer, a, b in zip(caches[0], *caches)]
+    assert [layer.nbytes for layer in batch] == [a.nbytes + b.nbytes for a, b in zip(*caches)]
+    assert [layer.size() for layer in batch] == [150, 150] and batch[0].offset.tolist() == [150, 90]
+    held = {id(x) for cache in caches for layer in cache for x in layer.arrays()}
+    assert {id(x) for layer in batch for x in layer.arrays()} == held
+    for number, cache in enumerate(caches):
+        got = [layer.extract(number) for layer in batch]
+        assert [[id(x) for x in layer.arrays()] for layer in got] == [
+            [id(x) for x in layer.arrays()] for layer in cache
+        ]
+    before = [bytes_of(cache) for cache in caches]
+    with_an_empty_one = caches[0][0].merge([caches[0][0], new_cache(tiny)[0]])
+    assert with_an_empty_one.offset.tolist() == [150, 0] and with_an_empty_one.store.batch == 2
+    mx.eval(tiny.model(mx.array([[5], [6]]), cache=batch))
+    assert [bytes_of(cache) for cache in caches] == before and batch[1].offset.tolist() == [151, 91]
+
+
+def test_caches_that_are_made_differently_are_not_merged(tiny):
+    cache = new_cache(tiny)[0]
+    others = {
+        "plan": new_cache(tiny, 3.0),
+        "window 16 and 32": make_prompt_cache(tiny.model, tiny.profile, 2.0, sinks=4, window=32),
+        "budget None and 60": new_cache(tiny, 2.0, method="random+spectral", budget_tokens=60),
+    }
+    for message, other in others.items():
+        with pytest.raises(ValueError, match=message):
+            cache.merge([cache, other[0]])
+
+
+def test_a_copy_shares_what_is_sealed_and_goes_on_by_itself(family):
+    """mlx-lm's prompt cache copies an entry at every hit."""
+    cache = new_cache(family)
+    feed(family.model, cache, make_tokens(200))
+    before = bytes_of(cache)
+    used = mx.get_active_memory()
+    new = copy.deepcopy(cache)
+    assert mx.get_active_memory() == used
+    for ours, theirs in zip(compressed(new), compressed(cache)):
+        assert [id(x) for x in ours.arrays()] == [id(x) for x in theirs.arrays()]
+        assert [id(x) for x in ours.tables()] == [id(x) for x in theirs.tables()]
+    feed(family.model, new, make_tokens(40, 5))
+    for layer in compressed(new):
+        layer.trim(60)
+    assert bytes_of(cache) == before and [c.offset for c in cache] == [200] * len(cache)
+
+
+def test_stored_caches_of_the_server(tiny):
+    """mlx-lm's `LRUPromptCache`: a longer entry is copied and trimmed, and bytes are counted."""
+    stored, tokens = host_cache.LRUPromptCache(), make_tokens(180)
+    cache = new_cache(tiny)
+    feed(tiny.model, cache, tokens)
+    stored.insert_cache("tiny", tokens, cache)
+    assert stored.nbytes == cache_nbytes(cache) == sum(layer.nbytes for layer in cache)
+    got, rest = stored.fetch_nearest_cache("tiny", [*tokens[:170], 7, 8])
+    assert rest == [7, 8] and got[0].offset == 170 and cache[0].offset == 180
+    generator = BatchGenerator(tiny.model)
+    generator.insert([rest], [2], [got], [tokens[:170]])
+    responses = generator.next_generated()
+    assert len(responses) == 1 and generator.prompt_cache_nbytes > 0
+    generator.close()
+    again, rest = stored.fetch_nearest_cache("tiny", tokens)
+    assert rest == [] and [layer.nbytes for layer in again] == [layer.nbytes for layer in cache]
+
+
+def test_nbytes_is_the_memory_that_goes_with_a_cache(tiny):
+    """At once, so that nothing that leads back to a cache keeps it; tables are shared by all caches of a plan."""
+    limit = mx.set_cache_limit(0)  # else a buffer may be larger than what is asked for
+    try:
+        cache = new_cache(tiny)
+        feed(tiny.model, cache, make_tokens(300), 100)
+        mx.eval([layer.state for layer in cache])
+        codecs = [(layer.store.codec, layer.store.staging) for layer in cache]
+        told, used = sum(layer.nbytes for layer in cache), mx.get_active_memory()
+        del cache
+        freed = used - mx.get_active_memory()
+    finally:
+        mx.set_cache_limit(limit)
+    assert told <= freed <= 1.02 * told and codecs, (told, freed)
+
+
+def test_mlx_lm_refuses_to_save_what_it_could_not_load(tiny, tmp_path):
+    cache = new_cache(tiny)
+    feed(tiny.model, cache, make_tokens(90))
+    with pytest.raises(ValueError) as error:
+        host_cache.save_prompt_cache(str(tmp_path / "theirs.safetensors"), cache)
+    assert "save_prompt_cache of spectral_kv_mlx" in str(error.value) and "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+    assert save_prompt_cache(tmp_path / "ours.safetensors", cache).exists()
+
+
+def test_padding_is_told_before_and_behind(tiny):
+    """`prepare` of mlx-lm's protocol, as `BatchKVCache` has it."""
+    ours, theirs = new_cache(tiny, None, method="identity"), [host_cache.BatchKVCache([0, 0]) for _ in range(2)]
+    rows = mx.array([make_tokens(30), make_tokens(30, 5)])
+    for cache in (ours, theirs):
+        for layer in cache:
+            layer.prepare(left_padding=[0, 3])
+            layer.prepare(lengths=[30, 20], right_padding=[0, 10])
+    logits = [np.array(tiny.model(rows, cache=cache)) for cache in (ours, theirs)]
+    np.testing.assert_allclose(logits[0][0], logits[1][0], atol=1e-4)
+    np.testing.assert_allclose(logits[0][1, 3:20], logits[1][1, 3:20], atol=1e-4)
+    for cache in (ours, theirs):
+        for layer in cache:
+            layer.finalize()
+    assert ours[0].offset.tolist() == theirs[0].offset.tolist() == [30, 17]
+    assert ours[0].left_padding == theirs[0].left_padding.tolist()
+    more = mx.array([[5], [6]])
+    np.testing.assert_allclose(*(np.array(tiny.model(more, cache=cache)) for cache in (ours, theirs)), atol=1e-4)
+    with pytest.raises(ValueError, match="empty cache"):
+        ours[0].prepare(left_padding=[1, 1])
+    with pytest.raises(ValueError, match="lengths"):
+        ours[0].prepare(right_padding=[0, 1])
+
+
+def test_attention_of_the_host_sees_padded_batches_too(tiny):
+    """Where our dispatcher is not installed, caches give back decoded keys and values."""
+    expected = [alone(tiny, prompt, new_cache(tiny, None, method="identity"), 1) for prompt in tiny.prompts]
+    with mlx_host.own_attention(tiny.model):
+        caches = [new_cache(tiny, None, method="identity") for _ in tiny.prompts]
+        mlx_host.restore(tiny.model)
+        got = batch_generate(tiny.model, Tokenizer(), tiny.prompts, caches, 1, return_token_ids=True)
+    assert got.token_ids == expected
