@@ -18,6 +18,7 @@ from spectral_kv_core.planning.plan import Plan
 from . import ops
 from .batch import BatchedLayer
 from .handles import RoutedCache
+from .limits import warn_of_limits
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ class SpectralKVCache(BatchedLayer, RoutedCache):
         self.check(keys)
         if not number:
             self.commit()
+            if not self.layer_group and (keys.shape[2] > 1 or self.empty()):
+                warn_of_limits()
         self.taken[number] = keys, values
         if routed:
             return keys, values

@@ -15,6 +15,7 @@ mx = pytest.importorskip("mlx.core")
 pytest.importorskip("mlx_lm")
 
 import mlx_host
+import mlx_lm
 from hosts import SMALL, only
 from mlx_lm.generate import BatchGenerator, batch_generate, generate_step
 from mlx_lm.models import cache as host_cache
@@ -286,6 +287,30 @@ def test_mlx_lm_refuses_to_save_what_it_could_not_load(tiny, tmp_path):
     assert "save_prompt_cache of spectral_kv_mlx" in str(error.value) and "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
     assert save_prompt_cache(tmp_path / "ours.safetensors", cache).exists()
+
+
+@pytest.mark.parametrize("name, ours", [("kv_bits", "bits"), ("max_kv_size", "budget_tokens")])
+def test_limits_of_mlx_lm_are_answered_in_one_line(tiny, name, ours):
+    prompt, model = mx.array(make_tokens(20)), tiny.model
+    wanted = f"{name}=8 changes no cache of spectralkv. Give {ours} to make_prompt_cache instead."
+    cache = new_cache(tiny)
+    for step in (2048, 7):
+        with pytest.warns(UserWarning) as told:
+            list(generate_step(prompt, model, prompt_cache=cache, max_tokens=2, prefill_step_size=step, **{name: 8}))
+        assert {str(warning.message) for warning in told} == {wanted}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(generate_step(prompt, model, prompt_cache=cache, max_tokens=2))
+        list(generate_step(prompt, model, max_tokens=2, **{name: 64 if name == "max_kv_size" else 8}))
+    assert mlx_lm.generate is not generate_step and isinstance(cache[0], SpectralKVCache)
+
+
+def test_a_limit_of_a_batch_is_answered_in_one_line(tiny):
+    with pytest.warns(UserWarning, match="max_kv_size=64 changes no cache") as told:
+        batch_generate(
+            tiny.model, Tokenizer(), tiny.prompts, [new_cache(tiny) for _ in tiny.prompts], 2, max_kv_size=64
+        )
+    assert len({str(warning.message) for warning in told}) == 1
 
 
 def test_padding_is_told_before_and_behind(tiny):
