@@ -5,8 +5,16 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
+import sys
+import threading
+import urllib.request
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import ThreadingHTTPServer
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -15,13 +23,12 @@ mx = pytest.importorskip("mlx.core")
 pytest.importorskip("mlx_lm")
 
 import mlx_host
-import mlx_lm
 from hosts import SMALL, only
-from mlx_lm.generate import BatchGenerator, batch_generate, generate_step
+from mlx_lm.generate import BatchGenerator, GenerationBatch, batch_generate, generate_step
 from mlx_lm.models import cache as host_cache
-from mlx_models import feed, make_tokens
+from mlx_models import calibrate, feed, make_tokens, save_llama
 
-from spectral_kv_mlx import cache_nbytes, make_prompt_cache, save_prompt_cache
+from spectral_kv_mlx import cache_nbytes, load_model, make_prompt_cache, restore, save_prompt_cache
 from spectral_kv_mlx.cache import FollowingKVCache, SpectralKVCache
 
 pytestmark = only("mlx", "mlx-lm alone makes batches out of caches")
@@ -263,6 +270,88 @@ def test_stored_caches_of_the_server(tiny):
     assert rest == [] and [layer.nbytes for layer in again] == [layer.nbytes for layer in cache]
 
 
+@contextmanager
+def served(path, make_cache):
+    """mlx-lm's server for the model at `path`, whose caches `make_cache` makes: the generator, and what posts to it."""
+    server, providers = pytest.importorskip("mlx_lm.server"), []
+    arguments = ["mlx_lm.server", "--model", str(path), "--temp", "0", "--log-level", "ERROR"]
+    run = patch.object(server, "run", lambda host, port, provider: providers.append(provider))
+    with run, patch.object(sys, "argv", arguments):
+        server.main()
+    (provider,) = providers
+    load, loaded = provider.load, []
+
+    def load_with_ours(*args):
+        model, tokenizer = load(*args)
+        if "make_cache" not in vars(model):
+            model.set_dtype(mx.float32)
+            model.make_cache = lambda: make_cache(model)
+            loaded.append(model)
+        return model, tokenizer
+
+    provider.load = load_with_ours
+    generator = server.ResponseGenerator(provider, host_cache.LRUPromptCache(16))
+    handler = functools.partial(server.APIHandler, generator, system_fingerprint="test")
+    http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+
+    def post(body: dict) -> dict:
+        address = f"http://127.0.0.1:{http.server_address[1]}/v1/completions"
+        request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.load(response)
+
+    try:
+        yield generator, post
+    finally:
+        http.shutdown()
+        http.server_close()
+        generator.stop_and_join()
+        for model in loaded:
+            restore(model)
+
+
+def test_eight_requests_at_a_time_to_the_server_of_mlx_lm(tmp_path):
+    """Each gets the tokens that its prompt gets alone, most of them in a batch, and is stored for the next time."""
+    pytest.importorskip("torch")
+    save_llama(tmp_path)
+    model, tokenizer = load_model(tmp_path, "float32")
+    profile, texts, expected = calibrate(model), [], []
+    of = SimpleNamespace(model=model, profile=profile)
+    for seed in range(60):
+        text = "".join(chr(33 + token % 90) for token in make_tokens(40 + 7 * (seed % 8), seed))
+        try:
+            tokens = alone(of, tokenizer.encode(text), new_cache(of), 8, 2048)
+        except AssertionError:  # a tie
+            continue
+        texts.append(text)
+        expected.append(tokens)
+        if len(texts) == 8:
+            break
+    batches = []
+    step = GenerationBatch._step
+
+    def counted(self):
+        batches.append(len(self))
+        return step(self)
+
+    serving = served(tmp_path, lambda model: make_prompt_cache(model, profile, 2.0, **SMALL))
+    with patch.object(GenerationBatch, "_step", counted), serving as (generator, post):
+        bodies = [{"prompt": text, "max_tokens": 8, "logprobs": True} for text in texts]
+        for cached in (False, True):
+            with ThreadPoolExecutor(8) as pool:
+                answers = list(pool.map(post, bodies))
+            for answer, tokens in zip(answers, expected):
+                got = [entry["id"] for entry in answer["choices"][0]["logprobs"]["content"]]
+                assert len(got) == 8 and (cached or got == tokens), "a stored cache has more tokens sealed"
+                assert (answer["usage"]["prompt_tokens_details"]["cached_tokens"] > 0) == cached
+        stored = generator.prompt_cache
+        assert generator.is_healthy and max(batches) > 1 and len(stored) >= 8
+        token = 2 * 2 * 2 * 32 * 4  # bytes of it in a plain cache
+        assert 0 < stored.nbytes < len(stored) * token * (max(map(len, map(tokenizer.encode, texts))) + 8)
+    restore(model)
+
+
 def test_nbytes_is_the_memory_that_goes_with_a_cache(tiny):
     """At once, so that nothing that leads back to a cache keeps it; tables are shared by all caches of a plan."""
     limit = mx.set_cache_limit(0)  # else a buffer may be larger than what is asked for
@@ -302,7 +391,6 @@ def test_limits_of_mlx_lm_are_answered_in_one_line(tiny, name, ours):
         warnings.simplefilter("error")
         list(generate_step(prompt, model, prompt_cache=cache, max_tokens=2))
         list(generate_step(prompt, model, max_tokens=2, **{name: 64 if name == "max_kv_size" else 8}))
-    assert mlx_lm.generate is not generate_step and isinstance(cache[0], SpectralKVCache)
 
 
 def test_a_limit_of_a_batch_is_answered_in_one_line(tiny):
