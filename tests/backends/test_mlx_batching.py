@@ -3,9 +3,11 @@
 # ruff: noqa: E402 (without MLX the whole file is skipped before its imports)
 from __future__ import annotations
 
+import ast
 import copy
 import functools
 import json
+import re
 import sys
 import threading
 import urllib.request
@@ -13,6 +15,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -23,6 +26,7 @@ mx = pytest.importorskip("mlx.core")
 pytest.importorskip("mlx_lm")
 
 import mlx_host
+import mlx_lm
 from hosts import SMALL, only
 from mlx_lm.generate import BatchGenerator, GenerationBatch, batch_generate, generate_step
 from mlx_lm.models import cache as host_cache
@@ -350,6 +354,23 @@ def test_eight_requests_at_a_time_to_the_server_of_mlx_lm(tmp_path):
         token = 2 * 2 * 2 * 32 * 4  # bytes of it in a plain cache
         assert 0 < stored.nbytes < len(stored) * token * (max(map(len, map(tokenizer.encode, texts))) + 8)
     restore(model)
+
+
+@pytest.mark.slow
+def test_the_example_of_the_guide(capsys):
+    page = (Path(__file__).parents[2] / "docs" / "guide" / "batches.md").read_text(encoding="utf-8")
+    code = "".join(re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S))
+    names: dict = {}
+    exec(compile(code, "batches.md", "exec"), names)
+    expected = [
+        mlx_lm.generate(
+            names["model"], names["tokenizer"], prompt, prompt_cache=names["model"].make_cache(), max_tokens=8
+        )
+        for prompt in names["prompts"]
+    ]
+    printed = ast.literal_eval(capsys.readouterr().out)
+    assert [text.strip() for text in printed] == [text.strip() for text in expected]
+    restore(names["model"])
 
 
 def test_nbytes_is_the_memory_that_goes_with_a_cache(tiny):
