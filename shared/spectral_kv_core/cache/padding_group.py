@@ -307,7 +307,7 @@ class PaddingGroup:
         """The sequences at `places` of this group, repeats allowed, with the numbers `sequences`."""
         xp = self.storage.xp
         if places == list(range(len(self.sequences))):  # all of them, which share the arrays
-            return replace(self.copy(), sequences=sequences)
+            return replace(self.copy(), sequences=sequences, decoded={})
         kept = PaddingGroup(self.storage, sequences, self.pad, dropped=self.dropped, end=self.end)
         if self.exact_keys is not None:
             index = xp.asarray(np.array(places, np.int32), like=self.exact_keys)
