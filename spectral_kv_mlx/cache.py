@@ -2,27 +2,48 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 from mlx_lm.models.cache import create_attention_mask, create_causal_mask
 
-from spectral_kv_core.cache.compressed_layer import CompressedLayer, FollowingLayer
+from spectral_kv_core.cache.compressed_layer import FollowingLayer
 from spectral_kv_core.cache.eviction import Eviction
-from spectral_kv_core.cache.padding_group import LATENT_QUERIES
-from spectral_kv_core.codecs.chunk import Chunk, split_layers
+from spectral_kv_core.cache.padding_group import LATENT_QUERIES, PaddingGroup
+from spectral_kv_core.codecs.chunk import split_layers
 from spectral_kv_core.errors import UsageError
 from spectral_kv_core.planning.plan import Plan
 
 from . import ops
+from .batch import BatchedLayer
 from .handles import RoutedCache
+from .limits import warn_of_limits
 
 
-class SpectralKVCache(CompressedLayer, RoutedCache):
+@dataclass(frozen=True)
+class Held:
+    """What a cache holds, beside the plan: the first entry of its state.
+
+    mlx-lm's `save_prompt_cache` refuses an entry that is neither an array nor a scalar, and prints it. It could not store
+    the plan, and its `load_prompt_cache` could make no cache without.
+    """
+
+    plan: str  # its hash
+    seen: int
+    left_padding: list[int] | None
+    padding_groups: list[PaddingGroup]
+
+    def __str__(self) -> str:
+        return (
+            "a cache of spectralkv. Save it with save_prompt_cache of spectral_kv_mlx and load it with load_prompt_cache "
+            "from there"
+        )
+
+
+class SpectralKVCache(BatchedLayer, RoutedCache):
     """A `CompressedLayer` in mlx-lm's list of caches.
 
-    `left_padding` counts slots, sequence by sequence of the batch.
     Where our dispatcher is installed, `update_and_fetch` gives back the new tokens only and the dispatcher attends to
     the codes; for anybody else it gives back dense keys and values.
     """
@@ -40,7 +61,8 @@ class SpectralKVCache(CompressedLayer, RoutedCache):
         working_set: int = 0,
     ):
         super().__init__(plan, layer_group, sinks, window, eviction, working_set)
-        self.left_padding = [int(p) for p in left_padding] if left_padding is not None else None
+        if left_padding is not None:
+            self.left_padding = [int(p) for p in left_padding]
         self.open()
 
     @property
@@ -56,6 +78,8 @@ class SpectralKVCache(CompressedLayer, RoutedCache):
         self.check(keys)
         if not number:
             self.commit()
+            if not self.layer_group and (keys.shape[2] > 1 or self.empty()):
+                warn_of_limits()
         self.taken[number] = keys, values
         if routed:
             return keys, values
@@ -72,18 +96,12 @@ class SpectralKVCache(CompressedLayer, RoutedCache):
         keys, values = self.taken.pop(number)
         if not self.store.padding_groups:
             self.start(keys.shape[0])
-        if queries.shape[2] <= LATENT_QUERIES:
-            self.end_prompt()
+        if self.store.begin(queries.shape[2]):
+            mx.eval(self.store.arrays())  # else the decoded prompt of every layer lives until the last one
         out = self.store.attend(queries, keys, values, scale, fused, number)
         if queries.shape[2] > LATENT_QUERIES:  # else the dense keys and values of every layer live until the last one
             mx.eval(out, self.store.arrays())
         return out
-
-    def start(self, batch: int, padding: Sequence[int] | None = None) -> None:
-        """`CompressedLayer.start`; `padding` counts where nobody told it when the cache was made."""
-        if self.left_padding is None and padding and any(padding):
-            self.left_padding = list(padding)
-        super().start(batch, self.left_padding)
 
     def size(self) -> int:
         """Slots seen, padding included."""
@@ -123,51 +141,25 @@ class SpectralKVCache(CompressedLayer, RoutedCache):
 
     @property
     def state(self) -> tuple:
-        """What tells this cache from an empty one of the same plan: the layout as JSON, then every array.
+        """What tells this cache from an empty one of the same plan, and every array of it, which mlx-lm evaluates.
 
-        A prompt that may go on stays staged: mlx-lm evaluates the state after every piece of a prompt.
+        A prompt that may go on stays staged: mlx-lm reads the state after every piece of a prompt.
         """
         self.commit()
-        arrays = self.store.state_arrays()
-        padding_groups = [
-            {
-                "sequences": group.sequences,
-                "pad": group.pad,
-                "exact": group.exact_keys is not None,
-                "dropped": group.dropped,
-                "chunks": [_fields(chunk) for chunk in group.chunks],
-                "staged": [_fields(chunk) for chunk in group.staged],
-            }
-            for group in self.store.padding_groups
-        ]
-        layout = {
-            "seen": self.store.seen,
-            "left_padding": self.left_padding,
-            "plan": self.plan.hash,
-            "padding_groups": padding_groups,
-        }
-        return json.dumps(layout), *arrays
+        groups = [group.copy() for group in self.store.padding_groups]
+        return Held(self.plan.hash, self.store.seen, self.left_padding, groups), *self.store.state_arrays()
 
     @state.setter
     def state(self, state: tuple) -> None:
-        layout, arrays = json.loads(state[0]), iter(state[1:])
-        if layout["plan"] != self.plan.hash:
+        held = state[0]
+        if held.plan != self.plan.hash:
             raise UsageError(
-                f"Expected the state of a cache with plan {self.plan.hash}, received {layout['plan']}. Make the cache with "
+                f"Expected the state of a cache with plan {self.plan.hash}, received {held.plan}. Make the cache with "
                 "the same profile, method and bits."
             )
-        self.taken, self.left_padding = {}, layout["left_padding"]
-        self.store.seen, self.store.padding_groups = layout["seen"], []
-        for fields in layout["padding_groups"]:
-            group = self.store.open_group(fields["sequences"], fields["pad"], dropped=fields["dropped"])
-            if fields["exact"]:
-                group.exact_keys, group.exact_values = next(arrays), next(arrays)
-            if group.dropped:
-                group.positions = next(arrays)
-            for chunks, held in ((group.chunks, fields["chunks"]), (group.staged, fields["staged"])):
-                for batch, start, tokens, count in held:
-                    codes = tuple(next(arrays) for _ in range(count))
-                    chunks.append(Chunk(batch, next(arrays) if start is None else start, tokens, codes))
+        self.taken, self.left_padding = {}, held.left_padding
+        groups = [replace(group.copy(), storage=self.store.storage, decoded={}) for group in held.padding_groups]
+        self.store.seen, self.store.padding_groups = held.seen, groups
 
     @classmethod
     def from_state(cls, state):
@@ -175,11 +167,6 @@ class SpectralKVCache(CompressedLayer, RoutedCache):
             "Expected a cache to restore into, received a state alone, which has no plan. Make the cache with "
             "make_prompt_cache, then set its `state`."
         )
-
-
-def _fields(chunk: Chunk) -> list:
-    """What a chunk is beside its arrays; no start where an array has the positions."""
-    return [chunk.batch, chunk.start if isinstance(chunk.start, int) else None, chunk.tokens, len(chunk.arrays)]
 
 
 class FollowingKVCache(FollowingLayer, RoutedCache):
@@ -200,6 +187,36 @@ class FollowingKVCache(FollowingLayer, RoutedCache):
     def attend(self, queries: mx.array, scale: float, fused) -> mx.array:
         """As `SpectralKVCache.attend`."""
         return self.first.attend(queries, scale, fused, self.number)
+
+    @classmethod
+    def merge(cls, caches: Sequence[FollowingKVCache]) -> FollowingKVCache:
+        """As `SpectralKVCache.merge`, which has merged the first layers of the groups."""
+        return caches[0]._behind_successor()
+
+    def extract(self, idx: int) -> FollowingKVCache:
+        """As `SpectralKVCache.extract`, which has extracted from the first layer of the group."""
+        return self._behind_successor()
+
+    def _behind_successor(self) -> FollowingKVCache:
+        first = self.first.successor()
+        if first is None:
+            raise UsageError(
+                "Expected the first of the layers that are coded together to be merged or extracted before the others, "
+                f"received number {self.number}. Go through all layers in their order."
+            )
+        return FollowingKVCache(first, self.number)
+
+    def extend(self, other: FollowingKVCache) -> None:
+        """The first layer of the group extends, filters, prepares and finalizes for all."""
+
+    def filter(self, batch_indices: Sequence[int]) -> None:
+        """See `extend`."""
+
+    def prepare(self, **padding) -> None:
+        """See `extend`."""
+
+    def finalize(self) -> None:
+        """See `extend`."""
 
     def size(self) -> int:
         return self.first.size()

@@ -213,7 +213,7 @@ def test_attention_modules_are_given_back():
 @only("mlx", "the protocol of mlx-lm's caches")
 def test_host_protocol(tiny):
     cache = make_prompt_cache(tiny.model, tiny.profile, 3.0, **SMALL)[0]
-    for name in ("bits", "merge", "to_quantized"):
+    for name in ("bits", "to_quantized"):
         assert not hasattr(cache, name)
     assert host_cache.can_trim_prompt_cache([cache]) and cache.empty() and cache.offset == 0
     assert cache.make_mask(1) is None and cache.make_mask(4) == "causal"

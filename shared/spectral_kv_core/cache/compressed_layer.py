@@ -65,8 +65,9 @@ class CompressedLayer:
         """Put the codec's tables on `device`; returns the store, empty."""
         codec = self.plan.codecs(self.xp, device)[self.layer_group]
         staging, at_more_bits = None, self.plan.staging
+        xp, layer_group = self.xp, self.layer_group  # not `self`: a store that knew its layer would outlive it
         if at_more_bits and self.eviction is None:
-            staging = lambda: at_more_bits.codecs(self.xp, device)[self.layer_group]  # noqa: E731
+            staging = lambda: at_more_bits.codecs(xp, device)[layer_group]  # noqa: E731
         made = self.sinks, self.window, staging, self.eviction, self.layer_group, self.working_set
         self.store = LayerCache(self.xp, codec, *made)
         return self.store

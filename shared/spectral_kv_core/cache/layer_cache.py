@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy, deepcopy
+from dataclasses import replace
 
 import numpy as np
 
@@ -53,10 +54,15 @@ class LayerCache:
 
     def __deepcopy__(self, memo) -> LayerCache:
         """An independent cache of the same codec; arrays are never changed in place, so both share them."""
+        new = self.share()
+        new.eviction = deepcopy(self.eviction, memo)
+        return new
+
+    def share(self) -> LayerCache:
+        """`__deepcopy__` with the same eviction, which all layers of a cache share: for caches that run in turn."""
         new = copy(self)
         new._arrived = list(self._arrived)
         new.padding_groups = [group.copy() for group in self.padding_groups]
-        new.eviction = deepcopy(self.eviction, memo)
         return new
 
     def start(self, batch: int, padding=None) -> None:
@@ -69,8 +75,8 @@ class LayerCache:
 
     def repad(self, padding: list[int]) -> None:
         """Left padding [batch] in slots, of which a call that ended inside it has told only a part."""
-        empty = [i for group in self.padding_groups if not group.exact for i in group.sequences]
-        self.padding_groups = [group for group in self.padding_groups if group.exact]
+        empty = [i for group in self.padding_groups if not group.seen for i in group.sequences]
+        self.padding_groups = [group for group in self.padding_groups if group.seen]
         self._open_groups(empty, padding)
 
     def open_group(self, sequences: list[int], pad: int, **held) -> PaddingGroup:
@@ -106,7 +112,7 @@ class LayerCache:
         """
         if not self.padding_groups:
             self.start(keys.shape[0])
-        prompt = self.begin(keys.shape[2])
+        self.begin(keys.shape[2])
         entering, alone = self._arrive(keys, values, layer), self.layers == 1
         outputs = []
         for group in self.padding_groups:
@@ -119,8 +125,9 @@ class LayerCache:
                 recent = q[:, :, -RECENT:] * scale if self.eviction else None
                 if not alone:
                     k, v = (self._sliced(group, x) for x in entering)
-                self._enter(group, k, v, prompt, recent, joined if alone else None)
-            outputs.append(self._padded(out, queries.shape[2]))
+                self._enter(group, k, v, recent, joined if alone else None)
+            slots = queries.shape[2]
+            outputs.append(self._padded(out, slots, slots - group.slots(self.seen, slots)[1]))
         if entering:
             self.seen += keys.shape[2]
         return self._join(outputs)
@@ -129,14 +136,14 @@ class LayerCache:
         """Append L tokens without attending: [B, layers * H, L, D] of all layers, or [B, H, L, D] of one as in `attend`."""
         if not self.padding_groups:
             self.start(keys.shape[0])
-        prompt = self.begin(keys.shape[2])
+        self.begin(keys.shape[2])
         entering = (keys, values) if layer is None else self._arrive(keys, values, layer)
         if not entering:
             return
         for group in self.padding_groups:
             k, v = (self._sliced(group, x) for x in entering)
             if k.shape[2]:
-                self._enter(group, k, v, prompt)
+                self._enter(group, k, v)
         self.seen += keys.shape[2]
 
     def _arrive(self, keys, values, layer: int) -> tuple | None:
@@ -154,8 +161,9 @@ class LayerCache:
         arrived, self._arrived = self._arrived, []
         return join_layers(self.xp, arrived)
 
-    def _enter(self, group: PaddingGroup, k, v, prompt: bool, recent=None, joined: tuple | None = None) -> None:
+    def _enter(self, group: PaddingGroup, k, v, recent=None, joined: tuple | None = None) -> None:
         """Let `k` and `v` enter `group`, which may have `joined` them already, seal what is ready, drop what is too much."""
+        prompt = self._is_prompt(k.shape[2])
         # the first call is encoded for good: most prompts come in one, and nothing was attended to with an error yet
         staged = prompt and group.exact > 0
         group.append(k, v, joined)
@@ -167,20 +175,33 @@ class LayerCache:
             self.eviction.cut(self.layer_group, group, prompt, recent)
         group.own(k, v)
 
-    def begin(self, tokens: int) -> bool:
-        """Whether a call with so many `tokens` may go on with a prompt that is staged; ends the prompt if not."""
-        if (self.storage.make_staging or self.eviction) and tokens > LATENT_QUERIES:
-            return True
-        self.finalize()
-        return False
+    def begin(self, slots: int) -> bool:
+        """End the prompts that a call of so many `slots` cannot go on with; returns whether one was staged.
+
+        A sequence without a token in the call is left as it is.
+        """
+        ended = False
+        for group in self.padding_groups:
+            start, stop = group.slots(self.seen, slots)
+            if start < stop and not self._is_prompt(stop - start):
+                ended = ended or self._is_staged(group)
+                self._end_prompt(group)
+        return ended
+
+    def _is_prompt(self, tokens: int) -> bool:
+        """Whether a call with so many `tokens` of a sequence may go on with a prompt that is staged."""
+        return bool(self.storage.make_staging or self.eviction) and tokens > LATENT_QUERIES
 
     def finalize(self) -> None:
         """End the prompt: what was staged is encoded at the plan's bits, chunk by chunk."""
         for group in self.padding_groups:
-            if self.eviction:
-                group.seal()
-            else:
-                group.finalize()
+            self._end_prompt(group)
+
+    def _end_prompt(self, group: PaddingGroup) -> None:
+        if self.eviction:
+            group.seal()
+        else:
+            group.finalize()
 
     @property
     def staging(self):
@@ -190,7 +211,10 @@ class LayerCache:
     @property
     def is_staged(self) -> bool:
         """Whether a prompt is held at more bits than the plan has, until it ends."""
-        return any(group.staged or (self.eviction and group.ready) for group in self.padding_groups)
+        return any(self._is_staged(group) for group in self.padding_groups)
+
+    def _is_staged(self, group: PaddingGroup) -> bool:
+        return bool(group.staged or (self.eviction and group.ready))
 
     @property
     def has_dropped(self) -> bool:
@@ -236,8 +260,9 @@ class LayerCache:
             else:  # only padding so far
                 size = len(group.sequences), like.shape[1], 0, like.shape[3]
                 held = 2 * (self.xp.zeros(size, dtype=dtype, like=like),)
+            behind = 0 if group.end is None or self.has_dropped else max(self.seen - group.end, 0)
             for side, x in zip(sides, held):
-                side.append(self._padded(x, self.slots))
+                side.append(self._padded(x, self.slots, behind))
         return self._join(sides[0]), self._join(sides[1])
 
     def crop(self, tokens: int) -> None:
@@ -271,6 +296,57 @@ class LayerCache:
                 selected.append(group.select([group.sequences.index(rows[i]) for i in new], new))
         self.padding_groups = selected
 
+    def strip(self) -> None:
+        """Forget the left padding that all rows have."""
+        surplus = min(self.padding, default=0)
+        for group in self.padding_groups:
+            group.shift(-surplus)
+        self.seen -= surplus
+
+    def extend(self, other: LayerCache) -> None:
+        """Put the rows of `other`, a cache of the same plan, behind those of this one; both share their arrays."""
+        batch, seen = self.batch, max(self.seen, other.seen)
+        for group in self.padding_groups:
+            group.shift(seen - self.seen)
+        for group in other.padding_groups:
+            rows = [batch + row for row in group.sequences]
+            moved = replace(group.copy(), storage=self.storage, sequences=rows, decoded={})
+            moved.shift(seen - other.seen)
+            self.padding_groups.append(moved)
+        self.seen = seen
+        self.repad(self.padding)  # rows without a token need no groups of their own
+
+    def extract(self, row: int) -> LayerCache:
+        """Row `row` alone, without padding, in a cache that goes on by itself."""
+        new = self.share()
+        new.select([row])
+        (group,) = new.padding_groups
+        group.pad, group.end, new.seen = 0, None, group.seen
+        return new
+
+    def expect(self, lengths: Sequence[int]) -> None:
+        """Tell how many slots [batch] of what comes are no padding on the right, until `settle`."""
+        split = []
+        for group in self.padding_groups:
+            for length in sorted({lengths[row] for row in group.sequences}):
+                places = [i for i, row in enumerate(group.sequences) if lengths[row] == length]
+                split.append(group.select(places, [group.sequences[i] for i in places]))
+                split[-1].end = self.seen + length
+        self.padding_groups = split
+
+    def settle(self) -> None:
+        """Move the padding on the right, which nothing is stored of, to the left."""
+        for group in self.padding_groups:
+            if group.end is not None:
+                group.pad += max(self.seen - group.end, 0)
+                group.end = None
+        self.repad(self.padding)
+
+    @property
+    def expects_padding(self) -> bool:
+        """Whether what comes may have padding on the right."""
+        return any(group.end is not None for group in self.padding_groups)
+
     def arrays(self) -> list:
         """Every array held for the sequences."""
         return self.state_arrays() + [x for group in self.padding_groups for x in group.decoded_arrays()]
@@ -302,17 +378,16 @@ class LayerCache:
 
     def _sliced(self, group: PaddingGroup, x):
         """The sequences of a group, without the slots of `x` that are padding for it."""
-        skip = min(max(group.pad - self.seen, 0), x.shape[2])
+        slots = x.shape[2]
+        start, stop = group.slots(self.seen, slots)
         x = self._take(group, x)
-        return x[:, :, skip:] if skip else x
+        return x[:, :, start:stop] if stop - start < slots else x
 
-    def _padded(self, x, slots: int):
-        """`x` [b, H, T, D] with zeros before, so that it has so many `slots`."""
-        missing = slots - x.shape[2]
-        if not missing:
-            return x
-        blank = self.xp.zeros((*x.shape[:2], missing, x.shape[3]), dtype=x.dtype, like=x)
-        return self.xp.concat([blank, x], axis=2)
+    def _padded(self, x, slots: int, behind: int = 0):
+        """`x` [b, H, T, D] with so many zeros `behind` and others before, so that it has so many `slots`."""
+        before = slots - behind - x.shape[2]
+        blanks = [self.xp.zeros((*x.shape[:2], n, x.shape[3]), dtype=x.dtype, like=x) for n in (before, behind)]
+        return self.xp.concat([blanks[0], x, blanks[1]], axis=2) if before or behind else x
 
     def _join(self, parts: list):
         """The batch, in its order, of what every group gave."""

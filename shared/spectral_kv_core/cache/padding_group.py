@@ -69,6 +69,7 @@ class PaddingGroup:
         None  # int32 [b, H or 1, n] of the first n exact tokens once some were dropped; the last ones follow
     )
     dropped: int = 0  # tokens that are no longer there, in every head as many
+    end: int | None = None  # slot behind the last token, where calls bring padding on the right too
     decoded: dict = field(default_factory=dict)  # keys and values of (chunk, layer) that stay; replaced, never changed
 
     @property
@@ -104,6 +105,16 @@ class PaddingGroup:
     def append(self, keys, values, joined: tuple | None = None) -> None:
         """Put `keys`, `values` [b, H, L, D] behind the exact tokens; `joined`: as `attend` gave it."""
         self.exact_keys, self.exact_values = joined or self._joined(keys, values)
+
+    def slots(self, seen: int, tokens: int) -> tuple[int, int]:
+        """Which of `tokens` slots behind the first `seen` are no padding: from the first number to the second."""
+        start = min(max(self.pad - seen, 0), tokens)
+        return start, tokens if self.end is None else min(max(self.end - seen, start), tokens)
+
+    def shift(self, slots: int) -> None:
+        """Stand so many slots later in a batch that has as many more before."""
+        self.pad += slots
+        self.end = None if self.end is None else self.end + slots
 
     def own(self, keys, values) -> None:
         """Copy what came in where it is held as it came: it may be a view of the projection of all heads."""
@@ -295,7 +306,9 @@ class PaddingGroup:
     def select(self, places: list[int], sequences: list[int]) -> PaddingGroup:
         """The sequences at `places` of this group, repeats allowed, with the numbers `sequences`."""
         xp = self.storage.xp
-        kept = PaddingGroup(self.storage, sequences, self.pad, dropped=self.dropped)
+        if places == list(range(len(self.sequences))):  # all of them, which share the arrays
+            return replace(self.copy(), sequences=sequences, decoded={})
+        kept = PaddingGroup(self.storage, sequences, self.pad, dropped=self.dropped, end=self.end)
         if self.exact_keys is not None:
             index = xp.asarray(np.array(places, np.int32), like=self.exact_keys)
             kept.exact_keys = xp.take(self.exact_keys, index, axis=0)
