@@ -14,6 +14,7 @@ import pytest  # noqa: E402
 from cases import ToyModel, toy_profile_of  # noqa: E402
 from quick import one_of_each  # noqa: E402
 
+from spectral_kv_core.codecs import outliers  # noqa: E402
 from spectral_kv_core.profile.profile import Profile  # noqa: E402
 
 
@@ -45,3 +46,10 @@ def xp(request):
 def toy_profile() -> Profile:
     """Profile of `ToyModel()`, read back from its file."""
     return toy_profile_of(ToyModel())
+
+
+@pytest.fixture
+def text_is_known(monkeypatch):
+    """No token lies outside the profile: those of tiny models come from too little text for that."""
+    for name, limit in (("PEAK", float("inf")), ("LOST", float("inf")), ("FLAT", 0.0)):
+        monkeypatch.setattr(outliers, name, limit)

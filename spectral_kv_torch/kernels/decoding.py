@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -10,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from spectral_kv_core.arrays import attention
 from spectral_kv_core.arrays.rope import rotate as core_rotate
 from spectral_kv_core.arrays.transform import FREQUENCIES
-from spectral_kv_core.codecs.chunk import Chunk
+from spectral_kv_core.codecs.chunk import Chunk, positions_of
 from spectral_kv_core.codecs.spectral_reader import SpectralReader
 
 from .checked import Checked, CheckedStep
@@ -62,9 +63,13 @@ class Decoder:
 
     def _start(self, chunks: list[Chunk]):
         """Where the tokens of all `chunks` stand: see `Chunk.start`."""
-        if not getattr(chunks[0].start, "ndim", 0):
-            return int(chunks[0].start)  # nothing was dropped: those of the others follow
-        return torch.cat([chunk.start for chunk in chunks], dim=2)
+        first = chunks[0].start
+        follow = accumulate((chunk.tokens for chunk in chunks), initial=first if isinstance(first, int) else 0)
+        if all(isinstance(chunk.start, int) and chunk.start == start for chunk, start in zip(chunks, follow)):
+            return first
+        places = [positions_of(self._codec.xp, chunk, self._codec.time) for chunk in chunks]
+        batch, heads = (max(x.shape[axis] for x in places) for axis in (0, 1))
+        return torch.cat([x.expand(batch, heads, -1) for x in places], dim=2)
 
 
 def decoder(codec) -> Decoder | None:

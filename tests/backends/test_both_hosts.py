@@ -137,6 +137,7 @@ def test_a_file_for_both_is_decoded_alike(pair, tmp_path):
 
 
 @pytest.mark.parametrize("pair", ["llama"], indirect=True)
+@pytest.mark.usefixtures("text_is_known")
 def test_two_layer_groups_from_each_to_both(pair, tmp_path):
     """Three layers: a pair and a lone one."""
     tokens, sides = make_tokens(200), ((torch_backend, pair.torch), (mlx_backend, pair.mlx))
@@ -171,6 +172,7 @@ def test_two_layer_groups_from_each_to_both(pair, tmp_path):
 
 
 @pytest.mark.parametrize("pair", ["llama"], indirect=True)
+@pytest.mark.usefixtures("text_is_known")
 def test_two_layer_groups_of_a_left_padded_batch(pair, tmp_path):
     rows = [make_tokens(n, seed=n) for n in (90, 41)]
     padding = [90 - len(row) for row in rows]

@@ -42,6 +42,7 @@ def footprint_of(host, folders, monkeypatch):
 @pytest.mark.parametrize("name, method, bits", [
     ("llama", "spectral", 2.0), ("llama", "spectral", 4.0), ("gemma3", "spectral", 1.5), ("llama", "spectral-dense", 3.0),
 ])  # fmt: skip
+@pytest.mark.usefixtures("text_is_known")
 def test_counts_are_those_of_a_filled_cache(host, footprint_of, name, method, bits):
     """Codes, exact tokens, sliding windows and tables, before and after a prompt that takes several calls."""
     model, profile, found = host.model(name), host.profile(name), footprint_of(name)

@@ -59,6 +59,7 @@ def same(host, cache, other) -> None:
 
 
 @every_kind
+@pytest.mark.usefixtures("text_is_known")
 def test_round_trip(host, family, tmp_path):
     model, profile = model_and_profile(host, family)
     assert set(profile.basis_sets) == {*BASIS_SETS, PAIRS}
@@ -86,6 +87,7 @@ def test_round_trip(host, family, tmp_path):
 
 
 @every_kind
+@pytest.mark.usefixtures("text_is_known")
 def test_more_bits_make_every_layer_nearer(host, family):
     """Of the nearest codes. Rounding in time moves error to tokens that matter less: a layer alone may have more of it."""
     model, profile = model_and_profile(host, family)
@@ -153,6 +155,7 @@ def test_codes_are_those_of_both_layers_together(host):
 
 
 @pytest.mark.parametrize("step", [100, 1], ids=["staged", "one by one"])
+@pytest.mark.usefixtures("text_is_known")
 def test_tokens_are_sealed_as_they_come(host, step):
     model, _ = model_and_profile(host)
     cache = new(host, 6.0)

@@ -65,6 +65,7 @@ def moved_share(by_torch, by_mlx) -> float:
 
 @only("mlx", "both hosts on one checkpoint, in the process of MLX")
 @pytest.mark.parametrize("step", [200, 1, 50], ids=["at once", "one by one", "staged"])
+@pytest.mark.usefixtures("text_is_known")
 def test_the_hosts_agree_and_go_on_with_each_other(tiny, step, tmp_path):
     tokens, more = make_tokens(200), make_tokens(20, seed=6)
     ours, plain = live(tiny), torch_backend.plain_cache(tiny.torch)
@@ -89,6 +90,7 @@ def test_the_hosts_agree_and_go_on_with_each_other(tiny, step, tmp_path):
 
 
 @only("mlx", "caches of transformers have no state to read and set")
+@pytest.mark.usefixtures("text_is_known")
 def test_trim_copy_and_state(tiny):
     cache, tail = live(tiny, 8.0), make_tokens(6, seed=3)
     mlx_backend.feed(tiny.mlx, make_tokens(150), cache)

@@ -22,6 +22,7 @@ from tolerances import assert_close, relative_rms
 
 from spectral_kv_core.cache import prompt_cache_file as prompt_file
 from spectral_kv_core.cache.prompt_cache_file import PromptFile
+from spectral_kv_core.codecs.chunk import AdaptedChunk, CutChunk
 from spectral_kv_core.codecs.registry import make_plan
 from spectral_kv_core.files import container as signed_file
 from spectral_kv_core.planning.budget import elements_per_token
@@ -203,6 +204,25 @@ def test_several_chunks_and_none(host, tmp_path, monkeypatch):
     same(host, load(host, host.save_prompt_cache(tmp_path / "c", short))[0], short)
     bare, _ = read(host, new(host, window=0, sinks=0), 64)
     same(host, load(host, host.save_prompt_cache(tmp_path / "c", bare))[0], bare)
+
+
+@pytest.mark.parametrize("method", ["spectral", "spectral-dense"])
+def test_chunks_of_every_kind(host, method, tmp_path):
+    """A run of one token, another text, and a crop inside a block."""
+    model, ids = host.model("llama"), [*[7] * 150, *tokens(150)]
+    cache = new(host, method)
+    host.logits(model, ids, cache)
+    host.crop(cache, 113)
+    kinds = {type(chunk) for store in host.stores(cache) for chunk in store.padding_groups[0].chunks}
+    assert {AdaptedChunk, CutChunk} <= kinds
+    path = host.save_prompt_cache(tmp_path / "c", cache, ids[:-113])
+    loaded, _ = load(host, path)
+    same(host, loaded, cache)
+    np.testing.assert_array_equal(host.logits(model, QUESTION, loaded), host.logits(model, QUESTION, cache))
+    told = PromptFile.load(path)
+    assert (
+        sum(told.bytes_by_part().values()) == int(told.size()) == sum(x.nbytes for x in told.arrays.values()) - 4 * 187
+    )
 
 
 @sliding

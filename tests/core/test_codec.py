@@ -13,7 +13,7 @@ from tolerances import ATTENTION_RMS, assert_close, assert_codes_close, relative
 from spectral_kv_core.arrays import ops
 from spectral_kv_core.arrays.attention import group_queries, merge_partials
 from spectral_kv_core.arrays.rope import rotate, unrotate
-from spectral_kv_core.codecs.chunk import select_sequences, split_by_chunk
+from spectral_kv_core.codecs.chunk import split_by_chunk
 from spectral_kv_core.codecs.registry import make_codec, make_plan
 from spectral_kv_core.planning.methods import METHODS, ROUNDINGS
 from spectral_kv_core.quantization.time_rounding import round_in_time
@@ -236,7 +236,7 @@ def test_cut_keeps_the_codes(xp, tokens):
 def test_selected_rows_are_the_rows(xp):
     codec = make_codec(xp, plan_of(MODEL, 3), 0)
     chunk = codec.encode(*arrays(xp, *MODEL.sample(1, 48, batch=3)), 4)
-    picked = select_sequences(xp, chunk, xp.asarray(np.array([2, 0, 2, 2], np.int32)))
+    picked = chunk.of_sequences(xp, xp.asarray(np.array([2, 0, 2, 2], np.int32)))
     assert picked.batch == 4
     np.testing.assert_array_equal(codes_of(codec, picked), codes_of(codec, chunk)[[2, 0, 2, 2]])
 

@@ -13,7 +13,7 @@ from spectral_kv_core.arrays.hadamard import hadamard, random_rotation, random_s
 from spectral_kv_core.arrays.rope import rotate, unrotate
 from spectral_kv_core.cache.layer_cache import LayerCache
 from spectral_kv_core.cache.request import CacheRequest
-from spectral_kv_core.codecs.chunk import Chunk, select_sequences
+from spectral_kv_core.codecs.chunk import Chunk
 from spectral_kv_core.codecs.registry import bits_range, make_codec, make_plan
 from spectral_kv_core.planning.budget import CHUNK_TOKENS, elements_per_token
 from spectral_kv_core.planning.methods import METHODS, get_method
@@ -152,7 +152,7 @@ def test_cut_and_selected_rows(xp, name):
     chunk = codec.encode(*arrays(xp, *MODEL.sample(1, 384, batch=3)), 4)
     cut = codec.cut(chunk, 128)
     assert (cut.start, cut.tokens) == (4, 128) and nbytes(cut) < nbytes(chunk) / 2
-    picked = select_sequences(xp, cut, xp.asarray(np.array([2, 0, 2], np.int32)))
+    picked = cut.of_sequences(xp, xp.asarray(np.array([2, 0, 2], np.int32)))
     for got, whole in zip(decoded(codec, picked), decoded(codec, chunk)):
         assert_close("decoded", got, whole[[2, 0, 2], :, :128], limit=1e-6)
 

@@ -11,7 +11,6 @@ from spectral_kv_core.arrays import ops
 from spectral_kv_core.arrays.rope import unrotate
 from spectral_kv_core.cache.layer_cache import LayerCache
 from spectral_kv_core.cache.request import CacheRequest
-from spectral_kv_core.codecs.chunk import select_sequences
 from spectral_kv_core.codecs.registry import make_codec
 from spectral_kv_core.codecs.tiers import GROUP, make_tiered_plan
 from spectral_kv_core.planning.methods import get_method
@@ -80,7 +79,7 @@ def test_pieces_cuts_and_rows(xp, name):
         assert np.count_nonzero(differing) <= 1, differing
     for a, b in zip(decoded(codec, codec.cut(whole, 192)), decoded(codec, whole)):
         assert_close("cut", a, b[:, :, :192])
-    rows = select_sequences(xp, whole, xp.asarray(np.array([1], np.int32)))
+    rows = whole.of_sequences(xp, xp.asarray(np.array([1], np.int32)))
     for a, b in zip(decoded(codec, rows), decoded(codec, whole)):
         assert_close("rows", a, b[1:])
 

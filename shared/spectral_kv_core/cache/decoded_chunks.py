@@ -31,14 +31,14 @@ def bytes_per_layer(plan: Plan, limit: int) -> int:
     return limit // len(plan.layer_groups)
 
 
-def decode_step(group, layer: int, limit: int, queries, keys, values, scale: float):
-    """`attention.decode_step` over the chunks of a `PaddingGroup`, of which those that fit in `limit` bytes stay decoded.
+def decode_step(group, chunks, layer: int, limit: int, queries, keys, values, scale: float):
+    """`attention.decode_step` over plain `chunks` of a `PaddingGroup`, of which as many as fit in `limit` bytes stay decoded.
 
     Chunks stay in 16 bits: in the dtype of `queries` where that has as many, else in float16.
     """
     xp, codec = group.storage.xp, group.storage.codec.reader(layer)
     kind = queries.dtype if queries.nbytes == 2 * prod(queries.shape) else xp.float16
-    there = set(group.chunks)
+    there = set(chunks)
     group.decoded = {key: pair for key, pair in group.decoded.items() if key[0] in there}
     decoded, left = dict(group.decoded), limit - sum(x.nbytes for x in group.decoded_arrays(layer))
     heads, (batch, q_heads, length, dim) = keys.shape[1], queries.shape
@@ -47,7 +47,7 @@ def decode_step(group, layer: int, limit: int, queries, keys, values, scale: flo
 
     def partials():
         nonlocal left
-        for chunk in group.chunks:
+        for chunk in chunks:
             key = chunk, layer
             if key not in decoded and chunk.tokens * size > left:
                 yield codec.attend(chunk, query_rows, scale)

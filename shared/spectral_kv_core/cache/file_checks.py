@@ -24,6 +24,8 @@ RECIPE = {
     "name": str, "codec": str, "rope": str, "group": str, "time": str, "block": int, "group_size": int, "quantizer": str,
     "rounding": str, "reads": (str, type(None)),
 }  # fmt: skip
+KINDS = ("plain", "adapted", "exact")  # of chunks
+ADAPTATION = ("key_offset", "value_offset", "gain")  # arrays of adapted chunks beside their codes
 MOST_BATCH = 1 << 16  # sequences
 EXPONENT = np.uint16(0x7F80)  # of bfloat16; all ones in NaN and infinity
 
@@ -92,15 +94,31 @@ def _batch(padding_groups: list, block: int, sinks: int, seen: int, where: str) 
         pads |= dict.fromkeys(sequences, pad)
         sealed = 0
         for chunk in group["chunks"]:
-            right = isinstance(chunk, list) and len(chunk) == 2 and all(whole(n) for n in chunk)
-            require(
-                right and chunk[1] > 0 and chunk[1] % block == 0, f"chunks of whole blocks of {block} tokens in {where}"
-            )
-            require(chunk[0] == sinks + sealed, f"chunks without gaps in {where}")
-            sealed += chunk[1]
+            start, tokens = _chunk(chunk, block, where)
+            require(start == sinks + sealed, f"chunks without gaps in {where}")
+            sealed += tokens
         require(not sealed or sinks + sealed <= seen - pad, f"chunks of tokens that were seen in {where}")
     require(sorted(pads) == list(range(len(pads))), f"sequences 0, 1, ... without gaps in {where}")
     return [pads[sequence] for sequence in range(len(pads))]
+
+
+def chunk_fields(entry: list) -> tuple[int, int, str, int]:
+    """Position, tokens, kind and coded tokens of a header's entry of a chunk, of which plain ones have the first two."""
+    return (*entry, "plain", entry[1]) if len(entry) == 2 else tuple(entry)  # type: ignore[return-value]
+
+
+def _chunk(entry: list, block: int, where: str) -> tuple[int, int]:
+    """Position and tokens of the chunk; raises `Wrong` for an entry that no chunk has."""
+    right = isinstance(entry, list) and len(entry) in (2, 4) and all(whole(n) for n in (*entry[:2], *entry[3:]))
+    require(right and entry[1] > 0, f"a position and a number of tokens for every chunk in {where}")
+    start, tokens, kind, coded = chunk_fields(entry)
+    require(kind in KINDS, f"chunks of the kinds {', '.join(KINDS)} in {where}")
+    if kind == "exact":
+        require(coded == tokens, f"exact chunks that are whole in {where}")
+    else:
+        fits = coded % block == 0 and coded - block < tokens <= coded
+        require(fits, f"chunks of whole blocks of {block} tokens, of which the last may be cut, in {where}")
+    return start, tokens
 
 
 def check_tokens(arrays: dict[str, np.ndarray], seen: int) -> None:
@@ -121,6 +139,7 @@ def check_numbers(arrays: dict[str, np.ndarray], layers: list[dict]) -> None:
                 raise Wrong(f"finite numbers in {name}, not NaN or infinity at {np.argwhere(wrong)[0].tolist()}")
         elif x.dtype.kind == "f":
             require_finite(x, name)
+            require(not name.endswith("/gain") or bool((x > 0).all()), f"gains above 0 in {name}")
 
 
 def _brain_floats(layers: list[dict]) -> Iterator[str]:
@@ -128,7 +147,9 @@ def _brain_floats(layers: list[dict]) -> Iterator[str]:
     for layer_idx, state in enumerate(layers):
         if state.get("dtype") != "bfloat16":
             continue
-        places = (
-            [f"/padding_groups/{n}" for n in range(len(state["padding_groups"]))] if "padding_groups" in state else [""]
-        )
+        places = [""]
+        if "padding_groups" in state:
+            groups = [(f"/padding_groups/{n}", group["chunks"]) for n, group in enumerate(state["padding_groups"])]
+            exact = [f"{at}/chunks/{i}" for at, chunks in groups for i, c in enumerate(chunks) if "exact" in c]
+            places = [at for at, _ in groups] + exact
         yield from (f"layers/{layer_idx}{place}/{side}" for place in places for side in ("keys", "values"))

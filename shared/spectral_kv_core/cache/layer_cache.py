@@ -44,7 +44,9 @@ class LayerCache:
         layer_group: int = 0,
         working_set: int = 0,
     ):
-        self.storage = Storage(xp, codec, sinks, window, staging)
+        self.storage = Storage(
+            xp, codec, sinks, window, staging, adapts=eviction is None
+        )  # blocks that are dropped are plain
         self.xp, self.codec, self.sinks, self.window = xp, codec, sinks, window
         self.eviction, self.layer_group, self.working_set = eviction, layer_group, working_set
         self.layers = self.storage.layers

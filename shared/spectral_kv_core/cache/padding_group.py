@@ -15,7 +15,7 @@ import numpy as np
 
 from ..arrays import attention
 from ..codecs.base import Codec
-from ..codecs.chunk import Chunk, decoded, positions_of, select_sequences, split_by_chunk, split_layers
+from ..codecs.chunk import Chunk, CutChunk, ExactChunk, decoded, positions_of, split_layers
 from ..planning.budget import SEAL
 from . import decoded_chunks
 
@@ -27,10 +27,13 @@ class Storage:
     """How tokens are held, which all padding groups of a layer share.
 
     codec: None keeps everything exact. sinks, window: first and last tokens kept exactly. layers: that the codec codes
-    together. block: tokens are sealed in multiples of it. make_staging: see `LayerCache`.
+    together. block: tokens are sealed in multiples of it. make_staging: see `LayerCache`. adapts: see `Codec.extend`.
     """
 
-    def __init__(self, xp, codec, sinks: int, window: int, make_staging: Callable[[], Codec] | None = None):
+    def __init__(
+        self, xp, codec, sinks: int, window: int, make_staging: Callable[[], Codec] | None = None, adapts: bool = True
+    ):
+        self.adapts = adapts
         self.xp, self.codec, self.sinks, self.window, self.make_staging = xp, codec, sinks, window, make_staging
         self.layers = 1 if codec is None else codec.layers
         self.block = SEAL if codec is None else max(SEAL, codec.block)
@@ -135,9 +138,9 @@ class PaddingGroup:
         position, left_places = split(self.places()) if self.dropped else (first + self.sealed, None)
         (keys, left_keys), (values, left_values) = split(self.exact_keys), split(self.exact_values)
         if staged:
-            self.staged = coded(storage.staging, self.staged, keys, values, position)
+            self.staged = storage.staging.extend(self.staged, keys, values, position, storage.adapts)
         else:
-            self.chunks = coded(storage.codec, self.chunks, keys, values, position)
+            self.chunks = storage.codec.extend(self.chunks, keys, values, position, storage.adapts)
         self.exact_keys, self.exact_values, self.positions = left_keys, left_values, left_places
 
     def finalize(self) -> None:
@@ -146,9 +149,14 @@ class PaddingGroup:
             return
         storage, xp = self.storage, self.storage.xp
         position = storage.sinks + sum(chunk.tokens for chunk in self.chunks)
-        for keys, values in decoded(xp, storage.staging, self.staged, xp.float32):
-            self.chunks = coded(storage.codec, self.chunks, keys, values, position)
-            position += keys.shape[2]
+        parts: list[tuple] = []
+        for part in decoded(xp, storage.staging, self.staged, xp.float32):
+            parts.append(part)
+            tokens = sum(keys.shape[2] for keys, _ in parts)
+            if tokens % storage.block == 0:  # blocks of the plan's codec may be longer
+                keys, values = parts[0] if len(parts) == 1 else (xp.concat(list(x), axis=2) for x in zip(*parts))
+                self.chunks = storage.codec.extend(self.chunks, keys, values, position, storage.adapts)
+                position, parts = position + tokens, []
         self.staged = []
 
     def attend(
@@ -164,12 +172,24 @@ class PaddingGroup:
             return self._attend_prompt(queries, keys, values, scale, fused, layer), None
         k, v = joined = self._joined(keys, values, layer)
         if not sealed:
-            out = fused(queries, k, v, scale)
-        elif working_set is not None:
-            out = decoded_chunks.decode_step(self, layer, working_set, queries, k, v, scale)
+            return fused(queries, k, v, scale), joined
+        plain = [chunk for chunk in self.chunks if chunk.is_plain]
+        if len(plain) < len(self.chunks):
+            k, v = self._with_others(k, v, layer)
+        if working_set is not None:
+            out = decoded_chunks.decode_step(self, plain, layer, working_set, queries, k, v, scale)
+        elif plain:
+            out = self.storage.codec.reader(layer).decode_step(plain, queries, k, v, scale)
         else:
-            out = self.storage.codec.reader(layer).decode_step(self.chunks, queries, k, v, scale)
+            out = attention.decode_step(self.storage.xp, None, [], queries, k, v, scale)
         return out, joined
+
+    def _with_others(self, keys, values, layer: int) -> tuple:
+        """Keys and values of the chunks that no kernel takes, decoded, before `keys` and `values`."""
+        xp, codec = self.storage.xp, self.storage.codec
+        others = [chunk for chunk in self.chunks if not chunk.is_plain]
+        sides = zip(*decoded(xp, codec, others, keys.dtype, layer), (keys, values))
+        return tuple(xp.concat(list(side), axis=2) for side in sides)
 
     def _attend_prompt(self, queries, keys, values, scale: float, fused, layer: int):
         """`attend` for many new tokens, to decoded keys and values."""
@@ -220,9 +240,9 @@ class PaddingGroup:
         """Keys and values [b, H, T, D] of what is sealed, in its order, of one layer or of all, decoded part by part."""
         storage = self.storage
         if self.chunks:
-            yield from decoded(storage.xp, storage.codec.reader(layer), self.chunks, dtype)
+            yield from decoded(storage.xp, storage.codec, self.chunks, dtype, layer)
         if self.staged:
-            yield from decoded(storage.xp, storage.staging.reader(layer), self.staged, dtype)
+            yield from decoded(storage.xp, storage.staging, self.staged, dtype, layer)
 
     def _exact(self, layer: int | None = None) -> tuple:
         """Exact keys and values [b, H, exact, D] of one layer, or of all (None)."""
@@ -267,7 +287,7 @@ class PaddingGroup:
         return np.concatenate([np.broadcast_to(part, (*shape, part.shape[2])) for part in parts], axis=2)
 
     def crop(self, tokens: int) -> None:
-        """Forget the last `tokens` tokens; a sealed block that the cut splits is decoded back into the window."""
+        """Forget the last `tokens` tokens; a sealed block that the cut splits keeps its codes."""
         xp, keep = self.storage.xp, self.stored - tokens
         self.decoded = {}
         if keep <= 0:
@@ -287,21 +307,30 @@ class PaddingGroup:
         storage, xp = self.storage, self.storage.xp
         exact = [x[:, :, : min(storage.sinks, keep)] for x in (self.exact_keys, self.exact_values)]
         left = max(keep - storage.sinks, 0)
-        chunks, tail = [], None
+        chunks: list[Chunk] = []
         for chunk in self.chunks:
             here = min(left, chunk.tokens)
-            whole = here // storage.block * storage.block
-            if whole:
-                chunks.append(chunk if whole == chunk.tokens else storage.codec.cut(chunk, whole))
-            if whole < here:
-                tail = [xp.astype(x[:, :, whole:left], self.exact_keys.dtype) for x in storage.codec.decode(chunk)]
+            if here == chunk.tokens:
+                chunks.append(chunk)
+            elif here and storage.adapts:
+                chunks += self._cropped(chunk, here)
+            elif here:  # tokens are dropped from plain chunks
+                whole = here // storage.block * storage.block
+                chunks += [storage.codec.cut(chunk, whole)] if whole else []
+                tail = (x[:, :, whole:here] for x in storage.codec.decode(chunk))
+                exact = [xp.concat([x, xp.astype(y, x.dtype)], axis=2) for x, y in zip(exact, tail)]
             left -= here
-            if not left:
-                break
-        if tail:
-            exact = [xp.concat([a, b], axis=2) for a, b in zip(exact, tail)]
         self.exact_keys, self.exact_values = (xp.copy(x) for x in exact)
         self.chunks = chunks
+
+    def _cropped(self, chunk: Chunk, tokens: int) -> list[Chunk]:
+        """Chunks of the first `tokens` tokens of `chunk`."""
+        if isinstance(chunk, CutChunk):
+            return [CutChunk.of(chunk.whole, tokens)]
+        if isinstance(chunk, ExactChunk):
+            arrays = tuple(self.storage.xp.copy(x[:, :, :tokens]) for x in chunk.arrays)
+            return [replace(chunk, tokens=tokens, arrays=arrays)]
+        return self.storage.codec.cropped(chunk, tokens)
 
     def select(self, places: list[int], sequences: list[int]) -> PaddingGroup:
         """The sequences at `places` of this group, repeats allowed, with the numbers `sequences`."""
@@ -313,8 +342,8 @@ class PaddingGroup:
             index = xp.asarray(np.array(places, np.int32), like=self.exact_keys)
             kept.exact_keys = xp.take(self.exact_keys, index, axis=0)
             kept.exact_values = xp.take(self.exact_values, index, axis=0)
-            kept.chunks = [select_sequences(xp, chunk, index) for chunk in self.chunks]
-            kept.staged = [select_sequences(xp, chunk, index) for chunk in self.staged]
+            kept.chunks = [chunk.of_sequences(xp, index) for chunk in self.chunks]
+            kept.staged = [chunk.of_sequences(xp, index) for chunk in self.staged]
             if self.positions is not None:
                 kept.positions = xp.take(self.positions, index, axis=0)
         return kept
@@ -331,28 +360,3 @@ class PaddingGroup:
     def decoded_arrays(self, layer: int | None = None) -> list:
         """The decoded arrays that stay, of one layer or of all (None)."""
         return [x for (_, of), pair in self.decoded.items() if layer in (None, of) for x in pair]
-
-
-def coded(codec: Codec, chunks: list[Chunk], keys, values, position) -> list[Chunk]:
-    """`chunks` with the tokens of `keys`, `values` [B, H, T, D] at `position` (see `Chunk`) behind them, in a new list."""
-    chunks, tokens, full = list(chunks), keys.shape[2], codec.chunk_tokens
-
-    def places(start: int, stop: int):
-        return position + start if isinstance(position, int) else codec.xp.copy(position[:, :, start:stop])
-
-    for run in range(0, tokens, codec.at_once or tokens):
-        stop = min(run + (codec.at_once or tokens), tokens)
-        codes = codec.choose(keys[:, :, run:stop], values[:, :, run:stop], places(run, stop)) if codec.at_once else None
-        growing = chunks[-1].tokens % full if chunks else 0
-        for start, end in split_by_chunk(run, stop, growing, full):
-            last = chunks.pop() if chunks and chunks[-1].tokens < full else None
-            here = places(start, end)
-            if codes is not None:
-                part = codes[:, :, (start - run) // codec.block : (end - run) // codec.block]
-                chunks.append(codec.seal(last, part, here))
-            elif last is None:
-                chunks.append(codec.encode(keys[:, :, start:end], values[:, :, start:end], here))
-            else:
-                told = None if isinstance(here, int) else here
-                chunks.append(codec.append(last, keys[:, :, start:end], values[:, :, start:end], told))
-    return chunks

@@ -17,9 +17,10 @@ import numpy as np
 
 from .. import __version__
 from ..arrays.equality import same_fields
-from ..codecs.chunk import Chunk
+from ..codecs.chunk import Adaptation, AdaptedChunk, Chunk, CutChunk, ExactChunk
 from ..codecs.entropy_coded import fit_bits
 from ..codecs.registry import bits_range, make_plan
+from ..codecs.transform import TransformPlan
 from ..errors import UsageError
 from ..files.checks import Wrong, checking
 from ..files.container import FileFormat
@@ -29,7 +30,16 @@ from ..profile.file_checks import shape_of
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
 from ..profile.store import find_profile
-from .file_checks import FILE_DTYPES, check_header, check_layers, check_numbers, check_tokens, method_of
+from .file_checks import (
+    ADAPTATION,
+    FILE_DTYPES,
+    check_header,
+    check_layers,
+    check_numbers,
+    check_tokens,
+    chunk_fields,
+    method_of,
+)
 from .layer_cache import LayerCache
 from .size import CacheSize
 
@@ -233,12 +243,25 @@ class PromptFile:
             group = store.open_group(list(fields["sequences"]), fields["pad"])
             if f"{name}/keys" in self.arrays:
                 group.exact_keys, group.exact_values = self._exact(xp, name, state["dtype"], dtype, like)
-            for place, (start, tokens) in enumerate(fields["chunks"]):
-                names = takewhile(self.arrays.__contains__, (f"{name}/chunks/{place}/{i}" for i in count()))
-                arrays = (self.arrays[n] for n in names)
-                codes = tuple(xp.from_file(x, x.dtype.name, like) for x in arrays)
-                group.chunks.append(Chunk(len(group.sequences), start, tokens, codes))
+            for place, entry in enumerate(fields["chunks"]):
+                exact = state["dtype"], dtype, like
+                group.chunks.append(self._chunk(xp, f"{name}/chunks/{place}", entry, len(group.sequences), exact))
         store.seen = self.seen
+
+    def _chunk(self, xp, name: str, entry: list, batch: int, exact: tuple) -> Chunk:
+        """The chunk that a header's `entry` speaks of; `exact`: what `_exact` needs for keys and values as they came."""
+        start, tokens, kind, coded = chunk_fields(entry)
+        if kind == "exact":
+            return ExactChunk(batch, start, tokens, self._exact(xp, name, *exact))
+
+        def held(names) -> tuple:
+            return tuple(xp.from_file(x, x.dtype.name, exact[2]) for x in (self.arrays[f"{name}/{n}"] for n in names))
+
+        codes = held(takewhile(lambda i: f"{name}/{i}" in self.arrays, count()))
+        chunk = Chunk(batch, start, coded, codes)
+        if kind == "adapted":
+            chunk = AdaptedChunk(batch, start, coded, codes, Adaptation(*held(ADAPTATION)))
+        return chunk if coded == tokens else CutChunk.of(chunk, tokens)
 
     def exact(self, xp, layer_idx: int, dtype, like=None) -> ExactLayer:
         """A layer that passes through, as `dtype`."""
@@ -258,9 +281,8 @@ class PromptFile:
         parts = {"codes": 0, "exact": 0, "passed": 0}
         for name, array in self.arrays.items():
             if name != "tokens":
-                parts["codes" if "/chunks/" in name else "exact" if "/padding_groups/" in name else "passed"] += (
-                    array.nbytes
-                )
+                exact = name.endswith(("/keys", "/values"))
+                parts["passed" if "/padding_groups/" not in name else "exact" if exact else "codes"] += array.nbytes
         return parts
 
     @property
@@ -297,14 +319,26 @@ class PromptFile:
             heads, dtype = len(layers) * shape.kv_heads, FILE_DTYPES[state["dtype"]]
             for number, group in enumerate(state["padding_groups"]):
                 batch, sealed = len(group["sequences"]), 0
-                for place, (start, tokens) in enumerate(group["chunks"]):
+                for place, entry in enumerate(group["chunks"]):
+                    start, tokens, kind, coded = chunk_fields(entry)
                     if start != self.sinks + sealed:
                         raise UsageError(f"Expected chunks without gaps, {self._name} has one. Make it again.")
                     sealed += tokens
-                    parts = plan.chunk_arrays(layer_group, batch, tokens)
-                    for i, (size, kind) in enumerate(parts):
-                        array = f"{name}/padding_groups/{number}/chunks/{place}/{i}"
-                        yield array, (size or self.arrays[array].shape, kind)
+                    at = f"{name}/padding_groups/{number}/chunks/{place}"
+                    if kind == "exact":
+                        exact = batch, heads, tokens, shape.head_dim
+                        yield from ((f"{at}/{side}", (exact, dtype)) for side in ("keys", "values"))
+                        continue
+                    for i, (size, of) in enumerate(plan.chunk_arrays(layer_group, batch, coded)):
+                        yield f"{at}/{i}", (size or self.arrays[f"{at}/{i}"].shape, of)
+                    if kind == "adapted":
+                        if not isinstance(plan, TransformPlan):
+                            raise UsageError(
+                                f"Expected plain chunks of {plan.method.name}, {self._name} has others. Make it again."
+                            )
+                        offsets = (batch, heads, 1, shape.head_dim), "float32"
+                        gain = (batch, *plan.stored_rank(layer_group)), "float16"
+                        yield from zip((f"{at}/{part}" for part in ADAPTATION), (offsets, offsets, gain))
                 if self.seen > group["pad"]:
                     exact = batch, heads, self.seen - group["pad"] - sealed, shape.head_dim
                     yield from (
@@ -344,11 +378,25 @@ def _pack_groups(xp, name: str, store: LayerCache, arrays: dict) -> dict:
         if group.exact_keys is not None:
             arrays[f"{place}/keys"], dtype = xp.to_file(group.exact_keys)
             arrays[f"{place}/values"], _ = xp.to_file(group.exact_values)
-        for c, chunk in enumerate(group.chunks):
-            arrays |= {f"{place}/chunks/{c}/{i}": xp.to_file(x)[0] for i, x in enumerate(chunk.arrays)}
-        chunks = [[chunk.start, chunk.tokens] for chunk in group.chunks]
+        chunks = [_pack_chunk(xp, f"{place}/chunks/{c}", chunk, arrays) for c, chunk in enumerate(group.chunks)]
         padding_groups.append({"sequences": group.sequences, "pad": group.pad, "chunks": chunks})
     return {"dtype": dtype, "padding_groups": padding_groups}
+
+
+def _pack_chunk(xp, name: str, chunk: Chunk, arrays: dict) -> list:
+    """Put the arrays of a chunk into `arrays`; returns its entry in the header."""
+    whole = chunk.whole if isinstance(chunk, CutChunk) else chunk
+    parts: tuple = tuple(range(len(whole.arrays)))
+    held, kind = whole.arrays, "plain"
+    if isinstance(whole, ExactChunk):
+        parts, kind = ("keys", "values"), "exact"
+    elif isinstance(whole, AdaptedChunk):
+        parts, kind = (*parts, *ADAPTATION), "adapted"
+        held = *held, *whole.adaptation.arrays
+    arrays |= {f"{name}/{part}": xp.to_file(x)[0] for part, x in zip(parts, held)}
+    if whole is chunk and kind == "plain":
+        return [chunk.start, chunk.tokens]
+    return [chunk.start, chunk.tokens, kind, whole.tokens]
 
 
 def _pack_exact(xp, name: str, layer: ExactLayer, arrays: dict) -> dict:

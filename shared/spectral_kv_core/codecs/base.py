@@ -17,7 +17,7 @@ from ..planning.plan import Plan
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
 from ..quantization.packing import UNIT, pack, unpack
-from .chunk import Chunk, check_finite
+from .chunk import Chunk, CutChunk, check_finite, split_by_chunk
 
 
 class Reader(Protocol):
@@ -54,17 +54,11 @@ class Codec(Reader, Protocol):
     """Keys and values [B, H, T, D] of sealed tokens <-> chunks, for a layer group; H counts the heads of its layers.
 
     block: tokens that are coded together. layers: how many layers the group has. chunk_tokens: of a full chunk.
-    at_once: tokens whose codes are chosen together, by `choose` and `seal`; 0: those of one chunk, by `encode` and
-    `append`.
     """
 
     block: int = UNIT
     layers: int = 1
     chunk_tokens: int = CHUNK_TOKENS
-
-    @property
-    def at_once(self) -> int:
-        return 0
 
     @property
     def of_layers(self) -> Sequence[Reader]:
@@ -83,17 +77,33 @@ class Codec(Reader, Protocol):
         """`chunk` with T more tokens behind its own; `positions` [B, H, T] of a chunk that has those of all tokens."""
         ...
 
-    def choose(self, keys, values, start):
-        """Codes of T tokens, for `seal`; of codecs with `at_once` alone. Raises UsageError on NaN or infinity."""
-        ...
+    def extend(self, chunks: list[Chunk], keys, values, position, adapts: bool = False) -> list[Chunk]:
+        """`chunks` with T tokens at `position` (see `Chunk`) behind them, in a new list.
 
-    def seal(self, chunk: Chunk | None, codes, position) -> Chunk:
-        """`chunk` with `codes` behind its own, or a new one; `position`: where these tokens stand."""
-        ...
+        adapts: tokens that lie outside what the profile knows may get chunks of other kinds than plain ones.
+        """
+        chunks, tokens, full = list(chunks), keys.shape[2], self.chunk_tokens
+        growing = chunks[-1].tokens % full if chunks and chunks[-1].is_plain else 0
+        for start, stop in split_by_chunk(0, tokens, growing, full):
+            last = chunks.pop() if growing else None
+            growing = 0
+            here = position + start if isinstance(position, int) else self.xp.copy(position[:, :, start:stop])
+            if last is None:
+                chunks.append(self.encode(keys[:, :, start:stop], values[:, :, start:stop], here))
+            else:
+                told = None if isinstance(here, int) else here
+                chunks.append(self.append(last, keys[:, :, start:stop], values[:, :, start:stop], told))
+        return chunks
 
     def cut(self, chunk: Chunk, tokens: int) -> Chunk:
         """The first `tokens` tokens of `chunk`, a multiple of `block`; codes are copied, not decoded."""
         ...
+
+    def cropped(self, chunk: Chunk, tokens: int) -> list[Chunk]:
+        """Chunks of the first `tokens` tokens of `chunk`, any number: a block that is cut keeps its codes."""
+        whole = -(-tokens // self.block) * self.block
+        kept = chunk if whole == chunk.tokens else self.cut(chunk, whole)
+        return [kept if whole == tokens else CutChunk.of(kept, tokens)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,15 +6,33 @@ backend's module of the same names.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import groupby
+from typing import Any, ClassVar
 
 import numpy as np
 
 from ..errors import UsageError
 
 TILE_CHUNKS = 8  # chunks that are coded at a time where small operations cost more than memory
+
+
+@dataclass(frozen=True, eq=False)
+class Adaptation:
+    """What tokens that a profile does not know are coded about, in place of its mean and deviations.
+
+    keys, values: offsets from the profile's means, float32 [B, H, 1, D], of keys as the codec has them. gain: of the
+    deviations, float16 [B, G, R].
+    """
+
+    keys: Any
+    values: Any
+    gain: Any
+
+    @property
+    def arrays(self) -> tuple:
+        return self.keys, self.values, self.gain
 
 
 @dataclass(eq=False)
@@ -29,11 +47,23 @@ class Chunk:
     start: Any
     tokens: int
     arrays: tuple
+    adaptation: ClassVar[Any] = None  # of an `AdaptedChunk` alone
 
     @property
     def held(self) -> tuple:
         """Every array, positions included."""
         return self.arrays if isinstance(self.start, int) else (*self.arrays, self.start)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the chunk is codes of the codec alone, which kernels attend to; else it is decoded for every step."""
+        return True
+
+    def of_sequences(self, xp, sequences) -> Chunk:
+        """The chunk of the sequences `sequences` of the batch (int32 array)."""
+        start = self.start if isinstance(self.start, int) else xp.take(self.start, sequences, axis=0)
+        arrays = tuple(xp.take(a, sequences, axis=0) for a in self.arrays)
+        return replace(self, batch=sequences.shape[0], start=start, arrays=arrays)
 
     def move(self, arrays: tuple) -> None:
         """Hold the same codes in other arrays, such as views of what several chunks were joined to."""
@@ -41,14 +71,79 @@ class Chunk:
         self.arrays = arrays
 
 
-def decoded(xp, codec, chunks: list[Chunk], dtype):
-    """Keys and values [B, H, T, D] in `dtype` of `chunks`, in their order: of as many at a time as the array library has a
-    faster way for, else one by one."""
-    if codec.decoder:
-        yield from codec.decoder(chunks, dtype)
-        return
-    for chunk in chunks:
-        yield tuple(xp.astype(x, dtype) for x in codec.decode(chunk))
+@dataclass(eq=False)
+class AdaptedChunk(Chunk):
+    """Packed codes of tokens that lie outside what the profile knows, about an offset and with a gain of their own."""
+
+    adaptation: Adaptation = None  # type: ignore[assignment,misc]  # a field here, none of plain chunks
+
+    @property
+    def held(self) -> tuple:
+        return *super().held, *self.adaptation.arrays
+
+    @property
+    def is_plain(self) -> bool:
+        return False
+
+    def of_sequences(self, xp, sequences) -> Chunk:
+        keys, values, gain = (xp.take(x, sequences, axis=0) for x in self.adaptation.arrays)
+        codes = super().of_sequences(xp, sequences)
+        return AdaptedChunk(codes.batch, codes.start, codes.tokens, codes.arrays, Adaptation(keys, values, gain))
+
+
+@dataclass(eq=False)
+class ExactChunk(Chunk):
+    """Tokens whose `arrays` are their keys and values [B, H, tokens, D] as they came."""
+
+    @property
+    def is_plain(self) -> bool:
+        return False
+
+
+@dataclass(eq=False)
+class CutChunk(Chunk):
+    """The first tokens of `whole`, a block whose others were forgotten: its codes stay, so that nothing is coded twice."""
+
+    whole: Chunk = None  # type: ignore[assignment]  # a field behind those without defaults
+
+    @classmethod
+    def of(cls, whole: Chunk, tokens: int) -> CutChunk:
+        return cls(whole.batch, whole.start, tokens, whole.arrays, whole)
+
+    @property
+    def held(self) -> tuple:
+        return self.whole.held
+
+    @property
+    def is_plain(self) -> bool:
+        return False
+
+    def of_sequences(self, xp, sequences) -> Chunk:
+        return CutChunk.of(self.whole.of_sequences(xp, sequences), self.tokens)
+
+
+def decode(reader, chunk: Chunk, layer: int | None = None, layers: int = 1) -> tuple:
+    """Keys and values [B, H, T, D] of a chunk of any kind, by the `reader` of `layer` of its `layers`, or of all (None)."""
+    if isinstance(chunk, CutChunk):
+        return tuple(x[:, :, : chunk.tokens] for x in decode(reader, chunk.whole, layer, layers))
+    if isinstance(chunk, ExactChunk):
+        keys, values = chunk.arrays
+        return (keys, values) if layer is None or layers == 1 else split_layers(keys, values, layers)[layer]
+    return reader.decode(chunk)
+
+
+def decoded(xp, codec, chunks: list[Chunk], dtype, layer: int | None = None) -> Iterator[tuple]:
+    """Keys and values [B, H, T, D] in `dtype` of `chunks`, in their order, of one layer or of all (None).
+
+    Of as many plain chunks at a time as the array library has a faster way for, else one by one.
+    """
+    reader = codec.reader(layer)
+    for plain, alike in groupby(chunks, lambda chunk: chunk.is_plain):
+        if plain and reader.decoder:
+            yield from reader.decoder(list(alike), dtype)
+            continue
+        for chunk in alike:
+            yield tuple(xp.astype(x, dtype) for x in decode(reader, chunk, layer, codec.layers))
 
 
 def split_by_chunk(start: int, stop: int, growing: int, full: int) -> list[tuple[int, int]]:
@@ -72,13 +167,6 @@ def split_layers(keys, values, layers: int) -> list[tuple]:
     """Inverse of `join_layers`."""
     heads = keys.shape[1] // layers
     return [tuple(x[:, i * heads : (i + 1) * heads] for x in (keys, values)) for i in range(layers)]
-
-
-def select_sequences(xp, chunk: Chunk, sequences) -> Chunk:
-    """The sequences `sequences` of the batch (int32 array) of a chunk."""
-    start = chunk.start if isinstance(chunk.start, int) else xp.take(chunk.start, sequences, axis=0)
-    arrays = tuple(xp.take(a, sequences, axis=0) for a in chunk.arrays)
-    return replace(chunk, batch=sequences.shape[0], start=start, arrays=arrays)
 
 
 def positions_of(xp, chunk: Chunk, like):

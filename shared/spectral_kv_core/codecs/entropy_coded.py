@@ -33,7 +33,7 @@ from ..quantization.entropy import (
     step_tables,
 )
 from ..quantization.time_rounding import round_in_time
-from .chunk import Chunk, check_finite
+from .chunk import Chunk
 from .transform import TransformCodec, TransformPlan, by_frequency, deviations, kept_components
 
 ENTROPY_BITS = (0.1, 7.0)  # the range of entropy-coded plans
@@ -146,6 +146,8 @@ class EntropyCodec(TransformCodec):
     Codes are ordered table by table, and in a table by sequence, (group, frequency, component) and block.
     """
 
+    grows = False
+
     def __init__(self, xp, plan: EntropyCodedPlan, layer_group: int, like=None):
         super().__init__(xp, plan, layer_group, like)
         kept = kept_components(plan.coded[layer_group])
@@ -156,11 +158,10 @@ class EntropyCodec(TransformCodec):
         self.streams = plan.tables
         self.by_table = [np.flatnonzero(choices.reshape(-1) == i) for i in range(len(plan.tables))]
 
-    def encode(self, keys, values, start: int) -> Chunk:
-        """A chunk of T tokens, T a multiple of `block`; raises UsageError on NaN or infinity."""
+    def code(self, chunk: Chunk | None, z, weights, position) -> Chunk:
+        """A chunk of these coefficients, which cannot grow."""
+        assert chunk is None, "a stream is written at once"
         xp = self.xp
-        z, weights = self.coefficients(keys, values, start)
-        check_finite(xp, z)
         if weights is None:
             codes = self.quantizers.quantize(z)
         else:
@@ -169,13 +170,17 @@ class EntropyCodec(TransformCodec):
         codes = xp.permute_dims(codes, (0, 1, 3, 4, 2)).reshape(batch, groups * block * rank, n)
         codes = xp.to_numpy(codes)
         data = encode_streams([codes[:, chosen] for chosen in self.by_table], self.streams)
-        return Chunk(batch, start, keys.shape[2], (xp.asarray(np.frombuffer(data, np.uint8), like=keys),))
+        return Chunk(batch, position, n * block, (xp.asarray(np.frombuffer(data, np.uint8), like=z),))
 
     def decode(self, chunk: Chunk):
         """Keys and values [B, H, T, D] float32 of a chunk; keys are rotated as the model had them.
 
         Raises UsageError for bytes that are not of this plan.
         """
+        return self.vectors(self.spectrum(chunk), chunk.start, chunk.adaptation)
+
+    def spectrum(self, chunk: Chunk):
+        """Dequantized coefficients [B, G, block, R, n]."""
         xp, n = self.xp, chunk.tokens // self.block
         counts = [chunk.batch * len(chosen) * n for chosen in self.by_table]
         codes = np.zeros((chunk.batch, self.groups * self.block * self.rank, n), np.int32)
@@ -184,7 +189,7 @@ class EntropyCodec(TransformCodec):
             codes[:, chosen] = stream.reshape(chunk.batch, len(chosen), n)
         codes = codes.reshape(chunk.batch, self.groups, self.block, self.rank, n).transpose(0, 1, 4, 2, 3)
         z = self.quantizers.dequantize(xp.asarray(np.ascontiguousarray(codes), like=self.scale))
-        return self.vectors(xp.permute_dims(z, (0, 1, 3, 4, 2)) * self.scale, chunk.start)
+        return xp.permute_dims(z, (0, 1, 3, 4, 2)) * self.scale
 
 
 @lru_cache(maxsize=4)

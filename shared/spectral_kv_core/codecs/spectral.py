@@ -20,7 +20,7 @@ from ..profile.profile import Profile
 from ..quantization.packing import UNIT, append_rows, interleave, pack_rows, unpack_rows
 from ..quantization.quantizer import BIT_WIDTHS, CoefficientTables, dequantize, flat_levels, flat_tables
 from ..quantization.time_rounding import round_in_time
-from .chunk import TILE_CHUNKS, Chunk, check_finite, extended, kept_positions, next_start
+from .chunk import TILE_CHUNKS, Chunk, CutChunk, check_finite, extended, kept_positions
 from .spectral_reader import LayerView, SpectralReader
 from .transform import TransformCodec, TransformPlan, by_frequency, deviations, kept_components
 
@@ -175,10 +175,7 @@ class SpectralCodec(SpectralReader, TransformCodec):
         return [self] if self.layers == 1 else [LayerView(self, number) for number in range(self.layers)]
 
     def choose(self, keys, values, start):
-        """Codes uint8 [B, G, T / block, block, R] of T tokens at `start`, T a multiple of `block`.
-
-        Raises ValueError on NaN or infinity.
-        """
+        """Codes uint8 [B, G, T / block, block, R] of T tokens at `start`; raises UsageError on NaN or infinity."""
         z, weights = self.coefficients(keys, values, start)
         check_finite(self.xp, z)
         return self.quantize(z, weights)
@@ -210,14 +207,8 @@ class SpectralCodec(SpectralReader, TransformCodec):
             return Chunk(codes.shape[0], position, tokens, arrays)
         return extended(self.xp, chunk, tokens, arrays, None if isinstance(position, int) else position)
 
-    def encode(self, keys, values, start) -> Chunk:
-        """A new chunk from T tokens at `start`, T a multiple of `block`; raises ValueError on NaN or infinity."""
-        return self.seal(None, self.choose(keys, values, start), start)
-
-    def append(self, chunk: Chunk, keys, values, positions=None) -> Chunk:
-        """`chunk` with T more tokens behind its own; `positions` [B, H, T] of a chunk that has those of all tokens."""
-        start = next_start(chunk, positions)
-        return self.seal(chunk, self.choose(keys, values, start), start)
+    def code(self, chunk: Chunk | None, z, weights, position) -> Chunk:
+        return self.seal(chunk, self.quantize(z, weights), position)
 
     @property
     def at_once(self) -> int:
@@ -250,11 +241,23 @@ class SpectralCodec(SpectralReader, TransformCodec):
         ]
 
     def cut(self, chunk: Chunk, tokens: int) -> Chunk:
-        """The first `tokens` tokens of `chunk`, a multiple of `block`; codes are copied, not decoded."""
+        return self._piece(chunk, 0, tokens)
+
+    def cropped(self, chunk: Chunk, tokens: int) -> list[Chunk]:
+        whole = tokens // self.block * self.block
+        kept = [chunk if whole == chunk.tokens else self._piece(chunk, 0, whole)] if whole else []
+        if whole < tokens:
+            kept.append(CutChunk.of(self._piece(chunk, whole, self.block), tokens - whole))
+        return kept
+
+    def _piece(self, chunk: Chunk, first: int, tokens: int) -> Chunk:
+        """`tokens` tokens of `chunk` from its token `first` on, multiples of `block`; codes are copied, not decoded."""
         xp, n = self.xp, chunk.tokens // self.block
+        blocks = slice(first // self.block, (first + tokens) // self.block)
         codes = [unpack_rows(xp, packed, b, n) for packed, b in zip(_pairs(chunk.arrays), self.bits)]
-        packed = [pack_rows(xp, c[:, :, : tokens // self.block], b) for c, b in zip(codes, self.bits)]
-        return replace(chunk, tokens=tokens, arrays=interleave(packed))
+        packed = [pack_rows(xp, c[:, :, blocks], b) for c, b in zip(codes, self.bits)]
+        start = chunk.start + first if isinstance(chunk.start, int) else chunk.start
+        return replace(chunk, start=start, tokens=tokens, arrays=interleave(packed))
 
     def spectrum(self, chunk: Chunk):
         """Dequantized coefficients [B, G, block, R, n]."""

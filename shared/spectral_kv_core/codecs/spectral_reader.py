@@ -9,7 +9,7 @@ from ..arrays import attention
 from ..arrays.rope import rotate
 from ..arrays.transform import to_time
 from ..quantization.quantizer import CoefficientTables
-from .chunk import Chunk
+from .chunk import Adaptation, Chunk, split_layers
 from .transform import TransformReader
 
 
@@ -53,7 +53,7 @@ class SpectralReader(TransformReader):
 
     def decode(self, chunk: Chunk):
         """Keys and values [B, H, T, D] float32 of a chunk; keys are rotated as the model had them."""
-        return self.vectors(self.spectrum(chunk), chunk.start)
+        return self.vectors(self.spectrum(chunk), chunk.start, chunk.adaptation)
 
     def attend(self, chunk: Chunk, queries, scale: float):
         """Partial softmax of grouped `queries` [B, H, M, D] float32 over a chunk.
@@ -127,7 +127,8 @@ class LayerView(SpectralReader):
     """Layer number `number` of those that `codec` codes together, whose tables it has; it encodes nothing."""
 
     def __init__(self, codec: SpectralReader, number: int):
-        self.codec, self.xp, self.method, self.rope = codec, codec.xp, codec.method, codec.rope
+        self.codec, self.number = codec, number
+        self.xp, self.method, self.rope = codec.xp, codec.method, codec.rope
         self.axes = codec.axes[number : number + 1]
         self.kv_heads, self.head_dim = codec.kv_heads // len(codec.axes), codec.head_dim
         self.block, self.groups, self.rank = codec.block, codec.groups, codec.rank
@@ -138,3 +139,6 @@ class LayerView(SpectralReader):
 
     def spectrum(self, chunk: Chunk):
         return self.codec.spectrum(chunk)
+
+    def offsets(self, adaptation: Adaptation) -> tuple:
+        return split_layers(adaptation.keys, adaptation.values, len(self.codec.axes))[self.number]
