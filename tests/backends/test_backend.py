@@ -276,6 +276,9 @@ def reachable_bytes(host, root) -> int:
         if isinstance(x, host.IS_ARRAY):
             place, size = host.storage(x)
             storages[place] = size
+        elif isinstance(x, np.ndarray):
+            stack.append(x.base)
+            storages |= {} if isinstance(x.base, np.ndarray) else {id(x): x.nbytes}
         elif isinstance(x, dict):
             stack += x.values()
         elif isinstance(x, (list, tuple, set)):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..errors import UsageError
+from ..planning.cache_plan import CachePlan, cache_plan
 from ..planning.plan import Plan
 from .eviction import Eviction
 from .layer_cache import LayerCache
@@ -25,7 +26,7 @@ class CompressedLayer:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: Plan | CachePlan,
         layer_group: int,
         sinks: int,
         window: int,
@@ -33,7 +34,7 @@ class CompressedLayer:
         working_set: int = 0,
     ):
         super().__init__()
-        self.plan, self.layer_group, self.sinks, self.window = plan, layer_group, sinks, window
+        self.plan, self.layer_group, self.sinks, self.window = cache_plan(plan), layer_group, sinks, window
         self.eviction, self.working_set = eviction, working_set
         self.store, self.taken = None, {}
 
@@ -63,10 +64,10 @@ class CompressedLayer:
 
     def open(self, device=None) -> LayerCache:
         """Put the codec's tables on `device`; returns the store, empty."""
-        codec = self.plan.codecs(self.xp, device)[self.layer_group]
-        staging, at_more_bits = None, self.plan.staging
-        if at_more_bits and self.eviction is None:
+        staging, at_more_bits = None, self.plan.staging if self.eviction is None else None
+        if at_more_bits is not None:
             staging = lambda: at_more_bits.codecs(self.xp, device)[self.layer_group]  # noqa: E731
+        codec = self.plan.codecs(self.xp, device)[self.layer_group]  # last: the plan may go with it
         made = self.sinks, self.window, staging, self.eviction, self.layer_group, self.working_set
         self.store = LayerCache(self.xp, codec, *made)
         return self.store

@@ -11,7 +11,9 @@ from ..codecs.chunk import join_layers, split_layers
 from ..errors import UsageError
 from ..hosts.protocol import Host
 from ..profile.profile import Profile
+from ..profile.stored_profile import stored_profile
 from .compressed_layer import CompressedLayer, FollowingLayer, is_compressed, leading_layers
+from .held_arrays import numpy_buffers
 from .request import CacheRequest
 from .size import CacheSize
 
@@ -45,7 +47,7 @@ def build_cache(
 def _given_profile(profile) -> Profile | None:
     """`profile`, loaded where it is a path; raises UsageError for anything else, which is easily a misplaced number."""
     if isinstance(profile, (str, os.PathLike)):
-        return Profile.load(profile)
+        return stored_profile(profile)
     if profile is not None and not isinstance(profile, Profile):
         raise UsageError(
             f"Expected a profile, the path of one, or None, received {profile!r}. Name other arguments: bits=3."
@@ -118,7 +120,10 @@ def held_vectors(host: Host, cache, layers: Sequence[int]) -> Iterator[tuple]:
 
 
 def cache_nbytes(host: Host, cache) -> CacheSize:
-    """Bytes of every array that `cache` holds for its sequences, window, sinks and passed-through layers included."""
+    """Bytes of every array that `cache` holds for its sequences, window, sinks and passed-through layers included.
+
+    Beside them stand the bytes of the tables. Caches that code alike share theirs.
+    """
     stored = dense = 0
     tables: dict[int, int] = {}
     layers = host.layers(cache)
@@ -129,7 +134,7 @@ def cache_nbytes(host: Host, cache) -> CacheSize:
             continue
         if isinstance(layer, CompressedLayer):
             arrays = layer.arrays()
-            tables |= host.buffers(layer.tables())  # some are shared by all layers
+            tables |= host.buffers(layer.tables()) | numpy_buffers(layer.plan)  # some are shared by all layers
             elements = layer.store.tokens() * 2 * layer.kv_heads * layer.plan.shape.head_dim if layer.store else 0
         else:
             arrays, elements = host.held(layer)

@@ -21,6 +21,7 @@ from ..codecs.entropy_coded import fit_bits
 from ..codecs.registry import bits_range, make_plan
 from ..errors import UsageError
 from ..files.container import FileFormat
+from ..planning.cache_plan import CachePlan
 from ..planning.methods import METHODS, Method
 from ..planning.plan import Plan
 from ..profile.model_shape import ModelShape
@@ -83,7 +84,7 @@ class PromptFile:
     def of(
         cls,
         xp,
-        plan: Plan,
+        plan: Plan | CachePlan,
         layers: Sequence[LayerCache | ExactLayer],
         *,
         tokens: Sequence | None = None,

@@ -12,6 +12,7 @@ from ..files.paths import user_cache_dir
 from .basis_set import ON_REQUEST
 from .model_shape import ModelShape
 from .profile import FORMAT_VERSION, Profile
+from .stored_profile import stored_profile
 
 log = logging.getLogger("spectralkv")
 
@@ -35,8 +36,8 @@ def find_profile(shape: ModelShape, basis_set: str) -> Profile | None:
     cached = dict.fromkeys([cached_profile_path(shape), cached_profile_path(shape, basis_set)])
     for path in [*packaged_profiles(), *cached]:
         if path.is_file():
-            profile = Profile.load(path)
-            if profile.shape.mismatch(shape) is None and basis_set in profile.basis_sets:
+            profile = stored_profile(path)
+            if profile.shape.mismatch(shape) is None and basis_set in profile.names:
                 return profile
     return None
 
@@ -46,8 +47,9 @@ def auto_profile(shape: ModelShape, basis_set: str, calibrate: Callable[[], Prof
     profile = find_profile(shape, basis_set)
     if profile is None:
         log.warning("No profile with %s for this model yet: calibrating once, which takes minutes.", basis_set)
-        profile = calibrate()
-        log.warning("Saved the profile as %s", profile.save(cached_profile_path(shape, basis_set)))
+        path = calibrate().save(cached_profile_path(shape, basis_set))
+        log.warning("Saved the profile as %s", path)
+        profile = stored_profile(path)
     return profile
 
 
