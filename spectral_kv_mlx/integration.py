@@ -27,6 +27,7 @@ from mlx_lm.models.cache import (
     create_causal_mask,
 )
 from mlx_lm.utils import _download, load_config
+from mlx_lm.utils import load_tokenizer as mlx_load_tokenizer
 
 from spectral_kv_core.arrays.rope import Rope
 from spectral_kv_core.cache.prompt_cache_file import ExactLayer
@@ -424,6 +425,15 @@ def _quantize(model, bits: int) -> None:
         return hasattr(module, "to_quantized") and module.weight.shape[-1] % WEIGHT_GROUP == 0
 
     nn.quantize(model, WEIGHT_GROUP, bits, class_predicate=whole)
+
+
+def load_tokenizer(model):
+    """The tokenizer that `model` came with; None where `load_model` did not load it, or there is none."""
+    name = getattr(model, "name_or_path", "")
+    try:
+        return mlx_load_tokenizer(_download(name)) if name else None
+    except (OSError, ValueError):
+        return None
 
 
 def model_name(model) -> str:

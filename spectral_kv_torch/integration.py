@@ -287,6 +287,15 @@ def load_model(name: str | os.PathLike, dtype: str | None = None, quantize: str 
     return model.eval(), tokenizer
 
 
+def load_tokenizer(model):
+    """The tokenizer that `model` came with; None where its config does not say from where, or there is none."""
+    name = model.config.name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(name) if name else None
+    except (OSError, ValueError):
+        return None
+
+
 def _quantization(quantize: str | None) -> dict:
     """Options of `from_pretrained` for quantized weights; raises UsageError where bitsandbytes cannot run."""
     if check_quantize(quantize) is None:

@@ -371,7 +371,7 @@ def test_a_profile_may_be_named_by_its_path(host, tmp_path):
     caches = [host.make_prompt_cache(model, given, bits=2.0) for given in (profile, path, str(path))]
     assert len({host.leading_layers(cache)[0].plan.hash for cache in caches}) == 1
     with pytest.raises(UsageError, match="path of one, or None, received 2.0"):
-        host.make_prompt_cache(model, 2.0)
+        host.make_prompt_cache(model, 2.0, 3.0)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         host.make_prompt_cache(model, "nowhere")
 

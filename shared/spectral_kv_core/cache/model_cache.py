@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
+from numbers import Real
 
 from ..codecs.chunk import join_layers, split_layers
 from ..errors import UsageError
@@ -32,7 +34,8 @@ def build_cache(
     sequence of a batch, for a host that is told them here. Raises UsageError for a profile of another model, a budget out of
     range, or nothing to compress.
     """
-    profile = _given_profile(profile)
+    _check_model(model)
+    profile, request = _given_profile(profile, request)
     shape, passed, profile = host.profile_for(model, request.recipe, profile, tokenizer)
     layers = host.models.host_layers(model, left_padding)
     element_bytes = host.xp.zeros((), dtype=host.models.model_dtype(model)).nbytes
@@ -44,15 +47,32 @@ def build_cache(
     return host.compressed_cache(plan, layers, *exact, eviction, request.working_set, left_padding)
 
 
-def _given_profile(profile) -> Profile | None:
-    """`profile`, loaded where it is a path; raises UsageError for anything else, which is easily a misplaced number."""
-    if isinstance(profile, (str, os.PathLike)):
-        return stored_profile(profile)
-    if profile is not None and not isinstance(profile, Profile):
+def _check_model(model) -> None:
+    """Raise UsageError for what stands in a model's place most easily."""
+    name = isinstance(model, (str, os.PathLike))
+    if name or model is None or isinstance(model, (Profile, tuple, list, Real)):
+        received = f"the name {str(model)!r}" if name else f"a {type(model).__name__}"
+        where = repr(str(model)) if name else "NAME"
         raise UsageError(
-            f"Expected a profile, the path of one, or None, received {profile!r}. Name other arguments: bits=3."
+            f"Expected a model that is loaded, received {received}. Load it: model, tokenizer = load_model({where})."
         )
-    return profile
+
+
+def _given_profile(profile, request: CacheRequest) -> tuple[Profile | None, CacheRequest]:
+    """`profile`, read where it is a path, and `request`, with the bits where they stand in the profile's place.
+
+    Raises UsageError for anything else.
+    """
+    if isinstance(profile, Real) and not isinstance(profile, bool) and request.bits is None:
+        return None, replace(request, bits=float(profile))
+    if isinstance(profile, (str, os.PathLike)):
+        return stored_profile(profile), request
+    if profile is not None and not isinstance(profile, Profile):
+        received = repr(profile) if isinstance(profile, Real) else f"a {type(profile).__name__}"
+        raise UsageError(
+            f"Expected a profile, the path of one, or None, received {received}. Name other arguments: bits=3."
+        )
+    return profile, request
 
 
 def fill(host: Host, cache, plain) -> None:

@@ -63,6 +63,7 @@ class CacheRequest:
     def __post_init__(self):
         for name in ("window", "sinks"):
             whole_number(name, getattr(self, name), 0)
+        object.__setattr__(self, "bits", _as_number(self.bits))
         for name in ("bits", "budget_bytes"):
             _check_number(name, getattr(self, name))
         for name in ("max_context", "budget_tokens", "evict_every"):
@@ -183,6 +184,14 @@ class CacheRequest:
             )
         if self.wavelet is not None:
             check_wavelet(get_scorer(scorer), self.wavelet)
+
+
+def _as_number(value):
+    """`value`, as a number where it is a text that says one."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _check_number(name: str, value) -> None:
