@@ -34,7 +34,7 @@ from spectral_kv_core.cache.prompt_cache_file import ExactLayer
 from spectral_kv_core.compat.engine import check_quantize
 from spectral_kv_core.errors import UsageError, first_line
 from spectral_kv_core.files import paths
-from spectral_kv_core.hosts.weights import digest_weights
+from spectral_kv_core.hosts.weights import digest_weights, layer_weights, sampled
 from spectral_kv_core.profile.model_shape import ModelShape
 
 from .handles import is_ours, make_dispatcher, replacing, routing
@@ -43,6 +43,7 @@ from .ops import to_numpy
 WEIGHT_GROUP = 64  # weights that share a scale where they are quantized here
 
 ATTENTION = "scaled_dot_product_attention"
+FLOATS = (mx.float32, mx.bfloat16, mx.float16)  # types of weights that are not quantized
 
 
 def install(model) -> None:
@@ -365,9 +366,15 @@ def _final_norm(model) -> mx.array | None:
 
 
 def weights_digest(model) -> str:
-    """`digest_weights` of the final norm."""
-    norm = _final_norm(model)
-    return digest_weights(None if norm is None else to_numpy(norm))
+    """`digest_weights`."""
+    norm, held = _final_norm(model), dict(tree_flatten(_decoder(model).parameters()))
+    known = None if norm is None else to_numpy(norm)
+    chosen = [(key, held[name]) for key, name in layer_weights(held)]
+    if not chosen or any(p.dtype not in FLOATS for _, p in chosen):
+        return digest_weights(known)
+    kinds = (f"{key} {tuple(p.shape)} {p.dtype == mx.float16}" for key, p in chosen)
+    samples = mx.concatenate([sampled(p.reshape(-1), p.size).astype(mx.float32) for _, p in chosen])
+    return digest_weights(known, kinds, to_numpy(samples))
 
 
 def load_model(name: str | os.PathLike, dtype: str | None = None, quantize: str | None = None):

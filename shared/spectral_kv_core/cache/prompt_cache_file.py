@@ -21,6 +21,7 @@ from ..codecs.entropy_coded import fit_bits
 from ..codecs.registry import bits_range, make_plan
 from ..errors import UsageError
 from ..files.container import FileFormat
+from ..hosts.weights import are_other_weights
 from ..planning.cache_plan import CachePlan
 from ..planning.methods import METHODS, Method
 from ..planning.plan import Plan
@@ -179,7 +180,7 @@ class PromptFile:
                 f"Expected a prompt cache of this model, {self._name}{of} is another's: the model has {difference}. Make one "
                 f"for this model: {FORMAT.command}"
             )
-        if self.weights_digest and weights_digest and self.weights_digest != weights_digest:
+        if are_other_weights(self.weights_digest, weights_digest):
             log.warning(
                 "The prompt cache %s%s was made with other weights of this architecture: what follows may make no sense. "
                 "Make it with these: %s",

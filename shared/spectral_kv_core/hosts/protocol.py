@@ -58,7 +58,7 @@ class Models(Protocol):
         """Hub id or folder of `model`, else its kind."""
 
     def weights_digest(self, model) -> str:
-        """Digest of `model`'s final norm (`hosts.weights`), empty where it has none."""
+        """`hosts.weights.digest_weights` of `model`, empty where it has no final norm."""
 
     def max_context(self, model) -> int | None:
         """Tokens that `model` was made for, None when unknown."""

@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from ..files.paths import user_cache_dir
+from ..hosts.weights import are_other_weights
 from .basis_set import ON_REQUEST
 from .model_shape import ModelShape
 from .profile import FORMAT_VERSION, Profile
@@ -55,7 +56,7 @@ def auto_profile(shape: ModelShape, basis_set: str, calibrate: Callable[[], Prof
 
 def warn_if_other_weights(profile: Profile, digest: str) -> None:
     """Warn, once, when `profile` was made on other weights of the same architecture."""
-    if profile.weights_digest and digest and profile.weights_digest != digest:
+    if are_other_weights(profile.weights_digest, digest):
         warn_once(
             f"The profile of {profile.model} was made on other weights of this architecture (a fine-tune?): quality may "
             "suffer. Calibrate these: spectralkv profile --model MODEL",
