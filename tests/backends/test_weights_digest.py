@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hosts import SMALL, only, tokens
 
+from spectral_kv_core.errors import UsageError
 from spectral_kv_core.hosts.weights import are_other_weights, digest_weights, layer_weights, sampled
 
 PARTS = ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight", "self_attn.o_proj.weight"]
@@ -42,6 +43,33 @@ def test_a_stored_prompt_notices_a_merged_adapter(host, tmp_path, caplog):
         assert not caplog.records
         host.load_prompt_cache(path, adapted, profile)
     assert [record.getMessage().count("other weights") for record in caplog.records] == [1]
+
+
+def test_a_stored_prompt_of_weights_that_nobody_knows_is_told_by_its_name(host, tmp_path, caplog, monkeypatch):
+    model, profile = host.model("llama"), host.profile("llama")
+    cache = host.make_prompt_cache(model, profile, 3.0, **SMALL)
+    host.logits(model, tokens(100), cache)
+    models = host.backend.host.models
+    monkeypatch.setattr(models, "weights_digest", lambda model: "")
+    monkeypatch.setattr(models, "model_name", lambda model: "somebody/a-model")
+    path = host.save_prompt_cache(tmp_path / "c.safetensors", cache, model=model)
+    with caplog.at_level(logging.WARNING):
+        for name in ("a-model", "another"):
+            assert not caplog.records
+            monkeypatch.setattr(models, "model_name", lambda model, name=name: name)
+            host.load_prompt_cache(path, model, profile)
+    assert [record.getMessage().count("is of somebody/a-model, the model is another") for record in caplog.records] == [
+        1
+    ]
+
+
+def test_keys_of_other_sizes_are_not_blamed_on_a_profile(host):
+    plain = host.make_prompt_cache(host.model("llama"), method="turboquant")
+    coded = host.make_prompt_cache(host.model("llama"), host.profile("llama"))
+    keys = host.ops.asarray(np.zeros((1, 5, 3, 16), np.float32))
+    for cache, words in ((plain, "was made for other sizes"), (coded, "was made for llama")):
+        with pytest.raises(UsageError, match=words):
+            host.leading_layers(cache)[0].check(keys)
 
 
 def test_precision_is_no_other_model(host):

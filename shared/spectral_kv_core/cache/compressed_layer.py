@@ -77,8 +77,10 @@ class CompressedLayer:
         expected = layers * self.plan.shape.kv_heads, self.plan.shape.head_dim
         received = keys.shape[1], keys.shape[3]
         if expected != received:
+            of = f"for {profile.model}" if (profile := self.plan.profile) else "for other sizes"
             raise UsageError(
-                f"Expected keys with (kv_heads, head_dim) {expected}, received {received}: the profile is of another model."
+                f"Expected keys with (kv_heads, head_dim) {expected}, received {received}: the cache was made {of}. Make one "
+                "with the model that is called; where it is that one, its layers are not what its config says."
             )
 
     def start(self, batch: int, padding: Sequence[int] | None = None) -> None:
