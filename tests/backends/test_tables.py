@@ -6,6 +6,7 @@ import gc
 import threading
 import time
 import types
+import weakref
 
 import numpy as np
 import pytest
@@ -109,6 +110,18 @@ def test_codecs_go_with_the_last_cache(host, files):
     caches.pop()
     gc.collect()
     assert not len(shared_codecs._made)
+
+
+def test_a_cache_goes_without_the_garbage_collector(host, files):
+    gc.disable()
+    try:
+        cache = read(host, host.make_prompt_cache(host.model("llama"), files(host, "llama"), 2.0, **SMALL), 2)
+        layer = host.leading_layers(cache)[0]
+        left = [weakref.ref(x) for x in (layer.store, layer.plan)]
+        del cache, layer
+        assert [x() for x in left] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_prompts_are_held_by_the_same_codecs_at_all_bits(host, files):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from ..errors import UsageError
@@ -66,7 +67,7 @@ class CompressedLayer:
         """Put the codec's tables on `device`; returns the store, empty."""
         staging, at_more_bits = None, self.plan.staging if self.eviction is None else None
         if at_more_bits is not None:
-            staging = lambda: at_more_bits.codecs(self.xp, device)[self.layer_group]  # noqa: E731
+            staging = partial(at_more_bits.make_codec, self.xp, self.layer_group, device)  # without `self`: no circle
         codec = self.plan.codecs(self.xp, device)[self.layer_group]  # last: the plan may go with it
         made = self.sinks, self.window, staging, self.eviction, self.layer_group, self.working_set
         self.store = LayerCache(self.xp, codec, *made)

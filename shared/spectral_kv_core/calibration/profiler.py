@@ -215,6 +215,7 @@ class ProfilerBase:
             )
         if profile is None and method.profile_set:
             if find_profile(shape, method.profile_set) is None:
+                shape.layer_groups(method.profile_set.split(".")[0])  # raises where no tokenizer would help
                 tokenizer = self._tokenizer_for(model, tokenizer)  # raises before anything says that it begins
             profiler = copy.copy(self)
             profiler.basis_sets = tuple(dict.fromkeys((*self.basis_sets, method.profile_set)))

@@ -36,7 +36,7 @@ class CachePlan:
         self._profile = (lambda: None) if known is None else weakref.ref(known)
         self._plan: Plan | None = plan
         self._remake = plan.remake
-        self._codecs: dict[tuple[str, str], Codecs] = {}
+        self._codecs: dict[tuple[str, int, str], Codecs] = {}
         self._queries = (
             [plan.query_statistics(number) for number in range(len(plan.layer_groups))] if _scored(plan) else []
         )

@@ -19,9 +19,9 @@ class Codecs(list):
 _made: WeakValueDictionary[tuple, Codecs] = WeakValueDictionary()
 
 
-def device_key(xp, like) -> tuple[str, str]:
-    """What tells where the arrays of codecs lie, and whose they are; `like`: an array, a device or None."""
-    return xp.__name__, str(getattr(like, "device", like))
+def device_key(xp, like) -> tuple[str, int, str]:
+    """Where the arrays of codecs lie, and whose they and the kernels on them are; `like`: an array, a device or None."""
+    return xp.__name__, id(xp.kernels), str(getattr(like, "device", like))
 
 
 def codec_key(plan: Plan) -> tuple:
