@@ -27,13 +27,14 @@ from mlx_lm.models.cache import (
     create_causal_mask,
 )
 from mlx_lm.utils import _download, load_config
+from mlx_lm.utils import load_tokenizer as mlx_load_tokenizer
 
 from spectral_kv_core.arrays.rope import Rope
 from spectral_kv_core.cache.prompt_cache_file import ExactLayer
 from spectral_kv_core.compat.engine import check_quantize
 from spectral_kv_core.errors import UsageError, first_line
 from spectral_kv_core.files import paths
-from spectral_kv_core.hosts.weights import digest_weights
+from spectral_kv_core.hosts.weights import digest_weights, layer_weights, sampled
 from spectral_kv_core.profile.model_shape import ModelShape
 
 from .handles import is_ours, make_dispatcher, replacing, routing
@@ -42,6 +43,7 @@ from .ops import to_numpy
 WEIGHT_GROUP = 64  # weights that share a scale where they are quantized here
 
 ATTENTION = "scaled_dot_product_attention"
+FLOATS = (mx.float32, mx.bfloat16, mx.float16)  # types of weights that are not quantized
 
 
 def install(model) -> None:
@@ -364,9 +366,15 @@ def _final_norm(model) -> mx.array | None:
 
 
 def weights_digest(model) -> str:
-    """`digest_weights` of the final norm."""
-    norm = _final_norm(model)
-    return digest_weights(None if norm is None else to_numpy(norm))
+    """`digest_weights`."""
+    norm, held = _final_norm(model), dict(tree_flatten(_decoder(model).parameters()))
+    known = None if norm is None else to_numpy(norm)
+    chosen = [(key, held[name]) for key, name in layer_weights(held)]
+    if not chosen or any(p.dtype not in FLOATS for _, p in chosen):
+        return digest_weights(known)
+    kinds = (f"{key} {tuple(p.shape)} {p.dtype == mx.float16}" for key, p in chosen)
+    samples = mx.concatenate([sampled(p.reshape(-1), p.size).astype(mx.float32) for _, p in chosen])
+    return digest_weights(known, kinds, to_numpy(samples))
 
 
 def load_model(name: str | os.PathLike, dtype: str | None = None, quantize: str | None = None):
@@ -424,6 +432,15 @@ def _quantize(model, bits: int) -> None:
         return hasattr(module, "to_quantized") and module.weight.shape[-1] % WEIGHT_GROUP == 0
 
     nn.quantize(model, WEIGHT_GROUP, bits, class_predicate=whole)
+
+
+def load_tokenizer(model):
+    """The tokenizer that `model` came with; None where `load_model` did not load it, or there is none."""
+    name = getattr(model, "name_or_path", "")
+    try:
+        return mlx_load_tokenizer(_download(name)) if name else None
+    except (OSError, ValueError):
+        return None
 
 
 def model_name(model) -> str:

@@ -16,6 +16,7 @@ from spectral_kv_core.codecs.chunk import split_layers
 from spectral_kv_core.codecs.registry import plan_for
 from spectral_kv_core.errors import UsageError
 from spectral_kv_core.planning.budget import SINKS, WINDOW
+from spectral_kv_core.planning.cache_plan import cache_plan
 from spectral_kv_core.planning.methods import DEFAULT_METHOD, get_live_method
 from spectral_kv_core.planning.plan import Plan
 from spectral_kv_core.profile.profile import Profile
@@ -211,7 +212,9 @@ class SpectralCache(Cache):
         eviction: Eviction | None = None,
         working_set: int = 0,
     ):
-        plan = plan or plan_for(profile.shape, profile, get_live_method(method), bits, window=window, sinks=sinks)
+        plan = cache_plan(
+            plan or plan_for(profile.shape, profile, get_live_method(method), bits, window=window, sinks=sinks)
+        )
         if plan.drops and eviction is None:
             raise UsageError(
                 f"Expected a budget for {plan.method.name}, which drops tokens, received none: "

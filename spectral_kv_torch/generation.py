@@ -66,7 +66,7 @@ def make_prompt_cache(
 
     Args:
         model: A model of transformers.
-        profile: A profile of it, or the path of one. None looks for one, and calibrates with `tokenizer` if there is none.
+        profile: A profile of it, or the path of one. None looks for one, and calibrates if there is none.
         bits: Average stored bits per sealed key or value element, a ceiling. Default: the method's own, 3 for `spectral`.
         budget_bytes: Bytes that the whole cache may take at `max_context` tokens, in place of `bits`.
         max_context: Tokens that `budget_bytes` must hold.
@@ -83,14 +83,14 @@ def make_prompt_cache(
         rounding_scores: Scorer that weighs tokens when codes are rounded, or `nearest`; the method's own unless told.
         working_set: Bytes that decoded chunks may take in all, in 16 bits, for a method that decodes its history in every
             step. They are bytes of the cache.
-        tokenizer: Of the model, for a calibration.
+        tokenizer: Of the model, for a calibration. Default: the one that the model came with, where it knows from where.
 
     Returns:
         The cache, to be passed as `past_key_values`.
 
     Raises:
-        UsageError: The budget is out of range, arguments do not go together, the profile is of another model, or there is
-            nothing to compress.
+        UsageError: The budget is out of range, arguments do not go together, the profile is of another model, there is
+            nothing to compress, or no tokenizer for a calibration.
 
     Examples:
         >>> from spectral_kv_core.hosts.demo_model import demo_model_path

@@ -22,7 +22,7 @@ from spectral_kv_core.cache.prompt_cache_file import ExactLayer
 from spectral_kv_core.compat.engine import check_quantize
 from spectral_kv_core.errors import UsageError, first_line
 from spectral_kv_core.files import paths
-from spectral_kv_core.hosts.weights import digest_weights
+from spectral_kv_core.hosts.weights import digest_weights, layer_weights, sampled
 from spectral_kv_core.profile.model_shape import ModelShape
 
 from . import ops
@@ -30,6 +30,7 @@ from .handles import Handle
 from .kernels.flash import causal_attention
 
 ATTENTION = "spectralkv"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # types of weights that are not quantized
 
 
 class LastPadding:
@@ -241,9 +242,18 @@ def read_rope(model) -> Rope | None:
 
 
 def weights_digest(model) -> str:
-    """`digest_weights` of the final norm."""
-    norms = [p for name, p in model.named_parameters() if name.endswith("norm.weight") and ".layers." not in name]
-    return digest_weights(ops.to_numpy(norms[-1]) if norms else None)
+    """`digest_weights`; weights that are offloaded are not known."""
+    held = dict(model.named_parameters())
+    norms = [p for name, p in held.items() if name.endswith("norm.weight") and ".layers." not in name]
+    norm = ops.to_numpy(norms[-1]) if norms and not norms[-1].is_meta else None
+    chosen = [(key, held[name].detach()) for key, name in layer_weights(held)]
+    if not chosen or any(p.is_meta or p.dtype not in FLOATS for _, p in chosen):
+        return digest_weights(norm)
+    kinds = (f"{key} {tuple(p.shape)} {p.dtype == torch.float16}" for key, p in chosen)
+    at = chosen[0][1].device
+    return digest_weights(
+        norm, kinds, ops.to_numpy(torch.cat([sampled(p.reshape(-1), p.numel()).to(at) for _, p in chosen]))
+    )
 
 
 def load_model(name: str | os.PathLike, dtype: str | None = None, quantize: str | None = None):
@@ -285,6 +295,15 @@ def load_model(name: str | os.PathLike, dtype: str | None = None, quantize: str 
     if not options:  # bitsandbytes puts its weights on the card itself
         model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     return model.eval(), tokenizer
+
+
+def load_tokenizer(model):
+    """The tokenizer that `model` came with; None where its config does not say from where, or there is none."""
+    name = model.config.name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(name) if name else None
+    except (OSError, ValueError):
+        return None
 
 
 def _quantization(quantize: str | None) -> dict:

@@ -30,7 +30,8 @@ WEIGHT = 2**10  # times the weights of tokens, which alone may be too small for 
 class Side:
     """The coefficients of keys or of values, width by width, with `slots` in all; `first`: the codec's first of the side.
 
-    `coefficient` [slots]: KV head, frequency and component of a slot as one number, -1 for an empty one.
+    `coefficient` [slots]: KV head, frequency and component of a slot as one number, -1 for an empty one. It stays, with
+    `scale`, until `forget`.
     """
 
     def __init__(self, codec: SpectralReader, first: int):
@@ -51,6 +52,10 @@ class Side:
         self.coefficient = np.concatenate([np.zeros(0, np.int32), *coefficient])
         self.scale = np.concatenate([np.zeros((0, 1), np.float32), *scale])
         self.slots = [rows.slots for _, rows in self.widths]
+
+    def forget(self) -> None:
+        """Let go what tables were made of."""
+        del self.coefficient, self.scale
 
     def of(self, chunk: Chunk, labels: list[tuple]) -> Iterator[tuple]:
         """The rows of every width, and their codes; `labels`: those of a trellis, width by width."""
@@ -79,6 +84,8 @@ class LatentStep:
         # the last slot is that of all coefficients without bits, and zero
         self._value_scale = mx.array(np.append(self.values.scale / WEIGHT, np.zeros((1, 1), np.float32), axis=0))
         self._key_scale = mx.array(self.keys.scale)
+        for side in (self.keys, self.values):
+            side.forget()
 
     def __call__(self, chunks: list[Chunk], queries, keys, values, scale: float):
         """As `attention.decode_step`."""

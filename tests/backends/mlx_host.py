@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from hosts import TEXT, ByteTokenizer
+from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from mlx_lm.models import base
 from mlx_lm.models.cache import ArraysCache, QuantizedKVCache, RotatingKVCache, trim_prompt_cache
@@ -182,6 +183,15 @@ def foreign_layers() -> list:
 def tune(of) -> None:
     """Give a model other weights."""
     of.model.norm.weight = 1.5 * of.model.norm.weight
+
+
+def adapt(of, layer: int, name: str, change: float = 0.02) -> None:
+    """Merge an adapter of low rank into the weight `name` of a layer: it changes by the share `change`."""
+    weight = dict(tree_flatten(of.layers[layer].parameters()))[name]
+    a, b = (mx.random.normal((n, 2), key=mx.random.key(n)) for n in (weight.shape[0], weight[0].size))
+    delta = (a @ b.T).reshape(weight.shape)
+    changed = weight + delta * change * mx.linalg.norm(weight.reshape(-1)) / mx.linalg.norm(delta.reshape(-1))
+    of.layers[layer].load_weights([(name, changed)], strict=False)
 
 
 def cache_of_a_loop(of, made, bits: float):

@@ -143,7 +143,7 @@ def test_a_loop_of_ones_own_gets_all_tokens(host):
 def test_another_models_vectors_are_refused(host):
     for shape in ((1, 4, 2, 16), (1, 2, 2, 24)):
         cache = host.cache_of_a_loop(host.model("llama"), host.profile("llama"), 4)
-        with pytest.raises(ValueError, match=r"kv_heads.*another model"):
+        with pytest.raises(ValueError, match=r"kv_heads.*the cache was made for llama"):
             host.update(cache, 0, np.zeros(shape, np.float32), np.zeros(shape, np.float32))
 
 
@@ -276,6 +276,9 @@ def reachable_bytes(host, root) -> int:
         if isinstance(x, host.IS_ARRAY):
             place, size = host.storage(x)
             storages[place] = size
+        elif isinstance(x, np.ndarray):
+            stack.append(x.base)
+            storages |= {} if isinstance(x.base, np.ndarray) else {id(x): x.nbytes}
         elif isinstance(x, dict):
             stack += x.values()
         elif isinstance(x, (list, tuple, set)):
@@ -368,7 +371,7 @@ def test_a_profile_may_be_named_by_its_path(host, tmp_path):
     caches = [host.make_prompt_cache(model, given, bits=2.0) for given in (profile, path, str(path))]
     assert len({host.leading_layers(cache)[0].plan.hash for cache in caches}) == 1
     with pytest.raises(UsageError, match="path of one, or None, received 2.0"):
-        host.make_prompt_cache(model, 2.0)
+        host.make_prompt_cache(model, 2.0, 3.0)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         host.make_prompt_cache(model, "nowhere")
 

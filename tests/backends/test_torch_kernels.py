@@ -19,6 +19,7 @@ from spectral_kv_core.cache.padding_group import PaddingGroup  # noqa: E402
 from spectral_kv_core.codecs.registry import make_codec, make_plan  # noqa: E402
 from spectral_kv_core.native import loader, toolchain  # noqa: E402
 from spectral_kv_core.planning.budget import CHUNK_TOKENS  # noqa: E402
+from spectral_kv_core.planning.cache_plan import cache_plan  # noqa: E402
 from spectral_kv_core.quantization.quantizer import BIT_WIDTHS  # noqa: E402
 from spectral_kv_core.quantization.time_rounding import round_in_time  # noqa: E402
 from spectral_kv_core.quantization.trellis import WIDTHS  # noqa: E402
@@ -309,9 +310,9 @@ def exact(case: Case) -> tuple:
 
 
 def test_caches_of_one_plan_share_their_codecs():
-    plan = plan_of(ToyModel(), 2)
-    first, second = (plan.codecs(ops, torch.device("cpu")) for _ in range(2))
-    assert first is second and len(first) == ToyModel().layers
+    plans = [cache_plan(plan_of(ToyModel(), 2)) for _ in range(2)]
+    first, second = (plan.codecs(ops, torch.device("cpu")) for plan in plans)
+    assert plans[0] is not plans[1] and first is second and len(first) == ToyModel().layers
 
 
 @pytest.mark.parametrize("fault", [None, "wrong"])

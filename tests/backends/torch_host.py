@@ -176,6 +176,16 @@ def tune(of) -> None:
     of.model.norm.weight.data.mul_(1.5)
 
 
+def adapt(of, layer: int, name: str, change: float = 0.02) -> None:
+    """Merge an adapter of low rank into the weight `name` of a layer: it changes by the share `change`."""
+    weight = of.model.layers[layer].get_parameter(name)
+    sides = [
+        torch.randn(n, 2, generator=torch.Generator().manual_seed(n)) for n in (weight.shape[0], weight[0].numel())
+    ]
+    delta = (sides[0] @ sides[1].T).reshape(weight.shape)
+    weight.data += delta * change * weight.data.norm() / delta.norm()
+
+
 def cache_of_a_loop(of, made, bits: float):
     """A cache for a loop of one's own, which needs no model."""
     return SpectralCache(made, bits=bits)

@@ -10,8 +10,9 @@ from spectral_kv_core.arrays import ops
 from spectral_kv_core.arrays.rope import shift
 from spectral_kv_core.calibration.basis_fit import fit_basis_set
 from spectral_kv_core.calibration.spool import Spool
-from spectral_kv_core.calibration.text import split_documents
+from spectral_kv_core.calibration.text import check_texts, split_documents
 from spectral_kv_core.codecs.registry import make_codec, make_plan
+from spectral_kv_core.errors import UsageError
 from spectral_kv_core.profile.profile import Profile
 
 MODEL = ToyModel(rotated=True)
@@ -49,6 +50,22 @@ def test_documents_are_mixed_and_bounded():
     assert [(chr(d[0]), len(d)) for d in documents] == [("a", 600), ("b", 600), ("c", 500), ("a", 300)]
     with pytest.raises(ValueError, match="at least 64 tokens"):
         split_documents(["too short"], lambda t: [1, 2, 3], 600, 2000)
+
+
+def test_short_texts_are_joined_where_the_others_are_not_enough():
+    encode = lambda text: [ord(c) for c in text]  # noqa: E731
+    joined = split_documents([f"{i:9}." for i in range(100)], encode, 600, 2000)
+    assert [len(d) for d in joined] == [600, 598] and joined[0][:22] == encode("        0.\n\n        1.")
+    mixed = ["a" * 300, "b" * 40, "c" * 40]
+    assert [len(d) for d in split_documents(mixed, encode, 600, 2000)] == [300, 82]
+    assert [len(d) for d in split_documents(mixed, encode, 600, 300)] == [300]
+
+
+def test_texts_are_strings_and_one_string_is_one_text():
+    assert check_texts("one string") == ["one string"] and check_texts(("a", "b")) == ["a", "b"]
+    for wrong in (5, [b"bytes"], [["a"]]):
+        with pytest.raises(UsageError, match="texts to be strings, received a (int|bytes|list)"):
+            check_texts(wrong)
 
 
 def test_spool_keeps_small_changes_around_a_large_mean():

@@ -59,7 +59,7 @@ def test_rounding_is_part_of_the_recipe():
     [
         ({"method": "nothing"}, "method among"),
         ({"method": "spectral-stored"}, "live cache"),
-        ({"bits": "2"}, "bits to be a number above 0, received '2'"),
+        ({"bits": "two"}, "bits to be a number above 0, received 'two'"),
         ({"bits": 0}, "bits to be a number above 0"),
         ({"bits": float("nan")}, "bits to be a number above 0"),
         ({"bits": True}, "bits to be a number above 0"),

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays.transform import band_sizes
+from ..cache.held_arrays import numpy_buffers
 from ..codecs.registry import bits_range, check_bits, family_of, make_plan
 from ..codecs.spectral import STAGING_BITS
 from ..errors import UsageError
@@ -92,6 +93,7 @@ def table_nbytes(host: Host, plan: Plan) -> tuple[int, int]:
     """
     device = host.device(None)
     own = 0
+    codecs: list = []
     shared: dict[int, Any] = {}
     before: dict[int, Any] = {}
 
@@ -99,12 +101,17 @@ def table_nbytes(host: Host, plan: Plan) -> tuple[int, int]:
         return sum(host.buffers([x]).values())
 
     for layer_group in range(len(plan.layer_groups)):
-        tables = {id(x): x for x in plan.make_codec(host.xp, layer_group, device).tables()}
+        codec = plan.make_codec(host.xp, layer_group, device)
+        codecs.append(codec)
+        tables = {id(x): x for x in codec.tables()}
         quantizers = {id(x) for x in plan.shared_tables(host.xp, device)}
         shared |= {key: x for key, x in tables.items() if key in quantizers or key in before}
         own += sum(nbytes(x) for key, x in tables.items() if key not in shared)
         before = tables
-    return own, sum(nbytes(x) for x in shared.values())
+    in_numpy = [numpy_buffers(codec) for codec in codecs]
+    common = set.intersection(*map(set, in_numpy)) if len(codecs) > 1 else set()
+    own += sum(size for buffers in in_numpy for key, size in buffers.items() if key not in common)
+    return own, sum(nbytes(x) for x in shared.values()) + sum(in_numpy[0][key] for key in common)
 
 
 class Stored:

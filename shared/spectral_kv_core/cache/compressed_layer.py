@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from ..errors import UsageError
+from ..planning.cache_plan import CachePlan, cache_plan
 from ..planning.plan import Plan
 from .eviction import Eviction
 from .layer_cache import LayerCache
@@ -25,7 +27,7 @@ class CompressedLayer:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: Plan | CachePlan,
         layer_group: int,
         sinks: int,
         window: int,
@@ -33,7 +35,7 @@ class CompressedLayer:
         working_set: int = 0,
     ):
         super().__init__()
-        self.plan, self.layer_group, self.sinks, self.window = plan, layer_group, sinks, window
+        self.plan, self.layer_group, self.sinks, self.window = cache_plan(plan), layer_group, sinks, window
         self.eviction, self.working_set = eviction, working_set
         self.store, self.taken = None, {}
 
@@ -63,11 +65,10 @@ class CompressedLayer:
 
     def open(self, device=None) -> LayerCache:
         """Put the codec's tables on `device`; returns the store, empty."""
-        codec = self.plan.codecs(self.xp, device)[self.layer_group]
-        staging, at_more_bits = None, self.plan.staging
-        xp, layer_group = self.xp, self.layer_group  # not `self`: a store that knew its layer would outlive it
-        if at_more_bits and self.eviction is None:
-            staging = lambda: at_more_bits.codecs(xp, device)[layer_group]  # noqa: E731
+        staging, at_more_bits = None, self.plan.staging if self.eviction is None else None
+        if at_more_bits is not None:
+            staging = partial(at_more_bits.make_codec, self.xp, self.layer_group, device)  # without `self`: no circle
+        codec = self.plan.codecs(self.xp, device)[self.layer_group]  # last: the plan may go with it
         made = self.sinks, self.window, staging, self.eviction, self.layer_group, self.working_set
         self.store = LayerCache(self.xp, codec, *made)
         return self.store
@@ -77,8 +78,10 @@ class CompressedLayer:
         expected = layers * self.plan.shape.kv_heads, self.plan.shape.head_dim
         received = keys.shape[1], keys.shape[3]
         if expected != received:
+            of = f"for {profile.model}" if (profile := self.plan.profile) else "for other sizes"
             raise UsageError(
-                f"Expected keys with (kv_heads, head_dim) {expected}, received {received}: the profile is of another model."
+                f"Expected keys with (kv_heads, head_dim) {expected}, received {received}: the cache was made {of}. Make one "
+                "with the model that is called; where it is that one, its layers are not what its config says."
             )
 
     def start(self, batch: int, padding: Sequence[int] | None = None) -> None:

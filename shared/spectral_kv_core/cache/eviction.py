@@ -16,6 +16,7 @@ import numpy as np
 from ..codecs.chunk import Chunk
 from ..errors import UsageError
 from ..planning.budget import CHUNK_TOKENS, WAITING
+from ..planning.cache_plan import CachePlan
 from ..planning.plan import Plan, needed
 from ..scorers import Scorer, Tokens, get_scorer
 from ..scorers.selection import MODES, select
@@ -58,7 +59,7 @@ class Eviction:
     its own.
     """
 
-    plan: Plan
+    plan: Plan | CachePlan
     budget: int
     sinks: int
     window: int

@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
+from numbers import Real
 
 from ..codecs.chunk import join_layers, split_layers
 from ..errors import UsageError
 from ..hosts.protocol import Host
 from ..profile.profile import Profile
+from ..profile.stored_profile import stored_profile
 from .compressed_layer import CompressedLayer, FollowingLayer, is_compressed, leading_layers
+from .held_arrays import numpy_buffers
 from .request import CacheRequest
 from .size import CacheSize
 
@@ -30,7 +34,8 @@ def build_cache(
     sequence of a batch, for a host that is told them here. Raises UsageError for a profile of another model, a budget out of
     range, or nothing to compress.
     """
-    profile = _given_profile(profile)
+    _check_model(model)
+    profile, request = _given_profile(profile, request)
     shape, passed, profile = host.profile_for(model, request.recipe, profile, tokenizer)
     layers = host.models.host_layers(model, left_padding)
     element_bytes = host.xp.zeros((), dtype=host.models.model_dtype(model)).nbytes
@@ -42,15 +47,32 @@ def build_cache(
     return host.compressed_cache(plan, layers, *exact, eviction, request.working_set, left_padding)
 
 
-def _given_profile(profile) -> Profile | None:
-    """`profile`, loaded where it is a path; raises UsageError for anything else, which is easily a misplaced number."""
-    if isinstance(profile, (str, os.PathLike)):
-        return Profile.load(profile)
-    if profile is not None and not isinstance(profile, Profile):
+def _check_model(model) -> None:
+    """Raise UsageError for what stands in a model's place most easily."""
+    name = isinstance(model, (str, os.PathLike))
+    if name or model is None or isinstance(model, (Profile, tuple, list, Real)):
+        received = f"the name {str(model)!r}" if name else f"a {type(model).__name__}"
+        where = repr(str(model)) if name else "NAME"
         raise UsageError(
-            f"Expected a profile, the path of one, or None, received {profile!r}. Name other arguments: bits=3."
+            f"Expected a model that is loaded, received {received}. Load it: model, tokenizer = load_model({where})."
         )
-    return profile
+
+
+def _given_profile(profile, request: CacheRequest) -> tuple[Profile | None, CacheRequest]:
+    """`profile`, read where it is a path, and `request`, with the bits where they stand in the profile's place.
+
+    Raises UsageError for anything else.
+    """
+    if isinstance(profile, Real) and not isinstance(profile, bool) and request.bits is None:
+        return None, replace(request, bits=float(profile))
+    if isinstance(profile, (str, os.PathLike)):
+        return stored_profile(profile), request
+    if profile is not None and not isinstance(profile, Profile):
+        received = repr(profile) if isinstance(profile, Real) else f"a {type(profile).__name__}"
+        raise UsageError(
+            f"Expected a profile, the path of one, or None, received {received}. Name other arguments: bits=3."
+        )
+    return profile, request
 
 
 def fill(host: Host, cache, plain) -> None:
@@ -118,7 +140,10 @@ def held_vectors(host: Host, cache, layers: Sequence[int]) -> Iterator[tuple]:
 
 
 def cache_nbytes(host: Host, cache) -> CacheSize:
-    """Bytes of every array that `cache` holds for its sequences, window, sinks and passed-through layers included."""
+    """Bytes of every array that `cache` holds for its sequences, window, sinks and passed-through layers included.
+
+    Beside them stand the bytes of the tables. Caches that code alike share theirs.
+    """
     stored = dense = 0
     tables: dict[int, int] = {}
     layers = host.layers(cache)
@@ -129,7 +154,7 @@ def cache_nbytes(host: Host, cache) -> CacheSize:
             continue
         if isinstance(layer, CompressedLayer):
             arrays = layer.arrays()
-            tables |= host.buffers(layer.tables())  # some are shared by all layers
+            tables |= host.buffers(layer.tables()) | numpy_buffers(layer.plan)  # some are shared by all layers
             elements = layer.store.tokens() * 2 * layer.kv_heads * layer.plan.shape.head_dim if layer.store else 0
         else:
             arrays, elements = host.held(layer)

@@ -90,7 +90,7 @@ def load_prompt_cache(
     if bits is not None and (method is None or plain):
         raise UsageError(f"Expected a method that has {bits:g} bits, received {method}.")
     target = None if method is None or plain else get_live_method(get_keeping_method(method))
-    file.check(host.models.model_shape(model)[0], host.models.weights_digest(model))
+    file.check(host.models.model_shape(model)[0], host.models.weights_digest(model), host.models.model_name(model))
     plan = file.plan(profile)
     cache = _restored(host, file, plan, model)
     if target is not None:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count, takewhile
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ from ..codecs.transform import TransformPlan
 from ..errors import UsageError
 from ..files.checks import Wrong, checking
 from ..files.container import FileFormat
+from ..hosts.weights import are_other_weights
+from ..planning.cache_plan import CachePlan
 from ..planning.methods import Method
 from ..planning.plan import Plan
 from ..profile.file_checks import shape_of
@@ -108,7 +110,7 @@ class PromptFile:
     def of(
         cls,
         xp,
-        plan: Plan,
+        plan: Plan | CachePlan,
         layers: Sequence[LayerCache | ExactLayer],
         *,
         tokens: Sequence | None = None,
@@ -197,8 +199,11 @@ class PromptFile:
         padding_groups = self.layers[self.shape.layers[0]]["padding_groups"]
         return [pad for _, pad in sorted((i, group["pad"]) for group in padding_groups for i in group["sequences"])]
 
-    def check(self, shape: ModelShape, weights_digest: str = "") -> None:
-        """Raise UsageError unless the cache is of a model of this `shape`; warn when it is of other weights."""
+    def check(self, shape: ModelShape, weights_digest: str = "", model: str = "") -> None:
+        """Raise UsageError unless the cache is of a model of this `shape`; warn when it is of other weights.
+
+        Where the weights are not known, warn when it is of a model of another name than `model`.
+        """
         of = f" (of {self.model})" if self.model else ""
         difference = self.shape.mismatch(shape, "the file")
         if difference:
@@ -206,7 +211,12 @@ class PromptFile:
                 f"Expected a prompt cache of this model, {self._name}{of} is another's: the model has {difference}. Make one "
                 f"for this model: {FORMAT.making()}"
             )
-        if self.weights_digest and weights_digest and self.weights_digest != weights_digest:
+        known = self.weights_digest and weights_digest
+        if not known and self.model and model and PurePath(self.model).name != PurePath(model).name:
+            log.warning(
+                "The prompt cache %s is of %s, the model is %s: are they the same?", self._name, self.model, model
+            )
+        if are_other_weights(self.weights_digest, weights_digest):
             log.warning(
                 "The prompt cache %s%s was made with other weights of this architecture: what follows may make no sense. "
                 "Make it with these: %s",

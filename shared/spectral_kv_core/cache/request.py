@@ -13,8 +13,8 @@ from ..codecs.registry import bits_range, check_bits, make_plan, usable_method
 from ..codecs.tiers import check_tiers, make_tiered_plan
 from ..errors import UsageError
 from ..planning.budget import SEAL, SINKS, WAITING, WINDOW, elements_per_token, whole_number
+from ..planning.cache_plan import CachePlan, known_plan, profile_key
 from ..planning.methods import DEFAULT_METHOD, Method, get_live_method, rounded_by
-from ..planning.plan import Plan
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
 from ..scorers import check_wavelet, get_scorer
@@ -64,6 +64,7 @@ class CacheRequest:
     def __post_init__(self):
         for name in ("window", "sinks"):
             whole_number(name, getattr(self, name), 0)
+        object.__setattr__(self, "bits", _as_number(self.bits))
         for name in ("bits", "budget_bytes"):
             _check_number(name, getattr(self, name))
         for name in ("max_context", "budget_tokens", "evict_every"):
@@ -91,19 +92,22 @@ class CacheRequest:
 
     def plan(
         self, shape: ModelShape, profile: Profile | None, element_bytes: int = 2, other_bytes: int = 0
-    ) -> tuple[Plan, Eviction | None]:
+    ) -> tuple[CachePlan, Eviction | None]:
         """What a cache of a model of this `shape` stores, and what it drops; None for a method that keeps every token.
 
         element_bytes: size of an exact element. other_bytes: what the layers that pass through need. Raises UsageError
         for bits out of range, a budget that is too small for what must stay, and a profile that does not fit.
         """
         method, sizes = usable_method(self.recipe), (element_bytes, other_bytes)
-        if self.tiers is not None:
-            return make_tiered_plan(shape, profile, method, self.tiers), None
+        key = profile_key(profile), method, shape
+        if (tiers := self.tiers) is not None:
+            return known_plan((*key, tiers), lambda: make_tiered_plan(shape, profile, method, tiers)), None
+        bits = self.bits
+        if method.scorer is None and self.budget_bytes is not None:
+            bits = self._bits_for_bytes(shape, method, *sizes)
+        plan = known_plan((*key, bits), lambda: make_plan(shape, profile, method, bits))
         if method.scorer is None:
-            bits = self.bits if self.budget_bytes is None else self._bits_for_bytes(shape, method, *sizes)
-            return make_plan(shape, profile, method, bits), None
-        plan = make_plan(shape, profile, method, self.bits)
+            return plan, None
         tokens = self.budget_tokens if self.budget_bytes is None else self._tokens_for_bytes(plan, *sizes)
         mode = self.selection or MODES[0]
         every = EVERY if self.evict_every is None else int(self.evict_every)
@@ -137,7 +141,7 @@ class CacheRequest:
             )
         return min(bits, allowed[1])
 
-    def _tokens_for_bytes(self, plan: Plan, element_bytes: int, other_bytes: int) -> int:
+    def _tokens_for_bytes(self, plan: CachePlan, element_bytes: int, other_bytes: int) -> int:
         """Tokens that a cache of `budget_bytes` may hold under `plan`, positions of kept tokens included."""
         assert self.budget_bytes is not None, "asked for where it is given"
         elements = elements_per_token(plan.shape)
@@ -186,6 +190,14 @@ class CacheRequest:
             check_budget(self.budget_tokens, method.compresses, self.sinks, self.window, self.protect)
         if self.wavelet is not None:
             check_wavelet(get_scorer(scorer), self.wavelet)
+
+
+def _as_number(value):
+    """`value`, as a number where it is a text that says one."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _check_number(name: str, value) -> None:

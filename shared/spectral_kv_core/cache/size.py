@@ -6,8 +6,8 @@ from __future__ import annotations
 class CacheSize(int):
     """Bytes of every array held for the sequences of a cache, with what they stand for.
 
-    dense_nbytes: what the plain cache needs for the same tokens at 16 bits; table_nbytes: arrays that all sequences
-    share; compression: dense_nbytes / this; bits_per_element: 16 / compression.
+    dense_nbytes: what the plain cache needs for the same tokens at 16 bits; table_nbytes: all arrays that are held beside
+    the sequences, once for all caches that code alike; compression: dense_nbytes / this; bits_per_element: 16 / compression.
     """
 
     dense_nbytes: int

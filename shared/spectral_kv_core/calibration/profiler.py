@@ -19,14 +19,14 @@ from ..planning.methods import BASIS_SETS, Method
 from ..profile.basis_set import PAIRS, WHOLE_MODEL, BasisSet
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile, QueryStatistics
-from ..profile.store import auto_profile, name_passed_layers, warn_if_other_weights
+from ..profile.store import auto_profile, find_profile, name_passed_layers, warn_if_other_weights
 from .basis_fit import fit_basis_set
 from .layer_probing import DOCUMENTS, PROBED, LogProbabilities, probed
 from .local_gradients import local_gradients
 from .model_basis import fit_joint_set
 from .moments import QueryMoments
 from .spool import Spool
-from .text import TEXT_NAME, load_default_texts, split_documents, text_digest
+from .text import TEXT_NAME, check_texts, load_default_texts, split_documents, text_digest
 
 MAX_POSITIONS = 32768
 SCORED_SHARE = 16  # the last sixteenth of a document is scored: its gradients reach the tokens before it
@@ -179,7 +179,8 @@ class ProfilerBase:
         for key in self.basis_sets:
             shape.layer_groups(key.split(".")[0])  # raises before anything long runs
         text_name = TEXT_NAME if texts is None else "own text"
-        texts = load_default_texts() if texts is None else texts
+        texts = load_default_texts() if texts is None else check_texts(texts)
+        tokenizer = self._tokenizer_for(model, tokenizer)
         documents = split_documents(texts, tokenizer.encode, self.document, self.tokens)
         positions = self.positions or min(context or MAX_POSITIONS, MAX_POSITIONS)
         with Spool() as spool:
@@ -213,6 +214,9 @@ class ProfilerBase:
                 f"Expected full-attention layers to compress, received only: {', '.join(set(passed.values()))}."
             )
         if profile is None and method.profile_set:
+            if find_profile(shape, method.profile_set) is None:
+                shape.layer_groups(method.profile_set.split(".")[0])  # raises where no tokenizer would help
+                tokenizer = self._tokenizer_for(model, tokenizer)  # raises before anything says that it begins
             profiler = copy.copy(self)
             profiler.basis_sets = tuple(dict.fromkeys((*self.basis_sets, method.profile_set)))
             profile = auto_profile(shape, method.profile_set, lambda: profiler.profile_from_model(model, tokenizer))
@@ -221,6 +225,17 @@ class ProfilerBase:
             profile.check(shape)
             warn_if_other_weights(profile, self.models.weights_digest(model))
         return shape, passed, profile
+
+    def _tokenizer_for(self, model, tokenizer=None):
+        """`tokenizer`, or the one that `model` came with; raises UsageError where nobody knows it."""
+        tokenizer = self.models.load_tokenizer(model) if tokenizer is None else tokenizer
+        if isinstance(tokenizer, str) or not hasattr(tokenizer, "encode"):
+            received = "none" if tokenizer is None else f"a {type(tokenizer).__name__}"
+            raise UsageError(
+                f"Expected the tokenizer of {self.models.model_name(model)} to make a profile with, received {received}. Give "
+                "tokenizer=, or a profile."
+            )
+        return tokenizer
 
     def _read_documents(self, model, shape: ModelShape, documents: list[list[int]], spool: Spool) -> QueryStatistics:
         """Put what every layer makes of `documents` on the `spool`; returns the statistics of the queries."""

@@ -17,6 +17,7 @@ KINDS = ("encyclopedia", "prose", "code", "dialogue")
 #: In which order documents are dealt out, over and over: facts, stories and code count more than dialogue.
 DEAL = ("encyclopedia", "prose", "encyclopedia", "code", "dialogue", "encyclopedia", "prose", "encyclopedia", "code")
 _DOCUMENT_BREAK = "\n\f\n"
+SHORTEST, JOINT = 64, "\n\n"  # tokens of a document; what stands between shorter texts that are joined to one
 
 
 def load_kind(kind: str) -> list[str]:
@@ -86,19 +87,47 @@ def split_documents(
 ) -> list[list[int]]:
     """Token documents of at most `length` tokens, `total` tokens in all: first pieces of every text, then second ones.
 
-    Raises UsageError when the texts give fewer than 64 tokens.
+    Texts of fewer than `SHORTEST` tokens are joined, where the others are not enough. Raises UsageError when all of them
+    give fewer.
     """
-    pieces = []
+    pieces, short = [], []
     for text in texts:
         tokens = list(encode(text))
+        if len(tokens) < SHORTEST:
+            short.append(text)
+            continue
         cut = [tokens[i : i + length] for i in range(0, len(tokens), length)]
         pieces.append([c for i, c in enumerate(cut) if len(c) >= min(length // 2, 512) or i == 0])
     documents, count = [], 0
+
+    def take(piece: list[int]) -> None:
+        nonlocal count
+        if len(piece) >= SHORTEST and count < total:
+            documents.append(piece[: max(total - count, SHORTEST)])
+            count += len(documents[-1])
+
     for depth in range(max(map(len, pieces), default=0)):
         for piece in pieces:
-            if depth < len(piece) and len(piece[depth]) >= 64 and count < total:
-                documents.append(piece[depth][: max(total - count, 64)])
-                count += len(documents[-1])
+            if depth < len(piece):
+                take(piece[depth])
+    joined = list(encode(JOINT.join(short))) if short and count < total else []
+    for start in range(0, len(joined), length):
+        take(joined[start : start + length])
     if not documents:
-        raise UsageError("Expected calibration texts of at least 64 tokens, received less. Give longer `texts`.")
+        raise UsageError(
+            f"Expected calibration texts of at least {SHORTEST} tokens in all, received {len(joined)}. Give more `texts`."
+        )
     return documents
+
+
+def check_texts(texts) -> list[str]:
+    """`texts` as a list: one string is one text. Raises UsageError for anything but strings."""
+    if isinstance(texts, str):
+        return [texts]
+    found = list(texts) if isinstance(texts, Iterable) else [texts]
+    wrong = next((text for text in found if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise UsageError(
+            f"Expected texts to be strings, received a {type(wrong).__name__}. Read files: load_texts(paths)."
+        )
+    return found

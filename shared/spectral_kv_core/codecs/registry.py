@@ -13,6 +13,7 @@ from ..planning.methods import Method, get_live_method, get_method
 from ..planning.plan import Plan
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
+from ..profile.stored_profile import loaded
 from ..quantization import trellis
 from .affine import AffinePlan
 from .eigen_attention import EigenPlan
@@ -69,6 +70,7 @@ def make_plan(
     """
     method = get_method(method)
     family = family_of(method)
+    profile = loaded(profile)
     if bits is None:
         bits = family.default_bits(shape, method)
     if method.profile_set and profile is not None:

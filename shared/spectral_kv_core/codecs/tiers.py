@@ -7,9 +7,9 @@ the tiers are partial softmaxes, merged.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from ..planning.methods import Method
 from ..planning.plan import Plan, needed
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
+from ..profile.stored_profile import loaded
 from ..quantization.packing import pack, unpack
 from ..quantization.time_rounding import BlockScores
 from ..scorers import get_scorer
@@ -84,8 +85,8 @@ class TieredCodec(Codec):
         """Partial softmax of grouped `queries` [B, H, M, D] float32 over a chunk."""
         partials = [codec.attend(part, queries, scale) for codec, part in zip(self.codecs, self._parts(chunk))]
         total = partials[0]
-        for partial in partials[1:]:
-            total = attention.add_partials(self.xp, total, partial)
+        for one in partials[1:]:
+            total = attention.add_partials(self.xp, total, one)
         return total
 
     def tables(self) -> list:
@@ -158,6 +159,11 @@ class TieredPlan(Plan):
         method = replace(self.method, scorer=None, rounding="nearest")
         return None if self.bits >= STAGING_BITS else make_plan(self.shape, self.profile, method, STAGING_BITS)
 
+    @property
+    def remake(self) -> Callable[[Profile | None], Plan]:
+        tiers = tuple((share, tier.bits) for share, tier in zip(self.shares, self.tiers))
+        return partial(make_tiered_plan, self.shape, method=self.method, tiers=tiers)
+
     def decides(self) -> dict:
         hashes = "; ".join(f"{share} {tier.hash}" for share, tier in zip(self.shares, self.tiers))
         return {"tiers": np.frombuffer(hashes.encode(), np.uint8)}
@@ -172,7 +178,7 @@ def make_tiered_plan(
     """
     check_tiers(method, tiers)
     shares, bits = tuple(float(share) for share, _ in tiers), [float(b) for _, b in tiers]
-    plain = replace(method, scorer=None)
+    plain, profile = replace(method, scorer=None), loaded(profile)
     plans = tuple(make_plan(shape, profile, plain, b) for b in bits)
     return TieredPlan(method, mean_bits(tuple(zip(shares, bits))), shape, profile=profile, tiers=plans, shares=shares)
 

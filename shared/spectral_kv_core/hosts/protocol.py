@@ -45,6 +45,9 @@ class Models(Protocol):
     def load_model(self, name: str, dtype: str | None = None, quantize: str | None = None) -> tuple:
         """Model and tokenizer of a directory or hub id; quantize: `4bit` or `8bit` weights."""
 
+    def load_tokenizer(self, model) -> Any:
+        """The tokenizer that `model` came with, None where the model does not know, or has none."""
+
     def model_shape(self, model) -> tuple[ModelShape, dict[int, str]]:
         """Sizes of `model`, and by index the layers that are passed through, with the reason."""
 
@@ -55,7 +58,7 @@ class Models(Protocol):
         """Hub id or folder of `model`, else its kind."""
 
     def weights_digest(self, model) -> str:
-        """Digest of `model`'s final norm (`hosts.weights`), empty where it has none."""
+        """`hosts.weights.digest_weights` of `model`, empty where it has no final norm."""
 
     def max_context(self, model) -> int | None:
         """Tokens that `model` was made for, None when unknown."""

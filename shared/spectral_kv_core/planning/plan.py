@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -36,7 +36,7 @@ def read_set(profile: Profile | None, method: Method) -> BasisSet:
 
 
 class Made:
-    """What is made of a plan on a device, once: the tables of its codecs, which all caches of the plan share."""
+    """What is made of a plan on a device, once: tables that the codecs of all its layer groups share."""
 
     def __init__(self):
         self._made: dict = {}
@@ -123,13 +123,10 @@ class Plan:
         """Codec of a layer group, by number, on the device of `like`, or None for a plan that compresses nothing."""
         return self.codec_class(xp, self, layer_group, like) if self.codec_class else None
 
-    def codecs(self, xp, like=None) -> list:
-        """`make_codec` for every layer group, made once on every device and shared by all caches of the plan.
-
-        All at a time: arrays that stay, made among those of a forward pass, leave the memory of a process in pieces.
-        """
-        groups = range(len(self.layer_groups))
-        return self.made.once("codecs", xp, like, lambda: [self.make_codec(xp, number, like) for number in groups])
+    @property
+    def remake(self) -> Callable[[Profile | None], Plan]:
+        """Makes this plan again of its profile. It keeps no array alive."""
+        return partial(type(self).make, self.shape, method=self.method, bits=self.bits)
 
     @cached_property
     def layer_groups(self) -> tuple[tuple[int, ...], ...]:
@@ -193,12 +190,12 @@ class Plan:
             "head_dim": shape.head_dim,
             "rotary_dim": shape.rope.rotary_dim if shape.rope else 0,
             "interleaved": bool(shape.rope and shape.rope.interleaved),
-            "arrays": {name: _array_digest(x) for name, x in self.decides().items()},
+            "arrays": {name: array_digest(x) for name, x in self.decides().items()},
         }
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _array_digest(x) -> str:
+def array_digest(x) -> str:
     """SHA-256 of the dtype, the shape and the bytes of an array, little-endian."""
     x = np.ascontiguousarray(x)
     x = x.astype(x.dtype.newbyteorder("<"), copy=False)

@@ -10,9 +10,11 @@ from pathlib import Path
 
 from ..files.locking import one_process
 from ..files.paths import user_cache_dir
+from ..hosts.weights import are_other_weights
 from .basis_set import ON_REQUEST
 from .model_shape import ModelShape
 from .profile import FORMAT_VERSION, Profile
+from .stored_profile import stored_profile
 
 log = logging.getLogger("spectralkv")
 
@@ -36,8 +38,8 @@ def find_profile(shape: ModelShape, basis_set: str) -> Profile | None:
     cached = dict.fromkeys([cached_profile_path(shape), cached_profile_path(shape, basis_set)])
     for path in [*packaged_profiles(), *cached]:
         if path.is_file():
-            profile = Profile.load(path)
-            if profile.shape.mismatch(shape) is None and basis_set in profile.basis_sets:
+            profile = stored_profile(path)
+            if profile.shape.mismatch(shape) is None and basis_set in profile.names:
                 return profile
     return None
 
@@ -52,14 +54,14 @@ def auto_profile(shape: ModelShape, basis_set: str, calibrate: Callable[[], Prof
         profile = find_profile(shape, basis_set)  # the other one may have made it
         if profile is None:
             log.warning("No profile with %s for this model yet: calibrating once, which takes minutes.", basis_set)
-            profile = calibrate()
-            log.warning("Saved the profile as %s", profile.save(path))
+            log.warning("Saved the profile as %s", calibrate().save(path))
+            profile = stored_profile(path)
     return profile
 
 
 def warn_if_other_weights(profile: Profile, digest: str) -> None:
     """Warn, once, when `profile` was made on other weights of the same architecture."""
-    if profile.weights_digest and digest and profile.weights_digest != digest:
+    if are_other_weights(profile.weights_digest, digest):
         warn_once(
             f"The profile of {profile.model} was made on other weights of this architecture (a fine-tune?): quality may "
             "suffer. Calibrate these: spectralkv profile --model MODEL",
