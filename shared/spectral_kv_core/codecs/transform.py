@@ -223,7 +223,10 @@ class TransformCodec(TransformReader, Codec):
         ]
         self.time = table(time_matrix(basis_set.time, basis_set.block))
 
-        self.stored = table(by_frequency(plan.coded[layer_group], kept, self.block)[:, None])  # 1 or 0, [G, 1, F, R]
+        stored = by_frequency(plan.coded[layer_group], kept, self.block).astype(np.float32)  # 1 or 0, [G, F, R]
+        self.stored = table(stored[:, None])
+        self.stored_counts = stored.sum(1)  # coefficients of a block, [G, R]
+        self.moving_counts = stored[:, 1:].sum((1, 2))  # without those of frequency 0, [G]
         sigma = deviations(basis_set, layer_group, kept)
         variance = np.square(sigma) * by_frequency(plan.coded[layer_group], kept, self.block)
         self.stored_variance = table(variance[:, None])
@@ -298,15 +301,6 @@ class TransformCodec(TransformReader, Codec):
     def _growing(self, chunks: list[Chunk]) -> int:
         """Tokens of the last of `chunks` where it is plain and not full, else 0."""
         return chunks[-1].tokens % self.chunk_tokens if self.grows and chunks and chunks[-1].is_plain else 0
-
-    @cached_property
-    def stored_counts(self) -> np.ndarray:
-        """Coefficients of a block that are stored, [G, R]; moving_counts [G]: without those of frequency 0."""
-        return self.xp.to_numpy(self.stored).sum((1, 2))
-
-    @cached_property
-    def moving_counts(self) -> np.ndarray:
-        return self.xp.to_numpy(self.stored)[:, :, 1:].sum((1, 2, 3))
 
     def lost_energy(self, keys, values, start: int, squares):
         """Energy of blocks [B, G, n] in coefficients that are not stored, to what the profile expects there.
