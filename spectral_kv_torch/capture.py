@@ -16,7 +16,7 @@ from spectral_kv_core.errors import UsageError
 
 from . import ops
 from .handles import Pending
-from .integration import ATTENTION, attention_forward, host_layers, install, model_shape, register
+from .integration import ATTENTION, attention_forward, cache_argument, host_layers, install, model_shape, register
 
 
 class CaptureLayer(CacheLayerMixin):
@@ -97,7 +97,7 @@ def capture(model, tokens: list[int]) -> Cache:
         layers[i] = CaptureLayer()
     cache = Cache(layers=layers)
     with frozen(model), torch.no_grad():
-        model(_batch(model, tokens), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(_batch(model, tokens), use_cache=True, logits_to_keep=1, **cache_argument(model, cache))
     return cache
 
 
@@ -177,7 +177,7 @@ def score_gradients(model, cache: Cache, tokens: list[int], samples: int, seed: 
         inputs += [layer.keys, layer.values]
     result = []
     with frozen(model), torch.enable_grad():
-        logits = model(_batch(model, tokens), past_key_values=cache, use_cache=True).logits[0].float()
+        logits = model(_batch(model, tokens), use_cache=True, **cache_argument(model, cache)).logits[0].float()
         log_p = torch.log_softmax(logits, dim=-1)
         if not torch.isfinite(log_p).all():
             raise UsageError("Expected finite logits, received NaN or infinity: check the weights and the dtype.")
@@ -206,7 +206,8 @@ def probed_log_probabilities(
             layer.keys, layer.values = (torch.from_numpy(x).to(layer.keys) for x in changed[i])
         layers.append(layer)
     with frozen(model), _replayed(model, changed, outputs):
-        logits = model(_batch(model, tokens), past_key_values=Cache(layers=layers), use_cache=True).logits[0]
+        given = cache_argument(model, Cache(layers=layers))
+        logits = model(_batch(model, tokens), use_cache=True, **given).logits[0]
     return torch.log_softmax(logits.float(), dim=-1)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import sys
 import weakref
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -140,6 +143,21 @@ def host_layers(model, left_padding: list[int] | None = None) -> list:
     config = model.config.get_text_config(decoder=True)
     layers = DynamicCache(config=config).layers
     return layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]
+
+
+def cache_argument(model, cache: Cache) -> dict[str, Cache]:
+    """`cache` by the name that `model` takes it by: transformers 5.24 renames `past_key_values` to `cache`."""
+    return {_cache_name(type(model)): cache}
+
+
+@functools.cache
+def _cache_name(model_class: type) -> str:
+    names = inspect.signature(model_class.forward).parameters
+    renamed = tuple(map(int, transformers.__version__.split(".")[:2])) >= (
+        5,
+        24,
+    )  # asked of wrappers, which hand all on
+    return "cache" if "past_key_values" not in names and (renamed or "cache" in names) else "past_key_values"
 
 
 def plain_cache(model) -> Cache:
