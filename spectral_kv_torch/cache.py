@@ -55,32 +55,67 @@ class SpectralKVLayer(CompressedLayer, CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         if not number:
             self.commit()
-        self.taken[number] = Pending(self, key_states, value_states, number)
-        return self.taken[number].handles(self.slots)
+        self.taken[number] = Pending(self, key_states, value_states, number, self.slots - self.waiting)
+        return self.taken[number].handles()
+
+    def can_attend(self, pending: Pending, padding: list[int] | None) -> bool:
+        """Whether codes can be attended to for `pending`: nobody has yet, and `padding` of the mask is that of the store."""
+        if self.taken.get(pending.number) is not pending:
+            return False
+        if padding is None or not self.store.padding_groups:
+            return True
+        lost = self.store.seen - self.store.slots
+        return all(
+            padding[row] == max(group.pad - lost, 0)
+            for group in self.store.padding_groups
+            if group.exact
+            for row in group.sequences
+        )
 
     def attend(self, pending: Pending, queries, scale: float, fused, padding=None):
-        """Attention [B, Hq, L, D] of the tokens of `pending`, which enter the cache; `padding` [B] at the first call."""
-        if not self.store.padding_groups:
-            self.store.start(queries.shape[0], padding)
-        elif padding is not None:
-            self.store.repad([p + self.store.seen - self.store.slots for p in padding])
+        """Attention [B, Hq, L, D] of the tokens of `pending`, which enter the cache; `padding` [B] as the mask has it."""
+        self._start(pending, padding)
         del self.taken[pending.number]
         return self.store.attend(queries, pending.keys, pending.values, scale, fused, pending.number)
 
+    def decoded(self, pending: Pending, queries, scale: float, padding: list[int] | None = None):
+        """Keys and values [B, H, seen, D] for attention that is not ours; raises UsageError where tokens were dropped."""
+        self.store.check_complete()
+        if self.can_attend(pending, padding):
+            self._start(pending, padding)
+        return pending.dense()
+
+    def _start(self, pending: Pending, padding: list[int] | None) -> None:
+        """Tell the store the left padding of rows that have no token yet."""
+        if not self.store.padding_groups:
+            self.store.start(pending.keys.shape[0], padding)
+        elif padding is not None:
+            self.store.repad([p + self.store.seen - self.store.slots for p in padding])
+
     def dense(self, pending: Pending):
-        """Keys and values [B, H, seen, D] including the tokens of `pending`, which enter the cache."""
-        self.store.begin(pending.keys.shape[2])
-        held = self.store.dense(pending.keys.dtype)
+        """Keys and values [B, H, seen, D] including the tokens of `pending`, which enter the cache.
+
+        Raises UsageError for handles of an earlier call.
+        """
+        length = pending.keys.shape[2]
         if self.taken.get(pending.number) is pending:
+            self.store.begin(length)
+            held = self.store.dense(pending.keys.dtype)
             self.commit()
+        else:  # somebody has attended to them, as a layer does that shares them with another
+            self.store.check_complete()
+            held = self.store.dense(pending.keys.dtype)
+            slots = 0 if held is None else held[0].shape[2]
+            if slots not in (pending.slots, pending.slots + length):
+                raise UsageError(
+                    "Expected the keys and values that the last update gave back, received older ones. Take those of every "
+                    "update."
+                )
+            held = tuple(x[:, :, : pending.slots] for x in held) if held is not None else None
         if held is None:
             return pending.keys, pending.values
         held = split_layers(*held, len(self.layers))[pending.number]
         return torch.cat([held[0], pending.keys], dim=2), torch.cat([held[1], pending.values], dim=2)
-
-    def is_empty(self) -> bool:
-        """Whether some sequence has no token yet, so that its left padding is still to be told."""
-        return self.store.awaits_tokens
 
     def get_seq_length(self) -> int:
         """Slots seen, padding included."""

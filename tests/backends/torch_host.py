@@ -32,7 +32,8 @@ from spectral_kv_torch import (
 from spectral_kv_torch import generation as backend
 from spectral_kv_torch.cache import SpectralKVLayer
 from spectral_kv_torch.generation import decode_cache, encode_cache, fill, generate, plain_cache, score, sealed_bits
-from spectral_kv_torch.integration import ATTENTION, _fused, cache_argument, install, model_shape
+from spectral_kv_torch.handles import ATTENTION, _fused
+from spectral_kv_torch.integration import cache_argument, install, model_shape
 
 __all__ = [
     "InferenceEngine",
