@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from spectral_kv_core.cache.compressed_layer import CompressedLayer, FollowingLayer, leading_layers
+from spectral_kv_core.cache.compressed_layer import CompressedLayer, FollowingLayer, is_compressed, leading_layers
 from spectral_kv_core.cache.decoded_chunks import bytes_per_layer
 from spectral_kv_core.cache.eviction import Eviction
 from spectral_kv_core.cache.layer_cache import LayerCache
@@ -24,7 +24,35 @@ from . import ops
 from .handles import Pending
 
 
-class SpectralKVLayer(CompressedLayer, CacheLayerMixin):
+class NotPickled:
+    """What holds codes, which stand on tables and on code that no pickle can hold."""
+
+    def __reduce_ex__(self, protocol):
+        raise UsageError(
+            "Expected save_prompt_cache(path, cache), whose file both backends read, received pickle or torch.save, which "
+            "cannot store a compressed cache."
+        )
+
+    def __copy__(self):
+        new = object.__new__(type(self))
+        vars(new).update(vars(self))
+        return new
+
+
+class CodedLayer(NotPickled):
+    """What transformers asks of a layer and ours refuses."""
+
+    def offload(self) -> None:
+        """Refused: a compressed cache is small enough to stay on its device."""
+        raise UsageError(
+            "Expected a compressed cache to stay on its device, received a request to move it. Take fewer bits, or store it: "
+            "save_prompt_cache(path, cache)."
+        )
+
+    prefetch = offload
+
+
+class SpectralKVLayer(CodedLayer, CompressedLayer, CacheLayerMixin):
     """A `CompressedLayer` in a transformers `Cache`.
 
     `update` gives handles back: our attention function attends to the codes through them, for anybody else they turn
@@ -166,7 +194,7 @@ class SpectralKVLayer(CompressedLayer, CacheLayerMixin):
             self.store.select(indices.tolist())
 
 
-class SpectralKVFollower(FollowingLayer, CacheLayerMixin):
+class SpectralKVFollower(CodedLayer, FollowingLayer, CacheLayerMixin):
     """A `FollowingLayer` in a transformers `Cache`."""
 
     is_sliding = False
@@ -206,7 +234,7 @@ class SpectralKVFollower(FollowingLayer, CacheLayerMixin):
         pass
 
 
-class SpectralCache(Cache):
+class SpectralCache(NotPickled, Cache):
     """A transformers `Cache` that holds codes, made of a profile and a budget or of a plan.
 
     `make_prompt_cache` makes one for a model, and lets the model attend to its codes.
@@ -265,9 +293,23 @@ class SpectralCache(Cache):
         """An independent cache that shares the plan and the tensors."""
         for layer in leading_layers(self.layers):
             layer.commit()
-        new = copy.copy(self)
+        new = super().__copy__()
         new.layers = copy.deepcopy(self.layers, memo)
         return new
+
+    def __copy__(self) -> SpectralCache:
+        return copy.deepcopy(self)
+
+    def __iter__(self) -> Iterator[tuple]:
+        """Decoded keys, values [B, H, seen, D] and window of every layer, as transformers' own cache gives them."""
+        for layer in self.layers:
+            if is_compressed(layer):
+                first, number = (layer, 0) if isinstance(layer, SpectralKVLayer) else (layer.first, layer.number)
+                keys, values = first.keys_and_values()
+                held = (None, None) if keys is None else split_layers(keys, values, len(first.layers))[number]
+                yield *held, None
+            else:
+                yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
 
     def finalize(self) -> None:
         """End the prompt now instead of at the next call with at most 16 tokens: the cache takes its final size."""

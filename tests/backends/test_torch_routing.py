@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import sys
 import warnings
 from types import ModuleType
@@ -21,6 +22,7 @@ from transformers.models.llama import modeling_llama  # noqa: E402
 
 from spectral_kv_core.errors import UsageError  # noqa: E402
 from spectral_kv_torch import (  # noqa: E402
+    SpectralCache,
     SpectralProfiler,
     capture,
     generation,
@@ -143,7 +145,7 @@ def test_our_name_is_seen_as_sdpa():
     assert_close("identity", logits_of(model, ids, cache, 20), expected)
     assert_close("plain", logits_of(model, ids, plain_cache(model)), expected)
     name = model.config._attn_implementation
-    for same in (copy.deepcopy(name), copy.copy(RoutedName("eager", decode=True))):
+    for same in (copy.deepcopy(name), pickle.loads(pickle.dumps(RoutedName("eager", decode=True)))):
         assert same == ATTENTION and same == "sdpa" and same != "eager" and {ATTENTION: 1}[same] == 1
     assert (same.before, same.decode) == ("eager", True)
 
@@ -583,3 +585,51 @@ def test_dropout_stays_out_of_a_calibration():
     for got, layer in zip(expected, capture(model, ids).layers):
         assert torch.equal(layer.keys, got)
     assert [module.training for module in model.modules()] == before
+
+
+# --- copies and files by other means
+
+
+def used_cache(**options):
+    model, profile = model_and_profile("llama")
+    cache = make_prompt_cache(model, profile, **options)
+    logits_of(model, tokens(300), cache)
+    return model, cache
+
+
+def test_a_cache_is_not_pickled(tmp_path):
+    _, cache = used_cache(bits=3.0)
+    for store in (pickle.dumps, lambda x: torch.save(x, tmp_path / "cache")):
+        for what in (cache, cache.layers[0], {"cache": cache}):
+            with pytest.raises(UsageError, match="save_prompt_cache"):
+                store(what)
+
+
+def test_copies_go_their_own_way():
+    model, cache = used_cache(bits=3.0)
+    follow = tokens(30, seed=4)
+    copies = [copy.copy(cache), copy.deepcopy(cache)]
+    expected = logits_of(model, follow, cache, 1)
+    for one in copies:
+        assert one.get_seq_length() == 300
+        torch.testing.assert_close(logits_of(model, follow, one, 1), expected, rtol=0, atol=0)
+
+
+def test_a_cache_is_read_layer_by_layer():
+    """As transformers' own: keys, values and the window of every layer."""
+    model, cache = used_cache(method="identity")
+    plain = plain_cache(model)
+    logits_of(model, tokens(300), plain)
+    assert len(list(cache)) == len(cache) == 3
+    for got, expected in zip(cache, plain):
+        assert len(got) == len(expected)
+        for a, b in zip(got, expected):
+            assert (a is None and b is None) or torch.allclose(a, b, atol=1e-5)
+    assert [keys for keys, *_ in SpectralCache(model_and_profile("llama")[1])] == [None] * 3
+
+
+def test_a_cache_stays_on_its_device():
+    _, cache = used_cache(bits=3.0)
+    for call in ("offload", "prefetch"):
+        with pytest.raises(UsageError, match="device"):
+            getattr(cache.layers[0], call)()
