@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
+import time
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -125,6 +127,32 @@ def run_fake(backend, folder, texts=None, tokenizer=None, profile=None, **change
     return evaluate(
         backend, None, tokenizer or LetterTokenizer(), settings, texts, folder, names=NAMES, profile=profile
     )
+
+
+def test_a_second_evaluation_of_a_folder_waits_and_takes_the_rows_of_the_first(tmp_path, caplog):
+    began, results = threading.Event(), {}
+
+    class Slow(FakeBackend):
+        def build_cache(self, *args, **kwargs):
+            began.set()
+            time.sleep(0.3)
+            return super().build_cache(*args, **kwargs)
+
+    backends = {"first": Slow(), "second": FakeBackend()}
+
+    def run(name):
+        results[name] = run_fake(backends[name], tmp_path)
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in backends]
+    with caplog.at_level(logging.WARNING, "spectralkv"):
+        threads[0].start()
+        assert began.wait(10)
+        threads[1].start()
+        for thread in threads:
+            thread.join()
+    assert backends["first"].made() and not backends["second"].made()
+    assert results["first"]["documents"] == results["second"]["documents"]
+    assert f"Another evaluation writes to {tmp_path}: waiting" in caplog.text
 
 
 @pytest.mark.parametrize("step", [1, 3, 8, 50])
@@ -250,8 +278,10 @@ def test_pairs_out_of_reach_are_skipped(caplog, tmp_path):
         ("affine", 12.0),
     ]
     assert sum(record.message.startswith("Skipped spectral at 12 bits: Expected") for record in caplog.records) == 1
-    settings = Settings(methods=("spectral",), bits=(12.0,), **SMALL)
     with pytest.raises(ValueError, match="bits that it can reach, received methods spectral with bits 12"):
+        Settings(methods=("spectral",), bits=(12.0,), **SMALL)
+    settings = Settings(methods=("turboquant",), bits=(9.0,), **SMALL)  # which heads of 8 channels have
+    with pytest.raises(ValueError, match="bits that it can reach, received methods turboquant with bits 9"):
         plan_jobs(backend, None, None, settings, backend.toy)
 
 

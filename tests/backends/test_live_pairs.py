@@ -7,14 +7,14 @@ import functools
 
 import numpy as np
 import pytest
-from hosts import ByteTokenizer, check_padded, close, codes, dense, of_families, only, tokens
+from hosts import ByteTokenizer, check_padded, close, codes, dense, of_families, tokens
 from tolerances import assert_close, relative_rms
 
 from spectral_kv_core.cache.prompt_cache_file import PromptFile
 from spectral_kv_core.codecs.chunk import join_layers
 from spectral_kv_core.codecs.registry import make_plan
 from spectral_kv_core.planning.budget import elements_per_token
-from spectral_kv_core.planning.methods import BASIS_SETS
+from spectral_kv_core.planning.methods import BASIS_SETS, get_method, rounded_by
 from spectral_kv_core.profile.basis_set import PAIRS
 
 pytest.importorskip("constriction")
@@ -58,10 +58,6 @@ def same(host, cache, other) -> None:
 # --- in files
 
 
-@only(
-    "torch",
-    "at 5 bits a file of the tiny MLX Llama takes 1.9, and values of the tiny MLX Qwen2 get worse from 0.5 bits to 1",
-)
 @every_kind
 def test_round_trip(host, family, tmp_path):
     model, profile = model_and_profile(host, family)
@@ -73,7 +69,7 @@ def test_round_trip(host, family, tmp_path):
         loaded, told = host.load_prompt_cache(path, model, profile)
         assert type(loaded) is type(plain) and told == tokens(300) and host.seen(loaded) == 300
         file = PromptFile.load(path)
-        assert 0.85 * bits < 8 * file.bytes_by_part()["codes"] / elements <= bits
+        assert 0.98 * bits < 8 * file.bytes_by_part()["codes"] / elements <= bits
         pairs = list(zip(layers_of(host, loaded), layers_of(host, plain), strict=True))
         errors.append([relative_rms(a, b) for i in profile.shape.layers for a, b in zip(*pairs[i], strict=True)])
         for layer_idx, (got, own) in enumerate(pairs):
@@ -81,12 +77,28 @@ def test_round_trip(host, family, tmp_path):
                 np.testing.assert_array_equal(a[:, :, :4], b[:, :, :4])
                 np.testing.assert_array_equal(a[:, :, 228:], b[:, :, 228:])
                 assert layer_idx in profile.shape.layers or np.array_equal(a, b)
-    assert np.all(np.diff(errors, axis=0) < 0) and np.max(errors[-1]) < 0.1, errors
+    assert np.all(np.diff(np.mean(errors, axis=1)) < 0) and np.max(errors[-1]) < 0.1, errors
     container = host.encode_cache(make_plan(profile.shape, profile, STORED, 5.0), plain, 4, 64)
     same(host, host.decode_cache(container, model), loaded)
     size = host.cache_nbytes(container)
     assert file.size() == size == sum(file.bytes_by_part().values()) and host.sealed_bits(container) <= 5
     assert file.size().dense_nbytes == size.dense_nbytes == host.cache_nbytes(plain).dense_nbytes
+
+
+@every_kind
+def test_more_bits_make_every_layer_nearer(host, family):
+    """Of the nearest codes. Rounding in time moves error to tokens that matter less: a layer alone may have more of it."""
+    model, profile = model_and_profile(host, family)
+    plain, errors = read(host, family), []
+    for bits in (0.5, 1.0, 2.0, 5.0, 6.0):
+        plan = make_plan(profile.shape, profile, rounded_by(get_method(STORED), "nearest"), bits)
+        container = host.encode_cache(plan, plain, 4, 64)
+        assert 0.98 * bits < host.sealed_bits(container) <= bits
+        pairs = zip(layers_of(host, host.decode_cache(container, model)), layers_of(host, plain), strict=True)
+        errors.append(
+            [relative_rms(a, b) for i, pair in enumerate(pairs) if i in profile.shape.layers for a, b in zip(*pair)]
+        )
+    assert np.all(np.diff(errors, axis=0) < 0), errors
 
 
 def test_a_prompt_too_short_to_seal(host, tmp_path):

@@ -18,7 +18,7 @@ pytest.importorskip("torch")
 from safetensors.numpy import load_file, save_file
 from tiny_checkpoint import save_tiny_checkpoint
 
-from spectral_kv_core.cache.prompt_cache_file import DEFAULT_FILE_METHOD
+from spectral_kv_core.cache.prompt_cache_file import DEFAULT_FILE_METHOD, PromptFile
 from spectral_kv_core.cli import main as cli
 from spectral_kv_core.cli import methods, output, tables
 from spectral_kv_core.errors import UsageError
@@ -319,6 +319,144 @@ def test_wrong_use(capsys, folder, model, profile, text_file, other_model):
     assert run(capsys, "generate", "--modle", model)[0] == 2
 
 
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("", "required: COMMAND. Try: spectralkv --help"),
+        ("generat", "invalid choice: 'generat'"),
+        (
+            "generate --model x",
+            "one of the arguments --prompt --prompt-file is required. Try: spectralkv generate --help",
+        ),
+        (
+            "generate --model x --prompt Hi --bits two",
+            "--bits: invalid float value: 'two'. Try: spectralkv generate --help",
+        ),
+        ("generate --model x --prompt Hi --bit 2", "unrecognized arguments: --bit 2"),
+        ("generate --mod x --prompt Hi", "required: --model"),
+        ("inspect file --met spectral", "unrecognized arguments: --met spectral"),
+        ("methods --jso", "unrecognized arguments: --jso"),
+        ("fit --model x --memory 8GB --window \x1b[2J", r"invalid int value: '\x1b[2J'"),
+    ],
+)
+def test_an_error_of_the_command_line_is_one_line(capsys, line, message):
+    """Without the usage before it, and without names cut short, which a later option would give another meaning."""
+    code, out, err = run(capsys, *line.split())
+    assert code == 2 and not out and message in err, err
+    assert err.startswith("spectralkv: ") and err.count("\n") == 1 and err.rstrip().endswith("--help")
+
+
+WRONG_OPTIONS = [  # command and options, what the line says
+    ("generate --bits 12", "bits between 0.25 and 8 for spectral, received 12"),
+    ("generate --bits nan", "bits to be a number above 0, received nan"),
+    ("generate --method kivi --bits 20", "bits between 3 and 9 for kivi with any model, received 20"),
+    ("generate --method affine --bits 1", "bits of 2.5, 3.5, 4.5, 5.5, 6.5, 8.5 for affine, received 1"),
+    ("generate --method identity --bits 3", "bits between 16 and 16 for identity"),
+    ("generate --window -1", "window to be a number of tokens, 0 or more, received -1"),
+    ("generate --sinks -1", "sinks to be a number of tokens, 0 or more, received -1"),
+    ("generate --method spectrel", "method among"),
+    ("generate --budget-bytes -5", "--budget-bytes to be a number above 0, received -5"),
+    ("generate --budget-bytes 99 --max-context 0", "--max-context to be a number of tokens, 1 or more, received 0"),
+    ("generate --method triattention", "either --budget-tokens or --budget-bytes"),
+    ("generate --method triattention --budget-tokens 68", "--budget-tokens above 68"),
+    (
+        "generate --method triattention --budget-tokens 99 --evict-every 0",
+        "--evict-every to be a number of tokens, 1 or more",
+    ),
+    ("generate --method triattention --budget-tokens 99 --wavelet haar", "triattention has none"),
+    ("generate --method waveletkv --budget-tokens 99 --wavelet db99", "haar, db, sym"),
+    ("generate --method triattention --budget-tokens 99 --raw --protect system", "no system prompt"),
+    ("generate --method triattention+spectral --tiers 0.25:40,0.75:1", "bits between 0.25 and 8"),
+    ("generate --method kivi --rounding-scores knorm", "rounds by scores"),
+    ("generate --max-tokens -1", "--max-tokens of at least 1"),
+    ("cache-prompt --output never --bits 20", "bits between 0.1 and 7 for spectral-stored, received 20"),
+    ("cache-prompt --output never --window -1", "window to be a number of tokens"),
+    ("cache-prompt --output never --sinks -1", "sinks to be a number of tokens"),
+    ("cache-prompt --output never --method spectrel", "method among"),
+    ("cache-prompt --output never --method knorm", "keeps every token"),
+    ("profile --tokens 9", "--tokens of at least 64 tokens, received 9"),
+    ("profile --document 9", "--document of at least 64 tokens, received 9"),
+    ("profile --positions -1", "positions to be a number of tokens, 1 or more, received -1"),
+    ("profile --target-energy 2", "--target-energy in (0, 1], received 2"),
+    ("eval --output never --methods spectrel", "method among"),
+    ("eval --output never --methods spectral --bits 12", "bits between 0.25 and 8 for spectral, received 12"),
+    ("eval --output never --methods knorm+spectral --tiers 0.5:90,0.5:1", "bits between 0.25 and 8"),
+    ("eval --output never --methods spectral --window -1", "--window of at least 0"),
+    ("bench --methods spectrel", "method among"),
+    ("bench --bits 12", "bits between 0.25 and 8 for spectral, received 12"),
+    ("fit --memory 8GB --bits 12,3", "bits between 0.25 and 8 for spectral, received 12"),
+    ("fit --memory 8GB --method identity --bits 3", "no --bits for identity"),
+    ("fit --memory 8GB --method triattention", "keeps every token"),
+    ("fit --memory 8GB --context 0", "--context of at least 1 token"),
+    ("fit --memory 8GB --window -1", "window to be a number of tokens"),
+    ("inspect missing --bits 12", "bits between 0.25 and 8"),
+    ("inspect missing --method spectrel", "method among"),
+    ("plot missing --bits 12", "bits between 0.25 and 8"),
+    ("report missing --bits 12", "bits between 0.25 and 8"),
+]
+PROMPTED = {"generate": ("--prompt", "Hi"), "cache-prompt": ("--prompt", "Hi")}
+
+
+@pytest.mark.parametrize("line, message", WRONG_OPTIONS, ids=[line for line, _ in WRONG_OPTIONS])
+def test_wrong_options_are_refused_before_anything_loads(capsys, monkeypatch, line, message):
+    """Neither a host nor a file is looked at: both would say something else."""
+
+    def loads(*_):
+        raise AssertionError("a host was loaded")
+
+    monkeypatch.setattr(backends, "_import", loads)
+    command, *options = line.split()
+    model = () if command in ("inspect", "plot", "report") else ("--model", "nowhere")
+    fails(capsys, 2, message, command, *model, *PROMPTED.get(command, ()), *options)
+
+
+def test_files_of_another_kind_are_named(capsys, folder):
+    (folder / "summary.json").write_text('{"rows": []}')
+    fails(
+        capsys,
+        2,
+        f"JSON text. Results are shown by: spectralkv report {folder}",
+        "inspect",
+        str(folder / "summary.json"),
+    )
+    fails(capsys, 2, "received the folder", "inspect", str(folder))
+    generate = ("generate", "--model", "nowhere", "--prompt", "Hi")
+    fails(
+        capsys,
+        2,
+        f"profile file, received the folder {folder}. Name a file in it.",
+        *generate,
+        "--profile",
+        str(folder),
+    )
+    fails(capsys, 2, "prompt cache file, received the folder", *generate, "--prompt-cache-file", str(folder))
+
+
+def test_one_of_a_kind_is_no_plural():
+    assert output.counted(1, "picture") == "1 picture" and output.counted(1000, "layer") == "1,000 layers"
+
+
+def test_what_a_profile_or_a_stored_prompt_rules_out_is_refused_before_the_model_loads(
+    capsys, monkeypatch, model, profile, tmp_path
+):
+    file = tmp_path / "c"
+    json_of(capsys, *cache_prompt(model, profile, file))
+
+    def loads(*_):
+        raise AssertionError("a host was loaded")
+
+    monkeypatch.setattr(backends, "_import", loads)
+    common = ["--model", "nowhere", "--profile", profile]
+    new = ["generate", *common, "--prompt", "Hi", "--method"]
+    fails(capsys, 2, "think, received 8.01", *new, "think", "--bits", "8.01")
+    fails(capsys, 2, "Calibrate again", *new, "spectral-dense-pairs")
+    fails(capsys, 2, "Calibrate again", "cache-prompt", *common, "--prompt", "Hi", "--method", "kvtc", "--output", "x")
+    fails(capsys, 2, "Calibrate again", "eval", *common, "--methods", "kvtc", "--output", "x")
+    goes_on = ["generate", *common, "--prompt", "Hi", "--prompt-cache-file", str(file)]
+    fails(capsys, 2, "bits between 0.25 and 8 for spectral, received 20", *goes_on, "--bits", "20")
+    fails(capsys, 2, "received plain", *goes_on, "--method", "plain", "--bits", "2")
+
+
 def test_damaged_profiles(capsys, folder, model, profile):
     whole = Path(profile).read_bytes()
     arrays = load_file(profile)
@@ -443,6 +581,21 @@ def test_text_of_files_is_escaped_and_cut(capsys, folder, profile):
     save_file({"x": np.zeros(1, np.float32)}, path, metadata)
     code, _, err = run(capsys, "inspect", path)
     assert code == 2 and "\x1b" not in err and len(err.splitlines()) == 1 and len(err) < 3000
+
+
+@pytest.mark.parametrize("field", ["text", "method"])
+def test_no_text_of_a_file_reaches_the_terminal_as_it_is(capsys, folder, profile, model, field):
+    path = folder / "hostile.safetensors"
+    if field == "text":
+        made = Profile.load(profile)
+        replace(made, calibration=made.calibration | {"text": HOSTILE}).save(path)
+    else:
+        json_of(capsys, *cache_prompt(model, profile, path, "--method", "identity"))
+        stored = PromptFile.load(path)
+        replace(stored, method=replace(stored.method, name=HOSTILE)).save(path)
+    code, out, err = run(capsys, "inspect", str(path))
+    assert code == 0 and "evil" in out, err
+    assert all(c.isprintable() for line in out.splitlines() for c in line) and max(map(len, out.splitlines())) < 400
 
 
 def test_a_stored_prompt_of_a_hostile_model_is_shown(capsys):

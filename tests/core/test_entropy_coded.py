@@ -105,6 +105,38 @@ def test_files_are_as_large_as_asked_and_never_larger(bits):
     assert bits * (1 - 2 * FIT_SLACK) < real <= bits
 
 
+def steep(planned: float) -> float:
+    """Real bits of a model whose keys have half the rank that they could: what noise takes beyond 3.9 bits."""
+    return 1.03 * planned if planned < 3.9 else min(4.0 + 40 * (planned - 3.9), 13 + planned / 10)
+
+
+def factor(planned: float) -> float:
+    return 1.4 * planned
+
+
+def steps(planned: float) -> float:
+    """Real bits that move in steps of a hundredth."""
+    return round(1.1 * planned, 2)
+
+
+@pytest.mark.parametrize("real_of", [steep, factor, steps])
+def test_the_search_reaches_every_budget_and_more_bits_are_never_fewer(real_of):
+    before = 0.0
+    for bits in np.arange(0.2, 7.01, 0.1):
+        tried: list[float] = []
+        planned = fit_bits(lambda b, tried=tried: (tried.append(b) or b, real_of(b)), bits)
+        assert 0.98 * bits < real_of(planned) <= bits and planned >= before, (bits, planned, tried)
+        assert len(tried) == len(set(tried)) <= (20 if real_of is steep else 4), tried
+        before = planned
+
+
+def test_a_jump_that_leaves_out_the_budget_ends_the_search():
+    """No plan is nearer than the one before the jump."""
+    tried = []
+    planned = fit_bits(lambda b: (tried.append(b) or b, b if b < 2 else 9.0), 5.0)
+    assert 1.998 < planned < 2 and len(tried) <= 20
+
+
 def test_bits_that_a_text_does_not_fit_in_are_refused():
     with pytest.raises(ValueError, match=r"Expected bits .* received 0\.2; it takes 0\.3"):
         fit_bits(lambda planned: (None, max(planned, 0.3)), 0.2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from cases import ToyModel
 from safetensors.numpy import load_file, save_file
 
 from spectral_kv_core.arrays.rope import Rope
-from spectral_kv_core.files import container as signed_file
+from spectral_kv_core.files import container, tensors
 from spectral_kv_core.profile.model_shape import ModelShape
 from spectral_kv_core.profile.profile import Profile, QueryStatistics
 
@@ -103,7 +104,91 @@ def test_pinned_header(path):
 
 def test_missing_file_says_how_to_make_one(tmp_path):
     assert "spectralkv profile --model" in refused(tmp_path / "none.safetensors", FileNotFoundError)
-    refused(tmp_path, FileNotFoundError)
+    assert "--output" in refused(tmp_path / "none.safetensors", FileNotFoundError)
+
+
+def test_what_is_no_profile_is_named(tmp_path):
+    """Each line is true and useful: not everything that cannot be read is damaged."""
+    assert "received the folder" in refused(tmp_path)
+    kinds = {
+        '{"rows": []}': "JSON text. Results are shown by: spectralkv report",
+        "Hello, here is text.": "another kind",
+    }
+    for text, words in kinds.items():
+        (tmp_path / "file").write_text(text)
+        assert words in refused(tmp_path / "file") and "damaged" not in refused(tmp_path / "file")
+    (tmp_path / "file").write_bytes(b"")
+    assert "truncated" in refused(tmp_path / "file")
+    header = json.dumps({"w": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}}).encode()
+    (tmp_path / "weights").write_bytes(struct.pack("<Q", len(header)) + header + b"ab")
+    assert "another safetensors file" in refused(tmp_path / "weights")
+    os.mkfifo(tmp_path / "pipe")
+    os.symlink("/dev/zero", tmp_path / "device")
+    for name in ("pipe", "device"):
+        assert "is a pipe, a device or a socket" in refused(tmp_path / name)
+
+
+def tensor_file(path: Path, header: dict | bytes, data: bytes = b"") -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+DEEP = b"[" * 100_000
+NAMED = {"__metadata__": {"spectralkv": json.dumps({"format": "spectralkv-profile", "version": 2})}}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b'{"a":' + DEEP,
+        {"__metadata__": {"spectralkv": DEEP.decode()}},
+        {"__metadata__": {"spectralkv": "1" * 5000}},
+        b'{"a":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,4]}}',
+        b'{"a":1,"a":1}',
+        b"[]",
+        {"__metadata__": {"spectralkv": '{"format": NaN}'}},
+        {"__metadata__": {"spectralkv": '{"format": 1e999}'}},
+        {"__metadata__": {"spectralkv": '{"format": ["spectralkv-profile"]}'}},
+        {"__metadata__": {"spectralkv": {"format": "spectralkv-profile"}}},
+        {"__metadata__": 3},
+        NAMED | {"a": {"dtype": "F32", "shape": 65 * [1], "data_offsets": [0, 4]}},
+        NAMED | {"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}},
+        NAMED | {"a": {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}},
+        NAMED | {"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 4]}},
+        NAMED | {"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}},
+        NAMED | {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 8]}},
+        NAMED | {"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}},
+        NAMED | {"a": {"dtype": "F32", "shape": [1]}},
+        NAMED | {"a": [1]},
+        NAMED | {"a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}},
+    ],
+)  # fmt: skip
+def test_odd_headers_are_one_line(tmp_path, header):
+    """Deep nesting, long integers, many axes, names given twice: neither a traceback nor a wait."""
+    assert len(refused(tensor_file(tmp_path / "file", header, b"abcd"))) < 600
+    container.format_name(tmp_path / "file")
+
+
+def test_a_file_that_is_overwritten_while_it_is_read_ends_nothing(path, monkeypatch):
+    """It was mapped once: the process that looked at what another one had cut off was killed."""
+    real = tensors.TensorFile.arrays
+
+    def cut_off(self):
+        with open(path, "r+b") as file:
+            file.truncate(5000)
+        return real(self)
+
+    monkeypatch.setattr(tensors.TensorFile, "arrays", cut_off)
+    assert "became shorter" in refused(path)
+    monkeypatch.undo()
+
+
+def test_what_was_read_stays_when_the_file_is_overwritten(toy_profile, path):
+    loaded = Profile.load(path)
+    with open(path, "r+b") as file:
+        file.truncate(0)
+    assert loaded == toy_profile
 
 
 @pytest.mark.parametrize("keep", [0, 4, 8, 100, 0.5, -1])
@@ -154,7 +239,8 @@ def test_newer_version_says_upgrade(path):
 def test_older_version_says_calibrate_again(path):
     rewrite(path, version=1)
     message = refused(path)
-    assert "version 2" in message and "received 1" in message and "spectralkv profile" in message
+    assert "version 2" in message and "received 1" in message
+    assert f"Make it again: spectralkv profile --model MODEL --output {path}" in message
 
 
 def test_other_files_are_named(path, tmp_path):
@@ -168,16 +254,16 @@ def test_other_files_are_named(path, tmp_path):
 
 
 def test_arrays_must_fit_the_shape(toy_profile, tmp_path):
-    wrong = replace(toy_profile, shape=replace(toy_profile.shape, kv_heads=3))
+    wrong = replace(toy_profile, shape=replace(toy_profile.shape, kv_heads=4))
     assert "fit the model shape" in refused(wrong.save(tmp_path / "wrong.safetensors"))
 
 
-@pytest.mark.parametrize("step", ["save_file", "os.replace"])
+@pytest.mark.parametrize("step", ["write_tensors", "os.replace"])
 def test_failed_write_leaves_what_was_there(toy_profile, tmp_path, monkeypatch, step):
     def fail(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr(signed_file if step == "save_file" else signed_file.os, step.split(".")[-1], fail)
+    monkeypatch.setattr(container if step == "write_tensors" else os, step.split(".")[-1], fail)
     with pytest.raises(OSError, match="disk full"):
         toy_profile.save(tmp_path / "new.safetensors")
     assert list(tmp_path.iterdir()) == []

@@ -191,7 +191,7 @@ def test_what_is_not_drawn_is_named_with_its_reason(capsys, tmp_path):
     assert ("plan", "the profile has no basis per head", "layer") in rows
     assert [path.name for path in output.parent.iterdir()] == ["page.html"], "no temporary file stays"
     assert cli.main(arguments[:-1]) == 0
-    assert "7 pictures are left out" in capsys.readouterr().out
+    assert "Left out: 7 pictures." in capsys.readouterr().out
 
 
 def test_text_of_files_is_escaped_everywhere(tmp_path):

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from ..arrays.transform import band_sizes
-from ..codecs.registry import bits_range, family_of, make_plan
+from ..codecs.registry import bits_range, check_bits, family_of, make_plan
 from ..codecs.spectral import STAGING_BITS
 from ..errors import UsageError
 from ..hosts.protocol import Host
-from ..planning.budget import CHUNK_TOKENS, SEAL, SINKS, WINDOW, elements_per_token
+from ..planning.budget import CHUNK_TOKENS, SEAL, SINKS, WINDOW, elements_per_token, whole_number
 from ..planning.methods import METHODS, Method
 from ..planning.plan import Plan
 from ..profile.model_shape import ModelShape
@@ -251,12 +251,10 @@ def fit(
     share) of a plan. Raises UsageError for bits that the method cannot reach, contexts out of range, or memory that the
     weights alone exceed.
     """
-    method, bits = wanted.method, tuple(dict.fromkeys(wanted.bits))
-    _check_wanted(model, memory, method)
-    contexts = tuple(dict.fromkeys(wanted.contexts)) or _default_contexts(model.context)
-    _check_contexts(model, contexts)
-    if not method.compresses and bits:
-        raise UsageError(f"Expected no `bits` for {method.name}, which stores what the plain cache does.")
+    method, bits, contexts = wanted.method, tuple(dict.fromkeys(wanted.bits)), tuple(dict.fromkeys(wanted.contexts))
+    check_wanted(wanted, model.context)
+    _check_model(model, memory)
+    contexts = contexts or _default_contexts(model.context)
     made = {b: _stored(model, method, profile, tables, b) for b in bits or _default_bits(model.shape, method)}
     own = 8 * model.element_bytes
     budgets = {("plain", float(b)): Budget(model, None, 0, 0, b // 8) for b in sorted({16, own}, reverse=True)}
@@ -279,7 +277,27 @@ def fit(
     }
 
 
-def _check_wanted(model: Footprint, memory: int, method: Method) -> None:
+def check_wanted(wanted: Wanted, limit: int | None = None) -> None:
+    """Raise UsageError for what cannot be counted; `limit`: tokens that the model was made for, where that is known."""
+    method = wanted.method
+    for name in ("window", "sinks"):
+        whole_number(name, getattr(wanted, name), 0)
+    if method.scorer is not None:
+        raise UsageError(
+            f"Expected a method that keeps every token, received {method.name}: a cache that drops tokens has the size of its "
+            "`budget_tokens` at any context."
+        )
+    for asked in wanted.bits:
+        if not method.compresses:
+            raise UsageError(f"Expected no `bits` for {method.name}, which stores what the plain cache does.")
+        check_bits(method, asked)
+    for context in wanted.contexts:
+        if context < 1 or (limit and context > limit):
+            most = f" and at most {limit:,}, the model's context" if limit else ""
+            raise UsageError(f"Expected `contexts` of at least 1 token{most}, received {context:,}.")
+
+
+def _check_model(model: Footprint, memory: int) -> None:
     if memory <= model.weights_bytes:
         raise UsageError(
             f"Expected memory for the weights, {model.weights_bytes:,} bytes, received {memory:,}. Give more `memory`, or "
@@ -289,18 +307,6 @@ def _check_wanted(model: Footprint, memory: int, method: Method) -> None:
         raise UsageError(
             f"Expected full-attention layers to compress, received only: {', '.join(sorted(set(model.passed.values())))}."
         )
-    if method.scorer is not None:
-        raise UsageError(
-            f"Expected a method that keeps every token, received {method.name}: a cache that drops tokens has the size of its "
-            "`budget_tokens` at any context."
-        )
-
-
-def _check_contexts(model: Footprint, contexts: Iterable[int]) -> None:
-    for context in contexts:
-        if context < 1 or (model.context and context > model.context):
-            most = f" and at most {model.context:,}, the model's context" if model.context else ""
-            raise UsageError(f"Expected `contexts` of at least 1 token{most}, received {context:,}.")
 
 
 def _default_contexts(limit: int | None) -> tuple[int, ...]:

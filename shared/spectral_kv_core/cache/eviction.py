@@ -7,6 +7,7 @@ steps and not at each one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -21,6 +22,29 @@ from ..scorers.selection import MODES, select
 from .padding_group import PaddingGroup
 
 EVERY = 64
+
+
+def fixed_tokens(coded: bool, sinks: int, window: int, protect: Sequence[tuple[int, int]]) -> int:
+    """Tokens that cannot be dropped once all of them are there; `coded`: whether the others are."""
+    last, covered = sinks, 0  # of protected tokens those that are no sinks, each once
+    for start, end in sorted(protect):
+        covered += max(end - max(start, last), 0)
+        last = max(last, end)
+    blocks = (
+        2 * WAITING * len(protect) if coded else 0
+    )  # a block is kept for the sake of one token, at both ends of a span
+    waits = WAITING if coded else 0
+    return sinks + window + waits + blocks + covered
+
+
+def check_budget(budget: int, coded: bool, sinks: int, window: int, protect: Sequence[tuple[int, int]]) -> None:
+    """Raise UsageError unless a `budget` in tokens leaves some to choose among."""
+    fixed = fixed_tokens(coded, sinks, window, protect)
+    if budget <= fixed:
+        raise UsageError(
+            f"Expected budget_tokens above {fixed}, which {sinks} sinks, a window of {window} and what is protected take, "
+            f"received {budget}. Raise it, or lower the sinks or the window."
+        )
 
 
 @dataclass
@@ -48,11 +72,7 @@ class Eviction:
     def __post_init__(self):
         if self.mode not in MODES:
             raise UsageError(f"Expected a selection among {', '.join(MODES)}, received {self.mode!r}.")
-        if self.budget <= self.fixed:
-            raise UsageError(
-                f"Expected budget_tokens above {self.fixed}, which {self.sinks} sinks, a window of {self.window} and what is "
-                f"protected take, received {self.budget}."
-            )
+        check_budget(self.budget, self.coded, self.sinks, self.window, self.protect)
 
     def __deepcopy__(self, memo) -> Eviction:
         """One for all layers of a copied cache, as the original has."""
@@ -64,14 +84,7 @@ class Eviction:
     @cached_property
     def fixed(self) -> int:
         """Tokens that cannot be dropped once all of them are there."""
-        last, covered = self.sinks, 0  # of protected tokens those that are no sinks, each once
-        for start, end in sorted(self.protect):
-            covered += max(end - max(start, last), 0)
-            last = max(last, end)
-        # a block is kept for the sake of one token, at both ends of a span
-        blocks = 2 * WAITING * len(self.protect) if self.coded else 0
-        waits = WAITING if self.coded else 0
-        return self.sinks + self.window + waits + blocks + covered
+        return fixed_tokens(self.coded, self.sinks, self.window, self.protect)
 
     @property
     def coded(self) -> bool:

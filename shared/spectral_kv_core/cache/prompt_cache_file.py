@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
@@ -16,26 +16,35 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
+from ..arrays.equality import same_fields
 from ..codecs.chunk import Chunk
 from ..codecs.entropy_coded import fit_bits
 from ..codecs.registry import bits_range, make_plan
 from ..errors import UsageError
+from ..files.checks import Wrong, checking
 from ..files.container import FileFormat
-from ..planning.methods import METHODS, Method
+from ..planning.methods import Method
 from ..planning.plan import Plan
+from ..profile.file_checks import shape_of
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
 from ..profile.store import find_profile
+from .file_checks import FILE_DTYPES, check_header, check_layers, check_numbers, check_tokens, method_of
 from .layer_cache import LayerCache
 from .size import CacheSize
 
 log = logging.getLogger("spectralkv")
-FORMAT = FileFormat("spectralkv-cache", 2, "prompt cache", "spectralkv cache-prompt --model MODEL --prompt-file FILE")
+FORMAT = FileFormat(
+    "spectralkv-cache",
+    2,
+    "prompt cache",
+    "spectralkv cache-prompt --model MODEL --prompt-file FILE",
+    private=True,  # whoever has it can read the prompt
+)
 DEFAULT_FILE_METHOD = "spectral-stored"
-FILE_DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}  # of exact keys and values
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ExactLayer:
     """A layer that passes through: keys and values [B, H, n, D] of the last n of `seen` slots, oldest first.
 
@@ -48,7 +57,7 @@ class ExactLayer:
     padding: list[int] | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class PromptFile:
     """What a stored prompt cache says about itself, and its arrays as the file has them.
 
@@ -72,12 +81,18 @@ class PromptFile:
     arrays: dict[str, np.ndarray]
     metadata: dict = field(default_factory=dict)
     library_version: str = __version__
-    path: str | None = None
+    path: str | None = field(default=None, compare=False)
 
     PLAIN_FIELDS = (
         "bits", "plan_hash", "profile", "model", "weights_digest", "sinks", "window", "seen", "layers", "metadata",
         "library_version",
     )  # fmt: skip
+
+    def __eq__(self, other) -> bool:
+        return same_fields(self, other) if type(self) is type(other) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash((self.method, self.plan_hash, self.seen))
 
     @classmethod
     def of(
@@ -136,27 +151,30 @@ class PromptFile:
         )  # fmt: skip
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Write the file to `path` (temporary name, then rename); returns the path."""
+        """Write the file to `path` (temporary name, then rename); returns the path. Raises UsageError for NaN and infinity."""
+        try:
+            check_numbers(self.arrays, self.layers)
+        except Wrong as error:
+            raise UsageError(f"Expected {error}. Nothing was saved: check the weights and the dtype.") from None
         header = {name: getattr(self, name) for name in self.PLAIN_FIELDS}
         return FORMAT.save(path, self.arrays, header | {"method": _recipe(self.method), "shape": self.shape.to_json()})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> PromptFile:
-        """Read a prompt cache file; `plan` checks its sizes.
+        """Read a prompt cache file; `plan` checks that its arrays fit the plan.
 
-        Raises FileNotFoundError, or UsageError for a file that is truncated, altered, of another kind or too new.
+        Raises FileNotFoundError, or UsageError for a file that is truncated, altered, of another kind or too new, or whose
+        contents cannot be.
         """
         arrays, header = FORMAT.load(path)
-        recipe = header["method"]
-        table = METHODS.get(recipe["name"]) or Method(**recipe, summary="a recipe of its own", source="")
-        fields = {name: header[name] for name in cls.PLAIN_FIELDS}
-        return cls(
-            method=replace(table, **recipe),
-            shape=ModelShape.from_json(header["shape"]),
-            arrays=arrays,
-            path=str(path),
-            **fields,
-        )
+        with checking(path, FORMAT.making(path)):
+            check_header(header)
+            fields = {name: header[name] for name in cls.PLAIN_FIELDS}
+            method, shape = method_of(header["method"]), shape_of(header["shape"])
+            check_layers(fields["layers"], shape, method, fields["sinks"], fields["seen"])
+            check_tokens(arrays, fields["seen"])
+            check_numbers(arrays, fields["layers"])
+        return cls(method=method, shape=shape, arrays=arrays, path=str(path), **fields)
 
     @property
     def tokens(self) -> list | None:
@@ -176,7 +194,7 @@ class PromptFile:
         if difference:
             raise UsageError(
                 f"Expected a prompt cache of this model, {self._name}{of} is another's: the model has {difference}. Make one "
-                f"for this model: {FORMAT.command}"
+                f"for this model: {FORMAT.making()}"
             )
         if self.weights_digest and weights_digest and self.weights_digest != weights_digest:
             log.warning(
@@ -184,7 +202,7 @@ class PromptFile:
                 "Make it with these: %s",
                 self._name,
                 of,
-                FORMAT.command,
+                FORMAT.making(),
             )
 
     def plan(self, profile: Profile | None = None) -> Plan:
@@ -202,7 +220,7 @@ class PromptFile:
         if plan.hash != self.plan_hash:
             raise UsageError(
                 f"Expected the profile that {self._name} was made with ({self.profile}), received another "
-                f"({_describe(profile)}). Give that profile, or make the cache again: {FORMAT.command}"
+                f"({_describe(profile)}). Give that profile, or make the cache again: {FORMAT.making()}"
             )
         self._check_arrays(plan)
         return plan

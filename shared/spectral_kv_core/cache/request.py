@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
 
-from ..codecs.registry import bits_range, make_plan, usable_method
+from ..codecs.registry import bits_range, check_bits, make_plan, usable_method
 from ..codecs.tiers import check_tiers, make_tiered_plan
 from ..errors import UsageError
 from ..planning.budget import SEAL, SINKS, WAITING, WINDOW, elements_per_token, whole_number
@@ -20,7 +20,7 @@ from ..profile.profile import Profile
 from ..scorers import check_wavelet, get_scorer
 from ..scorers.selection import MODES
 from .decoded_chunks import check_working_set
-from .eviction import EVERY, Eviction
+from .eviction import EVERY, Eviction, check_budget
 
 DROPS = ("budget_tokens", "protect", "selection", "evict_every", "wavelet")  # options of methods that drop tokens
 
@@ -42,7 +42,8 @@ class CacheRequest:
     rounding_scores: the scorer that weighs tokens when codes are rounded, or `nearest`.
     working_set: bytes that decoded chunks may take in all, for a method that decodes its history.
 
-    None leaves a choice to the method. Raises UsageError, or TypeError for options that are wrong or do not go together.
+    None leaves a choice to the method. Raises UsageError, or TypeError for options that are wrong or do not go together:
+    all that can be known without a model. What depends on its shape or its profile, `plan` says.
     """
 
     method: str | Method = DEFAULT_METHOD
@@ -72,6 +73,7 @@ class CacheRequest:
         check_working_set(self.recipe, self.working_set)
         if self.selection is not None and self.selection not in MODES:
             raise UsageError(f"Expected a selection among {', '.join(MODES)}, received {self.selection!r}.")
+        check_bits(self.recipe, self.bits)
         if self.tiers is not None:
             self._check_tiers(self.tiers)
             object.__setattr__(self, "tiers", tuple((float(share), float(bits)) for share, bits in self.tiers))
@@ -155,6 +157,8 @@ class CacheRequest:
         for name in self._given("bits", "budget_bytes", "max_context", *DROPS):
             raise UsageError(f"Expected tiers alone, which say bits and drop no token, received {name} too.")
         check_tiers(self.recipe, tiers)
+        for _, bits in tiers:
+            check_bits(self.recipe, float(bits))
 
     def _check_keeping(self) -> None:
         method = self.recipe
@@ -178,6 +182,8 @@ class CacheRequest:
                 f"Expected either budget_tokens or budget_bytes for {method.name}, which drops tokens, received "
                 f"{'none' if self.budget_tokens is None else 'both'}."
             )
+        if self.budget_tokens is not None:
+            check_budget(self.budget_tokens, method.compresses, self.sinks, self.window, self.protect)
         if self.wavelet is not None:
             check_wavelet(get_scorer(scorer), self.wavelet)
 

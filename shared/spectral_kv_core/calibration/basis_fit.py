@@ -14,8 +14,7 @@ from ..arrays.basis import fit_basis
 from ..arrays.rope import shift, unrotate
 from ..arrays.transform import band_sizes, octave_bands, time_matrix, to_frequency
 from ..errors import UsageError
-from ..planning.methods import GROUPS
-from ..profile.basis_set import HISTOGRAM_BINS, HISTOGRAM_LIMIT, BasisSet
+from ..profile.basis_set import GROUPS, HISTOGRAM_BINS, HISTOGRAM_LIMIT, BasisSet
 from ..profile.model_shape import ModelShape
 from ..quantization.quantizer import BIT_WIDTHS, empirical_tables, thresholds
 from .moments import Moments

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ..errors import UsageError
 from ..hosts.demo_model import demo_model_path
 from ..hosts.protocol import Captures, Models
+from ..planning.budget import whole_number
 from ..planning.methods import BASIS_SETS, Method
 from ..profile.basis_set import PAIRS, WHOLE_MODEL, BasisSet
 from ..profile.model_shape import ModelShape
@@ -29,6 +30,17 @@ from .text import TEXT_NAME, load_default_texts, split_documents, text_digest
 
 MAX_POSITIONS = 32768
 SCORED_SHARE = 16  # the last sixteenth of a document is scored: its gradients reach the tokens before it
+
+
+def check_calibration(target_energy: float, tokens: int, document: int, positions: int | None) -> None:
+    """Raise UsageError for options of `ProfilerBase` that are out of range."""
+    if not 0 < target_energy <= 1:
+        raise UsageError(f"Expected target_energy in (0, 1], received {target_energy}.")
+    for name, value in (("tokens", tokens), ("document", document)):
+        if value < 64:
+            raise UsageError(f"Expected `{name}` of at least 64 tokens, received {value}.")
+    if positions is not None:
+        whole_number("positions", positions, 1)
 
 
 class ProfilerBase:
@@ -87,10 +99,7 @@ class ProfilerBase:
         pairs: bool = False,
         joint: bool = False,
     ):
-        if not 0 < target_energy <= 1:
-            raise UsageError(f"Expected target_energy in (0, 1], received {target_energy}.")
-        if min(tokens, document) < 64:
-            raise UsageError(f"Expected at least 64 tokens, received {min(tokens, document)}.")
+        check_calibration(target_energy, tokens, document, positions)
         self.target_energy, self.tokens, self.document = target_energy, tokens, document
         self.samples, self.seed, self.positions, self.progress = samples, seed, positions, progress
         self.gradients, self.probes = gradients, probes

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from ..benchmark import bench as benchmark
 from ..benchmark.synthetic import PLANS, SHAPES
+from ..files.replacing import write_whole
 from ..hosts.backends import load_backend
 from ..planning.methods import DEFAULT_METHOD
 from . import tables
@@ -63,8 +63,7 @@ def run(args: argparse.Namespace) -> dict:
             host, timed, model, tokenizer, settings, {"backend": name, "model": path, "dtype": args.dtype}
         )
     if args.output is not None:
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.output).write_text(json.dumps(result, indent=1, default=to_plain) + "\n", encoding="utf-8")
+        write_whole(args.output, f"{json.dumps(result, indent=1, default=to_plain)}\n".encode())
     if not args.json:
         tables.print_bench(result)
     return result

@@ -6,16 +6,17 @@ import argparse
 import time
 
 from ..cache.prompt_cache_file import DEFAULT_FILE_METHOD, PromptFile
-from ..codecs.registry import plan_for
+from ..codecs.registry import check_bits, plan_for
 from ..hosts.backends import load_backend
 from ..hosts.chat_template import encode_opening, has_template
-from ..planning.budget import SINKS, WINDOW
+from ..planning.budget import SINKS, WINDOW, whole_number
 from ..planning.methods import get_keeping_method
 from ..profile.profile import Profile
 from . import tables
 from .options import (
     check_context,
     check_output,
+    check_profile,
     model_options,
     model_path,
     prompt_options,
@@ -43,8 +44,13 @@ def run(args: argparse.Namespace) -> dict:
     """
     check_output(args.output)
     method = get_keeping_method(args.method)
+    check_bits(method, args.bits)
+    for option in ("window", "sinks"):
+        whole_number(option, getattr(args, option), 0)
     text = prompt_text(args)
     loaded = Profile.load(args.profile) if args.profile != "auto" and method.basis_set else None
+    if loaded is not None:
+        check_profile(loaded, method.basis_set, method, args.bits)
     name, backend = load_backend(args.backend)
     model, tokenizer = backend.load_model(model_path(args.model), args.dtype)
     raw = args.raw or not has_template(tokenizer)

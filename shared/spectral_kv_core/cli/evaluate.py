@@ -11,9 +11,10 @@ from ..evaluation import run as evaluation
 from ..evaluation.settings import DEFAULT_KEEP, SUITES, Settings
 from ..evaluation.text import Text, default_texts, read_text
 from ..hosts.backends import load_backend
+from ..planning.methods import get_method
 from ..profile.profile import Profile
 from ..scorers.waveletkv import WAVELET
-from .options import listed, model_options, model_path, read_file, tiers_of, values_of
+from .options import check_profile, listed, model_options, model_path, read_file, tiers_of, values_of
 
 NAME, HELP = "eval", "measure methods against the plain cache on texts"
 PARENTS = (model_options,)
@@ -94,6 +95,9 @@ def run(args: argparse.Namespace) -> dict:
     """Measure, save and report."""
     settings, texts = _settings(args), _texts(args)
     loaded = Profile.load(args.profile) if args.profile != "auto" else None
+    for method in map(get_method, settings.methods):
+        if loaded is not None:
+            check_profile(loaded, method.profile_set, method)
     output = Path(args.output)
     if output.exists() and not output.is_dir():
         raise UsageError(f"Expected a folder for --output, received the file {output}.")

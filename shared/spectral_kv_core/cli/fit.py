@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 
 from ..benchmark import footprint as fitting
-from ..errors import UsageError
 from ..hosts.backends import load_backend
 from ..planning.budget import SINKS, WINDOW
 from ..planning.methods import DEFAULT_METHOD, get_live_method
@@ -35,11 +34,8 @@ def run(args: argparse.Namespace) -> dict:
     memory = fitting.parse_bytes(args.memory)
     bits, contexts = values_of(args.bits, "--bits", float), values_of(args.context, "--context", int)
     method = get_live_method(args.method)
-    for option in ("window", "sinks"):
-        if getattr(args, option) < 0:
-            raise UsageError(
-                f"Expected --{option} to be a number of tokens, 0 or more, received {getattr(args, option)}."
-            )
+    wanted = fitting.Wanted(method, bits, contexts, args.window, args.sinks)
+    fitting.check_wanted(wanted)
     loaded = Profile.load(args.profile) if args.profile != "auto" and method.basis_set else None
     name, backend = load_backend(args.backend, "footprint")
     model = backend.footprint(model_path(args.model), args.dtype)
@@ -47,7 +43,6 @@ def run(args: argparse.Namespace) -> dict:
         loaded.check(model.shape)
     elif method.basis_set:
         loaded = find_profile(model.shape, method.basis_set)
-    wanted = fitting.Wanted(method, bits, contexts, args.window, args.sinks)
     result = {
         "model": args.model,
         "backend": name,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -17,6 +17,7 @@ from ..arrays.divergence import compare_logits
 from ..cache.eviction import EVERY
 from ..cache.prompt_cache_file import PromptFile
 from ..cache.request import CacheRequest
+from ..codecs.registry import check_bits
 from ..errors import UsageError
 from ..hosts.backends import load_backend
 from ..hosts.chat_template import encode_prompt, encode_rest, system_tokens
@@ -28,6 +29,7 @@ from ..scorers.waveletkv import WAVELET
 from . import tables
 from .options import (
     check_context,
+    check_profile,
     model_options,
     model_path,
     prompt_options,
@@ -128,14 +130,17 @@ def _prepare(args: argparse.Namespace) -> Job:
     """Check all that was given, from what is cheap to check on, and load the model."""
     stored = _open_prompt_file(args) if args.prompt_cache_file else None
     method = _live_method(args, stored)
-    protect = spans_of(args.protect)
-    tiers = tiers_of(args.tiers) if args.tiers is not None else None
+    request = _request(args, stored, method)
     text = prompt_text(args)
     score_text = read_file(args.score_file, "--score-file") if args.score_file else None
     if args.max_tokens < 0 or (args.max_tokens == 0 and score_text is None):
         raise UsageError(f"Expected --max-tokens of at least 1, or 0 with --score-file, received {args.max_tokens}.")
     given = args.profile != "auto" and (stored or (isinstance(method, Method) and method.profile_set))
     loaded = Profile.load(args.profile) if given else None
+    if stored:
+        loaded = stored.plan(loaded).profile or loaded
+    elif loaded is not None:
+        check_profile(loaded, request.recipe.profile_set, request.recipe, request.bits)
     name, backend = load_backend(args.backend)
     model, tokenizer = backend.load_model(model_path(args.model), args.dtype)
     if stored:
@@ -143,7 +148,7 @@ def _prepare(args: argparse.Namespace) -> Job:
     else:
         prompt = encode_prompt(tokenizer, text, args.raw)
     if "system" in (args.protect or ()):
-        protect.append((0, _system_tokens(args, tokenizer)))
+        request = replace(request, protect=(*request.protect, (0, system_tokens(tokenizer))))
     labels = _labels(args, tokenizer, score_text)
     before = stored.seen if stored else 0
     longest = before + len(prompt) + max(args.max_tokens, len(labels))
@@ -152,24 +157,40 @@ def _prepare(args: argparse.Namespace) -> Job:
     def new_cache():
         if stored:
             return backend.load_prompt_cache(stored, model, loaded, method=method, bits=args.bits)[0]
-        options = {name: getattr(args, name) for name in _cache_options(args)}
-        options |= {"method": method, "protect": protect, "tiers": tiers}
-        if args.budget_bytes is not None:
-            options["max_context"] = args.max_context or longest
-        return backend.build_cache(model, loaded, CacheRequest(**options), tokenizer)
+        asked = request
+        if args.budget_bytes is not None and args.max_context is None:
+            asked = replace(request, max_context=longest)
+        return backend.build_cache(model, loaded, asked, tokenizer)
 
     return Job(name, backend, model, tokenizer, stored, method, prompt, labels, new_cache)
+
+
+def _request(args: argparse.Namespace, stored: PromptFile | None, method: Method | str | None) -> CacheRequest:
+    """What the options ask of a new cache, the defaults beside a stored one; raises UsageError for what no model can give.
+
+    `--protect system` and the default of `--max-context` are left to the tokenizer: any length stands for the latter.
+    """
+    if not isinstance(method, Method):
+        if args.bits is not None:
+            raise UsageError(f"Expected a method that has {args.bits:g} bits, received {method}. Leave --bits out.")
+        return CacheRequest()
+    if stored is not None:
+        check_bits(method, args.bits, stored.shape)
+        return CacheRequest()
+    if args.raw and "system" in (args.protect or ()):
+        raise UsageError("Expected no --protect system with --raw, which has no system prompt. Name positions: A:B.")
+    options = {name: getattr(args, name) for name in _cache_options(args)}
+    options |= {"method": method, "protect": spans_of(args.protect)}
+    if args.tiers is not None:
+        options["tiers"] = tiers_of(args.tiers)
+    if args.budget_bytes is not None and args.max_context is None:
+        options["max_context"] = 1
+    return CacheRequest(**options)
 
 
 def _cache_options(args: argparse.Namespace) -> list[str]:
     """Those options of a cache that were given."""
     return [field.name for field in fields(CacheRequest) if getattr(args, field.name, None) is not None]
-
-
-def _system_tokens(args: argparse.Namespace, tokenizer) -> int:
-    if args.raw:
-        raise UsageError("Expected no --protect system with --raw, which has no system prompt. Name positions: A:B.")
-    return system_tokens(tokenizer)
 
 
 def _labels(args: argparse.Namespace, tokenizer, text: str | None) -> list[int]:

@@ -7,9 +7,9 @@ import os
 
 from ..cache.prompt_cache_file import FORMAT as PROMPT_FORMAT
 from ..cache.prompt_cache_file import PromptFile
-from ..codecs.registry import make_plan
+from ..codecs.registry import check_bits, make_plan
 from ..files.container import format_name
-from ..planning.methods import DEFAULT_METHOD
+from ..planning.methods import DEFAULT_METHOD, get_method
 from ..profile.profile import Profile
 from . import tables
 
@@ -27,13 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Read the file and show it."""
+    method = get_method(args.method)
+    check_bits(method, args.bits)
     if format_name(args.file) == PROMPT_FORMAT.name:
         summary = tables.prompt_file_summary(PromptFile.load(args.file))
         if not args.json:
             tables.print_prompt_file(summary)
         return summary
     loaded = Profile.load(args.file)
-    plan = make_plan(loaded.shape, loaded, args.method, args.bits)
+    plan = make_plan(loaded.shape, loaded, method, args.bits)
     result = {
         "profile": args.file,
         "model": loaded.model,

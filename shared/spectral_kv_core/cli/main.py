@@ -7,13 +7,22 @@ import logging
 import os
 import sys
 from types import ModuleType
+from typing import NoReturn
 
 from .. import __version__
 from ..errors import UsageError
-from .output import drop_stdout, in_options, prepare_stdout, print_all, print_json, printable
+from .output import LONGEST_LINE, drop_stdout, in_options, prepare_stdout, print_all, print_json, printable
 
 WRONG_USE = (UsageError, FileNotFoundError)  # any other error is a fault
-LONGEST_LINE = 2000  # characters of an error or a warning
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser, and the subparsers made by it, that says what is wrong in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the line and end with 2."""
+        line = printable(message, LONGEST_LINE).removesuffix(".")
+        self.exit(2, f"spectralkv: {line}. Try: {self.prog} --help\n")
 
 
 def command_modules() -> tuple[ModuleType, ...]:
@@ -31,12 +40,16 @@ def build_parser() -> argparse.ArgumentParser:
     commands = command_modules()
     from .options import common_options
 
-    parser = argparse.ArgumentParser(prog="spectralkv", description="KV-cache compression: real bytes, honest quality.")
+    parser = OneLineParser(
+        prog="spectralkv", description="KV-cache compression: real bytes, honest quality.", allow_abbrev=False
+    )
     parser.add_argument("--version", action="version", version=f"spectralkv {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in commands:
         parents = [options() for options in (*command.PARENTS, common_options)]
-        sub = subparsers.add_parser(command.NAME, help=command.HELP, description=command.HELP, parents=parents)
+        sub = subparsers.add_parser(
+            command.NAME, help=command.HELP, description=command.HELP, parents=parents, allow_abbrev=False
+        )
         command.add_arguments(sub)
         sub.set_defaults(run=command.run)
     return parser

@@ -8,8 +8,11 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..codecs.registry import check_bits
 from ..errors import UsageError
 from ..hosts.demo_model import demo_model_path
+from ..planning.methods import Method
+from ..profile.profile import Profile
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -87,6 +90,13 @@ def check_context(backend, model, prompt: int, longest: int) -> None:
             f"Expected at most {limit:,} tokens, the model's context, received {prompt:,} of prompt and {longest - prompt:,} "
             "more. Shorten the prompt or lower --max-tokens."
         )
+
+
+def check_profile(profile: Profile, basis_set: str | None, method: Method, bits: float | None = None) -> None:
+    """Raise UsageError for a profile without `basis_set`, and for `bits` that `method` has for no model of its shape."""
+    if basis_set is not None:
+        profile.basis_set(basis_set)
+    check_bits(method, bits, profile.shape)
 
 
 def check_output(path: str) -> None:

@@ -14,6 +14,7 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newlin
 # fields of the library whose option has another name
 OPTION_OF = {"prefixes": "prefix", "wavelets": "wavelet", "contexts": "context", "formats": "format", "texts": "text"}
 SHOWN = 200  # characters of a name out of a file
+LONGEST_LINE = 2000  # characters of an error, a warning or a note
 
 
 def printable(text: object, most: int = SHOWN) -> str:
@@ -21,6 +22,17 @@ def printable(text: object, most: int = SHOWN) -> str:
     line = " ".join(str(text)[: 4 * most].split())
     line = "".join(c if c.isprintable() else _escape(c) for c in line)
     return line if len(line) <= most else f"{line[: most - 1]}…"
+
+
+def lines_of(text: str, most: int = LONGEST_LINE) -> str:
+    """`text` in the lines that it has, none longer than `most`, with what does not print escaped."""
+    lines = text.split("\n")
+    return "\n".join(" " * (len(line) - len(line.lstrip())) + printable(line, most) if line else "" for line in lines)
+
+
+def counted(number: int, noun: str) -> str:
+    """`number` of what `noun` names."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def without_control(text: str) -> str:

@@ -6,7 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..codecs.registry import check_bits
 from ..errors import UsageError
+from ..planning.methods import DEFAULT_METHOD, get_method
 from ..plotting import draw as plots
 from ..plotting.results import read_results
 from .options import check_output, values_of
@@ -30,6 +32,7 @@ def run(args: argparse.Namespace) -> dict:
     formats = values_of(args.format, "--format", str) or ("png",)
     if Path(args.output).is_file():
         raise UsageError(f"Expected a folder for --output, received the file {args.output}.")
+    check_bits(get_method(DEFAULT_METHOD), args.bits)
     check_output(str(Path(args.output) / "picture"))
     results = read_results(args.results, args.bits)
     result = plots.draw(results, args.output, formats, values_of(args.only, "--only", str))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 
+from ..calibration.profiler import check_calibration
 from ..calibration.text import load_texts
 from ..hosts.backends import load_backend
 from ..profile.store import cached_profile_path
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Calibrate, save and report what was made."""
+    check_calibration(args.target_energy, args.tokens, args.document, args.positions)
     texts = load_texts(args.text) if args.text else None
     if args.output is not None:
         check_output(args.output)

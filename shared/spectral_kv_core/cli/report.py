@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 
+from ..codecs.registry import check_bits
+from ..planning.methods import DEFAULT_METHOD, get_method
 from ..plotting.report_page import write_report
 from ..plotting.results import read_results
 from .options import check_output
+from .output import counted
 
 NAME = "report"
 HELP = "write one HTML page with the pictures, plans and tables of results and profiles"
@@ -24,10 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     """Write the page; what has no picture is named in it with the reason."""
+    check_bits(get_method(DEFAULT_METHOD), args.bits)
     check_output(args.output)
     result = write_report(read_results(args.results, args.bits), args.output)
     if not args.json:
         print(f"Saved {result['output']} ({result['bytes']:,} bytes)")
         if result["skipped"]:
-            print(f"{len(result['skipped'])} pictures are left out: its last section says which and why")
+            left = counted(len(result["skipped"]), "picture")
+            print(f"Left out: {left}. Its last section says why.")
     return result

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -19,7 +20,7 @@ from ..codecs.transform import TransformPlan
 from ..planning.plan import Plan
 from ..profile.basis_set import BasisSet
 from ..profile.profile import Profile
-from .output import printable, without_control
+from .output import counted, lines_of, printable, without_control
 
 
 class Terminal(Console):
@@ -30,6 +31,10 @@ class Terminal(Console):
         super().__init__(highlight=False, markup=False, emoji=False)
         if width is not None and not self.is_terminal:
             self.width = width
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich has it; what a text has from a file moves no cursor, and fills no screen."""
+        super().print(*(lines_of(x) if isinstance(x, str) else x for x in objects), **options)
 
     def on_broken_pipe(self) -> None:
         raise  # rich would end the program
@@ -104,8 +109,9 @@ def print_generation(result: dict) -> None:
 
 def print_profile(profile: Profile) -> None:
     """A profile's summary; the name of its model is a text out of a file."""
-    for line in replace(profile, model=printable(profile.model)).summary().splitlines():
-        print(without_control(line))
+    calibration = profile.calibration | {"text": printable(profile.calibration.get("text", "unknown text"))}
+    named = replace(profile, model=printable(profile.model), calibration=calibration)
+    print(lines_of(named.summary()))
 
 
 def basis_set_summary(basis_set: BasisSet) -> dict:
@@ -195,7 +201,7 @@ def print_prompt_file(summary: dict) -> None:
     """A stored prompt cache: what made it, and where its bytes are."""
     Terminal().print(
         f"Prompt cache: {summary['prompt_tokens']:,} tokens of {printable(summary['model'] or 'an unnamed model')}, "
-        f"{summary['method']} at {summary['bits']:.3g} bits, {summary['sinks']} sinks, window {summary['window']}"
+        f"{printable(summary['method'])} at {summary['bits']:.3g} bits, {summary['sinks']} sinks, window {summary['window']}"
     )
     parts = summary["bytes_by_part"]
     rows = {"codes": parts["codes"], "exact sinks and window": parts["exact"], "layers passed through": parts["passed"]}
@@ -326,10 +332,10 @@ def print_fit(result: dict) -> None:
 def _fit_notes(result: dict) -> Iterator[str]:
     """What the figures leave out or assume."""
     if result["passed"]:
-        yield f"{len(result['passed'])} layers with a sliding window are counted with their window."
+        yield f"Counted with no more than the window: {counted(len(result['passed']), 'layer')} with a sliding window."
     if result["uncounted"]:
         reasons = ", ".join(sorted(set(result["uncounted"].values())))
-        yield f"Not counted: the state of {len(result['uncounted'])} layers with {reasons}."
+        yield f"Not counted: the state of {counted(len(result['uncounted']), 'layer')} with {reasons}."
     if result["profile"] is None and result["method"] not in ("affine", "identity"):
         yield "No profile of this model yet: tables are those of a typical one. spectralkv profile --model MODEL"
 

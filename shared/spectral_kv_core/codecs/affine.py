@@ -16,7 +16,7 @@ from .base import Codec, highest_within
 from .chunk import Chunk, check_finite, extended, kept_positions, next_start
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AffinePlan(Plan):
     """code_bits: width of every code; a group has a scale and a bias of 16 bits each."""
 

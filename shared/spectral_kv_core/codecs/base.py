@@ -96,7 +96,7 @@ class Codec(Reader, Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ArrayPlan(Plan):
     """Plan of a codec whose arrays have known shapes; a subclass adds what it decides and names its `CODEC`."""
 
@@ -166,7 +166,7 @@ class FileCodec(ArrayCodec):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PromptPlan(ArrayPlan):
     """Plan of a codec that holds a prompt in one chunk: what it stores follows from `bits` and the prompt's length."""
 

@@ -45,7 +45,7 @@ class EigenCodec(ArrayCodec):
         return rotate(xp, keys, self.rope, chunk.start) if self.rope else keys, values
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EigenPlan(ArrayPlan):
     """ranks [L, 2]: of keys and of values in every layer."""
 

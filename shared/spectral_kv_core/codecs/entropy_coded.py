@@ -39,11 +39,12 @@ from .transform import TransformCodec, TransformPlan, by_frequency, deviations, 
 ENTROPY_BITS = (0.1, 7.0)  # the range of entropy-coded plans
 DEFAULT_BITS = 1.0
 RATE_UNIT = 2**-16  # of the rates of tables, in bits: sums of integers are the same on every machine
-FIT_ROUNDS = 6  # of the search for a plan whose files are as large as asked
+FIT_ROUNDS = 20  # at most, of the search for a plan whose files are as large as asked; two or three are usual
 FIT_SLACK = 0.01  # share of the bits that may stay unused
+FIT_STEP = 2**-12  # share of the bits, in planned ones, that makes no other plan
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EntropyCodedPlan(TransformPlan):
     """tables: the quantizers, from the one that drops a coefficient to the finest; choices [L, G, R, F] uint8: which of
     them a coefficient has."""
@@ -222,20 +223,29 @@ def fit_bits(
 ) -> object:
     """What `make(planned)` -> (cache, real bits) gives for the most planned bits whose real ones stay within `bits`.
 
-    How long codes get depends on the text; a plan only knows calibration text. `allowed`: range of planned bits. Raises
-    ValueError when even the smallest plan takes more.
+    How long codes get depends on the text; a plan only knows calibration text. Real bits mostly follow the planned ones by
+    one factor, which the next try takes. They jump where a plan begins to code what calibration hardly saw: a try that
+    leaves the range between the largest plan that fits and the smallest that does not halves that range instead.
+    `allowed`: range of planned bits. Raises UsageError when even the smallest plan takes more.
     """
     low, high = allowed
     planned, best, reached = min(max(bits, low), high), None, 0.0
+    fits, exceeds = low, high  # planned bits that the answer lies between
     for _ in range(FIT_ROUNDS):
         made, real = make(planned)
         if reached < real <= bits:
             best, reached = made, real
-        if bits * (1 - FIT_SLACK) <= real <= bits or (real <= bits and planned >= high):
+        if real > bits:
+            exceeds = planned
+        else:
+            fits = planned
+        if reached >= bits * (1 - FIT_SLACK) or planned == (high if real <= bits else low):
             break
-        if real > bits and planned <= low:
+        if exceeds - fits <= FIT_STEP * bits:
             break
         planned = min(max(planned * bits / real * (1 - FIT_SLACK / 4), low), high)
+        inside = fits < planned < exceeds or (planned == low and best is None) or (planned == high == exceeds)
+        planned = planned if inside else (fits + exceeds) / 2
     if best is None:
         raise UsageError(
             f"Expected bits that this text can be stored in, received {bits:g}; it takes {real:.3g} or more."

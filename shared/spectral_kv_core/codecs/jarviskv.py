@@ -63,7 +63,7 @@ class JarvisCodec(LatentCodec):
         return tuple(sides)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class JarvisPlan(ArrayPlan):
     """ranks [L, 2]: of keys and of values in every layer; code_bits: b."""
 

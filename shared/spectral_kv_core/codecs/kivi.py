@@ -42,7 +42,7 @@ class KiviCodec(ArrayCodec):
         return keys.reshape(chunk.batch, self.kv_heads, chunk.tokens, self.head_dim), sides[1]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KiviPlan(ArrayPlan):
     """code_bits: width of every code; scale and bias of a group are float16, so that b bits take b + 32 / 32."""
 

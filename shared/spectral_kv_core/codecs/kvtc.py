@@ -72,7 +72,9 @@ class KvtcCodec(FileCodec):
     def decode(self, chunk: Chunk) -> tuple:
         """Keys and values [B, H, T, D] float32; raises UsageError for bytes that are not of this plan."""
         xp, lead = self.xp, (chunk.batch, chunk.tokens)
-        data, done, sides = _inflate(xp.to_numpy(chunk.arrays[0]).tobytes()), 0, []
+        tokens = chunk.batch * chunk.tokens
+        most = tokens * sum(count * _group_nbytes(size, bits) for runs in self.runs for size, bits, count in runs)
+        data, done, sides = _inflate(xp.to_numpy(chunk.arrays[0]).tobytes(), most), 0, []
 
         def array(shape, dtype):
             nonlocal done
@@ -100,14 +102,24 @@ class KvtcCodec(FileCodec):
         return rotate(xp, keys, self.rope, chunk.start) if self.rope else keys, values
 
 
-def _inflate(data: bytes) -> bytes:
+def _group_nbytes(size: int, bits: int) -> int:
+    """Bytes of a token's group of `size` components before deflation, and one for what padding takes."""
+    return 2 if size == 1 else size * bits // 8 + 5
+
+
+def _inflate(data: bytes, most: int) -> bytes:
+    """`data` inflated, of more than `most` bytes a part only: few bytes can stand for more than there is memory."""
     try:
-        return zlib.decompress(data)
+        inflating = zlib.decompressobj()
+        inflated = inflating.decompress(data, most + 1)
+        if len(inflated) <= most and not inflating.eof:
+            raise zlib.error("they end too early")
+        return inflated
     except zlib.error as error:
         raise UsageError(f"Expected deflated bytes, cannot read them: {error}. Make the file again.") from None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KvtcPlan(ArrayPlan):
     """runs: per side, (components of a group, bits, groups) in the order of the components; what follows is dropped."""
 

@@ -12,7 +12,7 @@ from ..profile.profile import Profile
 PLAIN_BITS = 16.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PlainPlan(Plan):
     """Nothing is compressed."""
 

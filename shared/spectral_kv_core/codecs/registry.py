@@ -47,7 +47,8 @@ FAMILIES: dict[tuple[str, str], type[Plan]] = {  # codec and quantizer of a meth
     ("kvtc", "scalar"): KvtcPlan,
 }
 NO_SHAPE = ModelShape(0, 0, 0, 0, 0, (), None)  # for families whose range does not depend on the model
-ANY_BITS = 0.0, 16.0  # bounds where the range of a family depends on the model
+# the least and the largest heads that models have: where a range depends on the model, it lies between those of these
+EXTREMES = tuple(ModelShape(1, 0, heads, heads, dim, (0,), None) for dim in (8, 1024) for heads in (1, 256))
 
 
 def family_of(method: Method) -> type[Plan]:
@@ -107,9 +108,26 @@ def make_codec(xp, plan: Plan, layer_group: int, like=None):
 def bits_range(method: Method, shape: ModelShape | None = None) -> tuple[float, float]:
     """Lowest and highest `bits` that a method can reach; without a `shape`, bounds where they depend on it."""
     family = family_of(method)
-    if shape is None:
-        return ANY_BITS if family.bits_by_shape else family.bits_range(NO_SHAPE, method)
-    return family.bits_range(shape, method)
+    if shape is not None:
+        return family.bits_range(shape, method)
+    if not family.bits_by_shape:
+        return family.bits_range(NO_SHAPE, method)
+    lows, highs = zip(*(family.bits_range(extreme, method) for extreme in EXTREMES))
+    return min(lows), max(highs)
+
+
+def check_bits(method: Method, bits: float | None, shape: ModelShape | None = None) -> None:
+    """Raise UsageError for `bits` that `method` cannot reach for a model of `shape`; without a shape, for any model.
+
+    None asks for the method's own bits. What this lets pass without a shape can still be out of range for a model.
+    """
+    low, high = bits_range(method, shape)
+    if bits is not None and not low <= bits <= high:
+        family = family_of(method)
+        options = ", ".join(f"{option:g}" for option in family.bits_options(shape or NO_SHAPE, method))
+        reach = f"of {options}" if options else f"between {low:g} and {high:g}"
+        whose = f"{method.name} with any model" if shape is None and family.bits_by_shape else method.name
+        raise UsageError(f"Expected bits {reach} for {whose}, received {bits:g}.")
 
 
 def usable_method(method: str | Method) -> Method:

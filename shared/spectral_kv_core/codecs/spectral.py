@@ -31,7 +31,7 @@ FULL_PADDING = 0.5  # below so many bits more, as the bytes that they waste stay
 STAGING_BITS = 4.0  # of a prompt that is still coming in
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SpectralPlan(TransformPlan):
     """widths [L, G, R, F] uint8: bits of every coefficient."""
 

@@ -109,7 +109,7 @@ def check_groups(shape: ModelShape) -> None:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SvdqPlan(ArrayPlan):
     """widths: bits of the 8 groups of latent channels, falling."""
 

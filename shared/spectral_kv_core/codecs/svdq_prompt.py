@@ -97,7 +97,7 @@ def schedule(bits: float, channels: int, tokens: int, block: int) -> tuple[int, 
     return max(widths[0], 1), *widths[1:]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SvdqPromptPlan(PromptPlan):
     """Widths follow from `bits` when the length of the prompt is known."""
 

@@ -87,7 +87,7 @@ class ThinkCodec(ArrayCodec):
         return xp.take_along_axis(x, index, axis=-1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ThinkPlan(ArrayPlan):
     """channels: of every head that are kept."""
 

@@ -133,7 +133,7 @@ class TieredCodec(Codec):
         return parts
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TieredPlan(Plan):
     """Plans of the tiers, best first, and their shares of the tokens."""
 

@@ -25,7 +25,7 @@ from .base import Codec, Reader
 from .chunk import join_layers, split_layers
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TransformPlan(Plan):
     """A plan over coefficients: layer groups L, groups G, components R and bands F of frequencies.
 

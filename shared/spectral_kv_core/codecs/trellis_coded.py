@@ -14,7 +14,7 @@ from .spectral import SpectralCodec, SpectralPlan
 from .transform import by_frequency, kept_components
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrellisPlan(SpectralPlan):
     """A plan whose codes of 1 to 4 bits lie along the path of a trellis."""
 

@@ -80,7 +80,7 @@ def _flat_tables() -> tuple[np.ndarray, np.ndarray]:
     return flat_tables(levels, levels)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TurboQuantPlan(ArrayPlan):
     """code_bits: bits per coordinate, of which a sketch has one; a norm of 16 bits goes with every vector."""
 

@@ -73,7 +73,7 @@ def ranks(bits: float, channels: int, tokens: int) -> tuple[int, int]:
     return keys, min(max(total - keys, 1), most)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class XkvPlan(PromptPlan):
     """Ranks follow from `bits` when the length of the prompt is known."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UsageError
+from ..files.replacing import raise_if_full
 
 #: What tells one measurement from another: a record that agrees in all of these is not run again.
 KEY = (
@@ -58,10 +59,16 @@ class RecordFile:
         return self.records.get(record_key(key))
 
     def append(self, record: dict) -> None:
-        with open(self.path, "ab") as file:
-            file.write(json.dumps(record).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        line = json.dumps(record).encode() + b"\n"
+        try:
+            with open(self.path, "ab") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            kept = "The records before it are kept: the same command goes on from them."
+            raise_if_full(error, self.path, len(line), kept)
+            raise
         self.records[record_key(record)] = record
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from itertools import groupby
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from ..files.replacing import write_whole
 from .records import VARIANT
 
 SHOWN_TURNS = 6  # of the task drift, in a table
@@ -172,6 +172,4 @@ def save_evaluation(result: dict, folder: Path) -> None:
         ]
         lines += [f"| {' | '.join(_cells(record, columns))} |" for record in records]
     for name, text in (("summary.json", json.dumps(result, indent=1)), ("summary.md", "\n".join(lines))):
-        temporary = folder / f"{name}.tmp"
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, folder / name)
+        write_whole(folder / name, f"{text}\n".encode())

@@ -22,13 +22,14 @@ from .. import __version__
 from ..codecs.registry import bits_range, make_plan, usable_method
 from ..codecs.tiers import make_tiered_plan, mean_bits, name_tiers
 from ..errors import UsageError
+from ..files.locking import one_process
 from ..planning.methods import Method, get_method, rounded_by
 from ..profile.basis_set import PAIRS, WHOLE_MODEL
 from ..profile.profile import Profile
 from ..profile.store import auto_profile
 from .documents import Document, make_documents
 from .records import RecordFile, record_key, summarize
-from .settings import METRICS, Settings, drops_tokens, has_wavelet, rounds
+from .settings import METRICS, Settings, drops_tokens, has_wavelet, rounds, unreachable
 from .tasks import LOW_PPL, Job, Runner
 from .text import Text
 
@@ -58,6 +59,24 @@ def evaluate(
     """
     documents = make_documents(tokenizer, texts, settings, backend.context_limit(model))
     Path(output).mkdir(parents=True, exist_ok=True)
+    with one_process(
+        Path(output) / ".lock", f"Another evaluation writes to {output}: waiting for it, to go on from its records."
+    ):
+        return _evaluate(backend, model, tokenizer, settings, texts, output, documents, names, profile)
+
+
+def _evaluate(
+    backend,
+    model,
+    tokenizer,
+    settings: Settings,
+    texts: list[Text],
+    output: str | os.PathLike,
+    documents: list[Document],
+    names: dict[str, str],
+    profile: Profile | None,
+) -> dict:
+    """`evaluate`, while no other process does so in the same folder."""
     finished = RecordFile(Path(output) / "rows.jsonl")
     jobs, skipped = plan_jobs(backend, model, tokenizer, settings, profile)
     common = {
@@ -165,10 +184,7 @@ def plan_jobs(
                 log.warning("Skipped %s at %g bits: %s", method.name, bits, error)
                 skipped.append({"method": method.name, "bits": bits, "reason": str(error)})
     if not jobs:
-        raise UsageError(
-            f"Expected a method and bits that it can reach, received methods {', '.join(settings.methods)} with bits "
-            f"{', '.join(f'{b:g}' for b in settings.bits)}: {skipped[-1]['reason']}"
-        )
+        raise unreachable(settings, str(skipped[-1]["reason"]))
     return jobs, skipped
 
 

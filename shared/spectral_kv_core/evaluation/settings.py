@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from ..codecs.registry import bits_range, check_bits
 from ..codecs.tiers import check_tiers
 from ..errors import UsageError
 from ..planning.budget import SINKS, WAITING, WINDOW
@@ -77,6 +78,7 @@ class Settings:
         self._check_tiers(methods)
         self._check_rounding(methods)
         self._check_wavelets(methods)
+        self._check_bits(methods)
         self._check_keep([method for method in methods if drops_tokens(method)])
 
     @property
@@ -147,6 +149,25 @@ class Settings:
         for wavelet in self.wavelets:
             check_wavelet(get_scorer(wavy[0]), wavelet)
 
+    def _check_bits(self, methods: list[Method]) -> None:
+        """Raise UsageError where no method reaches any of the bits with any model: one that does is enough to go on."""
+        reasons = []
+        for method in methods:
+            choices: list[tuple[float, ...]] = []
+            if self.shares or not drops_tokens(method):
+                low, high = bits_range(method)
+                choices += [(bits,) for bits in (self.bits if low < high else (low,))]
+            if drops_tokens(method):
+                choices += [tuple(bits for _, bits in tiers) for tiers in self.tiers]
+            for choice in choices:
+                try:
+                    for bits in choice:
+                        check_bits(method, bits)
+                    return
+                except UsageError as error:
+                    reasons.append(str(error))
+        raise unreachable(self, reasons[-1])
+
     def _check_keep(self, dropping: list[Method]) -> None:
         """Raise UsageError for shares that leave nothing to choose, or that no method takes."""
         if self.keep and not dropping:
@@ -164,6 +185,14 @@ class Settings:
                         f"that wait to be coded, received {keep:g}, {round(keep * prefix):,} of {prefix:,} tokens. Raise "
                         "`keep` or `prefixes`."
                     )
+
+
+def unreachable(settings: Settings, reason: str) -> UsageError:
+    """The error for methods that reach none of the bits."""
+    return UsageError(
+        f"Expected a method and bits that it can reach, received methods {', '.join(settings.methods)} with bits "
+        f"{', '.join(f'{b:g}' for b in settings.bits)}: {reason}"
+    )
 
 
 def drops_tokens(method: Method) -> bool:

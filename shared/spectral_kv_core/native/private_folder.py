@@ -6,13 +6,14 @@ digest of its content beside it.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+
+from ..files.locking import one_process
 
 
 class NotPrivate(OSError):
@@ -42,7 +43,7 @@ def ensure_file(path: Path, make: Callable[[Path], Path]) -> Path:
     """
     if is_whole(path):
         return path
-    with _one_process(path.parent), tempfile.TemporaryDirectory(dir=path.parent, prefix=".making-") as work:
+    with one_process(path.parent / ".lock"), tempfile.TemporaryDirectory(dir=path.parent, prefix=".making-") as work:
         if not is_whole(path):  # somebody else made it while this process waited
             made = make(Path(work))
             digest = Path(work) / "digest"
@@ -66,14 +67,3 @@ def digest_path(path: Path) -> Path:
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-@contextlib.contextmanager
-def _one_process(folder: Path) -> Iterator[None]:
-    """Wait until no other process is in here; where the file system has no locks, do not: then both make the same file."""
-    import fcntl  # not there on Windows, where nothing is built
-
-    with open(folder / ".lock", "w") as lock:
-        with contextlib.suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

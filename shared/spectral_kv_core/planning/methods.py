@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ..errors import UsageError
-from ..profile.basis_set import PAIRS, WHOLE_MODEL
+from ..profile.basis_set import GROUPS, PAIRS, ROPES, WHOLE_MODEL
 from ..scorers import SCORERS, get_scorer
 
-# vectors that share one basis: one head; all K heads or all V heads; all of both; of two or four layers that follow each
-# other, or of all
-GROUPS = ("head", "side", "layer", "layer2", "layer4", "model")
 QUANTIZERS = ("scalar", "trellis")
 ROUNDINGS = ("nearest", *(scorer.name for scorer in SCORERS.values() if not scorer.needs_recent))
 # chunks that cannot grow: a file fills a plain cache, or a live one of another method
@@ -55,7 +52,7 @@ class Method:
     def __post_init__(self):
         if self.codec not in CODECS:
             raise UsageError(f"Expected a codec in {CODECS}, received {self.codec!r}.")
-        if self.rope not in ("pre", "post"):
+        if self.rope not in ROPES:
             raise UsageError(f"Expected rope pre or post, received {self.rope!r}.")
         if self.group not in GROUPS:
             raise UsageError(f"Expected a group in {GROUPS}, received {self.group!r}.")

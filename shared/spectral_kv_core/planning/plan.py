@@ -11,6 +11,7 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
+from ..arrays.equality import same_fields
 from ..errors import UsageError
 from ..profile.basis_set import BasisSet
 from ..profile.model_shape import ModelShape
@@ -48,13 +49,13 @@ class Made:
         return self._made[key]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """What one method stores under one budget.
+    """What one method stores under one budget. Plans are equal that say the same of the same profile.
 
     bits: the ceiling asked for, average stored bits per K or V element of the sealed region. A family of codecs is a
-    subclass: it says how its plans are made and in which range of bits, what they store, and which codec codes by them.
-    `layer_group` is the number of a group of layers in `layer_groups`.
+    subclass, a dataclass with `eq=False`: it says how its plans are made and in which range of bits, what they store, and
+    which codec codes by them. `layer_group` is the number of a group of layers in `layer_groups`.
     """
 
     method: Method
@@ -65,6 +66,12 @@ class Plan:
 
     CODEC: ClassVar[type | None] = None
     bits_by_shape: ClassVar[bool] = False  # whether the range of bits depends on the model
+
+    def __eq__(self, other) -> bool:
+        return same_fields(self, other) if type(self) is type(other) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.method, self.bits, self.shape))
 
     def __deepcopy__(self, memo) -> Plan:
         """Itself: nothing in a plan changes, and caches that are copied share what was made of it."""

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import UsageError
-from ..files.paths import write_whole
+from ..files.replacing import write_whole
 from ..profile.profile import Profile
 from . import pictures
 from .results import Result, Skip

@@ -11,7 +11,7 @@ from pathlib import Path
 from string import Template
 
 from .. import __version__
-from ..files.paths import write_whole
+from ..files.replacing import write_whole
 from . import report_tables as tables
 from .draw import figures, render
 from .inline_svg import Inliner

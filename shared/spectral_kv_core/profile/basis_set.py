@@ -7,15 +7,21 @@ from typing import Any
 
 import numpy as np
 
+from ..arrays.equality import same_fields
 from ..arrays.transform import band_sizes
 from ..quantization.quantizer import BIT_WIDTHS
 
+# vectors that share one basis: one head; all K heads or all V heads; all of both; of two or four layers that follow each
+# other, or of all
+GROUPS = ("head", "side", "layer", "layer2", "layer4", "model")
+ROPES = ("pre", "post")  # keys before the rotary embedding, or after it
+LONGEST_BLOCK = 1024  # tokens that are coded together
 PAIRS, WHOLE_MODEL = "layer2.pre", "model.pre"  # names of basis sets that a profile has only when asked for
 ON_REQUEST = {PAIRS: " --pairs", WHOLE_MODEL: " --joint"}  # the options that ask for them
 HISTOGRAM_LIMIT, HISTOGRAM_BINS = 12.0, 1500  # of `BasisSet.histogram`, in standard deviations
 
 
-@dataclass
+@dataclass(eq=False)
 class BasisSet:
     """Bases, spectra and sensitivities for one way of grouping vectors.
 
@@ -45,6 +51,12 @@ class BasisSet:
 
     ARRAYS = ("mean", "weight", "basis", "variance", "sensitivity", "cost")
     FILE_ARRAYS = (*ARRAYS, "basis_scale")
+
+    def __eq__(self, other) -> bool:
+        return same_fields(self, other) if type(self) is type(other) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.basis.shape))
 
     @property
     def name(self) -> str:

@@ -25,7 +25,7 @@ class ModelShape:
     rope: Rope | None
 
     def layer_groups(self, group: str) -> tuple[tuple[int, ...], ...]:
-        """Indices of the layers of every layer group of a basis set of `group` (`methods.GROUPS`) stands for.
+        """Indices of the layers of every layer group of a basis set of `group` (`basis_set.GROUPS`) stands for.
 
         One; for `layer2` and `layer4` up to so many that follow each other in the model, from the first on, what finds
         no neighbor staying alone; for `model` all. Raises UsageError for `layer2` where no two layers follow each other.

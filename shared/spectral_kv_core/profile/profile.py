@@ -10,11 +10,13 @@ import numpy as np
 
 from .. import __version__
 from ..arrays.basis import effective_rank, orthonormalize, rank_for_energy
-from ..arrays.transform import band_sizes
+from ..arrays.equality import same_fields
 from ..errors import UsageError
+from ..files.checks import Wrong, checking, require_finite
 from ..files.container import FileFormat
 from ..quantization.quantizer import BIT_WIDTHS
 from .basis_set import ON_REQUEST, BasisSet
+from .file_checks import check_arrays, check_basis_set, check_header, shape_of
 from .model_shape import ModelShape
 from .projection import SIDES, Projection
 
@@ -22,7 +24,7 @@ FORMAT_VERSION = 2
 FORMAT = FileFormat("spectralkv-profile", FORMAT_VERSION, "profile", "spectralkv profile --model MODEL")
 
 
-@dataclass
+@dataclass(eq=False)
 class QueryStatistics:
     """Queries before RoPE, times the attention scale; L compressible layers.
 
@@ -36,6 +38,12 @@ class QueryStatistics:
 
     ARRAYS = ("mean", "root", "amplitude")
 
+    def __eq__(self, other) -> bool:
+        return same_fields(self, other) if type(self) is type(other) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash((self.mean.shape, self.root.shape))
+
     def to_file(self) -> dict[str, np.ndarray]:
         """Arrays as a file has them."""
         return {
@@ -44,7 +52,7 @@ class QueryStatistics:
         }
 
 
-@dataclass
+@dataclass(eq=False)
 class Profile:
     """Facts about one model from which the plan of any method and budget follows: one file, read by both backends.
 
@@ -82,8 +90,15 @@ class Profile:
     library_version: str = __version__
     path: str | None = field(default=None, compare=False)
 
+    def __eq__(self, other) -> bool:
+        """Whether all is the same to the bit, wherever it came from."""
+        return same_fields(self, other) if type(self) is type(other) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash((self.shape, self.model, self.weights_digest))
+
     def save(self, path: str | os.PathLike) -> Path:
-        """Write the profile to `path` (temporary name, then rename); returns the path."""
+        """Write the profile to `path` (temporary name, then rename); returns the path. Raises UsageError for NaN."""
         arrays: dict[str, np.ndarray] = {}
         sets = {}
         for name, basis_set in self.basis_sets.items():
@@ -101,6 +116,11 @@ class Profile:
             "weights_digest": self.weights_digest,
             "basis_sets": sets,
         }
+        try:
+            for name, array in arrays.items():
+                require_finite(array, name)
+        except Wrong as error:
+            raise UsageError(f"Expected {error}. Nothing was saved: check the weights and calibrate again.") from None
         return FORMAT.save(path, arrays, header)
 
     @classmethod
@@ -110,14 +130,13 @@ class Profile:
         Raises FileNotFoundError, or UsageError for a file that is truncated, altered, of another kind or too new.
         """
         arrays, header = FORMAT.load(path)
-        shape = ModelShape.from_json(header["shape"])
-        sets = {}
-        for name, fields in header["basis_sets"].items():
-            levels = {b: arrays[f"{name}/levels/{b}"] for b in BIT_WIDTHS if b}
-            keys = [*BasisSet.FILE_ARRAYS, *["histogram"] * (f"{name}/histogram" in arrays)]
-            held = {key: arrays[f"{name}/{key}"] for key in keys}
-            sets[name] = BasisSet.from_file(held, levels, **fields)
-            _check_sizes(sets[name], shape, path)
+        with checking(path, FORMAT.making(path)):
+            check_header(header)
+            shape = shape_of(header["shape"])
+            check_arrays(arrays, header, shape)
+            sets = {name: _set_from(arrays, name, fields) for name, fields in header["basis_sets"].items()}
+            for basis_set in sets.values():
+                check_basis_set(basis_set)
         return cls(
             shape,
             header["model"],
@@ -205,20 +224,7 @@ class Profile:
         return "\n".join(lines)
 
 
-def _check_sizes(basis_set: BasisSet, shape: ModelShape, path: str | os.PathLike) -> None:
-    layers, groups, channels, rank = basis_set.basis.shape
-    bands = len(band_sizes(basis_set.block))
-    layer_groups = shape.layer_groups(basis_set.group)
-    heads = 2 * shape.kv_heads * max(map(len, layer_groups))
-    members = heads // groups
-    expected = {
-        "mean": (layers, groups, channels),
-        "weight": (layers, groups, members),
-        "variance": (layers, groups, rank, bands),
-        "sensitivity": (layers, groups, rank, bands),
-        "cost": (layers, groups, rank, bands, len(BIT_WIDTHS)),
-    }
-    found = {name: getattr(basis_set, name).shape for name in expected}
-    whole = layers == len(layer_groups) and groups * channels == heads * shape.head_dim
-    if found != expected or not whole:
-        raise UsageError(f"Expected arrays that fit the model shape in the header, {path} has {found}. Make it again.")
+def _set_from(arrays: dict[str, np.ndarray], name: str, fields: dict) -> BasisSet:
+    levels = {b: arrays[f"{name}/levels/{b}"] for b in BIT_WIDTHS if b}
+    keys = [*BasisSet.FILE_ARRAYS, *["histogram"] * (f"{name}/histogram" in arrays)]
+    return BasisSet.from_file({key: arrays[f"{name}/{key}"] for key in keys}, levels, **fields)

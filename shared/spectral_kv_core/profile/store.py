@@ -8,6 +8,7 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
+from ..files.locking import one_process
 from ..files.paths import user_cache_dir
 from .basis_set import ON_REQUEST
 from .model_shape import ModelShape
@@ -44,10 +45,15 @@ def find_profile(shape: ModelShape, basis_set: str) -> Profile | None:
 def auto_profile(shape: ModelShape, basis_set: str, calibrate: Callable[[], Profile]) -> Profile:
     """`find_profile`, or calibrate now and keep the result."""
     profile = find_profile(shape, basis_set)
-    if profile is None:
-        log.warning("No profile with %s for this model yet: calibrating once, which takes minutes.", basis_set)
-        profile = calibrate()
-        log.warning("Saved the profile as %s", profile.save(cached_profile_path(shape, basis_set)))
+    if profile is not None:
+        return profile
+    path = cached_profile_path(shape, basis_set)
+    with one_process(path.with_suffix(".lock"), "Another process calibrates this model: waiting for its profile."):
+        profile = find_profile(shape, basis_set)  # the other one may have made it
+        if profile is None:
+            log.warning("No profile with %s for this model yet: calibrating once, which takes minutes.", basis_set)
+            profile = calibrate()
+            log.warning("Saved the profile as %s", profile.save(path))
     return profile
 
 
@@ -67,7 +73,9 @@ def name_passed_layers(passed: dict[int, str]) -> None:
     for layer, reason in passed.items():
         reasons.setdefault(reason, []).append(layer)
     if reasons:
-        text = "; ".join(f"{len(layers)} layers with {reason}" for reason, layers in reasons.items())
+        text = "; ".join(
+            f"{len(layers)} layer{'s' if len(layers) > 1 else ''} with {reason}" for reason, layers in reasons.items()
+        )
         warn_once(f"Passed through uncompressed: {text}", str(sorted(passed.items())))
 
 
