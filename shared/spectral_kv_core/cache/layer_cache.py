@@ -92,6 +92,11 @@ class LayerCache:
         """Left padding of every sequence of the batch, in slots."""
         return [pad for _, pad in sorted((row, group.pad) for group in self.padding_groups for row in group.sequences)]
 
+    @property
+    def awaits_tokens(self) -> bool:
+        """Whether some sequence has no token yet, so that its left padding is still to be told."""
+        return not self.padding_groups or any(not group.exact for group in self.padding_groups)
+
     def attend(self, queries, keys, values, scale: float, fused, layer: int = 0):
         """Append L tokens and attend to everything up to each of them.
 
