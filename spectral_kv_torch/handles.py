@@ -205,10 +205,10 @@ def _function_for(module, kwargs: dict) -> Callable | None:
         return sdpa_attention_forward if asked else None
     function = _own_function(module)
     if function is None:
+        what = ", ".join(sorted(asked)) or "its own kind of scores"
         raise UsageError(
-            f"Expected attention without {', '.join(sorted(asked)) or 'a function of its own'}, received it by a "
-            f"{type(module).__name__}, whose module has no eager_attention_forward. Call restore(model) of "
-            "spectral_kv_torch: its own attention then decodes the cache."
+            f"Expected a function that attends with {what}, found none: the module of a {type(module).__name__} has no "
+            "eager_attention_forward. Call restore(model) of spectral_kv_torch: the model then decodes the cache."
         )
     return function
 

@@ -569,6 +569,36 @@ def test_models_whose_attention_only_they_have(config):
     assert errors == sorted(errors) and errors[0] < 0.01 and errors[-1] > 0.01, errors
 
 
+def sharing():
+    from transformers import Gemma3nTextConfig
+
+    sizes = {**SIZES, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    own = {"vocab_size_per_layer_input": 256, "hidden_size_per_layer_input": 16, "laurel_rank": 8}
+    own |= {"num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.0] * 4}
+    return Gemma3nTextConfig(**sizes, head_dim=16, sliding_window=32, **own)
+
+
+def in_two_halves():
+    from transformers import DiffLlamaConfig
+
+    return DiffLlamaConfig(**SIZES)
+
+
+@pytest.mark.parametrize("config", [sharing, in_two_halves])
+def test_models_that_attend_twice_to_one_pair(config):
+    """Layers that share keys and values with an earlier one, and halves of a difference."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config(), dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.data.normal_(0, 0.15)
+    ids = tokens(120)
+    expected = logits_of(model, ids, plain_cache(model), 40)
+    for chunk in (40, 7):
+        got = logits_of(model, ids, make_prompt_cache(model, method="identity", window=16, sinks=4), chunk)
+        assert_close("logits", got, expected)
+
+
 # --- calibration
 
 
