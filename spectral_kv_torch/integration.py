@@ -181,13 +181,14 @@ def model_shape(model) -> tuple[ModelShape, dict[int, str]]:
     config = model.config.get_text_config(decoder=True)
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    held = host_layers(model)  # 5.20 has none for layers that attend to what an earlier one holds, later versions a dummy
     passed = {}
-    for i, layer in enumerate(host_layers(model)):
-        if type(layer) is not DynamicLayer:
+    for i, layer in enumerate(held):
+        if type(layer) is not DynamicLayer and type(layer).__name__ != "DummyLayer":
             passed[i] = "sliding window" if getattr(layer, "is_sliding", False) else type(layer).__name__
     if getattr(config, "kv_lora_rank", None):
         passed = dict.fromkeys(range(config.num_hidden_layers), "multi-head latent attention")
-    layers = tuple(i for i in range(config.num_hidden_layers) if i not in passed)
+    layers = tuple(i for i, layer in enumerate(held) if type(layer) is DynamicLayer and i not in passed)
     shape = ModelShape(
         config.num_hidden_layers,
         config.hidden_size,
