@@ -181,7 +181,7 @@ def model_shape(model) -> tuple[ModelShape, dict[int, str]]:
     config = model.config.get_text_config(decoder=True)
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    held = host_layers(model)  # 5.20 has none for layers that attend to what an earlier one holds, later versions a dummy
+    held = host_layers(model)  # 5.20 has none for a layer that attends to what an earlier one holds, others a dummy
     passed = {}
     for i, layer in enumerate(held):
         if type(layer) is not DynamicLayer and type(layer).__name__ != "DummyLayer":
