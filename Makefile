@@ -39,7 +39,7 @@ include results/measure.mk
 
 # --- tests: MLX in a process of its own, with a BLAS of its own -------------------------------------------------------
 
-.PHONY: test test-core test-mlx test-quick test-metal coverage coverage-report
+.PHONY: test test-core test-mlx test-quick test-metal test-hosts coverage coverage-report
 
 test: test-core test-mlx ## run every test that this machine can run, both backends
 
@@ -54,6 +54,15 @@ test-quick: $(VENV)/.installed-all ## run one case of every test that is not slo
 
 test-metal: $(VENV)/.installed-all ## run the tests that need a Metal device, on a Mac
 	$(PYTEST) -m metal
+
+HOSTS := build/transformers-$(VERSION)
+
+test-hosts: ## run the tests of PyTorch with another transformers, in a venv of its own: make test-hosts VERSION=5.20.2
+	@test -n "$(VERSION)" || { echo "Expected a version of transformers, received none: make test-hosts VERSION=5.20.2" >&2; exit 1; }
+	python3 -m venv $(HOSTS)
+	sed 's/^transformers==.*/transformers==$(VERSION)/' constraints.txt > $(HOSTS)/constraints.txt
+	$(HOSTS)/bin/python -m pip install -q -c $(HOSTS)/constraints.txt -e ".[torch,dev]"
+	$(HOSTS)/bin/python -m pytest -q $(QUICK) -m 'not mlx' tests/backends
 
 coverage: $(VENV)/.installed-all $(VENV)/.installed-coverage ## run make test, print the share of lines that ran, write coverage.xml
 	$(PYTEST) --cov --cov-report= -m 'not mlx'

@@ -20,7 +20,8 @@ from spectral_kv_core.profile.model_shape import ModelShape
 
 from . import ops
 from .cache import SpectralKVLayer, storages
-from .integration import ATTENTION, attention_forward, exact_layer, install, register
+from .handles import ATTENTION, attention_forward
+from .integration import exact_layer, install, register
 
 __all__ = [
     "HOST_QUANTIZED", "SWEEP_BYTES", "BenchLayer", "attention_clock", "default_dtype", "device_name", "layer_reader",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from spectral_kv_core.cache.compressed_layer import CompressedLayer, FollowingLayer, leading_layers
+from spectral_kv_core.cache.compressed_layer import CompressedLayer, FollowingLayer, is_compressed, leading_layers
 from spectral_kv_core.cache.decoded_chunks import bytes_per_layer
 from spectral_kv_core.cache.eviction import Eviction
 from spectral_kv_core.cache.layer_cache import LayerCache
@@ -25,7 +25,35 @@ from . import ops
 from .handles import Pending
 
 
-class SpectralKVLayer(CompressedLayer, CacheLayerMixin):
+class NotPickled:
+    """What holds codes, which stand on tables and on code that no pickle can hold."""
+
+    def __reduce_ex__(self, protocol):
+        raise UsageError(
+            "Expected save_prompt_cache(path, cache), whose file both backends read, received pickle or torch.save, which "
+            "cannot store a compressed cache."
+        )
+
+    def __copy__(self):
+        new = object.__new__(type(self))
+        vars(new).update(vars(self))
+        return new
+
+
+class CodedLayer(NotPickled):
+    """What transformers asks of a layer and ours refuses."""
+
+    def offload(self) -> None:
+        """Refused: a compressed cache is small enough to stay on its device."""
+        raise UsageError(
+            "Expected a compressed cache to stay on its device, received a request to move it. Take fewer bits, or store it: "
+            "save_prompt_cache(path, cache)."
+        )
+
+    prefetch = offload
+
+
+class SpectralKVLayer(CodedLayer, CompressedLayer, CacheLayerMixin):
     """A `CompressedLayer` in a transformers `Cache`.
 
     `update` gives handles back: our attention function attends to the codes through them, for anybody else they turn
@@ -56,32 +84,67 @@ class SpectralKVLayer(CompressedLayer, CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         if not number:
             self.commit()
-        self.taken[number] = Pending(self, key_states, value_states, number)
-        return self.taken[number].handles(self.slots)
+        self.taken[number] = Pending(self, key_states, value_states, number, self.slots - self.waiting)
+        return self.taken[number].handles()
+
+    def can_attend(self, pending: Pending, padding: list[int] | None) -> bool:
+        """Whether codes can be attended to for `pending`: nobody has yet, and `padding` of the mask is that of the store."""
+        if self.taken.get(pending.number) is not pending:
+            return False
+        if padding is None or not self.store.padding_groups:
+            return True
+        lost = self.store.seen - self.store.slots
+        return all(
+            padding[row] == max(group.pad - lost, 0)
+            for group in self.store.padding_groups
+            if group.exact
+            for row in group.sequences
+        )
 
     def attend(self, pending: Pending, queries, scale: float, fused, padding=None):
-        """Attention [B, Hq, L, D] of the tokens of `pending`, which enter the cache; `padding` [B] at the first call."""
-        if not self.store.padding_groups:
-            self.store.start(queries.shape[0], padding)
-        elif padding is not None:
-            self.store.repad([p + self.store.seen - self.store.slots for p in padding])
+        """Attention [B, Hq, L, D] of the tokens of `pending`, which enter the cache; `padding` [B] as the mask has it."""
+        self._start(pending, padding)
         del self.taken[pending.number]
         return self.store.attend(queries, pending.keys, pending.values, scale, fused, pending.number)
 
+    def decoded(self, pending: Pending, queries, scale: float, padding: list[int] | None = None):
+        """Keys and values [B, H, seen, D] for attention that is not ours; raises UsageError where tokens were dropped."""
+        self.store.check_complete()
+        if self.can_attend(pending, padding):
+            self._start(pending, padding)
+        return pending.dense()
+
+    def _start(self, pending: Pending, padding: list[int] | None) -> None:
+        """Tell the store the left padding of rows that have no token yet."""
+        if not self.store.padding_groups:
+            self.store.start(pending.keys.shape[0], padding)
+        elif padding is not None:
+            self.store.repad([p + self.store.seen - self.store.slots for p in padding])
+
     def dense(self, pending: Pending):
-        """Keys and values [B, H, seen, D] including the tokens of `pending`, which enter the cache."""
-        self.store.begin(pending.keys.shape[2])
-        held = self.store.dense(pending.keys.dtype)
+        """Keys and values [B, H, seen, D] including the tokens of `pending`, which enter the cache.
+
+        Raises UsageError for handles of an earlier call.
+        """
+        length = pending.keys.shape[2]
         if self.taken.get(pending.number) is pending:
+            self.store.begin(length)
+            held = self.store.dense(pending.keys.dtype)
             self.commit()
+        else:  # somebody has attended to them, as a layer does that shares them with another
+            self.store.check_complete()
+            held = self.store.dense(pending.keys.dtype)
+            slots = 0 if held is None else held[0].shape[2]
+            if slots not in (pending.slots, pending.slots + length):
+                raise UsageError(
+                    "Expected the keys and values that the last update gave back, received older ones. Take those of every "
+                    "update."
+                )
+            held = tuple(x[:, :, : pending.slots] for x in held) if held is not None else None
         if held is None:
             return pending.keys, pending.values
         held = split_layers(*held, len(self.layers))[pending.number]
         return torch.cat([held[0], pending.keys], dim=2), torch.cat([held[1], pending.values], dim=2)
-
-    def is_empty(self) -> bool:
-        """Whether some sequence has no token yet, so that its left padding is still to be told."""
-        return self.store.awaits_tokens
 
     def get_seq_length(self) -> int:
         """Slots seen, padding included."""
@@ -132,7 +195,7 @@ class SpectralKVLayer(CompressedLayer, CacheLayerMixin):
             self.store.select(indices.tolist())
 
 
-class SpectralKVFollower(FollowingLayer, CacheLayerMixin):
+class SpectralKVFollower(CodedLayer, FollowingLayer, CacheLayerMixin):
     """A `FollowingLayer` in a transformers `Cache`."""
 
     is_sliding = False
@@ -172,7 +235,7 @@ class SpectralKVFollower(FollowingLayer, CacheLayerMixin):
         pass
 
 
-class SpectralCache(Cache):
+class SpectralCache(NotPickled, Cache):
     """A transformers `Cache` that holds codes, made of a profile and a budget or of a plan.
 
     `make_prompt_cache` makes one for a model, and lets the model attend to its codes.
@@ -233,9 +296,23 @@ class SpectralCache(Cache):
         """An independent cache that shares the plan and the tensors."""
         for layer in leading_layers(self.layers):
             layer.commit()
-        new = copy.copy(self)
+        new = super().__copy__()
         new.layers = copy.deepcopy(self.layers, memo)
         return new
+
+    def __copy__(self) -> SpectralCache:
+        return copy.deepcopy(self)
+
+    def __iter__(self) -> Iterator[tuple]:
+        """Decoded keys, values [B, H, seen, D] and window of every layer, as transformers' own cache gives them."""
+        for layer in self.layers:
+            if is_compressed(layer):
+                first, number = (layer, 0) if isinstance(layer, SpectralKVLayer) else (layer.first, layer.number)
+                keys, values = first.keys_and_values()
+                held = (None, None) if keys is None else split_layers(keys, values, len(first.layers))[number]
+                yield *held, None
+            else:
+                yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
 
     def finalize(self) -> None:
         """End the prompt now instead of at the next call with at most 16 tokens: the cache takes its final size."""

@@ -15,8 +15,8 @@ from transformers.modeling_utils import AttentionInterface
 from spectral_kv_core.errors import UsageError
 
 from . import ops
-from .handles import Pending
-from .integration import ATTENTION, attention_forward, host_layers, install, model_shape, register
+from .handles import ATTENTION, Pending, attention_forward
+from .integration import cache_argument, host_layers, model_shape, register, routed
 
 
 class CaptureLayer(CacheLayerMixin):
@@ -36,15 +36,25 @@ class CaptureLayer(CacheLayerMixin):
     def update(self, key_states, value_states, *args, **kwargs):
         if self.leaves:
             return torch.cat([self.keys, key_states], dim=2), torch.cat([self.values, value_states], dim=2)
-        return Pending(self, key_states, value_states).handles(self.get_seq_length())
+        return Pending(self, key_states, value_states, slots=self.get_seq_length()).handles()
+
+    def can_attend(self, pending, padding) -> bool:
+        """As `SpectralKVLayer.can_attend`: of one sequence, which has no padding."""
+        return True
 
     def attend(self, pending, queries, scale, fused, padding=None):
         """Keep the queries [B, Hq, L, D], keys and values [B, H, L, D] of one forward pass and attend as usual."""
         self.queries, self.keys, self.values, self.scale = queries, pending.keys, pending.values, scale
         return fused(queries, pending.keys, pending.values, scale)
 
-    def is_empty(self) -> bool:
-        return self.keys is None
+    def decoded(self, pending, queries, scale, padding=None):
+        """As `attend`, for attention of the host's own: the keys and values that it attends to."""
+        self.queries, self.keys, self.values, self.scale = queries, pending.keys, pending.values, scale
+        return pending.keys, pending.values
+
+    def dense(self, pending):
+        """What the host attends to that goes around our attention function; no queries are seen then."""
+        return pending.keys, pending.values
 
     def get_seq_length(self) -> int:
         return 0 if self.keys is None else self.keys.shape[2]
@@ -58,19 +68,24 @@ class CaptureLayer(CacheLayerMixin):
 
 @contextmanager
 def frozen(model) -> Iterator[None]:
-    """Keep gradients away from the weights of `model`, and route its attention through ours, for a while."""
+    """Keep gradients away from the weights of `model`, and route its attention through ours, for a while.
+
+    Dropout stays away too: what is measured is the model that generates.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
-    before = model.config._attn_implementation
+    in_training = [module for module in model.modules() if module.training]
     for p in trained:
         p.requires_grad_(False)
-    install(model)
+    for module in in_training:
+        module.training = False
     try:
-        yield
+        with routed(model):
+            yield
     finally:
         for p in trained:
             p.requires_grad_(True)
-        if before != model.config._attn_implementation:
-            model.set_attn_implementation(before)
+        for module in in_training:
+            module.training = True
 
 
 def capture(model, tokens: list[int]) -> Cache:
@@ -97,7 +112,13 @@ def capture(model, tokens: list[int]) -> Cache:
         layers[i] = CaptureLayer()
     cache = Cache(layers=layers)
     with frozen(model), torch.no_grad():
-        model(_batch(model, tokens), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(_batch(model, tokens), use_cache=True, logits_to_keep=1, **cache_argument(model, cache))
+    unseen = [i for i, layer in enumerate(layers) if isinstance(layer, CaptureLayer) and layer.queries is None]
+    if unseen:
+        raise UsageError(
+            f"Expected attention through transformers' AttentionInterface, found attention code of their own in layers "
+            f"{', '.join(map(str, unseen))}: their queries cannot be captured. Choose a method without a profile."
+        )
     return cache
 
 
@@ -122,7 +143,6 @@ class Attended:
 def recorded(model, cache: Cache, layers: Sequence[int]) -> Iterator[dict[int, list[Attended]]]:
     """By layer, what the attention of `layers` is given and gives back while `model` runs with the plain `cache`."""
     calls = {i: [] for i in layers}
-    before = model.config._attn_implementation
 
     def recording(module, query, key, value, attention_mask=None, scaling=None, **options):
         out, weights = attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
@@ -133,14 +153,12 @@ def recorded(model, cache: Cache, layers: Sequence[int]) -> Iterator[dict[int, l
             )
         return out, weights
 
-    install(model)
-    AttentionInterface.register(ATTENTION, recording)
-    try:
-        yield calls
-    finally:
-        register()
-        if before != model.config._attn_implementation:
-            model.set_attn_implementation(before)
+    with routed(model):
+        AttentionInterface.register(ATTENTION, recording)
+        try:
+            yield calls
+        finally:
+            register()
 
 
 @torch.inference_mode()
@@ -177,7 +195,7 @@ def score_gradients(model, cache: Cache, tokens: list[int], samples: int, seed: 
         inputs += [layer.keys, layer.values]
     result = []
     with frozen(model), torch.enable_grad():
-        logits = model(_batch(model, tokens), past_key_values=cache, use_cache=True).logits[0].float()
+        logits = model(_batch(model, tokens), use_cache=True, **cache_argument(model, cache)).logits[0].float()
         log_p = torch.log_softmax(logits, dim=-1)
         if not torch.isfinite(log_p).all():
             raise UsageError("Expected finite logits, received NaN or infinity: check the weights and the dtype.")
@@ -206,7 +224,8 @@ def probed_log_probabilities(
             layer.keys, layer.values = (torch.from_numpy(x).to(layer.keys) for x in changed[i])
         layers.append(layer)
     with frozen(model), _replayed(model, changed, outputs):
-        logits = model(_batch(model, tokens), past_key_values=Cache(layers=layers), use_cache=True).logits[0]
+        given = cache_argument(model, Cache(layers=layers))
+        logits = model(_batch(model, tokens), use_cache=True, **given).logits[0]
     return torch.log_softmax(logits.float(), dim=-1)
 
 

@@ -49,7 +49,7 @@ class _Decoded:
 
 
 class _Words(TextStreamer):
-    """The host's streamer for any other tokenizer: whole words, from what it decodes since the last line break."""
+    """The host's streamer for any other tokenizer: words, or letters since 5.24, of what it decodes after a line break."""
 
     def __init__(self, tokenizer):
         super().__init__(tokenizer, skip_special_tokens=True)

@@ -25,7 +25,15 @@ from . import host
 from .cache import SpectralCache
 from .capture import attend, recorded
 from .detokenizer import text_stream
-from .integration import load_model, max_context, model_dtype, model_shape, plain_cache, weights_digest
+from .integration import (
+    cache_argument,
+    load_model,
+    max_context,
+    model_dtype,
+    model_shape,
+    plain_cache,
+    weights_digest,
+)
 from .ops import to_numpy
 from .profiler import SpectralProfiler
 from .prompt_cache import decode_cache, encode_cache, load_prompt_cache, save_prompt_cache, sealed_bits
@@ -194,7 +202,8 @@ def generate(
     batch = torch.tensor([prompt], device=model.device)
     # transformers takes a mask that is longer than the tokens as a sign that they are new ones only
     mask = torch.ones((1, cache.get_seq_length() + len(prompt)), dtype=torch.long, device=model.device)
-    model.generate(batch, attention_mask=mask, past_key_values=cache, generation_config=config, streamer=clock)
+    given = cache_argument(model, cache)
+    model.generate(batch, attention_mask=mask, generation_config=config, streamer=clock, **given)
     return Generated(clock.tokens, clock.times)
 
 
@@ -202,7 +211,8 @@ def generate(
 def feed(model, tokens: list[int], cache: Cache, keep: int = 1) -> np.ndarray:
     """Logits [keep, vocabulary] float32 of the last `keep` (at least 1) of `tokens`, which enter `cache` in one call."""
     batch = torch.tensor([tokens], device=model.device)
-    return to_numpy(model(batch, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits[0, -keep:])
+    given = cache_argument(model, cache)
+    return to_numpy(model(batch, use_cache=True, logits_to_keep=keep, **given).logits[0, -keep:])
 
 
 def prefill(model, prompt: list[int], cache: Cache) -> np.ndarray:

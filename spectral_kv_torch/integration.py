@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import sys
-import weakref
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_utils import AttentionInterface
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from spectral_kv_core.arrays.rope import Rope
 from spectral_kv_core.cache.prompt_cache_file import ExactLayer
@@ -26,84 +28,9 @@ from spectral_kv_core.hosts.weights import digest_weights, layer_weights, sample
 from spectral_kv_core.profile.model_shape import ModelShape
 
 from . import ops
-from .handles import Handle
-from .kernels.flash import causal_attention
+from .handles import ATTENTION, RoutedName, attention_forward
 
-ATTENTION = "spectralkv"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # types of weights that are not quantized
-
-
-class LastPadding:
-    """`left_padding`, read once per call of the model: all layers get the same mask, and reading waits for the device."""
-
-    def __init__(self):
-        self._mask: Callable[[], torch.Tensor | None] = lambda: None
-        self._version, self._padding = None, None
-
-    def __call__(self, mask: torch.Tensor | None, length: int) -> list[int] | None:
-        """The padding of `mask` for a call of `length` tokens."""
-        if mask is None:
-            return None
-        version = None if mask.is_inference() else mask._version, length
-        if self._mask() is not mask or self._version != version:
-            self._padding = left_padding(mask, length)
-            self._mask, self._version = weakref.ref(mask), version
-        return self._padding
-
-
-_last_padding = LastPadding()
-
-
-def attention_forward(module, query, key, value, attention_mask=None, scaling=None, **kwargs):
-    """Attention function for `AttentionInterface`: our handles are attended as codes, anything else goes to sdpa."""
-    if not isinstance(key, Handle):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    pending = key.pending
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-
-    def fused(q, k, v, scale):
-        return _fused(module, q, k, v, scale)
-
-    length = query.shape[2]
-    # the mask of a single token has nothing new to say, and reading it would wait for the device in every layer
-    padding = _last_padding(attention_mask, length) if length > 1 or pending.layer.is_empty() else None
-    out = pending.layer.attend(pending, query, scale, fused, padding)
-    return out.transpose(1, 2).contiguous(), None
-
-
-def _fused(module, q, k, v, scale):
-    """The host's fused kernel for L queries at the end of N keys, causal: [B, Hq, L, D]."""
-    length, total, kv_heads = q.shape[2], k.shape[2], k.shape[1]
-    if length == 1:  # query heads of a KV head as rows: one row with enable_gqa is 1.6 to 3.5 times slower on CPU
-        rows = q.view(q.shape[0], kv_heads, -1, q.shape[3])
-        out = torch.nn.functional.scaled_dot_product_attention(rows, k, v, scale=scale)
-        return out.reshape(*q.shape[:3], v.shape[3])
-    if (out := causal_attention(q, k, v, scale)) is not None:
-        return out
-    mask = None
-    if length < total:
-        mask = torch.ones(length, total, dtype=torch.bool, device=q.device).tril(total - length)[None, None]
-    return sdpa_attention_forward(module, q, k, v, mask, scaling=scale)[0].transpose(1, 2)
-
-
-def left_padding(mask: torch.Tensor | None, length: int) -> list[int] | None:
-    """Left padding of every row, from a [B, 1, L, N] mask; None without one.
-
-    Raises UsageError for a mask that is not causal with left padding.
-    """
-    if mask is None:
-        return None
-    seen = mask if mask.dtype == torch.bool else mask >= 0
-    last = seen[:, 0, -1]
-    padding = (~last).sum(-1)
-    total = last.shape[-1]
-    expected = torch.arange(total, device=mask.device)[None] >= padding[:, None]
-    causal = torch.ones(length, total, dtype=torch.bool, device=mask.device).tril(total - length)
-    if seen.shape[1] != 1 or not torch.equal(seen[:, 0], expected[:, None] & causal):
-        raise UsageError(
-            "Expected a causal mask with padding on the left only, received another mask. Pad on the left."
-        )
-    return padding.tolist()
 
 
 def register() -> None:
@@ -113,14 +40,30 @@ def register() -> None:
 
 
 def install(model) -> None:
-    """Let `model` attend to compressed caches as codes; plain caches keep going to sdpa."""
+    """Let `model` attend to compressed caches as codes; plain caches go to sdpa."""
     register()
-    if model.config._attn_implementation != ATTENTION:
-        model.set_attn_implementation(ATTENTION)
+    if is_routed(model):
+        return
+    configurations = _configurations(model)
+    before = [config._attn_implementation for config, _ in configurations]
+    model.set_attn_implementation(ATTENTION)
+    for (config, has_sdpa), name in zip(configurations, before):
+        if config._attn_implementation == ATTENTION:
+            if name == ATTENTION:  # a part that was installed alone, or a model that was loaded with our name
+                name = getattr(name, "before", "sdpa")
+            config._attn_implementation_internal = RoutedName(name, decode=not has_sdpa)
+
+
+def is_routed(model) -> bool:
+    """Whether `model` attends to compressed caches as codes."""
+    return any(isinstance(config._attn_implementation, RoutedName) for config, _ in _configurations(model))
 
 
 def restore(model) -> None:
     """Give `model` its host's attention back; compressed caches then decode for it.
+
+    Every part of the model gets the attention that it had before. Caches decode for eager and sdpa; torch refuses to
+    compile flex_attention for them.
 
     Args:
         model: A model that `make_prompt_cache` or `load_prompt_cache` has been called with.
@@ -131,9 +74,37 @@ def restore(model) -> None:
         >>> model, tokenizer = load_model(demo_model_path())
         >>> cache = make_prompt_cache(model)
         >>> restore(model)
+        >>> model.config._attn_implementation
+        'sdpa'
     """
-    if model.config._attn_implementation == ATTENTION:
-        model.set_attn_implementation("sdpa")
+    for config, _ in _configurations(model):
+        if isinstance(name := config._attn_implementation, RoutedName):
+            config._attn_implementation_internal = name.before
+
+
+@contextmanager
+def routed(model) -> Iterator[None]:
+    """Let `model` attend to compressed caches as codes, for a while."""
+    was_routed = is_routed(model)
+    install(model)
+    try:
+        yield
+    finally:
+        if not was_routed:
+            restore(model)
+
+
+def _configurations(model) -> list[tuple]:
+    """Every configuration of `model` and of its parts, and whether the part that reads it has sdpa."""
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    found = {id(part.config): (part.config, bool(part._supports_sdpa)) for part in parts}
+    waiting = [(model.config, bool(getattr(model, "_supports_sdpa", True)))]
+    while waiting:
+        config, has_sdpa = waiting.pop()
+        config, has_sdpa = found.setdefault(id(config), (config, has_sdpa))
+        inner = (getattr(config, name, None) for name in config.sub_configs)
+        waiting += [(one, has_sdpa) for one in inner if one is not None]
+    return list(found.values())
 
 
 def host_layers(model, left_padding: list[int] | None = None) -> list:
@@ -141,6 +112,21 @@ def host_layers(model, left_padding: list[int] | None = None) -> list:
     config = model.config.get_text_config(decoder=True)
     layers = DynamicCache(config=config).layers
     return layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]
+
+
+def cache_argument(model, cache: Cache) -> dict[str, Cache]:
+    """`cache` by the name that `model` takes it by: transformers 5.24 renames `past_key_values` to `cache`."""
+    return {_cache_name(type(model)): cache}
+
+
+@functools.cache
+def _cache_name(model_class: type) -> str:
+    names = inspect.signature(model_class.forward).parameters
+    renamed = tuple(map(int, transformers.__version__.split(".")[:2])) >= (
+        5,
+        24,
+    )  # asked of wrappers, which hand all on
+    return "cache" if "past_key_values" not in names and (renamed or "cache" in names) else "past_key_values"
 
 
 def plain_cache(model) -> Cache:
@@ -197,14 +183,14 @@ def model_shape(model) -> tuple[ModelShape, dict[int, str]]:
     config = model.config.get_text_config(decoder=True)
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    held = host_layers(model)  # 5.20 has none for a layer that attends to what an earlier one holds, others a dummy
     passed = {}
-    for i, layer in enumerate(host_layers(model)):
-        if type(layer) is not DynamicLayer:
+    for i, layer in enumerate(held):
+        if type(layer) is not DynamicLayer and type(layer).__name__ != "DummyLayer":
             passed[i] = "sliding window" if getattr(layer, "is_sliding", False) else type(layer).__name__
-    everywhere = _unsupported(model, config)
-    if everywhere:
-        passed = dict.fromkeys(range(config.num_hidden_layers), everywhere)
-    layers = tuple(i for i in range(config.num_hidden_layers) if i not in passed)
+    if getattr(config, "kv_lora_rank", None):
+        passed = dict.fromkeys(range(config.num_hidden_layers), "multi-head latent attention")
+    layers = tuple(i for i, layer in enumerate(held) if type(layer) is DynamicLayer and i not in passed)
     shape = ModelShape(
         config.num_hidden_layers,
         config.hidden_size,
@@ -215,16 +201,6 @@ def model_shape(model) -> tuple[ModelShape, dict[int, str]]:
         read_rope(model),
     )
     return shape, passed
-
-
-def _unsupported(model, config) -> str | None:
-    if getattr(config, "kv_lora_rank", None):
-        return "multi-head latent attention"
-    if getattr(config, "attn_logit_softcapping", None):
-        return "soft-capped attention scores"
-    if any(name.endswith(".sinks") for name, _ in model.named_parameters()):
-        return "attention sink logits"
-    return None
 
 
 def read_rope(model) -> Rope | None:

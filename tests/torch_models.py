@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from spectral_kv_torch import SpectralProfiler
+from spectral_kv_torch.integration import cache_argument
 
 SIZES = {
     "vocab_size": 256,
@@ -81,5 +82,5 @@ def logits_of(model, ids, cache, chunk=None, **kwargs):
     out = []
     with torch.no_grad():
         for part in torch.split(ids, chunk or ids.shape[1], dim=1):
-            out.append(model(part, past_key_values=cache, use_cache=True, **kwargs).logits)
+            out.append(model(part, use_cache=True, **cache_argument(model, cache), **kwargs).logits)
     return torch.cat(out, dim=1)

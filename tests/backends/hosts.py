@@ -40,7 +40,8 @@ class ByteTokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [3 + b % 253 for b in text.encode("latin-1", "replace")]
 
-    def decode(self, tokens, skip_special_tokens: bool = True) -> str:
+    def decode(self, tokens: int | list[int], skip_special_tokens: bool = True) -> str:
+        tokens = [tokens] if isinstance(tokens, int) else tokens
         return bytes(max(t - 3, 0) for t in tokens).decode("latin-1")
 
 

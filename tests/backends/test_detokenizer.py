@@ -162,7 +162,7 @@ def test_a_tokenizer_of_another_kind_is_streamed_by_the_host():
     plain = ByteTokenizer()
     ids = plain.encode("Two words,\nand more")
     pieces = streamed(text_stream(plain), ids)
-    assert "".join(pieces) == "Two words,\nand more" and pieces[3] == "Two "
+    assert "".join(pieces) == "Two words,\nand more" and "".join(pieces[:4]) == "Two "
     made = Tokenizer(models.WordPiece({"[UNK]": 0, "it": 1, "is": 2, ".": 3, "##s": 4}, unk_token="[UNK]"))
     made.pre_tokenizer, made.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece(cleanup=False)
     cleaned = PreTrainedTokenizerFast(tokenizer_object=made, clean_up_tokenization_spaces=True)

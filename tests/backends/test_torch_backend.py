@@ -13,13 +13,12 @@ from torch_models import logits_of, model_and_profile, tiny_model, tokens  # noq
 from spectral_kv_core.codecs.spectral import SpectralCodec  # noqa: E402
 from spectral_kv_torch import (  # noqa: E402
     capture,
-    integration,
+    handles,
     make_prompt_cache,
     ops,
 )
 from spectral_kv_torch.generation import plain_cache  # noqa: E402
-from spectral_kv_torch.handles import Handle  # noqa: E402
-from spectral_kv_torch.integration import ATTENTION  # noqa: E402
+from spectral_kv_torch.handles import ATTENTION, Handle  # noqa: E402
 from spectral_kv_torch.kernels import build  # noqa: E402
 from spectral_kv_torch.kernels.attention import LatentStep  # noqa: E402
 
@@ -56,15 +55,6 @@ def test_left_padded_generate():
     expected = model.generate(ids, past_key_values=plain_cache(model), **kwargs)
     got = model.generate(ids, past_key_values=make_prompt_cache(model, method="identity"), **kwargs)
     assert torch.equal(got, expected)
-
-
-@only("torch", "transformers tells padding by masks, mlx-lm by left_padding")
-def test_right_padding_is_refused():
-    model, profile = model_and_profile("llama")
-    mask = torch.ones(2, 50, dtype=torch.long)
-    mask[1, 40:] = 0
-    with pytest.raises(ValueError, match="left"), torch.no_grad():
-        model(tokens(50, batch=2), attention_mask=mask, past_key_values=make_prompt_cache(model, profile))
 
 
 @only("torch", "trim of mlx-lm takes a count, crop of transformers also a length")
@@ -131,11 +121,11 @@ def test_score_gradients_match_finite_differences():
 @only("torch", "MLX keeps the left padding in the cache")
 def test_a_mask_is_read_once_for_all_layers(monkeypatch):
     reads = []
-    monkeypatch.setattr(integration, "left_padding", lambda mask, _: reads.append(1) or [int((~mask[0, 0, -1]).sum())])
+    monkeypatch.setattr(handles, "left_padding", lambda mask, _: reads.append(1) or [int((~mask[0, 0, -1]).sum())])
     mask = torch.ones(1, 1, 4, 8, dtype=torch.bool)
-    assert [integration._last_padding(mask, 4) for _ in range(3)] == [[0]] * 3 and len(reads) == 1
+    assert [handles._last_padding(mask, 4) for _ in range(3)] == [[0]] * 3 and len(reads) == 1
     mask[..., :2] = False
-    assert integration._last_padding(mask, 4) == [2]
+    assert handles._last_padding(mask, 4) == [2]
     with torch.inference_mode():
         other = torch.ones(1, 1, 4, 8, dtype=torch.bool)
-    assert [integration._last_padding(x, 4) for x in (other, other, mask)] == [[0], [0], [2]] and len(reads) == 4
+    assert [handles._last_padding(x, 4) for x in (other, other, mask)] == [[0], [0], [2]] and len(reads) == 4

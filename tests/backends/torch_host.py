@@ -32,7 +32,8 @@ from spectral_kv_torch import (
 from spectral_kv_torch import generation as backend
 from spectral_kv_torch.cache import SpectralKVLayer
 from spectral_kv_torch.generation import decode_cache, encode_cache, fill, generate, plain_cache, score, sealed_bits
-from spectral_kv_torch.integration import ATTENTION, _fused, install, model_shape
+from spectral_kv_torch.handles import ATTENTION, _fused
+from spectral_kv_torch.integration import cache_argument, install, model_shape
 
 __all__ = [
     "InferenceEngine",
@@ -89,14 +90,14 @@ def logits(of, ids: list[int], cache, chunk: int | None = None) -> np.ndarray:
     """Logits [T, V] of `ids`, fed `chunk` at a time."""
     with torch.no_grad():
         parts = torch.tensor([ids]).split(chunk or len(ids), dim=1)
-        out = [of(part, past_key_values=cache, use_cache=True).logits for part in parts]
+        out = [of(part, use_cache=True, **cache_argument(of, cache)).logits for part in parts]
     return torch.cat(out, dim=1)[0].float().numpy()
 
 
 def raw_logits(of, ids: list[int], cache):
     """Logits [1, T, V] as the model gives them."""
     with torch.no_grad():
-        return of(torch.tensor([ids]), past_key_values=cache, use_cache=True).logits
+        return of(torch.tensor([ids]), use_cache=True, **cache_argument(of, cache)).logits
 
 
 def padded_cache(of, padding: list[int], *args, **options):
@@ -110,14 +111,14 @@ def batch_logits(of, rows: list[list[int]], padding: list[int], cache, start: in
     position = (mask.cumsum(-1) - 1).clamp(min=0)[:, start:stop]
     ids = torch.tensor([row[start:stop] for row in rows])
     with torch.no_grad():
-        return of(ids, attention_mask=mask, position_ids=position, past_key_values=cache).logits.numpy()
+        return of(ids, attention_mask=mask, position_ids=position, **cache_argument(of, cache)).logits.numpy()
 
 
 def greedy(of, prompt: list[int], cache, count: int, before: list[int] = ()) -> list[int]:
     """The next `count` tokens by `model.generate`; `before`: what the cache has seen."""
     ids = torch.tensor([[*before, *prompt]])
     options = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
-    out = of.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options)
+    out = of.generate(ids, attention_mask=torch.ones_like(ids), **cache_argument(of, cache), **options)
     return out[0, ids.shape[1] :].tolist()
 
 
