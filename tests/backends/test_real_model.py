@@ -62,6 +62,19 @@ def test_quality_and_bytes_at_4_and_2_bits(host, tmp_path, capsys, prompt_text):
 
 
 @only("torch", LONG)
+@pytest.mark.parametrize("opening", ["\n" * 120, " the" * 300, "a" * 900], ids=["newlines", "the", "a"])
+def test_nothing_clips_in_silence(host, opening, prompt_text):
+    """A run of one token at the start of a prompt, whose coefficients reach 60 deviations: KL 0.1 to 2 if they clip."""
+    model, tokenizer = host.load_model(demo_model_path(), "float32")
+    text = tokenizer.encode(prompt_text)
+    prompt, labels = tokenizer.encode(opening) + text[:100], text[100:116]
+    reference = host.score(model, prompt, labels, host.plain_cache(model))
+    for bits in (3.0, 8.0):
+        got = host.score(model, prompt, labels, host.make_prompt_cache(model, bits=bits))
+        assert compare_logits(reference, got, labels)["kl"] < 0.01
+
+
+@only("torch", LONG)
 def test_greedy_text_at_4_bits_equals_the_plain_cache(host, prompt_text):
     """With `spectral-dense`; the tenth token of this answer is nearly a tie, which `spectral` turns at 6 bits still."""
     model, tokenizer = host.load_model(demo_model_path(), "float32")
