@@ -15,13 +15,14 @@ import numpy as np
 
 from .chunk import Adaptation, AdaptedChunk, Chunk, ExactChunk
 
-PEAK = 8.0  # deviations of a coefficient: of WikiText-2, some 3 blocks in 1,000 have one beyond
-FLAT, FLAT_COUNT = 0.3, 32  # root mean square of what moves within a block; of less coefficients it is not looked at
+PEAK = 10.0  # deviations of a coefficient: of WikiText-2, some 5 blocks in 10,000 have one beyond
+HIGH, OFTEN, MANY = 8.0, 1 / 16, 8  # lower peaks count too where more than this share of a run of so many blocks has them
+FLAT, FLAT_COUNT = 0.3, 32  # root mean square of what moves within a block; of fewer coefficients it is not looked at
 LOST = 25.0  # energy of a block in what is not stored, to what the profile expects there
 CREST = 4.0  # peak of a block in deviations that the tables code well
 WIDEST = 1.5  # gain, root mean square, from which an exact block costs less than the error of its codes
 STILL = 2.0**-8  # least gain
-EXACT_SHARE, EXACT_BLOCKS = 1 / 32, 2  # of the sealed tokens that may be kept exactly, and blocks beside
+EXACT_SHARE, EXACT_BLOCKS = 1 / 64, 1  # of the sealed tokens that may be kept exactly, and blocks beside
 
 
 @dataclass
@@ -53,7 +54,10 @@ def unusual(codec, keys, values, position: int, z) -> np.ndarray:
     peaks, moving, lost = (xp.to_numpy(x) for x in (peaks, moving, lost))
     counts = codec.moving_counts[None, :, None]
     flat = (moving < FLAT * FLAT * counts) & (counts >= FLAT_COUNT)
-    return ((peaks > PEAK * PEAK) | (lost > LOST) | flat).any((0, 1))
+    high = (peaks > HIGH * HIGH).any((0, 1))
+    if len(high) < MANY or high.mean() <= OFTEN:
+        high = (peaks > PEAK * PEAK).any((0, 1))
+    return high | ((lost > LOST) | flat).any((0, 1))
 
 
 class Run:
@@ -156,7 +160,8 @@ def _add(codec, chunks: list[Chunk], run: Run, segments: list[Segment], room: in
     exact: set[int] = set()
     for number in sorted(range(len(segments)), key=lambda i: -segments[i].gain):
         size = segments[number].stop - segments[number].first
-        if segments[number].gain > WIDEST and size <= room:
+        # a block alone takes as much for what it is coded about as it saves, and is decoded in every step
+        if (size == 1 or segments[number].gain > WIDEST) and size <= room:
             exact.add(number)
             room -= size
     for number, segment in enumerate(segments):
