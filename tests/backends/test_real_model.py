@@ -16,8 +16,10 @@ from test_readme import example, run
 from spectral_kv_core.arrays.basis import orthonormalize
 from spectral_kv_core.arrays.divergence import compare_logits
 from spectral_kv_core.cli import main as cli
+from spectral_kv_core.codecs.registry import make_plan
 from spectral_kv_core.hosts.demo_model import demo_model_path
 from spectral_kv_core.planning.methods import get_method
+from spectral_kv_core.profile.store import find_profile
 from spectral_kv_core.quantization import trellis
 from spectral_kv_core.quantization.quantizer import thresholds
 
@@ -130,6 +132,7 @@ def simulated(plan, row, keys, values, start):
 
 @only("torch", LONG)
 @pytest.mark.parametrize("name", ["spectral", "spectral-trellis", "spectral-dense"])
+@pytest.mark.usefixtures("text_is_known")
 def test_the_packed_cache_is_a_float_simulation_of_itself(host, name):
     torch = pytest.importorskip("torch")
     model, tokenizer = host.load_model(demo_model_path(), "float32")
@@ -138,13 +141,16 @@ def test_the_packed_cache_is_a_float_simulation_of_itself(host, name):
     prefix, after = tokens[:-16], tokens[-16:]  # one more token fed would seal the next block
     plain = host.plain_cache(model)
     before = host.backend.feed(model, prefix, plain)
-    packed = host.make_prompt_cache(model, bits=2.0, method=replace(get_method(name), rounding="nearest"))
+    method = replace(get_method(name), rounding="nearest")
+    packed = host.make_prompt_cache(model, bits=2.0, method=method)
+    plan = make_plan(packed.plan.shape, find_profile(packed.plan.shape, method.basis_set), method, 2.0)
+    assert plan.hash == packed.plan.hash
     host.fill(packed, plain)
     floating = copy.deepcopy(plain)
-    for row, layer_idx in enumerate(packed.plan.shape.layers):
+    for row, layer_idx in enumerate(plan.shape.layers):
         layer = floating.layers[layer_idx]
         held = (x[0, :, 4:644].double().numpy() for x in (layer.keys, layer.values))
-        for x, stored in zip((layer.keys, layer.values), simulated(packed.plan, row, *held, 4)):
+        for x, stored in zip((layer.keys, layer.values), simulated(plan, row, *held, 4)):
             x[0, :, 4:644] = torch.from_numpy(stored)
     logits = [
         np.concatenate([before, *(host.backend.feed(model, [token], cache) for token in after[:-1])])

@@ -60,8 +60,9 @@ def test_backends_do_not_import_each_other(name):
 
 
 def test_backends_have_the_same_files():
+    """But for what mlx-lm alone has: batches that sequences join and leave, and options of its own cache."""
     first, second = ({p.name for p in (ROOT / name).glob("*.py")} for name in BACKENDS)
-    assert first == second
+    assert first | {"batch.py", "limits.py"} == second
 
 
 def test_backends_have_the_same_names():

@@ -16,7 +16,11 @@ import numpy as np
 from .chunk import Adaptation, AdaptedChunk, Chunk, ExactChunk
 
 PEAK = 10.0  # deviations of a coefficient: of WikiText-2, some 5 blocks in 10,000 have one beyond
-HIGH, OFTEN, MANY = 8.0, 1 / 16, 8  # lower peaks count too where more than this share of a run of so many blocks has them
+HIGH, OFTEN, MANY = (
+    8.0,
+    1 / 16,
+    8,
+)  # lower peaks count too where more than this share of a run of so many blocks has them
 FLAT, FLAT_COUNT = 0.3, 32  # root mean square of what moves within a block; of fewer coefficients it is not looked at
 LOST = 25.0  # energy of a block in what is not stored, to what the profile expects there
 CREST = 4.0  # peak of a block in deviations that the tables code well
@@ -52,7 +56,7 @@ def unusual(codec, keys, values, position: int, z) -> np.ndarray:
     moving = xp.sum(xp.sum(squares[..., 1:, :], axis=-1), axis=-1)
     lost = codec.lost_energy(keys, values, position, squares)
     peaks, moving, lost = (xp.to_numpy(x) for x in (peaks, moving, lost))
-    counts = codec.moving_counts[None, :, None]
+    counts = np.array(codec.moving_counts)[None, :, None]
     flat = (moving < FLAT * FLAT * counts) & (counts >= FLAT_COUNT)
     high = (peaks > HIGH * HIGH).any((0, 1))
     if len(high) < MANY or high.mean() <= OFTEN:
@@ -99,7 +103,7 @@ class Run:
         keys, values, position = self.of(first, stop)
         adaptation = codec.centered(keys, values, position)
         z = codec.xp.to_numpy(codec.coefficients(keys, values, position, adaptation)[0] * codec.stored)
-        counts = codec.stored_counts  # [G, R]
+        counts = codec.stored_counts()
         power = np.square(z).sum((2, 3)) / np.maximum(blocks * counts, 1)
         gain = np.maximum(np.sqrt(power), np.abs(z).max((2, 3)) / CREST)
         gain = np.maximum(gain, STILL).astype(np.float16).astype(np.float32)

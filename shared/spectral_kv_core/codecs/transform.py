@@ -223,13 +223,10 @@ class TransformCodec(TransformReader, Codec):
         ]
         self.time = table(time_matrix(basis_set.time, basis_set.block))
 
-        stored = by_frequency(plan.coded[layer_group], kept, self.block).astype(np.float32)  # 1 or 0, [G, F, R]
-        self.stored = table(stored[:, None])
-        self.stored_counts = stored.sum(1)  # coefficients of a block, [G, R]
-        self.moving_counts = stored[:, 1:].sum((1, 2))  # without those of frequency 0, [G]
-        sigma = deviations(basis_set, layer_group, kept)
-        variance = np.square(sigma) * by_frequency(plan.coded[layer_group], kept, self.block)
-        self.stored_variance = table(variance[:, None])
+        stored = by_frequency(plan.coded[layer_group], kept, self.block)  # [G, F, R]
+        self.stored = table(stored[:, None], np.uint8)
+        self.moving_counts = tuple(stored[:, 1:].sum((1, 2)).tolist())  # of a block, by group, without frequency 0
+        variance = np.square(deviations(basis_set, layer_group, kept)) * stored
         sizes = band_sizes(basis_set.block)
         whole = (basis_set.variance[layer_group].astype(np.float64) * sizes).sum((-1, -2))
         self.expected_loss = table(np.maximum(whole - variance.sum((-1, -2), dtype=np.float64), QUIET * whole)[:, None])
@@ -302,6 +299,10 @@ class TransformCodec(TransformReader, Codec):
         """Tokens of the last of `chunks` where it is plain and not full, else 0."""
         return chunks[-1].tokens % self.chunk_tokens if self.grows and chunks and chunks[-1].is_plain else 0
 
+    def stored_counts(self) -> np.ndarray:
+        """Coefficients of a block that are stored, [G, R]."""
+        return self.xp.to_numpy(self.stored).sum((1, 2))
+
     def lost_energy(self, keys, values, start: int, squares):
         """Energy of blocks [B, G, n] in coefficients that are not stored, to what the profile expects there.
 
@@ -313,7 +314,7 @@ class TransformCodec(TransformReader, Codec):
         layers = split_layers(keys, values, self.layers)
         whole = reduce(add, (axes.energy(*layer) for axes, layer in zip(self.axes, layers)))
         whole = xp.sum(whole.reshape(*whole.shape[:2], -1, self.block), axis=-1)
-        kept = xp.sum(xp.sum(squares * self.stored_variance, axis=-1), axis=-1)
+        kept = xp.sum(xp.sum(squares / (self.normalize * self.normalize), axis=-1), axis=-1)
         return (whole - kept) / self.expected_loss
 
     def centered(self, keys, values, start: int) -> Adaptation:
@@ -357,7 +358,6 @@ class TransformCodec(TransformReader, Codec):
             self.time,
             self.normalize,
             self.stored,
-            self.stored_variance,
             self.expected_loss,
             *(x for axes in self.axes for x in axes.arrays()),
         ]
