@@ -354,6 +354,7 @@ def test_layers_out_of_order_are_refused():
         cache.finalize()
 
 
+@pytest.mark.slow
 def test_command_line(capsys, tmp_path):
     def run(*arguments, code=0):
         got = cli.main([*map(str, arguments), "--json"])

@@ -216,6 +216,7 @@ def test_stock_operations_take_over_without_triton(monkeypatch):
     assert not device.runs_kernels(torch.device("cuda", 0))
 
 
+@pytest.mark.slow
 def test_triton_is_imported_for_a_gpu_only():
     code = (
         "import sys, spectral_kv_torch.kernels; assert 'spectral_kv_torch.kernels.triton_attention' not in sys.modules"

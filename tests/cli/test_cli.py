@@ -209,6 +209,7 @@ def test_cache_prompt_reports_bytes(capsys, model, profile, tmp_path):
     assert json_of(capsys, "inspect", str(path))["file_bytes"] < result["file_bytes"]
 
 
+@pytest.mark.slow
 def test_a_stored_prompt_serves_other_methods(capsys, model, profile, tmp_path):
     json_of(capsys, *cache_prompt(model, profile, tmp_path / "c", "--method", "spectral-dense", "--bits", "4"))
     results = [
@@ -262,6 +263,7 @@ def test_profile_is_found_by_itself(capsys, model, profile):
     assert json_of(capsys, "generate", "--model", model, *arguments)["method"] == "spectral"
 
 
+@pytest.mark.slow
 def test_generate_drops_tokens(capsys, model, profile, text_file):
     arguments = ["generate", "--model", model, "--backend", "torch", "--profile", profile, "--prompt-file", text_file]
     arguments += ["--max-tokens", "8", "--ignore-eos", "--json"]

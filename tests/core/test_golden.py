@@ -17,6 +17,7 @@ def profile():
     return shipped_profile()
 
 
+@pytest.mark.slow
 def test_plans_are_the_same(profile):
     got = plans(profile)
     assert set(got) == set(GOLDEN["plans"])
@@ -30,6 +31,7 @@ def test_the_same_coefficients_give_the_same_bytes_on_every_array_library(xp, pr
             assert digest == GOLDEN["chunks"][name], name
 
 
+@pytest.mark.slow
 def test_a_stored_prompt_has_the_same_bytes(profile):
     assert stored_prompt(profile) == GOLDEN["stored_prompt"]
 

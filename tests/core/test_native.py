@@ -338,6 +338,7 @@ def test_a_compiler_with_arguments_and_one_that_fails(cache, folder, monkeypatch
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_kernels_are_there_when_a_cache_is_made(cache, monkeypatch):
     """Nothing is built once tokens come: the first prompt is as fast as any other."""
     pytest.importorskip("transformers")

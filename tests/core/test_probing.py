@@ -61,6 +61,7 @@ def run(strength, noise=0.0):
 EVEN = [[1, 1], [1, 1], [1, 1]]
 
 
+@pytest.mark.slow
 def test_what_moves_predictions_more_gets_more_bits():
     (even, calls, plain), (found, _, mine) = run(EVEN), run([[3, 1], [1, 1], [1, 0.5]])
     heads = MODEL.kv_heads
@@ -75,6 +76,7 @@ def test_what_moves_predictions_more_gets_more_bits():
     assert (after[0, :heads] > before[0, :heads]).all() and (after[2, heads:] < before[2, heads:]).all()
 
 
+@pytest.mark.slow
 def test_noise_of_the_model_is_no_cost():
     strength = [[0.1, 0.1], [1, 1], [1, 1]]
     quiet, loud = run(strength)[0], run(strength, noise=NOISE)[0]

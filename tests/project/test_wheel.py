@@ -92,6 +92,7 @@ def test_a_wheel_with_kernels_is_of_one_platform_and_any_python(tmp_path, compil
     assert "Root-Is-Purelib: false" in zipfile.ZipFile(wheel).read(about).decode()
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails_gives_a_wheel_without_kernels_unless_they_are_required(tmp_path, compiler):
     compiler.write_text("#!/bin/sh\necho 'fatal: no memory' >&2\nexit 1\n")
     with pytest.raises(RuntimeError, match="cannot build the kernels: fatal: no memory"):
@@ -176,6 +177,7 @@ def test_the_wheel_is_tried_where_nothing_can_be_built(wheels, monkeypatch, tmp_
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+@pytest.mark.slow
 def test_the_check_of_a_wheel_refuses_kernels_that_are_not_of_it(tmp_path):
     """As in this checkout, whose kernels are built: it passes with --built, and fails without."""
     check = [sys.executable, str(ROOT / ".ci" / "check_wheel.py")]

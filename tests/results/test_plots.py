@@ -253,6 +253,7 @@ def made_file(tmp_path, evaluation):
     return tmp_path / "made.json"
 
 
+@pytest.mark.slow
 def test_command_draws_every_format_and_names_what_it_skips(capsys, tmp_path, made_file):
     rows = [row for row in eval_rows() if row["task"] == "text"]
     for row in rows:
