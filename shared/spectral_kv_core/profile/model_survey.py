@@ -1,0 +1,70 @@
+"""What a trial run tells of every layer of a model, and which layers can be compressed by that.
+
+Configurations have a name for a thing in one model and another in the next, and say nothing of what a layer's code does.
+So a backend runs the model on a few tokens, looks at what reaches the cache and attention, and says it here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..arrays.rope import Rope
+from .model_shape import ModelShape
+
+CODES, DECODED, PASSED = "as codes", "decoded", "passed through"
+WAYS = (CODES, DECODED, PASSED)
+
+
+@dataclass(frozen=True)
+class LayerSurvey:
+    """How one layer of a model was seen to use its cache.
+
+    way: `CODES`, attention reads the codes; `DECODED`, the history is decoded for the host's own attention; `PASSED`, the
+    layer keeps the host's own cache.
+    reason: Why it is not attended as codes, in words; "" where it is.
+    q_heads, kv_heads, key_dim, value_dim: Of the keys and values that the layer gave its cache; 0 where it gave none.
+    rope: How its keys are rotated; None for keys that carry no position.
+    """
+
+    way: str
+    reason: str = ""
+    q_heads: int = 0
+    kv_heads: int = 0
+    key_dim: int = 0
+    value_dim: int = 0
+    rope: Rope | None = None
+
+    @property
+    def form(self) -> tuple[int, int, int]:
+        """What layers that are compressed together have in common: query heads, KV heads and head_dim."""
+        return self.q_heads, self.kv_heads, self.key_dim
+
+
+def surveyed_shape(hidden_size: int, layers: Sequence[LayerSurvey]) -> tuple[ModelShape, dict[int, str]]:
+    """The shape of a model with `layers`, and by index the layers that are passed through, with the reason.
+
+    One shape holds for all layers that are compressed: the one that most of them have, the first one among equals.
+
+    Examples:
+        >>> few, many = (LayerSurvey(CODES, "", 8, heads, 64, 64) for heads in (2, 4))
+        >>> shape, passed = surveyed_shape(512, [few, many, many])
+        >>> shape.layers, shape.kv_heads, passed
+        ((1, 2), 4, {0: '2 KV heads of 64 channels where most layers have 4 of 64'})
+    """
+    passed = {i: layer.reason for i, layer in enumerate(layers) if layer.way == PASSED}
+    for i, layer in enumerate(layers):
+        if i not in passed and layer.key_dim != layer.value_dim:
+            passed[i] = f"keys of {layer.key_dim} channels and values of {layer.value_dim}"
+    forms = Counter(layer.form for i, layer in enumerate(layers) if i not in passed)
+    if not forms:
+        return ModelShape(len(layers), hidden_size, 0, 0, 0, (), None), passed
+    form = q_heads, kv_heads, head_dim = forms.most_common(1)[0][0]
+    for i, layer in enumerate(layers):
+        if i not in passed and layer.form != form:
+            passed[i] = (
+                f"{layer.kv_heads} KV heads of {layer.key_dim} channels where most layers have {kv_heads} of {head_dim}"
+            )
+    kept = tuple(i for i in range(len(layers)) if i not in passed)
+    return ModelShape(len(layers), hidden_size, q_heads, kv_heads, head_dim, kept, layers[kept[0]].rope), passed
