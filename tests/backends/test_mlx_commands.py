@@ -1,6 +1,5 @@
 """`spectralkv mlx`: mlx-lm's own commands with compressed caches, and one line for what does not go together."""
 
-
 from __future__ import annotations
 
 import argparse

@@ -89,3 +89,12 @@ def open_prompt_file(args: argparse.Namespace) -> PromptFile:
     if len(stored.padding) > 1:
         raise UsageError(f"Expected a prompt cache of one prompt, {args.prompt_cache_file} has {len(stored.padding)}.")
     return stored
+
+
+def live_method(args: argparse.Namespace, stored: PromptFile | None) -> Method | str | None:
+    """What the cache is to be: a recipe, or of a stored one `plain`; None leaves a stored one as it is."""
+    if stored is None:
+        return get_live_method(args.method or DEFAULT_METHOD)
+    if args.method == "plain" or (args.method is None and args.bits is None):
+        return args.method
+    return get_live_method(args.method or (stored.method if stored.method.live else DEFAULT_METHOD))

@@ -20,10 +20,10 @@ from ..codecs.registry import check_bits
 from ..errors import UsageError
 from ..hosts.backends import load_backend
 from ..hosts.chat_template import encode_prompt, encode_rest
-from ..planning.methods import DEFAULT_METHOD, Method, get_live_method
+from ..planning.methods import Method
 from ..profile.profile import Profile
 from . import tables
-from .cache_options import add_cache_options, open_prompt_file, request_of, with_system_prompt
+from .cache_options import add_cache_options, live_method, open_prompt_file, request_of, with_system_prompt
 from .options import (
     check_context,
     check_profile,
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> dict:
 def _prepare(args: argparse.Namespace) -> Job:
     """Check all that was given, from what is cheap to check on, and load the model."""
     stored = _open_prompt_file(args) if args.prompt_cache_file else None
-    method = _live_method(args, stored)
+    method = live_method(args, stored)
     request = _request(args, stored, method)
     text = prompt_text(args)
     score_text = read_file(args.score_file, "--score-file") if args.score_file else None
@@ -251,12 +251,3 @@ def _open_prompt_file(args: argparse.Namespace) -> PromptFile:
             "spectralkv cache-prompt, or give them to save_prompt_cache."
         )
     return stored
-
-
-def _live_method(args: argparse.Namespace, stored: PromptFile | None) -> Method | str | None:
-    """What the cache is to be: a recipe, or of a stored one `plain`; None leaves a stored one as it is."""
-    if stored is None:
-        return get_live_method(args.method or DEFAULT_METHOD)
-    if args.method == "plain" or (args.method is None and args.bits is None):
-        return args.method
-    return get_live_method(args.method or (stored.method if stored.method.live else DEFAULT_METHOD))

@@ -28,8 +28,8 @@ class HostCommands:
         parser.add_argument(
             "host_command", nargs="?", metavar="COMMAND", help="its name; its options follow, see: COMMAND --help"
         )
-        told = {"metavar": "OPTIONS", "help": "its own options, and those of a compressed cache"}
-        parser.add_argument("arguments", nargs=argparse.REMAINDER, **told).required = False
+        told = "its own options, and those of a compressed cache"
+        parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="OPTIONS", help=told).required = False
 
     def run(self, args: argparse.Namespace) -> dict:
         """Run it; it prints what it prints."""
