@@ -60,9 +60,9 @@ def test_backends_do_not_import_each_other(name):
 
 
 def test_backends_have_the_same_files():
-    """But for what mlx-lm alone has: batches that sequences join and leave, and options of its own cache."""
+    """But for what mlx-lm alone has: batches that sequences join and leave, options of its own cache, and commands."""
     first, second = ({p.name for p in (ROOT / name).glob("*.py")} for name in BACKENDS)
-    assert first | {"batch.py", "limits.py"} == second
+    assert first | {"batch.py", "commands.py", "limits.py"} == second
 
 
 def test_backends_have_the_same_names():
