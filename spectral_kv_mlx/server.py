@@ -83,17 +83,6 @@ class Responses(mlx_lm.server.ResponseGenerator):
         return found
 
 
-class FailingServer(Server):
-    """A server that ends when the thread of its answers has."""
-
-    responses: Responses | None = None
-
-    def service_actions(self) -> None:
-        """Raise what ended the thread."""
-        if self.responses is not None and self.responses.failure is not None:
-            raise self.responses.failure
-
-
 def places(module: ModuleType) -> dict[tuple[Any, str], Any]:
     """Every name of mlx-lm's module `server` that is replaced for its own command, and by what."""
     run_http = module._run_http_server
@@ -405,8 +394,8 @@ def _run(settings: Settings, ready: Callable[[Any], None], host: str, port: int,
                 time.sleep(LOADING)
             if responses.failure is not None:
                 raise responses.failure
-            server = listen(FailingServer, settings, partial(Handler, settings.names, responses))
-            server.responses = responses
+            server = listen(Server, settings, partial(Handler, settings.names, responses))
+            server.failure = lambda: responses.failure
             with server:
                 ready(server)
                 server.serve_forever()

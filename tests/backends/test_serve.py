@@ -6,7 +6,10 @@ import http.client
 import json
 import logging
 import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +23,7 @@ from tiny_checkpoint import save_tiny_checkpoint  # noqa: E402
 
 from spectral_kv_core.cache.request import CacheRequest  # noqa: E402
 from spectral_kv_core.cli import main as cli  # noqa: E402
+from spectral_kv_core.errors import UsageError  # noqa: E402
 from spectral_kv_core.hosts.backends import load_backend  # noqa: E402
 from spectral_kv_core.hosts.chat_template import encode_messages  # noqa: E402
 from spectral_kv_core.profile.profile import Profile  # noqa: E402
@@ -280,9 +284,11 @@ def test_what_is_no_request_gets_an_error_too(serving):
             assert answer.status == status, (sent[:80], answer.status, body)
             assert json.loads(body)["error"]["message"] and b"Traceback" not in body
             assert answer.getheader("Access-Control-Allow-Origin") is None
-        connection = http.client.HTTPConnection(*at.address)
-        connection.request("GET", "/health")
-        assert json.loads(connection.getresponse().read()) == {"status": "ok"}
+        for host, status in (("localhost:80", 200), ("example.com", 403)):
+            connection = http.client.HTTPConnection(*at.address)
+            connection.request("GET", "/health", headers={"Host": host})
+            answer = connection.getresponse()
+            assert answer.status == status and (json.loads(answer.read()) == {"status": "ok"}) == (status == 200)
 
 
 def test_stop_texts_and_seeds(serving, greedy, name):
@@ -352,3 +358,38 @@ def watch(name: str, monkeypatch, most: list[int]) -> None:
             return moved
 
     monkeypatch.setattr(local, "Worker", Watched)
+
+
+def test_a_server_ends_with_what_it_cannot_do(name, path, profile, serving):
+    """Wrong bits, and an address that is taken: one line, and no thread that stays."""
+    _, module = load_backend(name, "server")
+
+    def settings(**options) -> Settings:
+        request = CacheRequest(**options.pop("request", {}))
+        return Settings(path, ("tiny",), lambda tokenizer: request, profile, dtype="float32", **options)
+
+    with pytest.raises(UsageError, match="budget_bytes between"):
+        module.serve(settings(port=0, request={"budget_bytes": 10, "max_context": 1000}), pytest.fail)
+    with serving() as at, pytest.raises(UsageError, match="an address that is free"):
+        module.serve(settings(port=at.address[1]), pytest.fail)
+    assert not [
+        thread for thread in threading.enumerate() if thread is not threading.main_thread() and not thread.daemon
+    ]
+
+
+@pytest.mark.slow
+def test_the_command_serves_until_control_c(name, path, folder, profile):
+    command = [sys.executable, "-m", "spectral_kv_core.cli", "serve", "--model", path, "--backend", name, "--port", "0"]
+    command += ["--profile", str(folder / "profile"), "--bits", "2", "--memory-limit", "1MiB"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        line = next(line for line in process.stderr if "Serving" in line)
+        client = openai.OpenAI(base_url=re.search(r"http://\S+/v1", line)[0], api_key="none", max_retries=0, timeout=60)
+        assert client.models.list().data[0].id == "model"
+        assert client.completions.create(model="model", prompt="Hi", max_tokens=3).usage.completion_tokens == 3
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    assert not out and "Traceback" not in err and "0 reused" in err.replace("of them ", "")

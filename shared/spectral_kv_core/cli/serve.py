@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> dict:
     request = request_of(args)
     Sampler(args.temperature, args.top_p)  # raises for numbers out of range
     path = Path(args.model)
-    names = (args.model, path.resolve().name) if path.exists() else (args.model,)
+    names = (path.resolve().name, args.model) if path.exists() else (args.model,)  # clients are told no folder
     settings = Settings(
         model=model_path(args.model),
         names=tuple(dict.fromkeys((*names, "default_model"))),

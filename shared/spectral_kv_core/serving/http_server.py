@@ -10,11 +10,12 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from queue import Empty
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from ..errors import UsageError
 from ..hosts.chat_template import encode_messages, has_template
@@ -24,6 +25,8 @@ from .worker import End, Job, Worker
 
 log = logging.getLogger("spectralkv")
 READ_SECONDS = 60  # for a client to send its request
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+ELSEWHERE = RequestError(403, "Expected a request to 127.0.0.1 or localhost by that name.")
 LOOK = 0.2  # seconds between two looks at whether the client is still there
 
 
@@ -32,6 +35,12 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
     request_queue_size = 64
+    failure: Callable[[], Exception | None] = staticmethod(lambda: None)  # what has ended the thread that answers
+
+    def service_actions(self) -> None:
+        """End with the thread that answers."""
+        if (error := self.failure()) is not None:
+            raise error
 
     def handle_error(self, request, client_address) -> None:
         """Log a line; a client that has gone is no error."""
@@ -80,9 +89,11 @@ class JsonHandler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """The model that is served, and whether all is well."""
-        path = self.path.split("?")[0].rstrip("/")
+        path = unquote(self.path.split("?")[0].rstrip("/"))
         name = path.removeprefix("/v1/models/")
-        if path == "/v1/models":
+        if not self.is_from_here():
+            self.refuse(ELSEWHERE)
+        elif path == "/v1/models":
             self.send_json(200, {"object": "list", "data": [self.model()]})
         elif name in self.names and name != path:
             self.send_json(200, self.model())
@@ -94,8 +105,21 @@ class JsonHandler(BaseHTTPRequestHandler):
     def model(self) -> dict:
         return {"id": self.names[0], "object": "model", "created": self.created, "owned_by": "spectralkv"}
 
+    def is_from_here(self) -> bool:
+        """Whether the request names the address that is bound, where that is this machine alone.
+
+        A page elsewhere may give its own name the address of this machine, and would then count as of the same origin.
+        """
+        bound = str(self.server.server_address[0])
+        if bound not in LOOPBACK:
+            return True
+        named = urlsplit(f"//{self.headers.get('Host', bound)}").hostname
+        return named in LOOPBACK
+
     def kind(self) -> str:
-        """What the path asks for; raises RequestError for no such path."""
+        """What the path asks for; raises RequestError for no such path, and for a request from elsewhere."""
+        if not self.is_from_here():
+            raise ELSEWHERE
         kind = KINDS.get(self.path.split("?")[0])
         if kind is None:
             raise RequestError(404, "Expected /v1/models, /v1/chat/completions or /v1/completions.")
@@ -143,6 +167,9 @@ class Handler(JsonHandler):
             job = self.submit(asked)
         except RequestError as error:
             self.refuse(error)
+            return
+        except OSError:  # the client has gone, or is too slow
+            self.close_connection = True
             return
         except Exception as error:
             log.error("A request failed: %s: %s", type(error).__name__, str(error)[:500])

@@ -32,6 +32,7 @@ def serve(backend: ModuleType, settings: Settings, ready: Callable[[Any], None])
     worker = Worker(PromptCaches(speaker, settings.memory_limit, settings.stored), settings.concurrency)
     settings = replace(settings, vocabulary=min(settings.vocabulary, len(tokenizer)))
     server = listen(Server, settings, partial(Handler, settings, worker, threading.Lock()))
+    server.failure = lambda: worker.failure
     worker.start()
     try:
         ready(server)

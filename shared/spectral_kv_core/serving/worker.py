@@ -59,6 +59,7 @@ class Worker(threading.Thread):
         self.waiting: SimpleQueue[Job] = SimpleQueue()
         self.running: dict[Job, Iterator[bool]] = {}
         self.stopping = threading.Event()
+        self.failure: Exception | None = None  # what has ended the thread
 
     def stop(self) -> None:
         """End all jobs, and wait for that."""
@@ -67,13 +68,16 @@ class Worker(threading.Thread):
 
     def run(self) -> None:
         """Take turns until `stop`."""
-        while not self.stopping.is_set():
-            self._admit()
-            moved = [self._step(job) for job in list(self.running)]
-            if moved and not any(moved):
-                self._refuse_one()
-        for job in list(self.running):
-            self._end(job, RequestError(503, "The server stops."))
+        try:
+            while not self.stopping.is_set():
+                self._admit()
+                moved = [self._step(job) for job in list(self.running)]
+                if moved and not any(moved):
+                    self._refuse_one()
+            for job in list(self.running):
+                self._end(job, RequestError(503, "The server stops."))
+        except Exception as error:
+            self.failure = error
 
     def _admit(self) -> None:
         while len(self.running) < self.most:
