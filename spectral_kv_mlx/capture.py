@@ -24,7 +24,8 @@ scaled_dot_product_attention = dispatcher(base.scaled_dot_product_attention)
 class CaptureCache(RoutedCache):
     """Keeps keys and values exactly and remembers the queries; `leaves` lets gradients reach what it keeps."""
 
-    def __init__(self):
+    def __init__(self, sliding_window: int | None = None):
+        self.sliding_window = sliding_window  # of the host's mask, and of attention, which is then the host's own
         self.queries = self.keys = self.values = None
         self.scale = 1.0
         self.leaves = False
@@ -32,6 +33,9 @@ class CaptureCache(RoutedCache):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         if self.leaves:
             return mx.concatenate([self.keys, keys], axis=2), mx.concatenate([self.values, values], axis=2)
+        if self.sliding_window:
+            self.keys, self.values = keys, values
+            return keys, values
         if not self.find_route():
             raise UsageError("Expected a model whose attention is routed through ours, received another caller.")
         self.pending = keys, values
@@ -54,7 +58,8 @@ class CaptureCache(RoutedCache):
         return self.keys is None
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None):
-        return create_attention_mask(N, offset=self.offset, return_array=return_array, window_size=window_size)
+        window = window_size or self.sliding_window
+        return create_attention_mask(N, offset=self.offset, return_array=return_array, window_size=window)
 
     @property
     def state(self) -> tuple:
@@ -65,15 +70,16 @@ class CaptureCache(RoutedCache):
         return sum(x.nbytes for x in self.state if x is not None)
 
 
-def capture(model, tokens: list[int]) -> list:
+def capture(model, tokens: list[int], layers: Sequence[int] | None = None) -> list:
     """Run `tokens` through `model` and keep what its layers attend with.
 
     Args:
         model: A model of mlx-lm.
         tokens: Token ids of one sequence, T of them.
+        layers: Indices of the layers to look into. Default: those that can be compressed.
 
     Returns:
-        A list of the host with one entry per layer. Layers that can be compressed hold `queries` [1, q_heads, T, head_dim],
+        A list of the host with one entry per layer. Those of `layers` hold `queries` [1, q_heads, T, head_dim],
         `keys` and `values` [1, kv_heads, T, head_dim], all after RoPE; the others are the host's own.
 
     Examples:
@@ -85,12 +91,23 @@ def capture(model, tokens: list[int]) -> list:
         ((1, 9, 9, 64), (1, 3, 9, 64))
     """
     cache = host_layers(model)
-    for i in model_shape(model)[0].layers:
-        cache[i] = CaptureCache()
-    with routed(model):
+    for i in model_shape(model)[0].layers if layers is None else layers:
+        cache[i] = CaptureCache(getattr(cache[i], "max_size", None))
+    with routed(model), replaced_attention(model, _remembering):
         model(mx.array([tokens]), cache=cache)
     mx.eval([c.state for c in cache])  # the logits are not asked for, so they are never computed
     return cache
+
+
+def _remembering(attention):
+    """`attention`, which leaves the queries of a layer with a sliding window in its cache."""
+
+    def remembering(queries, keys, values, cache, scale, mask, sinks=None):
+        if isinstance(cache, CaptureCache) and cache.sliding_window and not cache.leaves:
+            cache.queries, cache.scale = queries, scale
+        return attention(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
+
+    return remembering
 
 
 @dataclass(frozen=True)

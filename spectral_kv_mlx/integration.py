@@ -8,6 +8,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from mlx_lm.utils import load_tokenizer as mlx_load_tokenizer
 
 from spectral_kv_core.arrays.rope import Rope
 from spectral_kv_core.cache.prompt_cache_file import ExactLayer
+from spectral_kv_core.cache.sliding_window import WindowLayer
 from spectral_kv_core.compat.engine import check_quantize
 from spectral_kv_core.errors import UsageError, first_line
 from spectral_kv_core.files import paths
@@ -226,6 +228,8 @@ def cache_of(layers: list) -> list:
 
 def exact_layer(layer) -> ExactLayer:
     """What a layer of the host's own holds; raises UsageError for a kind that is no list of keys and values."""
+    if isinstance(layer, WindowLayer):
+        return ExactLayer(*layer.exact(), layer.seen)
     rotating = type(layer) in (RotatingKVCache, BatchRotatingKVCache)
     if not (rotating or type(layer) in (KVCache, BatchKVCache)) or getattr(layer, "keep", 0):
         raise UsageError(
@@ -297,6 +301,14 @@ def model_shape(model) -> tuple[ModelShape, dict[int, str]]:
     return shape, passed
 
 
+def window_shape(model) -> tuple[ModelShape, dict[int, str]]:
+    """`model_shape` with the layers that have a sliding window, and no others."""
+    caches = host_layers(model)
+    windows = tuple(i for i, cache in enumerate(caches) if type(cache) is RotatingKVCache and not cache.keep)
+    others = {i: "no sliding window" for i in range(len(caches)) if i not in windows}
+    return replace(model_shape(model)[0], layers=windows, rope=read_rope(model, RotatingKVCache)), others
+
+
 def _unsupported(model, caches: list, passed: dict) -> str | None:
     if _field(model, "kv_lora_rank"):
         return "multi-head latent attention"
@@ -311,9 +323,9 @@ def _unsupported(model, caches: list, passed: dict) -> str | None:
     return None
 
 
-def read_rope(model) -> Rope | None:
-    """Rotary embedding of the full-attention layers, read from the model's own modules; measured if of unknown kind."""
-    layers = [layer for layer, cache in zip(model.layers, host_layers(model)) if type(cache) is KVCache]
+def read_rope(model, kind: type = KVCache) -> Rope | None:
+    """Rotary embedding of the layers with caches of this `kind`, read from their modules; measured if of unknown kind."""
+    layers = [layer for layer, cache in zip(model.layers, host_layers(model)) if type(cache) is kind]
     for layer in layers or model.layers:
         for _, module in layer.named_modules():
             rope = getattr(module, "rope", getattr(module, "rotary_emb", None))

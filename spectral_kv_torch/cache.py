@@ -12,6 +12,7 @@ from spectral_kv_core.cache.compressed_layer import CompressedLayer, FollowingLa
 from spectral_kv_core.cache.decoded_chunks import bytes_per_layer
 from spectral_kv_core.cache.eviction import Eviction
 from spectral_kv_core.cache.layer_cache import LayerCache
+from spectral_kv_core.cache.sliding_window import WindowLayer
 from spectral_kv_core.codecs.chunk import split_layers
 from spectral_kv_core.codecs.registry import plan_for
 from spectral_kv_core.errors import UsageError
@@ -311,6 +312,8 @@ class SpectralCache(NotPickled, Cache):
                 keys, values = first.keys_and_values()
                 held = (None, None) if keys is None else split_layers(keys, values, len(first.layers))[number]
                 yield *held, None
+            elif isinstance(layer, WindowLayer):
+                yield *layer.exact(), None
             else:
                 yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
 
@@ -318,6 +321,9 @@ class SpectralCache(NotPickled, Cache):
         """End the prompt now instead of at the next call with at most 16 tokens: the cache takes its final size."""
         for layer in leading_layers(self.layers):
             layer.finalize()
+        for layer in self.layers:
+            if isinstance(layer, WindowLayer):
+                layer.finalize()
 
 
 def storages(arrays: Iterable[torch.Tensor]) -> dict[int, int]:

@@ -68,6 +68,7 @@ def make_prompt_cache(
     tiers: Sequence[tuple[float, float]] | None = None,
     rounding_scores: str | None = None,
     working_set: int = 0,
+    windows: str | None = None,
     tokenizer=None,
 ) -> SpectralCache:
     """Make an empty compressed cache for `model`, and let the model attend to it.
@@ -91,6 +92,8 @@ def make_prompt_cache(
         rounding_scores: Scorer that weighs tokens when codes are rounded, or `nearest`; the method's own unless told.
         working_set: Bytes that decoded chunks may take in all, in 16 bits, for a method that decodes its history in every
             step. They are bytes of the cache.
+        windows: Name of the method that codes layers with a sliding window, such as `spectral`, at the same bits. The host
+            attends to them decoded. Default: they keep the host's own cache.
         tokenizer: Of the model, for a calibration. Default: the one that the model came with, where it knows from where.
 
     Returns:
@@ -125,6 +128,7 @@ def make_prompt_cache(
         tiers=tiers,
         rounding_scores=rounding_scores,
         working_set=working_set,
+        windows=windows,
     )
     return build_cache(model, profile, request, tokenizer)
 

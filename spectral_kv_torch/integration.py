@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from spectral_kv_core.arrays.rope import Rope
 from spectral_kv_core.cache.prompt_cache_file import ExactLayer
+from spectral_kv_core.cache.sliding_window import WindowLayer
 from spectral_kv_core.compat.engine import check_quantize
 from spectral_kv_core.errors import UsageError, first_line
 from spectral_kv_core.files import paths
@@ -143,6 +145,8 @@ def cache_of(layers: list) -> Cache:
 
 def exact_layer(layer) -> ExactLayer:
     """What a layer of the host's own holds; raises UsageError for a kind that is no list of keys and values."""
+    if isinstance(layer, WindowLayer):
+        return ExactLayer(*layer.exact(), layer.seen)
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
         raise UsageError(
             f"Expected layers that keep keys and values in their order, received a {type(layer).__name__}, which cannot be "
@@ -203,12 +207,20 @@ def model_shape(model) -> tuple[ModelShape, dict[int, str]]:
     return shape, passed
 
 
-def read_rope(model) -> Rope | None:
-    """Rotary embedding of the full-attention layers, read from the model's own buffers."""
+def window_shape(model) -> tuple[ModelShape, dict[int, str]]:
+    """`model_shape` with the layers that have a sliding window, and no others."""
+    held = host_layers(model)
+    windows = tuple(i for i, layer in enumerate(held) if type(layer) is DynamicSlidingWindowLayer)
+    others = {i: "no sliding window" for i in range(len(held)) if i not in windows}
+    return replace(model_shape(model)[0], layers=windows, rope=read_rope(model, "sliding_attention")), others
+
+
+def read_rope(model, kind: str = "full_attention") -> Rope | None:
+    """Rotary embedding of the layers of this `kind`, read from the model's own buffers."""
     rotary = next((m for name, m in model.named_modules() if name.endswith("rotary_emb")), None)
     if rotary is None:
         return None
-    prefix = "full_attention_" if hasattr(rotary, "full_attention_inv_freq") else ""
+    prefix = f"{kind}_" if hasattr(rotary, f"{kind}_inv_freq") else ""
     inv_freq = getattr(rotary, f"{prefix}inv_freq").detach().double().cpu().numpy()
     scaling = float(getattr(rotary, f"{prefix}attention_scaling", 1.0) or 1.0)
     rotate_half = getattr(sys.modules[type(rotary).__module__], "rotate_half", None)

@@ -18,6 +18,7 @@ from .compressed_layer import CompressedLayer, FollowingLayer, is_compressed, le
 from .held_arrays import numpy_buffers
 from .request import CacheRequest
 from .size import CacheSize
+from .sliding_window import WindowLayer, is_worth_packing
 
 
 def build_cache(
@@ -42,9 +43,20 @@ def build_cache(
     of_token = 2 * shape.kv_heads * shape.head_dim * element_bytes
     other = sum(host.most_tokens(layers[i]) for i in passed) * of_token
     plan, eviction = request.plan(shape, profile, element_bytes, other)
+    if request.windows:
+        _pack_windows(host, model, request, tokenizer, layers)
     host.install(model)
     exact = request.sinks, request.window
     return host.compressed_cache(plan, layers, *exact, eviction, request.working_set, left_padding)
+
+
+def _pack_windows(host: Host, model, request: CacheRequest, tokenizer, layers: list) -> None:
+    """Let those of the host's `layers` that have a sliding window be codes, where that saves bytes."""
+    shape, _, profile = host.profile_for(model, request.window_recipe, None, tokenizer, windows=True)
+    plan = request.window_plan(shape, profile)
+    for layer_group, (layer_idx,) in enumerate(plan.layer_groups):
+        if is_worth_packing(host.most_tokens(layers[layer_idx]), request.window):
+            layers[layer_idx] = host.window_layer(plan, layer_group, layers[layer_idx], request.window)
 
 
 def _check_model(model) -> None:
@@ -85,7 +97,10 @@ def fill(host: Host, cache, plain) -> None:
     layers = host.layers(cache)
     with host.no_gradients():
         for layer_idx, held in enumerate(host.layers(plain)):
-            if not is_compressed(layers[layer_idx]):
+            if isinstance(layers[layer_idx], WindowLayer) and not isinstance(held, WindowLayer):
+                exact = host.models.exact_layer(held)
+                layers[layer_idx].fill(exact.keys, exact.values, exact.seen)
+            elif not is_compressed(layers[layer_idx]):
                 layers[layer_idx] = host.copy_layer(held)
         compressed = [layer_idx for layer_idx, layer in enumerate(layers) if is_compressed(layer)]
         contents = layer_contents(host, plain, compressed)
@@ -156,6 +171,9 @@ def cache_nbytes(host: Host, cache) -> CacheSize:
             arrays = layer.arrays()
             tables |= host.buffers(layer.tables()) | numpy_buffers(layer.plan)  # some are shared by all layers
             elements = layer.store.tokens() * 2 * layer.kv_heads * layer.plan.shape.head_dim if layer.store else 0
+        elif isinstance(layer, WindowLayer):
+            arrays, elements = layer.arrays(), layer.elements
+            tables |= host.buffers(layer.tables()) | numpy_buffers(layer.plan)
         else:
             arrays, elements = host.held(layer)
         stored += sum(host.buffers(arrays).values())

@@ -19,6 +19,7 @@ from .compressed_layer import is_compressed, leading_layers
 from .layer_cache import LayerCache
 from .model_cache import fill, layer_contents
 from .prompt_cache_file import ExactLayer, PromptFile, encode_within
+from .sliding_window import WindowLayer
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,9 @@ def decode_cache(host: Host, cache, model):
     indices = [layer_idx for layer_idx, layer in enumerate(given) if is_compressed(layer)]
     with host.no_gradients():
         for layer_idx, layer in enumerate(given):
-            if not is_compressed(layer):
+            if isinstance(layer, WindowLayer):
+                host.models.set_exact_layer(plain[layer_idx], host.models.exact_layer(layer))
+            elif not is_compressed(layer):
                 plain[layer_idx] = host.copy_layer(layer)
         for layer_idx, ((keys, values), _) in zip(indices, layer_contents(host, cache, indices)):
             host.models.set_exact_layer(plain[layer_idx], ExactLayer(keys, values, given[layer_idx].store.seen))

@@ -71,6 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--selection", choices=MODES, help=f"who keeps the same tokens (default {MODES[0]})")
     add("--evict-every", type=int, help=f"generated tokens between two rounds of dropping (default {EVERY})")
     add("--wavelet", metavar="NAME", help=f"filters of a wavelet scorer: haar, sym4, bior2.2, ... (default {WAVELET})")
+    add(
+        "--windows",
+        metavar="METHOD",
+        help="method that codes layers with a sliding window (default: the host keeps them)",
+    )
     add("--compare", action="store_true", help="run the plain cache too and compare bytes, quality and speed")
 
 
