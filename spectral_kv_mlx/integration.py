@@ -278,6 +278,11 @@ def set_exact_layer(layer, held: ExactLayer) -> None:
 def model_shape(model) -> tuple[ModelShape, dict[int, str]]:
     """Architecture numbers of `model`, and the layers that are passed through with the reason."""
     number, heads, hidden = len(model.layers), _heads(model), _hidden(model)
+    if not heads:
+        raise UsageError(
+            f"Expected a model with attention, received a {model_name(model)}, which has none: it keeps states of one size "
+            "and no cache that grows. Use it as it is."
+        )
     passed, caches = {}, host_layers(model)
     for i, cache in enumerate(caches):
         if isinstance(cache, RotatingKVCache):

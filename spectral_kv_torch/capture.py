@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,7 +53,8 @@ class CaptureLayer(CacheLayerMixin):
 
     def dense(self, pending):
         """What the host attends to that goes around our attention function; no queries are seen then."""
-        return pending.keys, pending.values
+        self.keys, self.values = pending.keys, pending.values
+        return self.keys, self.values
 
     def get_seq_length(self) -> int:
         return 0 if self.keys is None else self.keys.shape[2]
@@ -97,7 +98,11 @@ def capture(model, tokens: list[int], layers: Sequence[int] | None = None) -> Ca
 
     Returns:
         A `Cache` of the host with one entry per layer. Those of `layers` hold `queries` [1, q_heads, T, head_dim],
-        `keys` and `values` [1, kv_heads, T, head_dim], all after RoPE; the others are the host's own.
+        `keys` and `values` [1, kv_heads, T, head_dim], all after RoPE; the others are the host's own. The queries of layers
+        with attention code of their own are not seen: None.
+
+    Raises:
+        UsageError: A layer gave its cache nothing.
 
     Examples:
         >>> from spectral_kv_core.hosts.demo_model import demo_model_path
@@ -113,11 +118,11 @@ def capture(model, tokens: list[int], layers: Sequence[int] | None = None) -> Ca
     cache = Cache(layers=held)
     with frozen(model), torch.no_grad():
         model(_batch(model, tokens), use_cache=True, logits_to_keep=1, **cache_argument(model, cache))
-    unseen = [i for i, layer in enumerate(held) if isinstance(layer, CaptureLayer) and layer.queries is None]
+    unseen = [i for i, layer in enumerate(held) if isinstance(layer, CaptureLayer) and layer.keys is None]
     if unseen:
         raise UsageError(
-            f"Expected attention through transformers' AttentionInterface, found attention code of their own in layers "
-            f"{', '.join(map(str, unseen))}: their queries cannot be captured. Choose a method without a profile."
+            f"Expected every layer to attend to what its cache gives back, received nothing of layers "
+            f"{', '.join(map(str, unseen))}: their keys cannot be captured. Choose a method without a profile."
         )
     return cache
 
@@ -194,7 +199,7 @@ def score_gradients(model, cache: Cache, tokens: list[int], samples: int, seed: 
         layer.leaves = True
         inputs += [layer.keys, layer.values]
     result = []
-    with frozen(model), torch.enable_grad():
+    with frozen(model), torch.enable_grad(), _states_may_change(cache):
         logits = model(_batch(model, tokens), use_cache=True, **cache_argument(model, cache)).logits[0].float()
         log_p = torch.log_softmax(logits, dim=-1)
         if not torch.isfinite(log_p).all():
@@ -204,6 +209,12 @@ def score_gradients(model, cache: Cache, tokens: list[int], samples: int, seed: 
             gradients = torch.autograd.grad(log_p.gather(1, labels).sum(), inputs, retain_graph=sample + 1 < samples)
             result.append({i: (gradients[2 * n][0], gradients[2 * n + 1][0]) for n, i in enumerate(leaves)})
     return result
+
+
+def _states_may_change(cache: Cache) -> AbstractContextManager:
+    """Where a backward pass is right though layers of the host write into the states that they read, as linear ones do."""
+    others = any(not isinstance(layer, CaptureLayer) for layer in cache.layers)
+    return torch.autograd.graph.allow_mutation_on_saved_tensors() if others else nullcontext()
 
 
 @torch.no_grad()

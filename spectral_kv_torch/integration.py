@@ -185,7 +185,12 @@ def model_name(model) -> str:
 def model_shape(model) -> tuple[ModelShape, dict[int, str]]:
     """Architecture numbers of `model`, and the layers that are passed through with the reason."""
     config = model.config.get_text_config(decoder=True)
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        raise UsageError(
+            f"Expected a model with attention, received a {type(model).__name__}, which has none: it keeps states of one size "
+            "and no cache that grows. Use it as it is."
+        )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     held = host_layers(model)  # 5.20 has none for a layer that attends to what an earlier one holds, others a dummy
     passed = {}
@@ -221,6 +226,8 @@ def read_rope(model, kind: str = "full_attention") -> Rope | None:
     if rotary is None:
         return None
     prefix = f"{kind}_" if hasattr(rotary, f"{kind}_inv_freq") else ""
+    if not hasattr(rotary, f"{prefix}inv_freq"):  # a table of its own: keys are coded as they come
+        return None
     inv_freq = getattr(rotary, f"{prefix}inv_freq").detach().double().cpu().numpy()
     scaling = float(getattr(rotary, f"{prefix}attention_scaling", 1.0) or 1.0)
     rotate_half = getattr(sys.modules[type(rotary).__module__], "rotate_half", None)
