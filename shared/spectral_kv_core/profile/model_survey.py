@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..arrays.rope import Rope
 from .model_shape import ModelShape
 
+SLIDING_WINDOW = "sliding window"  # the reason of layers that see their last tokens only
 CODES, DECODED, PASSED = "as codes", "decoded", "passed through"
 WAYS = (CODES, DECODED, PASSED)
 
@@ -68,3 +69,10 @@ def surveyed_shape(hidden_size: int, layers: Sequence[LayerSurvey]) -> tuple[Mod
             )
     kept = tuple(i for i in range(len(layers)) if i not in passed)
     return ModelShape(len(layers), hidden_size, q_heads, kv_heads, head_dim, kept, layers[kept[0]].rope), passed
+
+
+def surveyed_windows(hidden_size: int, layers: Sequence[LayerSurvey]) -> tuple[ModelShape, dict[int, str]]:
+    """`surveyed_shape` of the layers with a sliding window, and of no others."""
+    other = LayerSurvey(PASSED, "no sliding window")
+    windows = [replace(x, way=CODES, reason="") if x.reason == SLIDING_WINDOW else other for x in layers]
+    return surveyed_shape(hidden_size, windows)
