@@ -21,6 +21,7 @@ from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from spectral_kv_core.arrays.rope import Rope
 from spectral_kv_core.cache.prompt_cache_file import ExactLayer
+from spectral_kv_core.cache.sliding_window import WindowLayer
 from spectral_kv_core.compat.engine import check_quantize
 from spectral_kv_core.errors import UsageError, first_line
 from spectral_kv_core.files import paths
@@ -154,6 +155,8 @@ def cache_of(layers: list) -> Cache:
 
 def exact_layer(layer) -> ExactLayer:
     """What a layer of the host's own holds; raises UsageError for a kind that is no list of keys and values."""
+    if isinstance(layer, WindowLayer):
+        return ExactLayer(*layer.exact(), layer.seen)
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
         raise UsageError(
             f"Expected layers that keep keys and values in their order, received a {type(layer).__name__}, which cannot be "
