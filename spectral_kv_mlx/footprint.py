@@ -13,7 +13,8 @@ from mlx_lm.utils import _download, load_config
 from mlx_lm.utils import load_model as load_mlx_model
 
 from spectral_kv_core.benchmark.footprint import Footprint
-from spectral_kv_core.benchmark.footprint import table_nbytes as core_table_nbytes
+from spectral_kv_core.benchmark.passed_layers import RUN_TOKENS, PassedLayer, passed_layers
+from spectral_kv_core.benchmark.stored_bytes import table_nbytes as core_table_nbytes
 from spectral_kv_core.errors import UsageError, first_line
 
 from . import host
@@ -63,7 +64,7 @@ def footprint(name: str | os.PathLike, dtype: str | None = None) -> Footprint:
     return Footprint(
         shape=shape,
         passed=passed,
-        passed_tokens=windows,
+        held=_held(model, passed, windows),
         weights_bytes=sum(p.nbytes for _, p in tree_flatten(model.parameters())),
         element_bytes=model_dtype(model).size,
         intermediate=max(_field(model, "intermediate_size") or 0, experts),
@@ -76,6 +77,14 @@ def footprint(name: str | os.PathLike, dtype: str | None = None) -> Footprint:
 
 
 table_nbytes = partial(core_table_nbytes, host)
+
+
+def _held(model, passed, windows: dict[int, int]) -> dict[int, PassedLayer]:
+    """What the layers that pass through hold, from a run of which MLX computes nothing."""
+    layers = host_layers(model)
+    if passed:
+        model(mx.zeros((1, RUN_TOKENS), mx.int32), cache=layers)
+    return passed_layers(host, layers, passed, windows)
 
 
 def _as_stored(model: nn.Module, config: dict) -> None:

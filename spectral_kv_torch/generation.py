@@ -136,14 +136,16 @@ def make_prompt_cache(
 def cache_nbytes(cache: Cache) -> CacheSize:
     """Count the bytes of every array that `cache` holds for its sequences.
 
-    The window, the sinks and the layers that pass through count too. Tables that all sequences share stand apart.
+    The window, the sinks and the layers that pass through count too, states of linear attention with them. Tables that
+    all sequences share stand apart.
 
     Args:
         cache: A cache of this backend or of the host.
 
     Returns:
         The bytes, an int with `dense_nbytes`, what the plain cache needs for the same tokens at 16 bits, with
-        `compression`, their ratio, with `bits_per_element`, and with `table_nbytes`.
+        `compression`, their ratio, with `bits_per_element`, and with `table_nbytes`. Its `by_kind` tells which bytes are
+        codes, exact tokens, sliding windows and states; `exact_tokens` how many tokens are held as they came.
 
     Examples:
         >>> from spectral_kv_core.hosts.demo_model import demo_model_path

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from mlx_lm.models import base
 from mlx_lm.models.cache import ArraysCache, QuantizedKVCache, RotatingKVCache, trim_prompt_cache
-from mlx_models import make_model
+from mlx_models import hybrid, make_model
 
 import spectral_kv_mlx
 from spectral_kv_core.cache.compressed_layer import leading_layers
@@ -50,6 +50,7 @@ __all__ = [
     "fill",
     "footprint",
     "generate",
+    "hybrid",
     "install",
     "load_model",
     "load_prompt_cache",

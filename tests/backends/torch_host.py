@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from hosts import ByteTokenizer
-from torch_models import TEXT, model_and_profile, tiny_model
+from torch_models import TEXT, hybrid, model_and_profile, tiny_model
 from transformers.cache_utils import LinearAttentionLayer
 from transformers.modeling_utils import AttentionInterface
 
@@ -47,6 +47,7 @@ __all__ = [
     "fill",
     "footprint",
     "generate",
+    "hybrid",
     "install",
     "load_model",
     "load_prompt_cache",

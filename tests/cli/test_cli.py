@@ -195,7 +195,7 @@ def test_cache_prompt_reports_bytes(capsys, model, profile, tmp_path):
     result = json_of(capsys, *cache_prompt(model, profile, path))
     assert result["file_bytes"] == path.stat().st_size and result["output"] == str(path)
     assert result["method"] == DEFAULT_FILE_METHOD and result["backend"] == "torch" and result["seconds"] > 0
-    assert result["cache_bytes"] == sum(result["bytes_by_part"].values()) < result["file_bytes"]
+    assert result["cache_bytes"] == sum(result["bytes_by_kind"].values()) < result["file_bytes"]
     assert (
         result["dense_bytes"] == result["prompt_tokens"] * 3 * 2 * 2 * 16 * 2
     )  # layers, sides, heads, channels, bytes
@@ -603,7 +603,7 @@ def test_no_text_of_a_file_reaches_the_terminal_as_it_is(capsys, folder, profile
 def test_a_stored_prompt_of_a_hostile_model_is_shown(capsys):
     summary = {"prompt_tokens": 3, "model": HOSTILE, "method": "spectral", "bits": 2.0, "sinks": 4, "window": 64}
     parts = {"codes": 1, "exact": 2, "passed": 3}
-    tables.print_prompt_file(summary | {"bytes_by_part": parts, "file_bytes": 10, "dense_bytes": 40})
+    tables.print_prompt_file(summary | {"bytes_by_kind": parts, "file_bytes": 10, "dense_bytes": 40})
     out = capsys.readouterr().out
     assert "[red]x[/red] [/bold]" in " ".join(out.split()) and "\x1b" not in out and len(out) < 1000
 

@@ -17,7 +17,7 @@ from ..profile.stored_profile import stored_profile
 from .compressed_layer import CompressedLayer, FollowingLayer, is_compressed, leading_layers
 from .held_arrays import numpy_buffers
 from .request import CacheRequest
-from .size import CacheSize
+from .size import KINDS, CacheSize, arrays_by_kind, exact_tokens
 from .sliding_window import WindowLayer, is_worth_packing
 
 
@@ -155,12 +155,14 @@ def held_vectors(host: Host, cache, layers: Sequence[int]) -> Iterator[tuple]:
 
 
 def cache_nbytes(host: Host, cache) -> CacheSize:
-    """Bytes of every array that `cache` holds for its sequences, window, sinks and passed-through layers included.
+    """Bytes of every array that `cache` holds for its sequences, by kind, passed-through layers of any kind included.
 
-    Beside them stand the bytes of the tables. Caches that code alike share theirs.
+    Beside them stand the bytes of the tables. Caches that code alike share theirs. What layers share counts once.
     """
-    stored = dense = 0
+    by_kind, elements = dict.fromkeys(KINDS, 0), 0
+    counted: dict[int, list] = {}
     tables: dict[int, int] = {}
+    exact: list[int] = []
     layers = host.layers(cache)
     for layer in leading_layers(layers):  # heads may keep the same tokens in all layers
         layer.commit()
@@ -168,14 +170,19 @@ def cache_nbytes(host: Host, cache) -> CacheSize:
         if isinstance(layer, FollowingLayer):
             continue
         if isinstance(layer, CompressedLayer):
-            arrays = layer.arrays()
             tables |= host.buffers(layer.tables()) | numpy_buffers(layer.plan)  # some are shared by all layers
-            elements = layer.store.tokens() * 2 * layer.kv_heads * layer.plan.shape.head_dim if layer.store else 0
+            held = arrays_by_kind(layer.store) if layer.store else {}
+            used = layer.store.tokens() * 2 * layer.kv_heads * layer.plan.shape.head_dim if layer.store else 0
+            exact.append(exact_tokens(layer.store) if layer.store else 0)
         elif isinstance(layer, WindowLayer):
-            arrays, elements = layer.arrays(), layer.elements
             tables |= host.buffers(layer.tables()) | numpy_buffers(layer.plan)
+            held, used = {"sliding window": layer.arrays()}, layer.elements
         else:
-            arrays, elements = host.held(layer)
-        stored += sum(host.buffers(arrays).values())
-        dense += 2 * elements
-    return CacheSize(stored, dense, sum(tables.values()))
+            held, used = host.held(layer)
+        elements += used
+        for kind, arrays in held.items():
+            buffers = host.buffers(arrays)
+            by_kind[kind] += sum(size for key, size in buffers.items() if key not in counted)
+            counted |= dict.fromkeys(buffers, arrays)  # which live until all are counted: keys may be addresses
+    mean = sum(exact) / len(exact) if exact else 0.0
+    return CacheSize(by_kind, mean, 2 * elements, sum(tables.values()))

@@ -43,7 +43,7 @@ from .file_checks import (
     method_of,
 )
 from .layer_cache import LayerCache
-from .size import CacheSize
+from .size import KINDS, CacheSize
 
 log = logging.getLogger("spectralkv")
 FORMAT = FileFormat(
@@ -284,16 +284,33 @@ class PromptFile:
         tokens = sum(max(self.seen - pad, 0) for pad in self.padding)
         dense = 4 * tokens * len(self.shape.layers) * self.shape.kv_heads * self.shape.head_dim
         dense += sum(4 * len(self.padding) * int(np.prod(state["size"])) for state in self.layers if "size" in state)
-        return CacheSize(sum(self.bytes_by_part().values()), dense, 0)
+        return CacheSize(self.bytes_by_kind(), self._exact_tokens(), dense, 0)
 
-    def bytes_by_part(self) -> dict[str, int]:
-        """Bytes of the `codes`, of the `exact` sinks and windows, and of the layers that `passed` through."""
-        parts = {"codes": 0, "exact": 0, "passed": 0}
+    def bytes_by_kind(self) -> dict[str, int]:
+        """Bytes of the arrays of all layers, by `KINDS`."""
+        kinds = dict.fromkeys(KINDS, 0)
         for name, array in self.arrays.items():
-            if name != "tokens":
-                exact = name.endswith(("/keys", "/values"))
-                parts["passed" if "/padding_groups/" not in name else "exact" if exact else "codes"] += array.nbytes
-        return parts
+            if name == "tokens":
+                continue
+            kind = "exact" if name.endswith(("/keys", "/values")) else "codes"
+            if "/padding_groups/" not in name:
+                kind = self._passed_kind(self.layers[int(name.split("/")[1])])
+            kinds[kind] += array.nbytes
+        return kinds
+
+    def _passed_kind(self, state: dict) -> str:
+        """What a layer that passes through holds: a sliding window has forgotten tokens, or is as good as exact."""
+        return "sliding window" if state["size"][1] < self.seen else "exact"
+
+    def _exact_tokens(self) -> float:
+        held = []
+        for state in (state for state in self.layers if "padding_groups" in state):
+            held.append(0)
+            for group in state["padding_groups"]:
+                chunks = [chunk_fields(entry) for entry in group["chunks"]]
+                coded = sum(tokens for _, tokens, kind, _ in chunks if kind != "exact")
+                held[-1] += (max(self.seen - group["pad"], 0) - coded) * len(group["sequences"])
+        return sum(held) / len(held) if held else 0.0
 
     @property
     def _name(self) -> str:

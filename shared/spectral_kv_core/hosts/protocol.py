@@ -146,8 +146,11 @@ class Host(Protocol):
     def copy_layer(self, layer) -> Any:
         """An independent copy of a layer of the host's own, which keeps nothing else alive."""
 
-    def held(self, layer) -> tuple[list[Array], int]:
-        """Every array that a layer of the host's own holds, and how many of their elements are in use."""
+    def held(self, layer) -> tuple[dict[str, list[Array]], int]:
+        """Every array that a layer of the host's own holds, by `cache.size.KINDS`, and how many elements are in use.
+
+        Elements are those of tokens and states, not of counters.
+        """
 
     def most_tokens(self, layer) -> int:
         """How many tokens a layer of the host's own keeps at most; 0 where that is no number of tokens."""
