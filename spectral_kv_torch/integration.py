@@ -112,7 +112,9 @@ def host_layers(model, left_padding: list[int] | None = None) -> list:
     """The cache layers that transformers would use for `model`; it tells left padding by the mask, MLX here."""
     config = model.config.get_text_config(decoder=True)
     layers = DynamicCache(config=config).layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]
-    if all(type(layer) is DynamicLayer for layer in layers):  # a decoder's number of layers has another name in some configs
+    if all(
+        type(layer) is DynamicLayer for layer in layers
+    ):  # a decoder's number of layers has another name in some configs
         layers += [DynamicLayer() for _ in range(len(layers), _called_layers(model))]
     return layers
 
