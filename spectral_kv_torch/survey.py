@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import transformers
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import MoEModelOutput
 from transformers.modeling_utils import AttentionInterface
 
 from spectral_kv_core.arrays.rope import Rope
@@ -251,6 +251,7 @@ def _ropes(model, trace: Trace) -> dict[int, Rope | None]:
         keys = ops.to_numpy(updates[0][0][0])
         after = ops.to_numpy(moved.updates[i][0][0])
         found[i], _ = fit_rope(keys, dict(zip(shifts, after)), known)
+        known += [found[i]] if found[i] and found[i] not in known else []  # the next layer may be rotated alike
     return found
 
 
@@ -291,7 +292,7 @@ def _call(model, ids: torch.Tensor, cache: Cache | None, **options) -> torch.Ten
     if model.config.is_encoder_decoder:
         width = model.get_encoder().config.hidden_size
         states = torch.linspace(-1, 1, ENCODED * width, dtype=model.dtype, device=model.device).view(1, ENCODED, width)
-        given |= {"encoder_outputs": BaseModelOutput(states.expand(len(ids), -1, -1)), "decoder_input_ids": ids}
+        given |= {"encoder_outputs": MoEModelOutput(states.expand(len(ids), -1, -1)), "decoder_input_ids": ids}
     else:
         given["input_ids"] = ids
     out = model(**given)
