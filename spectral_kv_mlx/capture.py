@@ -15,23 +15,33 @@ from mlx_lm.models.cache import create_attention_mask
 from spectral_kv_core.errors import UsageError
 
 from .handles import RoutedCache, routing
-from .integration import dispatcher, host_layers, model_shape, replaced_attention, routed
+from .host_cache import host_layers
 from .ops import all_finite, to_numpy
+from .places import dispatcher, replaced_attention, routed
+from .survey import known, model_shape
 
 scaled_dot_product_attention = dispatcher(base.scaled_dot_product_attention)
 
 
 class CaptureCache(RoutedCache):
-    """Keeps keys and values exactly and remembers the queries; `leaves` lets gradients reach what it keeps."""
+    """Keeps keys and values exactly and remembers the queries; `leaves` lets gradients reach what it keeps.
 
-    def __init__(self):
+    stand_in: query heads of a KV head where nobody sees the queries, and keys stand for them; 0 where they are seen.
+    """
+
+    def __init__(self, stand_in: int = 0):
         self.queries = self.keys = self.values = None
         self.scale = 1.0
         self.leaves = False
+        self.stand_in = stand_in
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         if self.leaves:
             return mx.concatenate([self.keys, keys], axis=2), mx.concatenate([self.values, values], axis=2)
+        if self.stand_in:
+            self.keys, self.values = keys, values
+            self.queries, self.scale = mx.repeat(keys, self.stand_in, axis=1), keys.shape[3] ** -0.5
+            return keys, values
         if not self.find_route():
             raise UsageError("Expected a model whose attention is routed through ours, received another caller.")
         self.pending = keys, values
@@ -39,16 +49,28 @@ class CaptureCache(RoutedCache):
 
     def attend(self, queries, scale, fused):
         """Keep the queries [B, Hq, L, D], keys and values [B, H, L, D] of one forward pass and attend as usual."""
+        self.scale = scale
+        return self.attend_decoded(queries, lambda q, k, v: fused(q, k, v, scale))
+
+    def attend_decoded(self, queries, attention):
+        """As `attend`, by `attention(queries, keys, values)`, which has a scale of its own."""
+        self.queries = queries
+        return attention(queries, *self.fetch())
+
+    def fetch(self) -> tuple[mx.array, mx.array]:
+        """Keys and values, which are no longer pending."""
         (self.keys, self.values), self.pending = self.pending, None
-        self.queries, self.scale = queries, scale
-        return fused(queries, self.keys, self.values, scale)
+        return self.keys, self.values
 
     @property
     def offset(self) -> int:
         return 0 if self.keys is None else self.keys.shape[2]
 
     def size(self) -> int:
-        return self.offset
+        """Tokens, the pending ones included."""
+        return self.offset if self.pending is None else self.pending[0].shape[2]
+
+    slots = size
 
     def empty(self) -> bool:
         return self.keys is None
@@ -84,10 +106,10 @@ def capture(model, tokens: list[int]) -> list:
         >>> tuple(layer.queries.shape), tuple(layer.keys.shape)
         ((1, 9, 9, 64), (1, 3, 9, 64))
     """
-    cache = host_layers(model)
-    for i in model_shape(model)[0].layers:
-        cache[i] = CaptureCache()
-    with routed(model):
+    cache, shape, survey = host_layers(model), model_shape(model)[0], known(model)
+    for i in shape.layers:
+        cache[i] = CaptureCache(shape.q_heads // shape.kv_heads if i in survey.unseen else 0)
+    with routed(model, survey.decoder_layers(survey.unseen)):
         model(mx.array([tokens]), cache=cache)
     mx.eval([c.state for c in cache])  # the logits are not asked for, so they are never computed
     return cache
@@ -127,7 +149,7 @@ def recorded(model, cache: list, layers: Sequence[int]) -> Iterator[dict[int, li
 
         return recording
 
-    with routed(model), replaced_attention(model, around):
+    with routed(model), replaced_attention(model, around):  # a plain cache needs no other way
         yield calls
 
 
