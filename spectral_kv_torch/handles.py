@@ -232,6 +232,17 @@ def _asked(module, kwargs: dict) -> tuple[set[str], bool]:
     return asked, _name(module).decode or not asked <= OF_SDPA
 
 
+def changed_scores(module, kwargs: dict) -> list[str]:
+    """Names of arguments that change scores in a way that only the host's own functions honor."""
+    return sorted(_asked(module, kwargs)[0])
+
+
+def is_decoded(module, kwargs: dict) -> bool:
+    """Whether a function of the host attends for `module`, to the decoded history."""
+    asked, own = _asked(module, kwargs)
+    return own or bool(asked)
+
+
 def _is_usual(name: str, value) -> bool:
     return not isinstance(value, torch.Tensor) and value == USUAL[name]
 

@@ -26,6 +26,7 @@ from spectral_kv_core.errors import UsageError, first_line
 from spectral_kv_core.files import paths
 from spectral_kv_core.hosts.weights import digest_weights, layer_weights, sampled
 from spectral_kv_core.profile.model_shape import ModelShape
+from spectral_kv_core.profile.model_survey import CODES, PASSED, LayerSurvey
 
 from . import ops
 from .handles import ATTENTION, RoutedName, attention_forward
@@ -179,42 +180,76 @@ def model_name(model) -> str:
 
 
 def model_shape(model) -> tuple[ModelShape, dict[int, str]]:
-    """Architecture numbers of `model`, and the layers that are passed through with the reason."""
-    config = model.config.get_text_config(decoder=True)
+    """Architecture numbers of `model`, and the layers that are passed through with the reason, as `survey` sees them."""
+    from . import survey  # which makes caches, and they stand on this module
+
+    return survey.model_shape(model)
+
+
+def text_config(model):
+    """The configuration of the part of `model` that has the cache."""
+    return model.config.get_text_config(decoder=True)
+
+
+def window_kind(model, layer_idx: int) -> str:
+    """What a layer that keeps its last tokens only is called."""
+    kinds = getattr(text_config(model), "layer_types", None) or ()
+    return "chunked attention" if kinds[layer_idx : layer_idx + 1] == ["chunked_attention"] else "sliding window"
+
+
+def read_layers(model) -> list[LayerSurvey]:
+    """What the configuration says of every layer, of a model that cannot be called here."""
+    config, rope = text_config(model), read_rope(model)
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    held = host_layers(model)  # 5.20 has none for a layer that attends to what an earlier one holds, others a dummy
-    passed = {}
-    for i, layer in enumerate(held):
-        if type(layer) is not DynamicLayer and type(layer).__name__ != "DummyLayer":
-            passed[i] = "sliding window" if getattr(layer, "is_sliding", False) else type(layer).__name__
-    if getattr(config, "kv_lora_rank", None):
-        passed = dict.fromkeys(range(config.num_hidden_layers), "multi-head latent attention")
-    layers = tuple(i for i, layer in enumerate(held) if type(layer) is DynamicLayer and i not in passed)
-    shape = ModelShape(
-        config.num_hidden_layers,
-        config.hidden_size,
-        heads,
-        getattr(config, "num_key_value_heads", None) or heads,
-        head_dim,
-        layers,
-        read_rope(model),
-    )
-    return shape, passed
+    sizes = heads, getattr(config, "num_key_value_heads", None) or heads, head_dim, head_dim, rope
+    latent, layers = getattr(config, "kv_lora_rank", None), []
+    for i, layer in enumerate(host_layers(model)):
+        if latent:
+            reason = "multi-head latent attention"
+        elif getattr(layer, "is_sliding", False):
+            reason = window_kind(model, i)
+        else:
+            reason = {"DynamicLayer": "", "DummyLayer": "no cache"}.get(type(layer).__name__, "linear attention")
+        layers.append(LayerSurvey(PASSED if reason else CODES, reason, *sizes))
+    return layers
 
 
 def read_rope(model) -> Rope | None:
     """Rotary embedding of the full-attention layers, read from the model's own buffers."""
-    rotary = next((m for name, m in model.named_modules() if name.endswith("rotary_emb")), None)
-    if rotary is None:
+    known = known_ropes(model)
+    if not known:
         return None
-    prefix = "full_attention_" if hasattr(rotary, "full_attention_inv_freq") else ""
-    inv_freq = getattr(rotary, f"{prefix}inv_freq").detach().double().cpu().numpy()
-    scaling = float(getattr(rotary, f"{prefix}attention_scaling", 1.0) or 1.0)
+    rotary = next(m for m in model.modules() if any(name.endswith("inv_freq") for name in m._buffers))
     rotate_half = getattr(sys.modules[type(rotary).__module__], "rotate_half", None)
     probe = torch.arange(4.0)  # (0, 1, 2, 3) -> (-2, -3, 0, 1) when halves pair up, (-1, 0, -3, 2) when neighbors do
     interleaved = rotate_half is not None and rotate_half(probe).tolist()[1] == 0.0
-    return Rope(tuple(float(w) for w in inv_freq), interleaved, scaling)
+    return next(rope for rope in known if rope.interleaved == interleaved)
+
+
+def known_ropes(model) -> list[Rope]:
+    """Rotations that `model` holds frequencies of, those of full-attention layers first, in both ways to pair channels."""
+    found = []
+    for module in model.modules():
+        for name, frequencies in module._buffers.items():
+            if name.endswith("inv_freq") and "original" not in name and frequencies is not None:
+                prefix = name.removesuffix("inv_freq")
+                scaling = float(getattr(module, f"{prefix}attention_scaling", 1.0) or 1.0)
+                numbers = tuple(float(w) for w in frequencies.detach().double().cpu().numpy())
+                found.append((prefix != "full_attention_", numbers, scaling))
+    found.sort(key=lambda one: one[0])
+    return [Rope(numbers, pairs, scaling) for _, numbers, scaling in dict.fromkeys(found) for pairs in (False, True)]
+
+
+def routes(model) -> list[tuple]:
+    """Every configuration of `model`, and the name of the attention that stands in it."""
+    return [(config, config._attn_implementation) for config, _ in _configurations(model)]
+
+
+def set_routes(before: list[tuple]) -> None:
+    """Put names of `routes` back."""
+    for config, name in before:
+        config._attn_implementation_internal = name
 
 
 def weights_digest(model) -> str:
