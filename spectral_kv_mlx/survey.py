@@ -59,7 +59,7 @@ _surveys: dict[tuple, Survey] = {}
 def survey(model) -> list[LayerSurvey]:
     """How every layer of `model` uses its cache: attended as codes, decoded, or passed through with a reason.
 
-    The model is tried once per class, arguments, sizes and attention code.
+    Where only some decoder layers have an entry of the cache, in order, these are the layers. The model is tried once per class, arguments, sizes and attention code.
     """
     return list(known(model).layers)
 
@@ -143,7 +143,8 @@ class _Trial:
         layers = [replace(x, way=PASSED, reason=passed[i]) if i in passed else x for i, x in enumerate(layers)]
         if shape.layers:
             self._try(shape, layers)
-        layers += [self._without_cache(i) for i in range(len(layers), len(self.model.layers))]
+        if not self.layer_of:  # else entries have numbers of their own
+            layers += [self._without_cache(i) for i in range(len(layers), len(self.model.layers))]
         return Survey(tuple(layers), frozenset(self.own), frozenset(self.unseen), self.layer_of)
 
     def _decoder_layer(self, entry: int) -> int:
@@ -167,7 +168,7 @@ class _Trial:
             }
             layer = self.model.layers[self._decoder_layer(entry)]
             sizes["rope"] = rope_of_layer(layer, keys.shape[3])
-        if reason := why_kept(self.caches[entry]) or _odd(updates):
+        if reason := why_kept(self.caches[entry]) or _odd(updates) or ("" if calls else _latent(updates[0])):
             return LayerSurvey(PASSED, reason, **sizes)
         if not any(call.routable for call in calls):
             self.own.add(entry)
@@ -180,7 +181,7 @@ class _Trial:
         sources = {call.source for call in self.trace.attended if call.layer == layer and call.source is not None}
         sources |= {entry for entry, readers in self.trace.reads.items() if layer in readers}
         if sources:
-            return LayerSurvey(PASSED, f"attends to what layer {self._decoder_layer(min(sources))} keeps")
+            return LayerSurvey(PASSED, f"the keys and values of layer {self._decoder_layer(min(sources))}")
         return LayerSurvey(PASSED, "no cache")
 
     def _try(self, shape: ModelShape, layers: list[LayerSurvey]) -> None:
@@ -257,3 +258,9 @@ def _odd(updates: list) -> str:
     if keys.ndim != 4 or keys.shape[:3] != values.shape[:3] or keys.shape[2] != LOOKED_AT:
         return f"keys of shape {keys.shape} and values of {values.shape}"
     return ""
+
+
+def _latent(update) -> str:
+    """Why what a layer gave its cache is neither keys nor values; "" where it may be."""
+    latent, rotary = update.keys.shape[3], update.values.shape[3]
+    return f"latents of {latent} channels and rotary keys of {rotary}" if latent != rotary else ""

@@ -63,8 +63,8 @@ def surveyed_shape(hidden_size: int, layers: Sequence[LayerSurvey]) -> tuple[Mod
     form = q_heads, kv_heads, head_dim = forms.most_common(1)[0][0]
     for i, layer in enumerate(layers):
         if i not in passed and layer.form != form:
-            passed[i] = (
-                f"{layer.kv_heads} KV heads of {layer.key_dim} channels where most layers have {kv_heads} of {head_dim}"
-            )
+            alike = layer.form[1:] == form[1:]
+            mine = f"{layer.q_heads} query heads" if alike else f"{layer.kv_heads} KV heads of {layer.key_dim} channels"
+            passed[i] = f"{mine} where most layers have {q_heads if alike else f'{kv_heads} of {head_dim}'}"
     kept = tuple(i for i in range(len(layers)) if i not in passed)
     return ModelShape(len(layers), hidden_size, q_heads, kv_heads, head_dim, kept, layers[kept[0]].rope), passed
