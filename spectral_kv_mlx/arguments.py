@@ -9,6 +9,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache, RotatingKVCache
 
+from spectral_kv_core.files import paths
 from spectral_kv_core.profile.model_survey import CODES, DECODED, PASSED, LayerSurvey
 
 from .host_cache import host_layers
@@ -28,6 +29,13 @@ def field(model, *names: str):
     inside = decoder(model)
     args = getattr(inside, "args", None) or getattr(getattr(inside, "model", None), "args", None)
     return next((v for name in names if (v := getattr(args, name, None)) is not None), None)
+
+
+def model_name(model) -> str:
+    """Hub id or folder that `load_model` found the model in, else its kind."""
+    return paths.model_name(getattr(model, "name_or_path", "")) or str(
+        field(model, "model_type") or type(model).__name__
+    )
 
 
 def final_norm(model):

@@ -26,26 +26,32 @@ scaled_dot_product_attention = dispatcher(base.scaled_dot_product_attention)
 class CaptureCache(RoutedCache):
     """Keeps keys and values exactly and remembers the queries; `leaves` lets gradients reach what it keeps.
 
-    stand_in: query heads of a KV head where nobody sees the queries, and keys stand for them; 0 where they are seen.
+    unseen: attention never comes to a dispatcher of ours, so that the queries stay None.
     """
 
-    def __init__(self, stand_in: int = 0):
+    def __init__(self, unseen: bool = False):
         self.queries = self.keys = self.values = None
         self.scale = 1.0
         self.leaves = False
-        self.stand_in = stand_in
+        self.unseen = unseen
+        self._fetched: tuple[mx.array, mx.array] | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         if self.leaves:
-            return mx.concatenate([self.keys, keys], axis=2), mx.concatenate([self.values, values], axis=2)
-        if self.stand_in:
+            joined = zip((self.keys, self.values), (keys, values))
+            self._fetched = tuple(mx.concatenate([old, new], axis=2) for old, new in joined)
+            return self._fetched
+        if self.unseen:
             self.keys, self.values = keys, values
-            self.queries, self.scale = mx.repeat(keys, self.stand_in, axis=1), keys.shape[3] ** -0.5
             return keys, values
         if not self.find_route():
             raise UsageError("Expected a model whose attention is routed through ours, received another caller.")
         self.pending = keys, values
         return self.pending
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """What the last call has left, for layers that attend to it too."""
+        return self._fetched or (self.keys, self.values)
 
     def attend(self, queries, scale, fused):
         """Keep the queries [B, Hq, L, D], keys and values [B, H, L, D] of one forward pass and attend as usual."""
@@ -96,7 +102,8 @@ def capture(model, tokens: list[int]) -> list:
 
     Returns:
         A list of the host with one entry per layer. Layers that can be compressed hold `queries` [1, q_heads, T, head_dim],
-        `keys` and `values` [1, kv_heads, T, head_dim], all after RoPE; the others are the host's own.
+        `keys` and `values` [1, kv_heads, T, head_dim], all after RoPE; the others are the host's own. Queries are None
+        where a model has attention code of its own.
 
     Examples:
         >>> from spectral_kv_core.hosts.demo_model import demo_model_path
@@ -106,9 +113,9 @@ def capture(model, tokens: list[int]) -> list:
         >>> tuple(layer.queries.shape), tuple(layer.keys.shape)
         ((1, 9, 9, 64), (1, 3, 9, 64))
     """
-    cache, shape, survey = host_layers(model), model_shape(model)[0], known(model)
-    for i in shape.layers:
-        cache[i] = CaptureCache(shape.q_heads // shape.kv_heads if i in survey.unseen else 0)
+    cache, survey = host_layers(model), known(model)
+    for i in model_shape(model)[0].layers:
+        cache[i] = CaptureCache(i in survey.unseen)
     with routed(model, survey.decoder_layers(survey.unseen)):
         model(mx.array([tokens]), cache=cache)
     mx.eval([c.state for c in cache])  # the logits are not asked for, so they are never computed
@@ -231,8 +238,8 @@ def log_probabilities(model, cache: list, tokens: list[int]) -> mx.array:
 @contextmanager
 def _replayed(model, changed: dict[int, tuple], outputs: dict[int, object]) -> Iterator[None]:
     """Decoder layers below the first of `changed` give what `outputs` has of them; without any, all leave theirs there."""
-    layers = _decoder_layers(model)
-    kept = list(layers)
+    layers, survey = _decoder_layers(model), known(model)
+    kept, shared = list(layers), survey.decoder_layers(survey.shared)  # of which others need more than the output
 
     def noted(i):
         def run(*args, **options):
@@ -244,7 +251,7 @@ def _replayed(model, changed: dict[int, tuple], outputs: dict[int, object]) -> I
     for i, layer in enumerate(kept):
         if not changed:
             layers[i] = _Layer(layer, noted(i))
-        elif i < min(changed) and i in outputs:
+        elif i < min(changed) and i in outputs and i not in shared:
             layers[i] = _Layer(layer, lambda *args, i=i, **options: outputs[i])
     try:
         yield

@@ -14,10 +14,9 @@ from mlx_lm.utils import load_tokenizer as mlx_load_tokenizer
 
 from spectral_kv_core.compat.engine import check_quantize
 from spectral_kv_core.errors import UsageError, first_line
-from spectral_kv_core.files import paths
 from spectral_kv_core.hosts.weights import digest_weights, layer_weights, sampled
 
-from .arguments import decoder, field, final_norm
+from .arguments import decoder, field, final_norm, model_name
 from .host_cache import cache_of, exact_layer, host_layers, plain_cache, set_exact_layer
 from .ops import to_numpy
 from .places import restore
@@ -107,13 +106,6 @@ def load_tokenizer(model):
         return mlx_load_tokenizer(_download(name)) if name else None
     except (OSError, ValueError):
         return None
-
-
-def model_name(model) -> str:
-    """Hub id or folder that `load_model` found the model in, else its kind."""
-    return paths.model_name(getattr(model, "name_or_path", "")) or str(
-        field(model, "model_type") or type(model).__name__
-    )
 
 
 def _config_corrections(config: dict) -> dict:

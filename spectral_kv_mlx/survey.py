@@ -17,12 +17,12 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from spectral_kv_core.codecs.exact import ExactPlan
-from spectral_kv_core.errors import first_line
+from spectral_kv_core.errors import UsageError, first_line
 from spectral_kv_core.profile.model_shape import ModelShape
 from spectral_kv_core.profile.model_survey import CODES, DECODED, PASSED, LayerSurvey, surveyed_shape
 
 from . import places
-from .arguments import argued_layers, hidden_size, q_heads, why_kept
+from .arguments import argued_layers, hidden_size, model_name, q_heads, why_kept
 from .cache import SpectralKVCache
 from .host_cache import host_layers
 from .rotation import rope_of_layer
@@ -39,13 +39,14 @@ class Survey:
     """What is known of a model: of every layer, and by entry of its cache what attention asks of a compressed one.
 
     own: entries that are decoded for attention that a dispatcher of ours does not take the place of. unseen: those of
-    them whose attention never comes to a dispatcher, so that nobody sees its queries. layer_of: the decoder layer of an
-    entry where that has another number.
+    them whose attention never comes to a dispatcher, so that nobody sees its queries. shared: entries that other layers
+    attend to too. layer_of: the decoder layer of an entry where that has another number.
     """
 
     layers: tuple[LayerSurvey, ...]
     own: frozenset[int] = frozenset()
     unseen: frozenset[int] = frozenset()
+    shared: frozenset[int] = frozenset()
     layer_of: Mapping[int, int] = field(default_factory=dict)
 
     def decoder_layers(self, entries: Iterable[int]) -> set[int]:
@@ -65,8 +66,17 @@ def survey(model) -> list[LayerSurvey]:
 
 
 def model_shape(model) -> tuple[ModelShape, dict[int, str]]:
-    """Architecture numbers of `model`, and the layers that are passed through with the reason."""
-    return surveyed_shape(hidden_size(model), known(model).layers)
+    """Architecture numbers of `model`, and the layers that are passed through with the reason.
+
+    Raises UsageError for a model without attention.
+    """
+    layers = known(model).layers
+    if not any(layer.kv_heads for layer in layers):
+        raise UsageError(
+            f"Expected a model with attention, received a {model_name(model)}, which has none: it keeps states of one size "
+            "and no cache that grows. Use it as it is."
+        )
+    return surveyed_shape(hidden_size(model), layers)
 
 
 def install(model) -> None:
@@ -145,7 +155,8 @@ class _Trial:
             self._try(shape, layers)
         if not self.layer_of:  # else entries have numbers of their own
             layers += [self._without_cache(i) for i in range(len(layers), len(self.model.layers))]
-        return Survey(tuple(layers), frozenset(self.own), frozenset(self.unseen), self.layer_of)
+        shared = frozenset(entry for entry in range(len(self.caches)) if self._is_shared(entry))
+        return Survey(tuple(layers), frozenset(self.own), frozenset(self.unseen), shared, self.layer_of)
 
     def _decoder_layer(self, entry: int) -> int:
         return self.layer_of.get(entry, entry)
@@ -194,15 +205,15 @@ class _Trial:
             return
         kinds: dict[tuple, list[int]] = {}
         for entry in shape.layers:
-            kind = type(self.model.layers[self._decoder_layer(entry)]), layers[entry].way, self._readers(entry)
+            kind = type(self.model.layers[self._decoder_layer(entry)]), layers[entry].way, self._is_shared(entry)
             kinds.setdefault(kind, []).append(entry)
-        for (_, way, readers), entries in kinds.items():
+        for (_, way, shared), entries in kinds.items():
             if self._is_same(entries, layers):
                 continue
             if way == CODES:
                 self.own.update(entries)
                 for entry in entries:
-                    reason = "other layers attend to its keys" if readers else OWN
+                    reason = "other layers attend to its keys" if shared else OWN
                     layers[entry] = replace(layers[entry], way=DECODED, reason=reason)
                 if self._is_same(entries, layers):
                     continue
@@ -213,7 +224,7 @@ class _Trial:
                         layers[entry], way=PASSED, reason="a compressed cache changes what it gives"
                     )
 
-    def _readers(self, entry: int) -> bool:
+    def _is_shared(self, entry: int) -> bool:
         """Whether other layers attend to what the layer of `entry` keeps."""
         mine = self._decoder_layer(entry)
         others = {call.layer for call in self.trace.attended if call.source == entry} | self.trace.reads.get(

@@ -116,7 +116,7 @@ def _grouped(x, gradients, shape, rope, groups, block, offset):
         x = np.concatenate([unrotate(ops, x[:heads], shape.rope, 0), x[heads:]])
         turned = unrotate(ops, gradients[:, :heads], shape.rope, 0) * scaling**2
         gradients = np.concatenate([turned, gradients[:, heads:]], axis=1)
-    elif offset:
+    elif offset and shape.rope is not None:
         x = np.concatenate([shift(ops, x[:heads], shape.rope, offset), x[heads:]])
         turned = shift(ops, gradients[:, :heads], shape.rope, offset)
         gradients = np.concatenate([turned, gradients[:, heads:]], axis=1)

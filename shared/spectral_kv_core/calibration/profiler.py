@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ..errors import UsageError
+from ..errors import UsageError, first_line
 from ..hosts.demo_model import demo_model_path
 from ..hosts.protocol import Captures, Models
 from ..planning.budget import whole_number
@@ -19,7 +20,7 @@ from ..planning.methods import BASIS_SETS, Method
 from ..profile.basis_set import PAIRS, WHOLE_MODEL, BasisSet
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile, QueryStatistics
-from ..profile.store import auto_profile, find_profile, name_passed_layers, warn_if_other_weights
+from ..profile.store import auto_profile, find_profile, name_passed_layers, warn_if_other_weights, warn_once
 from .basis_fit import fit_basis_set
 from .layer_probing import DOCUMENTS, PROBED, LogProbabilities, probed
 from .local_gradients import local_gradients
@@ -27,6 +28,8 @@ from .model_basis import fit_joint_set
 from .moments import QueryMoments
 from .spool import Spool
 from .text import TEXT_NAME, check_texts, load_default_texts, split_documents, text_digest
+
+log = logging.getLogger("spectralkv")
 
 MAX_POSITIONS = 32768
 SCORED_SHARE = 16  # the last sixteenth of a document is scored: its gradients reach the tokens before it
@@ -122,7 +125,7 @@ class ProfilerBase:
         """Per compressible layer, float32 NumPy: queries [Hq, T, D] times the attention scale, keys, values [H, T, D]."""
         cache = self.captures.capture(model, tokens)
         for layer_idx in shape.layers:
-            yield self._arrays(cache, layer_idx)
+            yield self._arrays(cache, layer_idx, shape)
 
     def probe(self, model, shape: ModelShape, tokens: list[int], scored: int) -> tuple[list, LogProbabilities]:
         """A document as `layer_probing.probed` takes it, whose last `scored` tokens are predicted."""
@@ -147,12 +150,22 @@ class ProfilerBase:
         gradients = self.captures.score_gradients(model, cache, tokens[-scored:], self.samples, seed)
         for layer_idx in shape.layers:
             sides = [np.stack([self.xp.to_numpy(sample[layer_idx][side]) for sample in gradients]) for side in (0, 1)]
-            yield *self._arrays(cache, layer_idx), *sides
+            yield *self._arrays(cache, layer_idx, shape), *sides
 
-    def _arrays(self, cache, layer_idx: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Queries times the attention scale, keys and values of a captured layer of batch 1."""
+    def _arrays(self, cache, layer_idx: int, shape: ModelShape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Queries times the attention scale, keys and values of a captured layer of batch 1.
+
+        Queries that were not seen are zeros, for which all tokens are alike.
+        """
         layer, to_numpy = self.captures.captured(cache, layer_idx), self.xp.to_numpy
-        return to_numpy(layer.queries[0]) * layer.scale, to_numpy(layer.keys[0]), to_numpy(layer.values[0])
+        keys, values = to_numpy(layer.keys[0]), to_numpy(layer.values[0])
+        if layer.queries is not None:
+            return to_numpy(layer.queries[0]) * layer.scale, keys, values
+        warn_once(
+            "This model has attention code of its own, so its queries are not seen: the profile takes all tokens for alike.",
+            str(shape),
+        )
+        return np.zeros((shape.q_heads, *keys.shape[1:]), np.float32), keys, values
 
     def profile_from_model(
         self, model, tokenizer=None, texts: list[str] | None = None, name: str = "", quantize: str | None = None
@@ -184,7 +197,7 @@ class ProfilerBase:
         documents = split_documents(texts, tokenizer.encode, self.document, self.tokens)
         positions = self.positions or min(context or MAX_POSITIONS, MAX_POSITIONS)
         with Spool() as spool:
-            queries = self._read_documents(model, shape, documents, spool)
+            queries, gradients = self._read_documents(model, shape, documents, spool)
             sets = self._fit_basis_sets(shape, spool, positions)
         probes = documents[:: -(-len(documents) // DOCUMENTS)] if self.probes and PROBED in sets else []
         calibration = {
@@ -193,6 +206,7 @@ class ProfilerBase:
             "documents": len(documents),
             "tokens": sum(map(len, documents)),
             **self._describe_calibration(),
+            "gradients": "score" if gradients else "local",
             "positions": positions,
             "probed": len(probes),
         }
@@ -237,12 +251,26 @@ class ProfilerBase:
             )
         return tokenizer
 
-    def _read_documents(self, model, shape: ModelShape, documents: list[list[int]], spool: Spool) -> QueryStatistics:
+    def _read_documents(self, model, shape: ModelShape, documents: list, spool: Spool) -> tuple[QueryStatistics, bool]:
+        """`_read` with score gradients, where they are asked for and the host has them; returns whether it has."""
+        try:
+            return self._read(model, shape, documents, spool, self.gradients), self.gradients
+        except (RuntimeError, ValueError) as error:
+            if isinstance(error, UsageError) or not self.gradients:
+                raise
+            reason = first_line(error)[:200]
+        queries = self._read(model, shape, documents, spool, False)  # raises where gradients are not what is wrong
+        log.warning(
+            "This model gives no gradients (%s): calibrated as with gradients=False, which costs quality.", reason
+        )
+        return queries, False
+
+    def _read(self, model, shape: ModelShape, documents: list, spool: Spool, gradients: bool) -> QueryStatistics:
         """Put what every layer makes of `documents` on the `spool`; returns the statistics of the queries."""
         moments = [QueryMoments(shape.kv_heads, shape.rope) for _ in shape.layers]
         for d, tokens in enumerate(self._bar(documents, "Reading text")):
             seed = self.seed * len(documents) + d
-            made = (self.vectors if self.gradients else self._local)(model, shape, tokens, _scored(tokens), seed)
+            made = (self.vectors if gradients else self._local)(model, shape, tokens, _scored(tokens), seed)
             for layer, (queries, *captured) in enumerate(made):
                 moments[layer].update(queries)
                 spool.add(layer, d, *captured)
@@ -271,7 +299,6 @@ class ProfilerBase:
             "document": self.document,
             "samples": self.samples,
             "seed": self.seed,
-            "gradients": "score" if self.gradients else "local",
             "target_energy": self.target_energy,
         }
 
