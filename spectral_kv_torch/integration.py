@@ -111,8 +111,18 @@ def _configurations(model) -> list[tuple]:
 def host_layers(model, left_padding: list[int] | None = None) -> list:
     """The cache layers that transformers would use for `model`; it tells left padding by the mask, MLX here."""
     config = model.config.get_text_config(decoder=True)
-    layers = DynamicCache(config=config).layers
-    return layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]
+    layers = DynamicCache(config=config).layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]
+    if all(
+        type(layer) is DynamicLayer for layer in layers
+    ):  # a decoder's number of layers has another name in some configs
+        layers += [DynamicLayer() for _ in range(len(layers), _called_layers(model))]
+    return layers
+
+
+def _called_layers(model) -> int:
+    """How many layers the modules of `model` number."""
+    numbers = (getattr(module, "layer_idx", None) for module in model.modules())
+    return 1 + max((number for number in numbers if isinstance(number, int)), default=-1)
 
 
 def cache_argument(model, cache: Cache) -> dict[str, Cache]:
@@ -228,7 +238,7 @@ def read_rope(model) -> Rope | None:
 
 
 def known_ropes(model) -> list[Rope]:
-    """Rotations that `model` holds frequencies of, those of full-attention layers first, in both ways to pair channels."""
+    """Rotations that `model` holds frequencies of, those of full-attention layers first, in all ways to pair and to turn."""
     found = []
     for module in model.modules():
         for name, frequencies in module._buffers.items():
@@ -238,7 +248,12 @@ def known_ropes(model) -> list[Rope]:
                 numbers = tuple(float(w) for w in frequencies.detach().double().cpu().numpy())
                 found.append((prefix != "full_attention_", numbers, scaling))
     found.sort(key=lambda one: one[0])
-    return [Rope(numbers, pairs, scaling) for _, numbers, scaling in dict.fromkeys(found) for pairs in (False, True)]
+    return [
+        Rope(tuple(sign * w for w in numbers), pairs, scaling)
+        for _, numbers, scaling in dict.fromkeys(found)
+        for sign in (1, -1)
+        for pairs in (False, True)
+    ]
 
 
 def routes(model) -> list[tuple]:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import transformers
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import MoEModelOutput
 from transformers.modeling_utils import AttentionInterface
 
 from spectral_kv_core.arrays.rope import Rope
@@ -41,6 +41,7 @@ IDS = 32000  # ids that are tried lie below
 ENCODED = 5  # states of an encoder that a decoder is given
 # how far logits of a compressed cache may be from the plain cache's, as a share of their spread
 SAME = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
+OWN_KIND = "a cache of its own kind"
 WORDS = {  # of arguments of attention functions
     "is_causal": "attention in both directions",
     "output_attentions": "attention weights that the config asks for",
@@ -126,17 +127,30 @@ def _key(model) -> tuple:
 
 def _surveyed(model) -> tuple[list[LayerSurvey], bool]:
     """`survey`, and whether it was seen: read from the configuration where the model cannot be called here."""
+    if model.device.type == "meta":
+        return integration.read_layers(model), False
     try:
         with _untouched(model):
             return _tried(model)
     except Exception as error:  # whatever a model raises that needs other inputs
-        if not model.device.type == "meta":
-            warn_once(
-                f"A {type(model).__name__} cannot be tried out with text alone: {first_line(error)} Its layers are taken as "
-                "its configuration names them.",
-                str(_key(model)),
-            )
+        if _runs_alone(model):
+            return [LayerSurvey(PASSED, OWN_KIND)] * len(integration.host_layers(model)), True
+        warn_once(
+            f"A {type(model).__name__} cannot be tried out with text alone: {first_line(error)} Its layers are taken as its "
+            "configuration names them.",
+            str(_key(model)),
+        )
         return integration.read_layers(model), False
+
+
+def _runs_alone(model) -> bool:
+    """Whether `model` runs without the cache that it would not take."""
+    try:
+        with _untouched(model):
+            _call(model, _ids(model)[:, :FIRST], None)
+    except Exception:  # of a model that needs other inputs
+        return False
+    return True
 
 
 def _tried(model) -> tuple[list[LayerSurvey], bool]:
@@ -154,7 +168,7 @@ def _tried(model) -> tuple[list[LayerSurvey], bool]:
     if not _is_same(model, shape, expected):
         for i in shape.layers:
             if not _is_same(model, replace(shape, layers=(i,)), expected):
-                layers[i] = replace(layers[i], way=PASSED, reason="its attention to a compressed cache differs")
+                layers[i] = replace(layers[i], way=PASSED, reason="attention that a compressed cache changes")
     return layers, True
 
 
@@ -186,14 +200,14 @@ def _kept_by_host(model, i: int, layer, trace: Trace) -> str:
     if not updates:
         sources = {call.source for call in trace.calls.get(i, [])} - {None, i}
         if sources:
-            return f"attends to what layer {min(sources)} keeps"
+            return f"keys and values of layer {min(sources)}"
         return "linear attention" if hasattr(layer, "recurrent_states") else "no cache"
     if type(layer) is not DynamicLayer:
         if isinstance(layer, DynamicLayer) and hasattr(layer, "recurrent_states"):
             return "attention and linear attention in one layer"
-        return "a cache of its own kind"
+        return OWN_KIND
     if len(updates) > 1:
-        return f"its cache is filled {len(updates)} times in a call"
+        return f"a cache that is filled {len(updates)} times in a call"
     keys, values = updates[0]
     if keys.ndim != 4 or keys.shape[1] != values.shape[1] or keys.shape[2] != FIRST:
         return f"keys of shape {tuple(keys.shape)} and values of {tuple(values.shape)}"
@@ -232,6 +246,7 @@ def _ropes(model, trace: Trace) -> dict[int, Rope | None]:
         keys = ops.to_numpy(updates[0][0][0])
         after = ops.to_numpy(moved.updates[i][0][0])
         found[i], _ = fit_rope(keys, dict(zip(shifts, after)), known)
+        known += [found[i]] if found[i] and found[i] not in known else []  # the next layer may be rotated alike
     return found
 
 
@@ -262,15 +277,17 @@ def _paired(model, cache: Cache) -> Cache:
     return EncoderDecoderCache(cache, DynamicCache())
 
 
-def _call(model, ids: torch.Tensor, cache: Cache, **options) -> torch.Tensor:
+def _call(model, ids: torch.Tensor, cache: Cache | None, **options) -> torch.Tensor:
     """What `model` gives for `ids` [B, L]: logits, or states where it has none."""
-    given = {"use_cache": True, **options, **integration.cache_argument(model, _paired(model, cache))}
+    given = {"use_cache": cache is not None, **options}
+    if cache is not None:
+        given |= integration.cache_argument(model, _paired(model, cache))
     if "logits_to_keep" in _arguments(model):
         given["logits_to_keep"] = KEPT
     if model.config.is_encoder_decoder:
         width = model.get_encoder().config.hidden_size
         states = torch.linspace(-1, 1, ENCODED * width, dtype=model.dtype, device=model.device).view(1, ENCODED, width)
-        given |= {"encoder_outputs": BaseModelOutput(states.expand(len(ids), -1, -1)), "decoder_input_ids": ids}
+        given |= {"encoder_outputs": MoEModelOutput(states.expand(len(ids), -1, -1)), "decoder_input_ids": ids}
     else:
         given["input_ids"] = ids
     out = model(**given)

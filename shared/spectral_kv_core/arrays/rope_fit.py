@@ -23,7 +23,7 @@ def fit_rope(
     None for keys that stay as they are, and whether it explains the keys: to the share `close` of their length, or far better
     than the next one of `known`.
     """
-    own = [None, *known]
+    own = [None, *(rope for rope in known if rope.rotary_dim <= keys.shape[-1])]
     errors = [_error(keys, shifted, rope) for rope in own]
     best = int(np.argmin(errors))
     if errors[best] < close:
@@ -45,7 +45,7 @@ def _alike(rope: Rope | None, other: Rope | None) -> bool:
 
 def _rotary_dims(head_dim: int) -> list[int]:
     """Even numbers of channels that models rotate: eighths of a head."""
-    return sorted({head_dim * share // 16 * 2 for share in range(1, 9)} - {0}, reverse=True)
+    return sorted({head_dim * share // 16 * 2 for share in range(1, 9)} - {0})
 
 
 def _error(keys: np.ndarray, shifted: Mapping[int, np.ndarray], rope: Rope | None) -> float:

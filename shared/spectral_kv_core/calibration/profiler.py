@@ -267,7 +267,7 @@ class ProfilerBase:
 
     def _read(self, model, shape: ModelShape, documents: list, spool: Spool, gradients: bool) -> QueryStatistics:
         """Put what every layer makes of `documents` on the `spool`; returns the statistics of the queries."""
-        moments = [QueryMoments(shape.kv_heads, shape.rope) for _ in shape.layers]
+        moments = [QueryMoments(shape.kv_heads, shape.rope_of(i), shape.rotary_pairs) for i in shape.layers]
         for d, tokens in enumerate(self._bar(documents, "Reading text")):
             seed = self.seed * len(documents) + d
             made = (self.vectors if gradients else self._local)(model, shape, tokens, _scored(tokens), seed)

@@ -81,7 +81,10 @@ def make_plan(
         raise UsageError(
             f"Expected a profile for the method {method.name}, received none. Make one: spectralkv profile"
         )
-    return family.make(shape, profile if method.profile_set else None, method, bits)
+    plan = family.make(shape, profile if method.profile_set else None, method, bits)
+    for layer_group in range(len(plan.layer_groups) if shape.ropes else 0):
+        plan.rope(layer_group)  # which refuses layers that are rotated in several ways
+    return plan
 
 
 def plan_for(

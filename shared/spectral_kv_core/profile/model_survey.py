@@ -45,7 +45,8 @@ class LayerSurvey:
 def surveyed_shape(hidden_size: int, layers: Sequence[LayerSurvey]) -> tuple[ModelShape, dict[int, str]]:
     """The shape of a model with `layers`, and by index the layers that are passed through, with the reason.
 
-    One shape holds for all layers that are compressed: the one that most of them have, the first one among equals.
+    One shape holds for all layers that are compressed: the one that most of them have, the first one among equals. What
+    is rotated in another way than most is told layer by layer.
 
     Examples:
         >>> few, many = (LayerSurvey(CODES, "", 8, heads, 64, 64) for heads in (2, 4))
@@ -67,4 +68,6 @@ def surveyed_shape(hidden_size: int, layers: Sequence[LayerSurvey]) -> tuple[Mod
             mine = f"{layer.q_heads} query heads" if alike else f"{layer.kv_heads} KV heads of {layer.key_dim} channels"
             passed[i] = f"{mine} where most layers have {q_heads if alike else f'{kv_heads} of {head_dim}'}"
     kept = tuple(i for i in range(len(layers)) if i not in passed)
-    return ModelShape(len(layers), hidden_size, q_heads, kv_heads, head_dim, kept, layers[kept[0]].rope), passed
+    rope = Counter(layers[i].rope for i in kept).most_common(1)[0][0]
+    others = tuple((i, layers[i].rope) for i in kept if layers[i].rope != rope)
+    return ModelShape(len(layers), hidden_size, q_heads, kv_heads, head_dim, kept, rope, others), passed
