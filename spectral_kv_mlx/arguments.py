@@ -58,6 +58,11 @@ def q_heads(model) -> int:
     return told if isinstance(told, int) else 0
 
 
+def max_context(model) -> int | None:
+    """Tokens that the model was made for, None when unknown."""
+    return field(model, "max_position_embeddings", "max_seq_len", "n_positions")
+
+
 def why_kept(cache) -> str:
     """Why a layer keeps `cache`, one of the host's own; "" for a plain one, which can be compressed."""
     if isinstance(cache, RotatingKVCache):

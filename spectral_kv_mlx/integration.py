@@ -16,7 +16,7 @@ from spectral_kv_core.compat.engine import check_quantize
 from spectral_kv_core.errors import UsageError, first_line
 from spectral_kv_core.hosts.weights import digest_weights, layer_weights, sampled
 
-from .arguments import decoder, field, final_norm, model_name
+from .arguments import decoder, final_norm, max_context, model_name
 from .host_cache import cache_of, exact_layer, host_layers, plain_cache, set_exact_layer
 from .ops import to_numpy
 from .places import restore
@@ -145,8 +145,3 @@ def model_dtype(model) -> mx.Dtype:
     """Dtype in which the model keeps keys and values."""
     norm = final_norm(model)
     return mx.float32 if norm is None else norm.dtype
-
-
-def max_context(model) -> int | None:
-    """Tokens that the model was made for, None when unknown."""
-    return field(model, "max_position_embeddings", "max_seq_len", "n_positions")

@@ -22,10 +22,10 @@ from spectral_kv_core.profile.model_shape import ModelShape
 from spectral_kv_core.profile.model_survey import CODES, DECODED, PASSED, LayerSurvey, surveyed_shape
 
 from . import places
-from .arguments import argued_layers, hidden_size, model_name, q_heads, why_kept
+from .arguments import argued_layers, hidden_size, max_context, model_name, q_heads, why_kept
 from .cache import SpectralKVCache
 from .host_cache import host_layers
-from .rotation import rope_of_layer
+from .rotation import read_rope, rotations
 from .trace import Trace
 
 LOOKED_AT = 9  # tokens of the call that is looked at
@@ -143,6 +143,7 @@ class _Trial:
         self.tolerance = SAME.get(logits.dtype, SAME[mx.bfloat16])
         seen = {entry: updates[0].layer for entry, updates in self.trace.updates.items()}
         self.layer_of = {entry: layer for entry, layer in seen.items() if layer not in (None, entry)}
+        self.ropes = self._ropes()
         self.own: set[int] = set()  # entries
         self.unseen: set[int] = set()
 
@@ -157,6 +158,16 @@ class _Trial:
             layers += [self._without_cache(i) for i in range(len(layers), len(self.model.layers))]
         shared = frozenset(entry for entry in range(len(self.caches)) if self._is_shared(entry))
         return Survey(tuple(layers), frozenset(self.own), frozenset(self.unseen), shared, self.layer_of)
+
+    def _ropes(self) -> list:
+        """How the keys of every entry are rotated, and what changes at large positions."""
+        layers = [self.model.layers[self._decoder_layer(entry)] for entry in range(len(self.caches))]
+        try:
+            return rotations(self.model, layers, max_context(self.model))
+        except Exception:  # whatever a model's code makes of a cache that stands at a position without tokens before
+            updates = [updates[0].keys.shape[3] for updates in self.trace.updates.values()]
+            rope = read_rope(self.model, updates[0]) if updates else None
+            return [(rope, "its rotation was not seen")] * len(self.caches)
 
     def _decoder_layer(self, entry: int) -> int:
         return self.layer_of.get(entry, entry)
@@ -177,8 +188,7 @@ class _Trial:
                 "key_dim": keys.shape[3],
                 "value_dim": values.shape[3],
             }
-            layer = self.model.layers[self._decoder_layer(entry)]
-            sizes["rope"] = rope_of_layer(layer, keys.shape[3])
+            sizes["rope"], sizes["limit"] = self.ropes[entry]
         if reason := why_kept(self.caches[entry]) or _odd(updates) or ("" if calls else _latent(updates[0])):
             return LayerSurvey(PASSED, reason, **sizes)
         if not any(call.routable for call in calls):

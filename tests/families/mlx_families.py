@@ -1,15 +1,21 @@
-"""A tiny random model of every family of mlx-lm that people run, and what its cache can be made of.
-
-Sizes are small, widths of heads are those of real models. Names are those of FAMILIES; `make(name)` gives a seeded model in
-float32.
-"""
+"""One tiny random model of every family of mlx-lm that is tried out, seeded, built in memory."""
 
 from __future__ import annotations
 
 import importlib
+from itertools import pairwise
 
 import mlx.core as mx
+import numpy as np
+from family_rows import PIECES, Row, divergence, row_of
 from mlx.utils import tree_map
+
+from spectral_kv_core.codecs.exact import ExactPlan
+from spectral_kv_core.errors import UsageError
+from spectral_kv_mlx import make_prompt_cache, restore
+from spectral_kv_mlx.cache import SpectralKVCache
+from spectral_kv_mlx.generation import plain_cache
+from spectral_kv_mlx.survey import model_shape, survey
 
 SIZES = {
     "hidden_size": 256, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
@@ -226,13 +232,12 @@ FAMILIES: dict[str, tuple[str, dict]] = {
 }  # fmt: skip
 
 
-def make(name: str, seed: int = 0):
-    """A model of the family `name` with random weights."""
+def tiny(name: str):
+    """The tiny model of the family `name`."""
     module_name, arguments = FAMILIES[name]
     module = importlib.import_module(f"mlx_lm.models.{module_name}")
-    args = module.ModelArgs.from_dict({"model_type": module_name, **SIZES, **arguments})
-    model = module.Model(args)
-    keys = iter(mx.random.split(mx.random.key(seed), 2000))
+    model = module.Model(module.ModelArgs.from_dict({"model_type": module_name, **SIZES, **arguments}))
+    keys = iter(mx.random.split(mx.random.key(0), 2000))
 
     def draw(x):
         if not mx.issubdtype(x.dtype, mx.floating):
@@ -245,3 +250,36 @@ def make(name: str, seed: int = 0):
     model.update(tree_map(draw, model.parameters()))
     mx.eval(model.parameters())
     return model
+
+
+def logits(model, cache) -> np.ndarray:
+    """Logits [T, V] of a text in `PIECES`."""
+    ids = np.random.default_rng(7).integers(3, 256, sum(PIECES))
+    edges = np.cumsum((0, *PIECES))
+    parts = [model(mx.array(ids[None, a:b]), cache=cache)[0] for a, b in pairwise(edges)]
+    return np.array(mx.concatenate(parts).astype(mx.float32), np.float64)
+
+
+def row(name: str) -> Row:
+    """What is found of the family `name`."""
+    model = tiny(name)
+    layers, expected = survey(model), logits(model, plain_cache(model))
+    try:
+        identity = make_prompt_cache(model, method="identity")
+    except UsageError as error:
+        return row_of(name, layers, refused=str(error))
+    try:
+        found = [logits(model, cache) for cache in (identity, sealed_cache(model), plain_cache(model))]
+        difference = max(float(np.abs(x - expected).max()) for x in found)
+        coded = logits(model, make_prompt_cache(model, 8, method="turboquant", window=0, sinks=0))
+    finally:
+        restore(model)
+    return row_of(name, layers, difference, divergence(expected, coded))
+
+
+def sealed_cache(model) -> list:
+    """A cache that seals every token at once, without a loss."""
+    shape, cache = model_shape(model)[0], plain_cache(model)
+    for number, entry in enumerate(shape.layers):
+        cache[entry] = SpectralKVCache(ExactPlan.of(shape), number, 0, 0)
+    return cache
