@@ -17,8 +17,9 @@ from spectral_kv_core.planning.plan import Plan
 
 from . import ops
 from .batch import BatchedLayer
-from .handles import RoutedCache
+from .handles import RoutedCache, hand_out
 from .limits import warn_of_limits
+from .masks import made_causal
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,13 @@ class SpectralKVCache(BatchedLayer, RoutedCache):
                 warn_of_limits()
         self.taken[number] = keys, values
         if routed:
+            hand_out(keys)
             return keys, values
+        return self.fetch(number)
+
+    def fetch(self, number: int = 0) -> tuple[mx.array, mx.array]:
+        """As `RoutedCache.fetch`, of layer number `number` of the group."""
+        keys, values = self.taken[number]
         self.store.begin(keys.shape[2])
         held = self.store.dense(keys.dtype)
         self.commit()
@@ -107,6 +114,10 @@ class SpectralKVCache(BatchedLayer, RoutedCache):
         """Slots seen, padding included."""
         return self.store.seen + self.waiting
 
+    def slots(self) -> int:
+        """Slots that `fetch` gives back: fewer than `size` once tokens were dropped."""
+        return self.store.slots + self.waiting
+
     @property
     def offset(self) -> int | mx.array:
         """Next RoPE position; an array [B] with left padding, as `BatchKVCache` has it."""
@@ -117,9 +128,11 @@ class SpectralKVCache(BatchedLayer, RoutedCache):
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None):
         seen = self.size()
         if self.left_padding is None:
-            return create_attention_mask(N, offset=seen, return_array=return_array, window_size=window_size)
-        mask = create_causal_mask(N, seen, window_size, left_padding=mx.array(self.left_padding))
-        return mask[..., self.store.seen - self.store.slots :]
+            mask = create_attention_mask(N, offset=seen, return_array=return_array, window_size=window_size)
+        else:
+            mask = create_causal_mask(N, seen, window_size, left_padding=mx.array(self.left_padding))
+            mask = mask[..., self.store.seen - self.store.slots :]
+        return mask if window_size is not None else made_causal(mask)
 
     def is_trimmable(self) -> bool:
         """Whether the host may forget any number of tokens: never where some before them may be dropped."""
@@ -188,6 +201,10 @@ class FollowingKVCache(FollowingLayer, RoutedCache):
         """As `SpectralKVCache.attend`."""
         return self.first.attend(queries, scale, fused, self.number)
 
+    def fetch(self) -> tuple[mx.array, mx.array]:
+        """As `RoutedCache.fetch`."""
+        return self.first.fetch(self.number)
+
     @classmethod
     def merge(cls, caches: Sequence[FollowingKVCache]) -> FollowingKVCache:
         """As `SpectralKVCache.merge`, which has merged the first layers of the groups."""
@@ -220,6 +237,10 @@ class FollowingKVCache(FollowingLayer, RoutedCache):
 
     def size(self) -> int:
         return self.first.size()
+
+    def slots(self) -> int:
+        """As `SpectralKVCache.slots`."""
+        return self.first.slots()
 
     @property
     def offset(self) -> int | mx.array:

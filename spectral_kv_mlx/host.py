@@ -42,7 +42,7 @@ def compressed_cache(
 
 def window_layer(plan, layer_group: int, layer, window: int) -> SpectralWindowCache:
     """A layer of codes in place of `layer`, a sliding window of the host."""
-    if not isinstance(layer, RotatingKVCache):
+    if not isinstance(layer, RotatingKVCache) or layer.keep:
         raise UsageError(
             "Expected windows without left_padding, received both. Generate row by row, or leave windows out."
         )

@@ -41,7 +41,7 @@ def build_cache(
     layers = host.models.host_layers(model, left_padding)
     element_bytes = host.xp.zeros((), dtype=host.models.model_dtype(model)).nbytes
     of_token = 2 * shape.kv_heads * shape.head_dim * element_bytes
-    other = sum(host.most_tokens(layers[i]) for i in passed) * of_token
+    other = sum(host.most_tokens(layers[i]) for i in passed if i < len(layers)) * of_token  # some read another's cache
     plan, eviction = request.plan(shape, profile, element_bytes, other)
     if request.windows:
         _pack_windows(host, model, request, tokenizer, layers)

@@ -27,6 +27,7 @@ class LayerSurvey:
     reason: Why it is not attended as codes, in words; "" where it is.
     q_heads, kv_heads, key_dim, value_dim: Of the keys and values that the layer gave its cache; 0 where it gave none.
     rope: How its keys are rotated; None for keys that carry no position.
+    limit: What is otherwise at larger positions than were tried, or was not seen; "" where nothing is known to be.
     """
 
     way: str
@@ -36,6 +37,7 @@ class LayerSurvey:
     key_dim: int = 0
     value_dim: int = 0
     rope: Rope | None = None
+    limit: str = ""
 
     @property
     def form(self) -> tuple[int, int, int]:
@@ -65,9 +67,9 @@ def surveyed_shape(hidden_size: int, layers: Sequence[LayerSurvey]) -> tuple[Mod
     form = q_heads, kv_heads, head_dim = forms.most_common(1)[0][0]
     for i, layer in enumerate(layers):
         if i not in passed and layer.form != form:
-            passed[i] = (
-                f"{layer.kv_heads} KV heads of {layer.key_dim} channels where most layers have {kv_heads} of {head_dim}"
-            )
+            alike = layer.form[1:] == form[1:]
+            mine = f"{layer.q_heads} query heads" if alike else f"{layer.kv_heads} KV heads of {layer.key_dim} channels"
+            passed[i] = f"{mine} where most layers have {q_heads if alike else f'{kv_heads} of {head_dim}'}"
     kept = tuple(i for i in range(len(layers)) if i not in passed)
     rope = Counter(layers[i].rope for i in kept).most_common(1)[0][0]
     others = tuple((i, layers[i].rope) for i in kept if layers[i].rope != rope)
