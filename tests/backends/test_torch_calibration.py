@@ -14,6 +14,7 @@ from torch_models import SIZES, logits_of, tiny_model, tokens
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import LinearAttentionLayer
 
+from spectral_kv_core.calibration.text import load_default_texts
 from spectral_kv_core.errors import UsageError
 from spectral_kv_core.profile.store import warn_once
 from spectral_kv_torch import SpectralProfiler, capture, host, make_prompt_cache
@@ -143,6 +144,49 @@ def test_queries_that_nobody_sees_make_all_tokens_alike(small, caplog, gradients
     basis_set = profile.basis_sets["head.post"]
     assert (basis_set.sensitivity[..., 0] > 0).all()  # of keys too, which nothing looks at
     assert caplog.text.count("queries are not seen") == 1
+
+
+def default_weights():
+    """A Llama as transformers makes one, whose heads have as many channels as a real one."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SIZES, **sizes})).eval()
+
+
+def errors(model, cache, ids, reference) -> tuple[float, float]:
+    """KL of the last 16 tokens beside `reference`, and the relative error of the values that are stored."""
+    got = torch.cat([logits_of(model, part, cache)[0] for part in (ids[:, :-16], *ids[:, -16:].split(1, dim=1))])
+    got, expected = (x[-16:].log_softmax(-1) for x in (got, reference[0]))
+    plain = plain_cache(model)
+    logits_of(model, ids, plain)
+    held = [(layer.keys_and_values()[1], exact.values) for layer, exact in zip(cache.layers, plain.layers, strict=True)]
+    return float((expected.exp() * (expected - got)).sum(-1).mean()), max(relative_rms(*pair) for pair in held)
+
+
+@pytest.mark.parametrize("make, of_prose", [(partial(tiny_model, "llama"), False), (default_weights, True)])
+@pytest.mark.parametrize("method", ["spectral", "spectral-dense"])
+def test_thin_calibration_is_told_and_no_worse_than_none(caplog, make, of_prose, method):
+    """Calibrated on prose, the prompt is noise, and the other way round."""
+    model, noise, prose = (
+        make(),
+        tokens(600, seed=5),
+        torch.tensor([ByteTokenizer().encode(load_default_texts()[7])[:600]]),
+    )
+    text, prompt = (prose, noise) if of_prose else (noise, prose)
+    profiler = SpectralProfiler(tokens=512, document=256, progress=False, basis_sets=("head.post", "layer.pre"))
+    profile = profiler.profile_from_model(
+        model, ByteTokenizer(), [bytes(b - 3 for b in text[0, :512].tolist()).decode("latin-1")]
+    )
+    told = [r.getMessage() for r in caplog.records if "thin" in r.getMessage()]
+    assert len(told) == 1 and "512 tokens" in told[0] and "Give 1,024 tokens or more" in told[0]
+    reference = logits_of(model, prompt, plain_cache(model))
+    found = {}
+    for name, bits in [("turboquant", 8), *((method, bits) for bits in (3, 4, 6, 8))]:
+        cache = make_prompt_cache(model, profile, method=name, bits=bits, window=16)
+        found[name, bits] = errors(model, cache, prompt, reference)
+    assert found[method, 8][0] <= found["turboquant", 8][0] + 1e-7
+    by_bits = [found[method, bits][1] for bits in (3, 4, 6, 8)]
+    assert by_bits == sorted(by_bits, reverse=True)
 
 
 @pytest.mark.parametrize(

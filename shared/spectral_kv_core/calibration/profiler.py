@@ -21,7 +21,7 @@ from ..profile.basis_set import PAIRS, WHOLE_MODEL, BasisSet
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile, QueryStatistics
 from ..profile.store import auto_profile, find_profile, name_passed_layers, warn_if_other_weights, warn_once
-from .basis_fit import fit_basis_set
+from .basis_fit import fit_basis_set, thin_below
 from .layer_probing import DOCUMENTS, PROBED, LogProbabilities, probed
 from .local_gradients import local_gradients
 from .model_basis import fit_joint_set
@@ -200,6 +200,7 @@ class ProfilerBase:
         texts = load_default_texts() if texts is None else check_texts(texts)
         tokenizer = self._tokenizer_for(model, tokenizer)
         documents = split_documents(texts, tokenizer.encode, self.document, self.tokens)
+        _warn_if_thin(sum(map(len, documents)), shape.head_dim)
         positions = self.positions or min(context or MAX_POSITIONS, MAX_POSITIONS)
         with Spool() as spool:
             queries, gradients = self._read_documents(model, shape, documents, spool)
@@ -317,6 +318,18 @@ class ProfilerBase:
 
     def _bar(self, steps, what: str):
         return tqdm(steps, desc=what, disable=not self.progress, leave=False)
+
+
+def _warn_if_thin(tokens: int, head_dim: int) -> None:
+    """Say that a calibration has fewer than enough `tokens` for heads of `head_dim` channels."""
+    enough = thin_below(head_dim)
+    if tokens < enough:
+        log.warning(
+            "Calibrating on %s tokens, which is thin: codes get wide margins, at a price in quality. Give %s tokens or more: "
+            "longer texts, and tokens= as many.",
+            f"{tokens:,}",
+            f"{enough:,}",
+        )
 
 
 def _scored(tokens: list[int]) -> int:
