@@ -107,6 +107,11 @@ def sealed_of(store, row: int) -> list[np.ndarray]:
     return [store.xp.to_numpy(x)[number, :, sinks : sinks + group.sealed] for x in held]
 
 
+def without_counters(size) -> int:
+    """Bytes of a cache without the host's own counters, which no file has."""
+    return int(size) - size.by_kind["other"]
+
+
 def codes_moved(host, cache, alone, row: int = 0) -> bool:
     """Whether the codes of `row` of a batch may be others than those of the same tokens `alone`; or of one cache and another.
 

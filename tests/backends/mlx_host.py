@@ -289,8 +289,3 @@ def dtype_of(x) -> str:
 def storage(x: mx.array) -> tuple[int, int]:
     """Which array this is, and its bytes."""
     return id(x), x.nbytes
-
-
-def bookkeeping(cache) -> int:
-    """Bytes of a cache that the host keeps for itself."""
-    return 0

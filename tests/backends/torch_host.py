@@ -291,8 +291,3 @@ def dtype_of(x) -> str:
 def storage(x: torch.Tensor) -> tuple[int, int]:
     """Which memory an array lies in, and its bytes."""
     return x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()
-
-
-def bookkeeping(cache) -> int:
-    """Bytes of a cache that the host keeps for itself."""
-    return 8 * sum(hasattr(layer, "_sliding_window_tensor") for layer in cache.layers)

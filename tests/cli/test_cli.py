@@ -30,7 +30,7 @@ from spectral_kv_core.profile.store import cached_profile_path
 TEXT = "In the beginning there was a table, and on the table stood 23 cups; nobody knew whose they were. " * 30
 GENERATE_KEYS = {
     "text", "prompt_tokens", "generated_tokens", "backend", "method", "bits_per_element", "cache_bytes", "table_bytes",
-    "dense_bytes", "compression", "peak_bytes", "prefill_tokens_per_s", "decode_tokens_per_s",
+    "dense_bytes", "compression", "bytes_by_kind", "exact_tokens", "peak_bytes", "prefill_tokens_per_s", "decode_tokens_per_s",
 }  # fmt: skip
 
 
@@ -115,6 +115,10 @@ def test_generate_reports_bytes_quality_and_speed(capsys, model, profile, text_f
     assert result["compression"] == pytest.approx(result["dense_bytes"] / result["cache_bytes"])
     assert result["bits_per_element"] == pytest.approx(16 / result["compression"])
     assert result["kl"] > 0 and 0 <= result["top1"] <= 1 and result["scored_tokens"] == 20
+    for found in (result, result["dense"]):
+        assert sum(found["bytes_by_kind"].values()) == found["cache_bytes"]
+    held = result["prompt_tokens"] + 19  # the last token is never read
+    assert 68 <= result["exact_tokens"] < 68 + 16 < held and result["bytes_by_kind"]["codes"] > 0
 
 
 def test_identity_has_no_divergence(capsys, model, folder, text_file):

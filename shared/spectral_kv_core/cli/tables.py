@@ -101,6 +101,8 @@ def print_generation(result: dict) -> None:
         (label, *(form.format(run[key]) if key in run else "" for run in runs)) for label, key, form in _GENERATION_ROWS
     ]
     print_table(rows, ("", *names))
+    if "bytes_by_kind" in result:
+        Terminal().print(f"{result['method']} cache: {kinds_line(result)}")
     if "kl" in result:
         Terminal().print(
             f"against the plain cache over {result['scored_tokens']} tokens: KL {result['kl']:.4f} nats/token, "
@@ -191,7 +193,8 @@ def prompt_file_summary(file: PromptFile) -> dict:
         "dense_bytes": size.dense_nbytes,
         "compression": size.compression,
         "bits_per_element": size.bits_per_element,
-        "bytes_by_kind": file.bytes_by_kind(),
+        "bytes_by_kind": size.by_kind,
+        "exact_tokens": size.exact_tokens,
         "profile": file.profile,
         "plan_hash": file.plan_hash,
         "library_version": file.library_version,
