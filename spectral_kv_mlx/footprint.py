@@ -20,7 +20,7 @@ from spectral_kv_core.errors import UsageError, first_line
 from . import host
 from .arguments import field
 from .generation import PREFILL_CHUNK
-from .integration import _config_corrections, host_layers, max_context, model_dtype
+from .integration import config_corrections, host_layers, max_context, model_dtype
 from .survey import argued_shape
 
 __all__ = ["footprint", "skeleton", "table_nbytes"]
@@ -37,7 +37,7 @@ def skeleton(name: str, dtype: str | None = None):
         path = _download(str(name), allow_patterns=["*.json"])
         config = load_config(path)
         whole = any(path.glob("model*.safetensors"))
-        model, _ = load_mlx_model(path, lazy=True, strict=whole, model_config=_config_corrections(config))
+        model, _ = load_mlx_model(path, lazy=True, strict=whole, model_config=config_corrections(config))
     except OSError as error:
         raise FileNotFoundError(
             f"Expected a model directory, a hub id or demo, cannot read the config.json of {str(name)!r}: {first_line(error)}"

@@ -71,7 +71,7 @@ def load_model(name: str | os.PathLike, dtype: str | None = None, quantize: str 
     try:
         path = _download(str(name))
         config = load_config(path)
-        model, tokenizer = mlx_lm.load(str(path), model_config=_config_corrections(config), lazy=True)
+        model, tokenizer = mlx_lm.load(str(path), model_config=config_corrections(config), lazy=True)
     except OSError as error:
         raise FileNotFoundError(
             f"Expected a model directory, a hub id or demo, cannot load {str(name)!r}: {first_line(error)}"
@@ -109,7 +109,7 @@ def load_tokenizer(model):
         return None
 
 
-def _config_corrections(config: dict) -> dict:
+def config_corrections(config: dict) -> dict:
     """What mlx-lm reads in other places of config.json than transformers 5 writes it to.
 
     transformers 5 has the RoPE base and scaling only under `rope_parameters`, by layer type where layers differ; most
@@ -117,7 +117,7 @@ def _config_corrections(config: dict) -> dict:
     """
     corrections = {}
     if isinstance(config.get("text_config"), dict):
-        corrections["text_config"] = {**config["text_config"], **_config_corrections(config["text_config"])}
+        corrections["text_config"] = {**config["text_config"], **config_corrections(config["text_config"])}
     parameters = config.get("rope_parameters") or {}
     by_layer = {k: v for k, v in parameters.items() if isinstance(v, dict)}
     full = by_layer.get("full_attention", {}) if by_layer else parameters

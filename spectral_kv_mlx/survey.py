@@ -60,7 +60,8 @@ _surveys: dict[tuple, Survey] = {}
 def survey(model) -> list[LayerSurvey]:
     """How every layer of `model` uses its cache: attended as codes, decoded, or passed through with a reason.
 
-    Where only some decoder layers have an entry of the cache, in order, these are the layers. The model is tried once per class, arguments, sizes and attention code.
+    Where only some decoder layers have an entry of the cache, in order, these are the layers. The model is tried once per
+    class, arguments, sizes and attention code.
     """
     return list(known(model).layers)
 

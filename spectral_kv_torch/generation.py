@@ -15,6 +15,7 @@ from spectral_kv_core.benchmark.machine import process_peak_bytes
 from spectral_kv_core.cache import model_cache
 from spectral_kv_core.cache.request import CacheRequest
 from spectral_kv_core.cache.size import CacheSize
+from spectral_kv_core.errors import UsageError
 from spectral_kv_core.hosts.protocol import Generated
 from spectral_kv_core.hosts.protocol import score as core_score
 from spectral_kv_core.planning.budget import SINKS, WINDOW
@@ -40,9 +41,10 @@ from .prompt_cache import decode_cache, encode_cache, load_prompt_cache, save_pr
 
 __all__ = [  # the names of `spectral_kv_core.hosts.protocol.Generation`, beside those of `host`
     "HOST_PACKAGES", "PREFILL_CHUNK", "SpectralProfiler", "attend", "build_cache", "cache_nbytes", "context_limit",
-    "decode_cache", "encode_cache", "feed", "fill", "generate", "held_vectors", "load_model", "load_prompt_cache",
-    "make_prompt_cache", "model_dtype", "model_shape", "peak_bytes", "plain_cache", "prefill", "recorded", "reset_peak",
-    "save_prompt_cache", "score", "sealed_bits", "text_stream", "weights_digest",
+    "crop", "decode_cache", "encode_cache", "end_tokens", "feed", "fill", "generate", "held_vectors", "load_model",
+    "load_prompt_cache", "make_prompt_cache", "model_dtype", "model_shape", "peak_bytes", "plain_cache", "prefill",
+    "read", "recorded", "reset_peak", "save_prompt_cache", "score", "sealed_bits", "text_stream", "token_nbytes",
+    "weights_digest",
 ]  # fmt: skip
 PREFILL_CHUNK = 2048
 context_limit = max_context
@@ -164,6 +166,7 @@ def cache_nbytes(cache: Cache) -> CacheSize:
 
 
 fill, held_vectors = partial(model_cache.fill, host), partial(model_cache.held_vectors, host)
+token_nbytes = partial(model_cache.token_nbytes, host)
 
 
 class _Clock:
@@ -226,6 +229,37 @@ def prefill(model, prompt: list[int], cache: Cache) -> np.ndarray:
     for start in range(0, len(prompt), PREFILL_CHUNK):
         logits = feed(model, prompt[start : start + PREFILL_CHUNK], cache)
     return logits
+
+
+@torch.inference_mode()
+def read(model, tokens: list[int], cache: Cache) -> None:
+    """Let `tokens` enter `cache` in one call; the logits of the last one are made and left."""
+    batch = torch.tensor([tokens], device=model.device)
+    model(batch, use_cache=True, logits_to_keep=1, **cache_argument(model, cache))
+
+
+def crop(cache: Cache, tokens: int) -> bool:
+    """Let `cache` forget its last `tokens`; False where it cannot, and is of no more use."""
+    if not all(map(_can_crop, cache.layers)):
+        return False
+    try:
+        cache.crop(-tokens)
+    except UsageError:  # tokens before them were dropped
+        return False
+    return True
+
+
+def _can_crop(layer) -> bool:
+    """Whether a layer still has what was there before its last tokens came; a full sliding window has not."""
+    full = getattr(layer, "is_sliding", False) and layer.get_seq_length() >= layer.sliding_window
+    return getattr(layer, "is_croppable", True) and not full
+
+
+def end_tokens(model, tokenizer) -> set[int]:
+    """Tokens that end an answer."""
+    ends = model.generation_config.eos_token_id
+    known = ends if isinstance(ends, (list, tuple)) else [ends]
+    return {token for token in (*known, getattr(tokenizer, "eos_token_id", None)) if token is not None}
 
 
 score = partial(core_score, prefill, feed)

@@ -186,3 +186,10 @@ def cache_nbytes(host: Host, cache) -> CacheSize:
             counted |= dict.fromkeys(buffers, arrays)  # which live until all are counted: keys may be addresses
     mean = sum(exact) / len(exact) if exact else 0.0
     return CacheSize(by_kind, mean, 2 * elements, sum(tables.values()))
+
+
+def token_nbytes(host: Host, model) -> int:
+    """Bytes that a token adds to a cache of `model` at most: those of all layers at the precision of the model."""
+    shape, _ = host.models.model_shape(model)
+    element_bytes = host.xp.zeros((), dtype=host.models.model_dtype(model)).nbytes
+    return 2 * shape.num_layers * shape.kv_heads * shape.head_dim * element_bytes

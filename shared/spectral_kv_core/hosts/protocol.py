@@ -189,6 +189,18 @@ class Generation(Protocol):
     def prefill(self, model, prompt: list[int], cache) -> np.ndarray:
         """Logits [1, vocabulary] float32 of the last token of `prompt`, which enters `cache` in pieces."""
 
+    def read(self, model, tokens: list[int], cache) -> None:
+        """Let `tokens` enter `cache` in one call that makes no logits."""
+
+    def crop(self, cache, tokens: int) -> bool:
+        """Let `cache` forget its last `tokens`; False where it cannot, and is of no more use."""
+
+    def end_tokens(self, model, tokenizer) -> set[int]:
+        """Tokens that end an answer."""
+
+    def token_nbytes(self, model) -> int:
+        """`cache.model_cache.token_nbytes`."""
+
     def text_stream(self, tokenizer) -> Any:
         """The host's detokenizer: text as tokens come."""
 
