@@ -26,6 +26,7 @@ class LayerSurvey:
     reason: Why it is not attended as codes, in words; "" where it is.
     q_heads, kv_heads, key_dim, value_dim: Of the keys and values that the layer gave its cache; 0 where it gave none.
     rope: How its keys are rotated; None for keys that carry no position.
+    limit: What changes beyond a number of tokens, in words; "" where nothing was seen to.
     """
 
     way: str
@@ -35,6 +36,7 @@ class LayerSurvey:
     key_dim: int = 0
     value_dim: int = 0
     rope: Rope | None = None
+    limit: str = ""
 
     @property
     def form(self) -> tuple[int, int, int]:
