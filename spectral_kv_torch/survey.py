@@ -117,7 +117,7 @@ def survey(model) -> list[LayerSurvey]:
 
 def model_shape(model) -> tuple[ModelShape, dict[int, str]]:
     """`integration.model_shape`."""
-    return surveyed_shape(integration.text_config(model).hidden_size, survey(model))
+    return surveyed_shape(integration.text_config(model).hidden_size, survey(model), widens=True)
 
 
 def _key(model) -> tuple:
@@ -164,7 +164,7 @@ def _tried(model) -> tuple[list[LayerSurvey], bool]:
     layers = [
         replace(_layer(model, i, layer, trace, ropes.get(i)), limit=limits.get(i, "")) for i, layer in enumerate(held)
     ]
-    shape, passed = surveyed_shape(0, layers)
+    shape, passed = surveyed_shape(0, layers, widens=True)
     layers = [replace(layer, way=PASSED, reason=passed[i]) if i in passed else layer for i, layer in enumerate(layers)]
     if not shape.layers:
         return layers, True
@@ -194,7 +194,11 @@ def _layer(model, i: int, layer, trace: Trace, rope: Rope | None) -> LayerSurvey
         }
     if reason := _kept_by_host(model, i, layer, trace):
         return LayerSurvey(PASSED, reason, **sizes, rope=rope)
-    changed = next((call.changed for call in calls if call.changed), "") if calls else "attention code of its own"
+    changed = next((call.changed for call in calls if call.changed), "")
+    if not calls:
+        changed = (
+            "keys and values that are changed before attention" if trace.calls.get(i) else "attention code of its own"
+        )
     return LayerSurvey(DECODED if changed else CODES, changed, **sizes, rope=rope)
 
 

@@ -15,13 +15,24 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "families")]
 
 import torch_families  # noqa: E402
 from hosts import ByteTokenizer  # noqa: E402
+from tolerances import relative_rms  # noqa: E402
 from torch_models import CONFIGS, SIZES, TEXT, logits_of, tiny_model, tokens  # noqa: E402
-from transformers import LlamaConfig  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig  # noqa: E402
 from transformers.models.llama import modeling_llama  # noqa: E402
 
+from spectral_kv_core.errors import UsageError  # noqa: E402
 from spectral_kv_core.profile import store as profile_store  # noqa: E402
+from spectral_kv_core.profile.model_shape import ModelShape  # noqa: E402
 from spectral_kv_core.profile.model_survey import CODES, DECODED, PASSED  # noqa: E402
-from spectral_kv_torch import SpectralProfile, SpectralProfiler, make_prompt_cache, survey  # noqa: E402
+from spectral_kv_torch import (  # noqa: E402
+    SpectralProfile,
+    SpectralProfiler,
+    cache_nbytes,
+    load_prompt_cache,
+    make_prompt_cache,
+    save_prompt_cache,
+    survey,
+)
 from spectral_kv_torch.generation import plain_cache  # noqa: E402
 from spectral_kv_torch.handles import Handle, RoutedName  # noqa: E402
 from spectral_kv_torch.integration import install, model_shape  # noqa: E402
@@ -244,3 +255,51 @@ def test_a_model_of_half_precision_is_seen_as_well():
     exact = survey.survey(tiny_model("gemma3"))
     for layer, expected in zip(survey.survey(model), exact):
         assert layer.way == expected.way and layer.rope.matches(expected.rope)
+
+
+# --- keys and values of other widths
+
+
+def wider_values():
+    """A model whose values have more channels than its keys."""
+    sizes = {
+        **torch_families.SIZES,
+        **torch_families.FAMILIES["mimo_v2_flash"],
+        "v_head_dim": 24,
+        "layer_types": 3 * ["full_attention"],
+    }
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("mimo_v2_flash", **sizes, add_full_attention_sink_bias=False)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("make", [lambda: torch_families.tiny("deepseek_v3"), wider_values], ids=["latent", "wider"])
+def test_keys_and_values_of_other_widths(make, tmp_path):
+    """Zeros fill the narrower side up: exact in pieces, after a crop, through a file and decoded; counted as they are."""
+    model, ids = make(), tokens(220)
+    shape, _ = model_shape(model)
+    width, layers = sum(shape.widths), len(shape.layers)
+    assert shape.head_dim == max(shape.widths) and ModelShape.from_json(shape.to_json()) == shape
+    expected = logits_of(model, ids, plain_cache(model), 70)
+    for method, bits, limit in (("identity", None, 1e-5), ("turboquant", 10, 0.1)):
+        cache = make_prompt_cache(model, bits=bits, method=method, window=16, sinks=4)
+        assert relative_rms(logits_of(model, ids[:, :200], cache, 70), expected[:, :200]) < limit
+        cache.crop(-60)
+        size = cache_nbytes(cache)
+        assert size.dense_nbytes == 2 * 140 * layers * shape.kv_heads * width
+        path = save_prompt_cache(tmp_path / method, cache, model=model)
+        loaded, _ = load_prompt_cache(path, model)
+        plain, _ = load_prompt_cache(path, model, method="plain")
+        assert [keys.shape[-1] for keys, *_ in plain] == [keys.shape[-1] for keys, *_ in cache]
+        for one in (cache, loaded, plain):
+            assert relative_rms(logits_of(model, ids[:, 140:], one, 1), expected[:, 140:]) < limit
+
+
+def test_bits_are_those_of_channels_that_models_have():
+    """Zeros take bits too: what is stored for both sides stays within what was asked for."""
+    model = torch_families.tiny("deepseek_v3")
+    cache = make_prompt_cache(model, bits=8, method="turboquant", window=0, sinks=0)
+    logits_of(model, tokens(256), cache)
+    assert 5 < 8 * cache_nbytes(cache) / (256 * 3 * model_shape(model)[0].kv_heads * 24) <= 8
+    with pytest.raises(UsageError, match="bits of at least .* 16 channels and values 8"):
+        make_prompt_cache(model, bits=1.4, method="turboquant")
