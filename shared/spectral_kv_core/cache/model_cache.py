@@ -40,7 +40,7 @@ def build_cache(
     shape, passed, profile = host.profile_for(model, request.recipe, profile, tokenizer)
     layers = host.models.host_layers(model, left_padding)
     element_bytes = host.xp.zeros((), dtype=host.models.model_dtype(model)).nbytes
-    of_token = 2 * shape.kv_heads * shape.head_dim * element_bytes
+    of_token = shape.kv_heads * sum(shape.side_widths) * element_bytes
     other = sum(host.most_tokens(layers[i]) for i in passed if i < len(layers)) * of_token  # some read another's cache
     plan, eviction = request.plan(shape, profile, element_bytes, other)
     if request.windows:
@@ -172,7 +172,7 @@ def cache_nbytes(host: Host, cache) -> CacheSize:
         if isinstance(layer, CompressedLayer):
             tables |= host.buffers(layer.tables()) | numpy_buffers(layer.plan)  # some are shared by all layers
             held = arrays_by_kind(layer.store) if layer.store else {}
-            used = layer.store.tokens() * 2 * layer.kv_heads * layer.plan.shape.head_dim if layer.store else 0
+            used = layer.store.tokens() * layer.kv_heads * sum(layer.plan.shape.side_widths) if layer.store else 0
             exact.append(exact_tokens(layer.store) if layer.store else 0)
         elif isinstance(layer, WindowLayer):
             tables |= host.buffers(layer.tables()) | numpy_buffers(layer.plan)
@@ -192,4 +192,4 @@ def token_nbytes(host: Host, model) -> int:
     """Bytes that a token adds to a cache of `model` at most: those of all layers at the precision of the model."""
     shape, _ = host.models.model_shape(model)
     element_bytes = host.xp.zeros((), dtype=host.models.model_dtype(model)).nbytes
-    return 2 * shape.num_layers * shape.kv_heads * shape.head_dim * element_bytes
+    return shape.num_layers * shape.kv_heads * sum(shape.side_widths) * element_bytes
