@@ -44,7 +44,9 @@ def rotations(model, layers: Sequence[nn.Module], context: int | None) -> list[t
     return found
 
 
-def _rotation(keys: np.ndarray, places: dict[int, np.ndarray], known: list[Rope], close: float) -> tuple[Rope | None, str]:
+def _rotation(
+    keys: np.ndarray, places: dict[int, np.ndarray], known: list[Rope], close: float
+) -> tuple[Rope | None, str]:
     """The rotation of `keys` up to as large a position of `places` as one explains, and where it changes."""
     shifts = sorted(places)
     for last in range(len(shifts), 1, -1):
@@ -52,7 +54,10 @@ def _rotation(keys: np.ndarray, places: dict[int, np.ndarray], known: list[Rope]
         if explained and last == len(shifts):
             return rope, ""
         if explained:
-            return rope, f"keys are rotated otherwise somewhere between positions {shifts[last - 1]:,} and {shifts[last]:,}"
+            return (
+                rope,
+                f"keys are rotated otherwise somewhere between positions {shifts[last - 1]:,} and {shifts[last]:,}",
+            )
     return (known[0], "its rotation was not seen") if known else (None, "")
 
 
