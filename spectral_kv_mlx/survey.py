@@ -63,7 +63,8 @@ _untried: dict[int, tuple[weakref.ref, Survey]] = {}  # by id, models that could
 def survey(model) -> list[LayerSurvey]:
     """How every layer of `model` uses its cache: attended as codes, decoded, or passed through with a reason.
 
-    Where only some decoder layers have an entry of the cache, in order, these are the layers. The model is tried once per class, arguments, sizes and attention code.
+    Where only some decoder layers have an entry of the cache, in order, these are the layers. The model is tried once per
+    class, arguments, sizes and attention code.
     """
     return list(known(model).layers)
 
@@ -105,7 +106,8 @@ def known(model) -> Survey:
             stacklevel=2,
         )
         found = _argued(model)
-        _untried[id(model)] = weakref.ref(model, lambda _, key=id(model): _untried.pop(key, None)), found
+        number = id(model)
+        _untried[number] = weakref.ref(model, lambda _: _untried.pop(number, None)), found
         return found
     return _surveys[key]
 
