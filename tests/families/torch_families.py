@@ -3,16 +3,7 @@
 from __future__ import annotations
 
 import torch
-from family_rows import PIECES, Row, divergence, row_of
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-from transformers.modeling_outputs import MoEModelOutput
-
-from spectral_kv_core.errors import UsageError
-from spectral_kv_torch import make_prompt_cache
-from spectral_kv_torch.generation import plain_cache
-from spectral_kv_torch.integration import cache_argument
-from spectral_kv_torch.survey import survey
 
 SIZES = {
     "vocab_size": 256,
@@ -66,6 +57,56 @@ T5 = {
     "num_heads": 4,
     "decoder_start_token_id": 2,
 }
+
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+QWEN_VISION = {
+    "depth": 1,
+    "hidden_size": 32,
+    "embed_dim": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "patch_size": 14,
+    "out_hidden_size": 64,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0],
+}
+TEXTS: dict[str, dict] = {  # parts of models that read images, which stand for no family
+    "muse_glimmer_text": {
+        "num_hidden_layers": 4,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "step3p5": {
+        **WINDOWS,
+        "share_expert_dim": 32,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "num_attention_groups": 2,
+    },
+}
+
+
+def seeing(model_type: str, text: str, vision: dict = VISION, **more) -> dict:
+    """Of a model that reads images too: the configuration of its text part is that of `text`."""
+    given = {k: v for k, v in {**SIZES, **FAMILIES.get(text, TEXTS.get(text, MROPE))}.items() if v is not None}
+    own = {k: v for k, v in given.items() if k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {
+        "type": model_type,
+        "kind": "image",
+        "bare": True,
+        "text_config": {"model_type": text, **given},
+        "vision_config": vision,
+        **own,
+        **more,
+    }
+
 
 # name -> what its configuration has beside SIZES; "type" where the name is not transformers' own; "kind" of its head
 FAMILIES: dict[str, dict] = {
@@ -302,9 +343,31 @@ FAMILIES: dict[str, dict] = {
 }
 
 
+FAMILIES |= {
+    "gemma3": seeing("gemma3", "gemma3_text", mm_tokens_per_image=4),
+    "llava": seeing("llava", "llama"),
+    "llava_next": seeing("llava_next", "llama"),
+    "mistral3": seeing("mistral3", "ministral3"),
+    "internvl": seeing("internvl", "qwen2"),
+    "idefics3": seeing("idefics3", "llama"),
+    "smolvlm": seeing("smolvlm", "llama"),
+    "paligemma": seeing("paligemma", "gemma", projection_dim=64),
+    "qwen2_vl": seeing("qwen2_vl", "qwen2_vl_text", QWEN_VISION),
+    "qwen2_5_vl": seeing("qwen2_5_vl", "qwen2_5_vl_text", QWEN_VISION),
+    "qwen3_vl": seeing("qwen3_vl", "qwen3_vl_text", QWEN_VISION),
+    "qwen3_5": seeing("qwen3_5", "qwen3_5_text", QWEN_VISION),
+    "aya_vision": seeing("aya_vision", "cohere2"),
+    "muse_glimmer": seeing("muse_glimmer", "muse_glimmer_text", {**VISION, "pos_emb_height": 2, "pos_emb_width": 2}),
+    "step3p7": seeing("step3p7", "step3p5"),
+    "gemma4": seeing("gemma4", "gemma4_text"),
+    "glm4v": seeing("glm4v", "glm4v_text", QWEN_VISION),
+}
+
+
 def tiny(name: str):
     """The tiny model of the family `name`."""
-    given = {**SIZES, **FAMILIES[name]}
+    given = dict(FAMILIES[name])
+    given = given if given.pop("bare", False) else {**SIZES, **given}
     kind, model_type = given.pop("kind", "text"), given.pop("type", name)
     heads = {"text": AutoModelForCausalLM, "pair": AutoModelForSeq2SeqLM, "image": AutoModelForImageTextToText}
     torch.manual_seed(0)
@@ -312,35 +375,3 @@ def tiny(name: str):
         model_type, **{k: v for k, v in given.items() if v is not None or k == "sliding_window"}
     )
     return heads[kind].from_config(config, dtype=torch.float32).eval()
-
-
-def logits(model, cache) -> torch.Tensor:
-    """Logits [T, V] of a text in `PIECES`; a decoder behind an encoder attends to the same states each time."""
-    ids = torch.randint(3, 256, (1, sum(PIECES)), generator=torch.Generator().manual_seed(1))
-    given, name = {}, "input_ids"
-    if model.config.is_encoder_decoder:
-        cache, name = EncoderDecoderCache(cache, DynamicCache()), "decoder_input_ids"
-        states = torch.randn(1, 7, 64, generator=torch.Generator().manual_seed(2))
-        given["encoder_outputs"] = MoEModelOutput(states)
-    given |= cache_argument(model, cache)
-    with torch.no_grad():
-        parts = [model(**{name: part}, use_cache=True, **given).logits for part in ids.split(PIECES, dim=1)]
-    return torch.cat(parts, dim=1)[0]
-
-
-def row(name: str) -> Row:
-    """What is found of the family `name`."""
-    model = tiny(name)
-    layers = survey(model)
-    try:
-        expected = logits(model, plain_cache(model))
-    except Exception:  # a host that cannot run its own model with its own cache
-        expected = None
-    try:
-        identity = make_prompt_cache(model, method="identity")
-    except UsageError as error:
-        return row_of(name, layers, refused=str(error))
-    assert expected is not None, name
-    difference = max(float((logits(model, cache) - expected).abs().max()) for cache in (identity, plain_cache(model)))
-    coded = logits(model, make_prompt_cache(model, 8, method="turboquant", window=0, sinks=0))
-    return row_of(name, layers, difference, divergence(expected.double().numpy(), coded.double().numpy()))

@@ -53,7 +53,7 @@ def _error(keys: np.ndarray, shifted: Mapping[int, np.ndarray], rope: Rope | Non
     errors = []
     for tokens, expected in shifted.items():
         got = keys if rope is None else shift(ops, keys, rope, tokens)
-        errors.append(np.linalg.norm(got - expected) / max(np.linalg.norm(expected), 1e-30))
+        errors.append(float(np.linalg.norm(got - expected)) / max(float(np.linalg.norm(expected)), 1e-30))
     return max(errors, default=0.0)
 
 
