@@ -220,7 +220,7 @@ class _Trial:
         """Compare compressed caches with the host's own; write into `layers` and `own` what comes of it."""
         self.expected = self._logits(host_layers(self.model))
         if not np.isfinite(self.expected).all():
-            raise ValueError("its logits are not finite")
+            raise UsageError("its logits are not finite")
         if self._is_same(self.shape.layers, layers):
             return
         kinds: dict[tuple, list[int]] = {}
