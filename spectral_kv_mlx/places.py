@@ -149,6 +149,7 @@ def attention_modules_of(layer: nn.Module) -> set[str]:
     return {name for name, f in found.items() if f is base.scaled_dot_product_attention or is_ours(f)}
 
 
-def _fused(q, k, v, scale):
-    """The host's fused kernel for L queries at the end of N keys, causal: [B, Hq, L, D]."""
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal" if q.shape[2] > 1 else None)
+def _fused(q, k, v, scale, sinks=None):
+    """The host's fused kernel for L queries at the end of N keys, causal: [B, Hq, L, D]; sinks: logits [Hq]."""
+    mask = "causal" if q.shape[2] > 1 else None
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
