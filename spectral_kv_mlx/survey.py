@@ -15,7 +15,6 @@ from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
 from spectral_kv_core.codecs.exact import ExactPlan
 from spectral_kv_core.errors import UsageError, first_line
@@ -125,19 +124,19 @@ def _argued(model) -> Survey:
 
 def _key(model) -> tuple:
     """What a survey depends on: weights are no part of it."""
-    sizes = tuple((name, p.shape, str(p.dtype)) for name, p in tree_flatten(model.parameters()))
-    parts = tuple(_told(part) for layer in model.layers if layer is not None for _, part in layer.named_modules())
+    parts = hash(tuple(_told(part) for layer in model.layers for part in places.parts_of(layer)))
     modules, caches = frozenset(places.attention_modules(model)), tuple(map(type, host_layers(model)))
-    return type(model), repr(getattr(model, "args", None)), hash(sizes), hash(parts), modules, caches
+    return type(model), repr(getattr(model, "args", None)), parts, modules, caches
 
 
 def _told(part) -> tuple:
-    """The code of a part of a model, and its numbers and functions."""
+    """The code of a part of a model, its numbers and functions, and the sizes of its arrays."""
     call = type(part).__call__
-    held = ((name, getattr(x, "__code__", x)) for name, x in vars(part).items())
+    held = [(name, getattr(x, "__code__", x)) for name, x in vars(part).items()]
     simple = (int, float, str, type(_told.__code__))
-    told = frozenset((name, x) for name, x in held if isinstance(x, simple))
-    return type(part), getattr(getattr(call, "host", call), "__code__", None), told
+    told = frozenset(item for item in held if isinstance(item[1], simple))
+    sizes = tuple((name, x.shape, x.dtype.size) for name, x in part.items() if isinstance(x, mx.array))
+    return type(part), getattr(getattr(call, "host", call), "__code__", None), told, sizes
 
 
 class _Trial:
@@ -225,8 +224,8 @@ class _Trial:
             return
         kinds: dict[tuple, list[int]] = {}
         for entry in self.shape.layers:
-            parts = self.model.layers[self._decoder_layer(entry)].named_modules()
-            kinds.setdefault((layers[entry].way, *(type(part) for _, part in parts)), []).append(entry)
+            parts = places.parts_of(self.model.layers[self._decoder_layer(entry)])
+            kinds.setdefault((layers[entry].way, *map(type, parts)), []).append(entry)
         for entries in kinds.values():
             wrong = self._wrong(entries, layers)
             if wrong and layers[wrong[0]].way == CODES:
