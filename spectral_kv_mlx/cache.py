@@ -98,14 +98,14 @@ class SpectralKVCache(BatchedLayer, RoutedCache):
         held = split_layers(*held, len(self.layers))[number]
         return mx.concatenate([held[0], keys], axis=2), mx.concatenate([held[1], values], axis=2)
 
-    def attend(self, queries: mx.array, scale: float, fused, number: int = 0) -> mx.array:
+    def attend(self, queries: mx.array, scale: float, fused, sinks=None, number: int = 0) -> mx.array:
         """Attention [B, Hq, L, D] of the pending tokens of layer number `number` of the group; they enter with the last's."""
         keys, values = self.taken.pop(number)
         if not self.store.padding_groups:
             self.start(keys.shape[0])
         if self.store.begin(queries.shape[2]):
             mx.eval(self.store.arrays())  # else the decoded prompt of every layer lives until the last one
-        out = self.store.attend(queries, keys, values, scale, fused, number)
+        out = self.store.attend(queries, keys, values, scale, fused, number, sinks)
         if queries.shape[2] > LATENT_QUERIES:  # else the dense keys and values of every layer live until the last one
             mx.eval(out, self.store.arrays())
         return out
@@ -197,9 +197,9 @@ class FollowingKVCache(FollowingLayer, RoutedCache):
         """As `SpectralKVCache.update_and_fetch`."""
         return self.first.take(keys, values, self.number, self.find_route())
 
-    def attend(self, queries: mx.array, scale: float, fused) -> mx.array:
+    def attend(self, queries: mx.array, scale: float, fused, sinks=None) -> mx.array:
         """As `SpectralKVCache.attend`."""
-        return self.first.attend(queries, scale, fused, self.number)
+        return self.first.attend(queries, scale, fused, sinks, self.number)
 
     def fetch(self) -> tuple[mx.array, mx.array]:
         """As `RoutedCache.fetch`."""

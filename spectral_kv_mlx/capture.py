@@ -53,7 +53,7 @@ class CaptureCache(RoutedCache):
         """What the last call has left, for layers that attend to it too."""
         return self._fetched or (self.keys, self.values)
 
-    def attend(self, queries, scale, fused):
+    def attend(self, queries, scale, fused, sinks=None):
         """Keep the queries [B, Hq, L, D], keys and values [B, H, L, D] of one forward pass and attend as usual."""
         self.scale = scale
         return self.attend_decoded(queries, lambda q, k, v: fused(q, k, v, scale))
@@ -128,7 +128,7 @@ def capture(model, tokens: list[int], layers: Sequence[int] | None = None) -> li
 class Attended:
     """One call of a layer's attention: post-RoPE `queries` [1, Hq, L, D], `keys`, `values` [1, H, L, D] of its L new tokens.
 
-    outputs: [Hq, L, D] float32, before the output projection. mask, scale: the rest of the call.
+    outputs: [Hq, L, D] float32, before the output projection. mask, scale, sinks: the rest of the call.
     """
 
     queries: mx.array
@@ -137,6 +137,7 @@ class Attended:
     outputs: np.ndarray
     mask: mx.array | str | None
     scale: float
+    sinks: mx.array | None = None
 
 
 @contextmanager
@@ -153,7 +154,7 @@ def recorded(model, cache: list, layers: Sequence[int]) -> Iterator[dict[int, li
                 mx.eval(
                     queries, *new, out
                 )  # else they keep the whole cache alive, which is then copied to be written to
-                calls[indices[id(cache)]].append(Attended(queries, *new, to_numpy(out[0]), mask, scale))
+                calls[indices[id(cache)]].append(Attended(queries, *new, to_numpy(out[0]), mask, scale, sinks))
             return out
 
         return recording
@@ -167,7 +168,7 @@ def attend(cache: list, layer_idx: int, call: Attended) -> np.ndarray:
     layer = cache[layer_idx]
     with routing():
         keys, values = layer.update_and_fetch(call.keys, call.values)
-        out = scaled_dot_product_attention(call.queries, keys, values, layer, call.scale, call.mask)
+        out = scaled_dot_product_attention(call.queries, keys, values, layer, call.scale, call.mask, call.sinks)
     mx.eval(out, layer.arrays() if isinstance(layer, RoutedCache) else (layer.keys, layer.values))
     return to_numpy(out[0])
 

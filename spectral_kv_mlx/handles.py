@@ -12,6 +12,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from weakref import WeakValueDictionary
 
 import mlx.core as mx
@@ -60,8 +61,8 @@ class RoutedCache(_BaseCache):
     decoded: str = ""
 
     @abstractmethod
-    def attend(self, queries: mx.array, scale: float, fused: Callable) -> mx.array:
-        """Attention [B, Hq, L, D] of the pending tokens, which enter the cache."""
+    def attend(self, queries: mx.array, scale: float, fused: Callable, sinks: mx.array | None = None) -> mx.array:
+        """Attention [B, Hq, L, D] of the pending tokens, which enter the cache; sinks: logits [Hq], known to `fused`."""
 
     @abstractmethod
     def fetch(self) -> tuple[mx.array, mx.array]:
@@ -87,8 +88,8 @@ def hand_out(keys: mx.array) -> None:
 def make_dispatcher(host: Callable, fused: Callable, why_decode: Callable) -> Callable:
     """Attention function in place of `host`: pending tokens of our caches are attended by them, all else by `host`.
 
-    why_decode(mask, cache, length): why a mask asks for `host` itself, "" where `fused` has it. Sink logits and arguments
-    that are not known go there too, with the decoded cache.
+    why_decode(mask, cache, length): why a mask asks for `host` itself, "" where `fused` has it. Arguments that are not known
+    go there too, with the decoded cache.
     """
 
     def scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks=None, **others):
@@ -106,15 +107,14 @@ def make_dispatcher(host: Callable, fused: Callable, why_decode: Callable) -> Ca
                     "first: the cache is then decoded for it."
                 )
             return attend(queries, keys, values)
-        reason = " and ".join(
-            ["sink logits"] * (sinks is not None)
-            + [f"the argument {name}" for name, value in others.items() if value is not None]
-        )
+        reason = " and ".join(f"the argument {name}" for name, value in others.items() if value is not None)
         reason = reason or why_decode(mask, cache, queries.shape[2])
         if reason:
             cache.decoded = reason
             return cache.attend_decoded(queries, attend)
-        return cache.attend(queries, scale, fused)
+        if sinks is None:
+            return cache.attend(queries, scale, fused)
+        return cache.attend(queries, scale, partial(fused, sinks=sinks), sinks)
 
     return replacing(host, scaled_dot_product_attention)
 

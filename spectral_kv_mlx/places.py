@@ -32,7 +32,7 @@ def install(model, own: Collection[int] = ()) -> None:
             setattr(owner, name, make(getattr(owner, name)))
         getattr(owner, name).users[id(model)] = weakref.ref(model)
     for i, layer in enumerate(model.layers):
-        for part in _parts(layer):
+        for part in parts_of(layer):
             if i in own:
                 _unrouted[id(part)] = weakref.ref(part, partial(_forget, id(part)))
             else:
@@ -44,9 +44,18 @@ def _forget(key: int, part: weakref.ref) -> None:
         del _unrouted[key]
 
 
-def _parts(layer) -> list[nn.Module]:
-    """`layer` and all modules inside."""
-    return [] if layer is None else [part for _, part in layer.named_modules()]
+def parts_of(layer) -> list[nn.Module]:
+    """`layer` and all modules inside, in no order: every cache that is made asks, and `named_modules` takes its time."""
+    found, left = [], [layer]
+    while left:
+        x = left.pop()
+        if isinstance(x, nn.Module):
+            found.append(x)
+        if isinstance(x, dict):
+            left += x.values()
+        elif isinstance(x, (list, tuple)):
+            left += x
+    return found
 
 
 def dispatcher(host: Callable) -> Callable:
@@ -69,7 +78,7 @@ def restore(model) -> None:
         >>> cache = make_prompt_cache(model)
         >>> restore(model)
     """
-    for part in (part for layer in model.layers for part in _parts(layer)):
+    for part in (part for layer in model.layers for part in parts_of(layer)):
         _unrouted.pop(id(part), None)
     for owner, name, _ in _places(model):
         function = getattr(owner, name)
@@ -87,7 +96,7 @@ def _places(model) -> list[tuple[Any, str, Callable]]:
     """
     names = attention_modules(model)
     classes: dict[type, set[str]] = {}
-    for part in (part for layer in model.layers for part in _parts(layer)):
+    for part in (part for layer in model.layers for part in parts_of(layer)):
         bases = type(part).__mro__
         owner = next((base for base in bases if "__call__" in vars(base)), None)  # that says how `part` is called
         if owner is not None and owner.__module__ in names:
@@ -113,7 +122,7 @@ def routed(model, own: Collection[int] = ()) -> Iterator[None]:
     """Route the attention of `model` through ours for a while; own: as `install` takes it."""
     functions = [getattr(owner, name) for owner, name, _ in _places(model)]
     before = any(is_ours(function) and id(model) in function.users for function in functions)
-    known = {i for i, layer in enumerate(model.layers) if any(id(part) in _unrouted for part in _parts(layer))}
+    known = {i for i, layer in enumerate(model.layers) if any(id(part) in _unrouted for part in parts_of(layer))}
     install(model, own)
     try:
         yield
@@ -144,11 +153,12 @@ def attention_modules(model) -> set[str]:
 
 def attention_modules_of(layer: nn.Module) -> set[str]:
     """Modules of the classes in `layer` that have mlx-lm's attention, or our dispatcher, under its usual name."""
-    names = {cls.__module__ for _, module in layer.named_modules() for cls in type(module).__mro__}
+    names = {cls.__module__ for kind in set(map(type, parts_of(layer))) for cls in kind.__mro__}
     found = {name: getattr(sys.modules.get(name), ATTENTION, None) for name in names if name != base.__name__}
     return {name for name, f in found.items() if f is base.scaled_dot_product_attention or is_ours(f)}
 
 
-def _fused(q, k, v, scale):
-    """The host's fused kernel for L queries at the end of N keys, causal: [B, Hq, L, D]."""
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal" if q.shape[2] > 1 else None)
+def _fused(q, k, v, scale, sinks=None):
+    """The host's fused kernel for L queries at the end of N keys, causal: [B, Hq, L, D]; sinks: logits [Hq]."""
+    mask = "causal" if q.shape[2] > 1 else None
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)

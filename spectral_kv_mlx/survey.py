@@ -8,13 +8,13 @@ afterwards as it was.
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
 from spectral_kv_core.codecs.exact import ExactPlan
 from spectral_kv_core.errors import UsageError, first_line
@@ -31,6 +31,7 @@ from .trace import Trace
 LOOKED_AT = 9  # tokens of the call that is looked at
 PIECES = (33, 20, 1, 1, 9)  # tokens of the calls that are compared: all but the first attend to sealed ones
 SAME = {mx.float32: 1e-3, mx.float16: 0.02, mx.bfloat16: 0.08}  # share of the logits' spread by which they may differ
+RUNS = 16  # of the model, at most, for layers that are alike, to find those that differ from the host's
 OWN = "attention code of its own"
 
 
@@ -55,6 +56,7 @@ class Survey:
 
 
 _surveys: dict[tuple, Survey] = {}
+_untried: dict[int, tuple[weakref.ref, Survey]] = {}  # by id, models that could not be tried
 
 
 def survey(model) -> list[LayerSurvey]:
@@ -94,16 +96,23 @@ def install(model) -> None:
 def known(model) -> Survey:
     """The survey of `model`, made now where no model like it was seen yet."""
     key = _key(model)
-    if key not in _surveys:
-        try:
-            _surveys[key] = _surveyed(model)
-        except Exception as error:  # whatever a model raises that needs other inputs than tokens
-            warnings.warn(
-                f"No trial run of this model was possible ({first_line(error) or type(error).__name__}). Its layers are "
-                "taken from its arguments.",
-                stacklevel=2,
-            )
-            _surveys[key] = _argued(model)
+    if key in _surveys:
+        return _surveys[key]
+    of, found = _untried.get(id(model), (None, None))
+    if of is not None and of() is model:
+        return found
+    try:
+        _surveys[key] = _Trial(model).result()
+    except Exception as error:  # whatever a model raises that needs other inputs than tokens
+        warnings.warn(
+            f"No trial run of this model was possible: {first_line(error) or type(error).__name__}. Its layers are taken "
+            "from its arguments.",
+            stacklevel=2,
+        )
+        found = _argued(model)
+        number = id(model)
+        _untried[number] = weakref.ref(model, lambda _: _untried.pop(number, None)), found
+        return found
     return _surveys[key]
 
 
@@ -120,20 +129,19 @@ def _argued(model) -> Survey:
 
 def _key(model) -> tuple:
     """What a survey depends on: weights are no part of it."""
-    sizes = tuple((name, p.shape, str(p.dtype)) for name, p in tree_flatten(model.parameters()))
-    kinds = {type(part) for layer in model.layers if layer is not None for _, part in layer.named_modules()}
-    code = {_code(getattr(kind.__call__, "host", kind.__call__)) for kind in kinds if "__call__" in dir(kind)}
-    modules = places.attention_modules(model)
-    caches = tuple(type(cache).__name__ for cache in host_layers(model))
-    return type(model), repr(getattr(model, "args", None)), hash(sizes), frozenset(code), frozenset(modules), caches
+    parts = hash(tuple(_told(part) for layer in model.layers for part in places.parts_of(layer)))
+    modules, caches = frozenset(places.attention_modules(model)), tuple(map(type, host_layers(model)))
+    return type(model), repr(getattr(model, "args", None)), parts, modules, caches
 
 
-def _code(function):
-    return getattr(function, "__code__", function)
-
-
-def _surveyed(model) -> Survey:
-    return _Trial(model).result()
+def _told(part) -> tuple:
+    """The code of a part of a model, its numbers and functions, and the sizes of its arrays."""
+    call = type(part).__call__
+    held = [(name, getattr(x, "__code__", x)) for name, x in vars(part).items()]
+    simple = (int, float, str, type(_told.__code__))
+    told = frozenset(item for item in held if isinstance(item[1], simple))
+    sizes = tuple((name, x.shape, x.dtype.size) for name, x in part.items() if isinstance(x, mx.array))
+    return type(part), getattr(getattr(call, "host", call), "__code__", None), told, sizes
 
 
 class _Trial:
@@ -158,8 +166,9 @@ class _Trial:
         layers = [self._seen(entry) for entry in range(len(self.caches))]
         shape, passed = surveyed_shape(0, layers)
         layers = [replace(x, way=PASSED, reason=passed[i]) if i in passed else x for i, x in enumerate(layers)]
+        self.shape = shape
         if shape.layers:
-            self._try(shape, layers)
+            self._try(layers)
         if not self.layer_of:  # else entries have numbers of their own
             layers += [self._without_cache(i) for i in range(len(layers), len(self.model.layers))]
         shared = frozenset(entry for entry in range(len(self.caches)) if self._is_shared(entry))
@@ -211,34 +220,37 @@ class _Trial:
             return LayerSurvey(PASSED, f"the keys and values of layer {self._decoder_layer(min(sources))}")
         return LayerSurvey(PASSED, "no cache")
 
-    def _try(self, shape: ModelShape, layers: list[LayerSurvey]) -> None:
+    def _try(self, layers: list[LayerSurvey]) -> None:
         """Compare compressed caches with the host's own; write into `layers` and `own` what comes of it."""
         self.expected = self._logits(host_layers(self.model))
         if not np.isfinite(self.expected).all():
-            raise ValueError("its logits are not finite")
-        self.shape = shape
-        if self._is_same(shape.layers, layers):
+            raise UsageError("its logits are not finite")
+        if self._is_same(self.shape.layers, layers):
             return
         kinds: dict[tuple, list[int]] = {}
-        for entry in shape.layers:
-            kind = type(self.model.layers[self._decoder_layer(entry)]), layers[entry].way, self._is_shared(entry)
-            kinds.setdefault(kind, []).append(entry)
-        for (_, way, shared), entries in kinds.items():
-            if self._is_same(entries, layers):
-                continue
-            if way == CODES:
-                self.own.update(entries)
-                for entry in entries:
-                    reason = "other layers attend to its keys" if shared else OWN
+        for entry in self.shape.layers:
+            parts = places.parts_of(self.model.layers[self._decoder_layer(entry)])
+            kinds.setdefault((layers[entry].way, *map(type, parts)), []).append(entry)
+        for entries in kinds.values():
+            wrong = self._wrong(entries, layers)
+            if wrong and layers[wrong[0]].way == CODES:
+                self.own.update(wrong)
+                for entry in wrong:
+                    reason = "other layers attend to its keys" if self._is_shared(entry) else OWN
                     layers[entry] = replace(layers[entry], way=DECODED, reason=reason)
-                if self._is_same(entries, layers):
-                    continue
-            for entry in entries:
-                if not self._is_same([entry], layers):
-                    self.own.discard(entry)
-                    layers[entry] = replace(
-                        layers[entry], way=PASSED, reason="a compressed cache changes what it gives"
-                    )
+                wrong = self._wrong(wrong, layers)
+            self.own.difference_update(wrong)
+            for entry in wrong:
+                layers[entry] = replace(layers[entry], way=PASSED, reason="a compressed cache changes what it gives")
+
+    def _wrong(self, entries: list[int], layers: list[LayerSurvey], runs: int = RUNS) -> list[int]:
+        """Those of `entries`, which are alike, that change the logits; all of them where it takes too many runs to tell."""
+        if self._is_same(entries, layers):
+            return []
+        if len(entries) == 1 or runs < 2:
+            return entries
+        half = len(entries) // 2
+        return [x for part in (entries[:half], entries[half:]) for x in self._wrong(part, layers, runs // 2)]
 
     def _is_shared(self, entry: int) -> bool:
         """Whether other layers attend to what the layer of `entry` keeps."""

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from itertools import pairwise
 
 import mlx.core as mx
-import numpy as np
-from family_rows import PIECES, Row, divergence, row_of
 from mlx.utils import tree_map
 
-from spectral_kv_core.codecs.exact import ExactPlan
-from spectral_kv_core.errors import UsageError
-from spectral_kv_mlx import make_prompt_cache, restore
-from spectral_kv_mlx.cache import SpectralKVCache
-from spectral_kv_mlx.generation import plain_cache
-from spectral_kv_mlx.survey import model_shape, survey
-
+VOCABULARY = 256
 SIZES = {
     "hidden_size": 256, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
-    "vocab_size": 256, "num_hidden_layers": 2, "rms_norm_eps": 1e-5, "layer_norm_eps": 1e-5, "layer_norm_epsilon": 1e-5,
+    "vocab_size": VOCABULARY, "num_hidden_layers": 2, "rms_norm_eps": 1e-5, "layer_norm_eps": 1e-5, "layer_norm_epsilon": 1e-5,
     "norm_eps": 1e-5, "norm_epsilon": 1e-5, "max_position_embeddings": 4096, "rope_theta": 1e4, "sliding_window": 8,
     "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False, "use_bias": False,
     # mixtures of experts
@@ -255,36 +246,3 @@ def tiny(name: str):
     model.update(tree_map(draw, model.parameters()))
     mx.eval(model.parameters())
     return model
-
-
-def logits(model, cache) -> np.ndarray:
-    """Logits [T, V] of a text in `PIECES`."""
-    ids = np.random.default_rng(7).integers(3, 256, sum(PIECES))
-    edges = np.cumsum((0, *PIECES))
-    parts = [model(mx.array(ids[None, a:b]), cache=cache)[0] for a, b in pairwise(edges)]
-    return np.array(mx.concatenate(parts).astype(mx.float32), np.float64)
-
-
-def row(name: str) -> Row:
-    """What is found of the family `name`."""
-    model = tiny(name)
-    layers, expected = survey(model), logits(model, plain_cache(model))
-    try:
-        identity = make_prompt_cache(model, method="identity")
-    except UsageError as error:
-        return row_of(name, layers, refused=str(error))
-    try:
-        found = [logits(model, cache) for cache in (identity, sealed_cache(model), plain_cache(model))]
-        difference = max(float(np.abs(x - expected).max()) for x in found)
-        coded = logits(model, make_prompt_cache(model, 8, method="turboquant", window=0, sinks=0))
-    finally:
-        restore(model)
-    return row_of(name, layers, difference, divergence(expected, coded))
-
-
-def sealed_cache(model) -> list:
-    """A cache that seals every token at once, without a loss."""
-    shape, cache = model_shape(model)[0], plain_cache(model)
-    for number, entry in enumerate(shape.layers):
-        cache[entry] = SpectralKVCache(ExactPlan.of(shape), number, 0, 0)
-    return cache
