@@ -101,9 +101,6 @@ def capture(model, tokens: list[int]) -> Cache:
         `keys` and `values` [1, kv_heads, T, head_dim], all after RoPE; the others are the host's own. The queries of layers
         with attention code of their own are not seen: None.
 
-    Raises:
-        UsageError: A layer gave its cache nothing.
-
     Examples:
         >>> from spectral_kv_core.hosts.demo_model import demo_model_path
         >>> from spectral_kv_torch import capture, load_model
