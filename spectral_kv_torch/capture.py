@@ -16,7 +16,7 @@ from spectral_kv_core.errors import UsageError
 
 from . import ops
 from .handles import ATTENTION, Pending, attention_forward
-from .integration import cache_argument, host_layers, model_shape, register, routed
+from .integration import cache_argument, device_of, host_layers, model_shape, register, routed
 
 
 class CaptureLayer(CacheLayerMixin):
@@ -266,4 +266,4 @@ def _decoder_layers(model) -> dict[int, torch.nn.Module]:
 
 
 def _batch(model, tokens: list[int]) -> torch.Tensor:
-    return torch.tensor([tokens], device=model.device)
+    return torch.tensor([tokens], device=device_of(model))
