@@ -16,7 +16,7 @@ from spectral_kv_core.errors import UsageError
 
 from . import ops
 from .handles import ATTENTION, Pending, attention_forward
-from .integration import cache_argument, host_layers, model_shape, register, routed
+from .integration import cache_argument, device_of, host_layers, model_shape, register, routed
 
 
 class CaptureLayer(CacheLayerMixin):
@@ -100,9 +100,6 @@ def capture(model, tokens: list[int], layers: Sequence[int] | None = None) -> Ca
         A `Cache` of the host with one entry per layer. Those of `layers` hold `queries` [1, q_heads, T, head_dim],
         `keys` and `values` [1, kv_heads, T, head_dim], all after RoPE; the others are the host's own. The queries of layers
         with attention code of their own are not seen: None.
-
-    Raises:
-        UsageError: A layer gave its cache nothing.
 
     Examples:
         >>> from spectral_kv_core.hosts.demo_model import demo_model_path
@@ -269,4 +266,4 @@ def _decoder_layers(model) -> dict[int, torch.nn.Module]:
 
 
 def _batch(model, tokens: list[int]) -> torch.Tensor:
-    return torch.tensor([tokens], device=model.device)
+    return torch.tensor([tokens], device=device_of(model))

@@ -28,6 +28,7 @@ from .capture import attend, recorded
 from .detokenizer import text_stream
 from .integration import (
     cache_argument,
+    device_of,
     load_model,
     max_context,
     model_dtype,
@@ -208,9 +209,9 @@ def generate(
         pad_token_id=0,
         prefill_chunk_size=PREFILL_CHUNK if len(prompt) > PREFILL_CHUNK else None,
     )
-    batch = torch.tensor([prompt], device=model.device)
+    batch = torch.tensor([prompt], device=device_of(model))
     # transformers takes a mask that is longer than the tokens as a sign that they are new ones only
-    mask = torch.ones((1, cache.get_seq_length() + len(prompt)), dtype=torch.long, device=model.device)
+    mask = torch.ones((1, cache.get_seq_length() + len(prompt)), dtype=torch.long, device=device_of(model))
     given = cache_argument(model, cache)
     model.generate(batch, attention_mask=mask, generation_config=config, streamer=clock, **given)
     return Generated(clock.tokens, clock.times)
@@ -219,7 +220,7 @@ def generate(
 @torch.inference_mode()
 def feed(model, tokens: list[int], cache: Cache, keep: int = 1) -> np.ndarray:
     """Logits [keep, vocabulary] float32 of the last `keep` (at least 1) of `tokens`, which enter `cache` in one call."""
-    batch = torch.tensor([tokens], device=model.device)
+    batch = torch.tensor([tokens], device=device_of(model))
     given = cache_argument(model, cache)
     return to_numpy(model(batch, use_cache=True, logits_to_keep=keep, **given).logits[0, -keep:])
 

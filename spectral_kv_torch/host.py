@@ -26,13 +26,13 @@ def profile_for(model, method, profile=None, tokenizer=None, windows: bool = Fal
 def install(model) -> None:
     """`integration.install`, and kernels that are built before anything is timed."""
     integration.install(model)
-    prepare(model.device)
+    prepare(device(model))
 
 
 def device(model=None) -> torch.device:
     """Where tensors for `model` go; without a model, those for one that is loaded now."""
     if model is not None:
-        return model.device
+        return integration.device_of(model)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -361,6 +361,15 @@ def _quantization(quantize: str | None) -> dict:
     return {"quantization_config": BitsAndBytesConfig(**bits), "device_map": {"": 0}}
 
 
+def device_of(model) -> torch.device:
+    """Where `model` runs, which is not where weights are that wait elsewhere until they are used."""
+    if model.device.type != "meta":
+        return model.device
+    hook = getattr(model, "_hf_hook", None)  # of accelerate
+    at = getattr(hook, "execution_device", None)
+    return torch.device("cpu" if at is None else at)
+
+
 def model_dtype(model) -> np.dtype | torch.dtype:
     """Dtype in which the model keeps keys and values."""
     return model.dtype
