@@ -15,7 +15,7 @@ from hosts import TEXT, ByteTokenizer
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from mlx_lm.models import base
-from mlx_lm.models.cache import ArraysCache, QuantizedKVCache, RotatingKVCache, trim_prompt_cache
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, QuantizedKVCache, RotatingKVCache, trim_prompt_cache
 from mlx_models import hybrid, make_model
 
 import spectral_kv_mlx
@@ -179,7 +179,7 @@ def arrays(cache) -> list:
 
 def foreign_layers() -> list:
     """Layers of the host that no file can hold."""
-    return [ArraysCache(2), QuantizedKVCache(), RotatingKVCache(16, keep=4)]
+    return [CacheList(ArraysCache(2), KVCache()), QuantizedKVCache(), RotatingKVCache(16, keep=4)]
 
 
 def tune(of) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hosts import SMALL, buffers_of, tokens
+
+from spectral_kv_core.cache.prompt_cache_file import FORMAT, PromptFile
+from spectral_kv_core.errors import UsageError
 
 HYBRIDS = ("qwen3_next", "qwen3_5", "jamba", "falcon_h1")
 TURBO = {"method": "turboquant", "bits": 4.0}
@@ -70,3 +74,64 @@ def test_what_layers_share_counts_once(host):
     layers = host.layers(cache)
     layers[1].keys = layers[0].keys
     assert int(host.cache_nbytes(cache)) == int(size) - host.backend.host.buffers([layers[0].keys]).popitem()[1]
+
+
+@pytest.mark.parametrize("name", HYBRIDS[:3])
+@pytest.mark.parametrize("compressed", [True, False], ids=["compressed", "plain"])
+def test_a_stored_hybrid_goes_on_as_if_nothing_had_been_saved(host, tmp_path, name, compressed):
+    model = host.hybrid(name)
+    cache = host.make_prompt_cache(model, **TURBO, **SMALL) if compressed else host.plain_cache(model)
+    size = read(host, model, cache)
+    path = host.save_prompt_cache(tmp_path / "c", cache, [*tokens(150), 7], model=model)
+    file = PromptFile.load(path)
+    assert file.bytes_by_kind()["state"] == size.by_kind["state"] > 0
+    assert file.size().dense_nbytes == size.dense_nbytes and file.size().exact_tokens >= size.exact_tokens
+    loaded, told = host.load_prompt_cache(path, model)
+    assert told == [*tokens(150), 7]
+    for _ in range(2):
+        got, expected = (host.logits(model, tokens(3, seed=5), one) for one in (loaded, cache))
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_a_half_precision_state_keeps_its_bits(host, tmp_path):
+    model = host.cast(host.hybrid.__wrapped__("qwen3_next"), "bfloat16")
+    cache = host.plain_cache(model)
+    read(host, model, cache)
+    loaded, _ = host.load_prompt_cache(host.save_prompt_cache(tmp_path / "c", cache, model=model), model)
+    states = [
+        [x for layer in host.layers(one) if not host.is_compressed(layer) for x in states_of(host, layer)]
+        for one in (cache, loaded)
+    ]
+    for a, b in zip(*states, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(host.ops.to_numpy(a), host.ops.to_numpy(b))
+    assert {host.dtype_of(x) for x in states[0]} == {"bfloat16", "float32"}
+
+
+def states_of(host, layer) -> list:
+    return host.backend.host.held(layer)[0].get("state", [])
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda layer: layer["states"].update({"../x": ["float32", [1]]}), "every state"),
+    (lambda layer: layer["states"].update({"y": ["float64", [1]]}), "every state"),
+    (lambda layer: layer["states"].update({"y": ["float32", [-1]]}), "every state"),
+    (lambda layer: layer["states"].update({"y": ["float32", [1]]}), "received|has nothing|layers/0/y"),
+    (lambda layer: layer.update(host="another"), "states of another"),
+    (lambda layer: layer.update(host=3), "host"),
+])  # fmt: skip
+def test_altered_states_are_refused(host, tmp_path, change, message):
+    model = host.hybrid("jamba")
+    cache = host.make_prompt_cache(model, **TURBO, **SMALL)
+    read(host, model, cache)
+    path = host.save_prompt_cache(tmp_path / "c", cache, model=model)
+    arrays, header = FORMAT.load(path)
+    change(header["layers"][0])
+    FORMAT.save(path, arrays, {key: x for key, x in header.items() if key not in ("format", "version", "sha256")})
+    with pytest.raises(UsageError, match=message):
+        host.load_prompt_cache(path, model)
+
+
+def test_a_layer_that_no_file_can_have_is_named_in_words(host):
+    with pytest.raises(UsageError, match="(?i)attention and full attention|cache list"):
+        host.backend.host.models.exact_layer(host.layers(host.plain_cache(host.hybrid("falcon_h1")))[0])

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from hosts import ByteTokenizer
 from torch_models import TEXT, hybrid, model_and_profile, tiny_model
-from transformers.cache_utils import LinearAttentionLayer
+from transformers.cache_utils import LinearAttentionAndFullAttentionLayer, StaticLayer
 from transformers.modeling_utils import AttentionInterface
 
 from spectral_kv_core.cache import compressed_layer
@@ -170,7 +170,7 @@ def arrays(cache) -> list:
 
 def foreign_layers() -> list:
     """Layers of the host that no file can hold."""
-    return [LinearAttentionLayer()]
+    return [LinearAttentionAndFullAttentionLayer(), StaticLayer(64)]
 
 
 def tune(of) -> None:

@@ -16,9 +16,10 @@ from ..planning.plan import Plan
 from ..profile.profile import Profile
 from . import prompt_cache_file
 from .compressed_layer import is_compressed, leading_layers
+from .file_layers import ExactLayer
 from .layer_cache import LayerCache
 from .model_cache import fill, layer_contents
-from .prompt_cache_file import ExactLayer, PromptFile, encode_within
+from .prompt_cache_file import PromptFile, encode_within
 from .sliding_window import WindowLayer
 
 

@@ -74,7 +74,7 @@ class Models(Protocol):
         """The host's own cache made of `layers`."""
 
     def exact_layer(self, layer) -> ExactLayer:
-        """What a layer of the host's own holds; raises ValueError for a kind that is no list of keys and values."""
+        """What a layer of the host's own holds, or a `StateLayer`; raises ValueError for a kind that no file can have."""
 
     def set_exact_layer(self, layer, held: ExactLayer) -> None:
         """Let an empty layer of the host's own hold the arrays of `held`; raises ValueError when they are too few."""
