@@ -9,8 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -32,10 +31,12 @@ from spectral_kv_core.cli.output import in_options
 from spectral_kv_core.errors import UsageError, first_line
 from spectral_kv_core.profile.profile import Profile
 
+from . import server
 from .generation import build_cache, cache_nbytes
 from .integration import config_corrections
 from .limits import OURS
 from .prompt_cache import load_prompt_cache, save_prompt_cache
+from .server import replaced
 
 COMMANDS = ("generate", "chat", "server", "cache_prompt")
 
@@ -51,16 +52,6 @@ def run(name: str, arguments: list[str]) -> None:
     except UsageError as error:
         raise UsageError(in_options(str(error), command.args)) from error
     command.tell()
-
-
-@contextmanager
-def replaced(places: dict[tuple[Any, str], Any]) -> Iterator[None]:
-    """Put values in `places`, by owner and name, for a while."""
-    with ExitStack() as stack:
-        for (owner, name), value in places.items():
-            stack.callback(setattr, owner, name, getattr(owner, name))
-            setattr(owner, name, value)
-        yield
 
 
 class Command:
@@ -106,8 +97,6 @@ class Command:
             found[module, "generate_step"] = partial(self.read, module.generate_step)
             found[module, "save_prompt_cache"] = self.save
         if self.name == "server":
-            from . import server
-
             found |= server.places(module)
         return found
 

@@ -33,10 +33,10 @@ def command_modules() -> tuple[ModuleType | HostCommands, ...]:
 
     They are imported here, where `main` waits for Ctrl-C: what they need takes a while to load.
     """
-    from . import bench, cache_prompt, chat, evaluate, fit, generate, inspect, methods, plot, profile, report
+    from . import bench, cache_prompt, chat, evaluate, fit, generate, inspect, methods, plot, profile, report, serve
     from .host_commands import host_commands
 
-    own = profile, generate, chat, cache_prompt, evaluate, bench, inspect, methods, fit, plot, report
+    own = profile, generate, chat, serve, cache_prompt, evaluate, bench, inspect, methods, fit, plot, report
     return *own, *host_commands()
 
 

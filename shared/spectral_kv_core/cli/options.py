@@ -59,11 +59,12 @@ def add_profile_option(parser: Any) -> None:
     )
 
 
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """Add how tokens are chosen."""
+def add_sampling_options(parser: argparse.ArgumentParser, seed: bool = True) -> None:
+    """Add how tokens are chosen; without `seed` where every request says its own."""
     parser.add_argument("--temperature", type=float, default=0.0, help="0 for the most likely token (default 0)")
     parser.add_argument("--top-p", type=float, default=1.0, help="share of the probability to draw from (default 1)")
-    parser.add_argument("--seed", type=int, help="of what is drawn (default: another one every time)")
+    if seed:
+        parser.add_argument("--seed", type=int, help="of what is drawn (default: another one every time)")
 
 
 def model_path(name: str) -> str:

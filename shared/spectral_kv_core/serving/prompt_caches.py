@@ -30,17 +30,21 @@ class PromptCaches:
     def begin(self, prompt: Sequence[int]) -> Conversation:
         """A conversation for `prompt`: one that goes on from the stored one with the most tokens in common, or a new one.
 
-        The stored one stays as it is where there is room for both.
+        The stored one stays as it is where there is room for both. Where there is none, it is gone on from itself, if at
+        least half of it is in common.
         """
         found = max(self.stored, key=lambda held: common_prefix(held.tokens, prompt), default=None)
-        if found is None or not common_prefix(found.tokens, prompt):
+        common = common_prefix(found.tokens, prompt) if found is not None else 0
+        if found is None or not common:
             held = Conversation(self.speaker, self.speaker.new_cache())
-        else:
+        elif self.most_nbytes + found.most_nbytes <= self.limit:
+            self.stored = [*(other for other in self.stored if other is not found), found]
+            held = Conversation(self.speaker, copy.deepcopy(found.cache), list(found.tokens))
+        elif 2 * common >= len(found.tokens):
             self.stored.remove(found)
-            if self.most_nbytes + 2 * found.most_nbytes <= self.limit:
-                self.stored.append(found)
-                found = Conversation(self.speaker, copy.deepcopy(found.cache), list(found.tokens))
             held = found
+        else:
+            held = Conversation(self.speaker, self.speaker.new_cache())
         held.measure()
         self.active.append(held)
         return held
@@ -55,7 +59,7 @@ class PromptCaches:
         self.stored = [other for other, prefix in zip(self.stored, list(begun)) if not prefix]
         self._drop(self.limit - size)
         if size + sum(other.most_nbytes for other in self.active) <= self.limit:
-            self.stored = [*self.stored, held][-self.most :]
+            self.stored = [*self.stored, held][-self.most :] if self.most else []
 
     def room(self, held: Conversation, tokens: int) -> int:
         """How many of `tokens` more the cache of `held` may take in; stored ones are dropped for it, the oldest first."""
