@@ -80,7 +80,7 @@ def test_a_profile_of_the_windows_is_found_and_serves(host, family):
         host.logits(model, ids[:100], cache)
         errors[bits] = relative_error(host.logits(model, ids[100:], cache, 1), expected)
         assert all(layer.store.chunks for layer in windows(host, cache))
-    assert errors[8.0] < 0.05 < errors[2.0]
+    assert errors[8.0] < errors[2.0] / 3 and errors[8.0] < 0.1
 
 
 def test_copies_go_on_by_themselves(host, family):
