@@ -60,6 +60,7 @@ def make_prompt_cache(
     tiers: Sequence[tuple[float, float]] | None = None,
     rounding_scores: str | None = None,
     working_set: int = 0,
+    windows: str | None = None,
     tokenizer=None,
     left_padding: list[int] | None = None,
 ) -> list:
@@ -84,6 +85,8 @@ def make_prompt_cache(
         rounding_scores: Scorer that weighs tokens when codes are rounded, or `nearest`; the method's own unless told.
         working_set: Bytes that decoded chunks may take in all, in 16 bits, for a method that decodes its history in every
             step. They are bytes of the cache.
+        windows: Name of the method that codes layers with a sliding window, such as `spectral`, at the same bits. The host
+            attends to them decoded. Default: they keep the host's own cache.
         tokenizer: Of the model, for a calibration. Default: the one that the model came with, where it knows from where.
         left_padding: Slots of padding before every sequence of a batch. PyTorch reads them off the mask.
 
@@ -118,6 +121,7 @@ def make_prompt_cache(
         tiers=tiers,
         rounding_scores=rounding_scores,
         working_set=working_set,
+        windows=windows,
     )
     return build_cache(model, profile, request, tokenizer, left_padding)
 
@@ -125,14 +129,16 @@ def make_prompt_cache(
 def cache_nbytes(cache: list) -> CacheSize:
     """Count the bytes of every array that `cache` holds for its sequences.
 
-    The window, the sinks and the layers that pass through count too. Tables that all sequences share stand apart.
+    The window, the sinks and the layers that pass through count too, states of linear attention with them. Tables that
+    all sequences share stand apart.
 
     Args:
         cache: A cache of this backend or of the host.
 
     Returns:
         The bytes, an int with `dense_nbytes`, what the plain cache needs for the same tokens at 16 bits, with
-        `compression`, their ratio, with `bits_per_element`, and with `table_nbytes`.
+        `compression`, their ratio, with `bits_per_element`, and with `table_nbytes`. Its `by_kind` tells which bytes are
+        codes, exact tokens, sliding windows and states; `exact_tokens` how many tokens are held as they came.
 
     Examples:
         >>> from spectral_kv_core.hosts.demo_model import demo_model_path

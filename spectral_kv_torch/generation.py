@@ -28,6 +28,7 @@ from .capture import attend, recorded
 from .detokenizer import text_stream
 from .integration import (
     cache_argument,
+    device_of,
     load_model,
     max_context,
     model_dtype,
@@ -70,6 +71,7 @@ def make_prompt_cache(
     tiers: Sequence[tuple[float, float]] | None = None,
     rounding_scores: str | None = None,
     working_set: int = 0,
+    windows: str | None = None,
     tokenizer=None,
 ) -> SpectralCache:
     """Make an empty compressed cache for `model`, and let the model attend to it.
@@ -93,6 +95,8 @@ def make_prompt_cache(
         rounding_scores: Scorer that weighs tokens when codes are rounded, or `nearest`; the method's own unless told.
         working_set: Bytes that decoded chunks may take in all, in 16 bits, for a method that decodes its history in every
             step. They are bytes of the cache.
+        windows: Name of the method that codes layers with a sliding window, such as `spectral`, at the same bits. The host
+            attends to them decoded. Default: they keep the host's own cache.
         tokenizer: Of the model, for a calibration. Default: the one that the model came with, where it knows from where.
 
     Returns:
@@ -127,6 +131,7 @@ def make_prompt_cache(
         tiers=tiers,
         rounding_scores=rounding_scores,
         working_set=working_set,
+        windows=windows,
     )
     return build_cache(model, profile, request, tokenizer)
 
@@ -134,14 +139,16 @@ def make_prompt_cache(
 def cache_nbytes(cache: Cache) -> CacheSize:
     """Count the bytes of every array that `cache` holds for its sequences.
 
-    The window, the sinks and the layers that pass through count too. Tables that all sequences share stand apart.
+    The window, the sinks and the layers that pass through count too, states of linear attention with them. Tables that
+    all sequences share stand apart.
 
     Args:
         cache: A cache of this backend or of the host.
 
     Returns:
         The bytes, an int with `dense_nbytes`, what the plain cache needs for the same tokens at 16 bits, with
-        `compression`, their ratio, with `bits_per_element`, and with `table_nbytes`.
+        `compression`, their ratio, with `bits_per_element`, and with `table_nbytes`. Its `by_kind` tells which bytes are
+        codes, exact tokens, sliding windows and states; `exact_tokens` how many tokens are held as they came.
 
     Examples:
         >>> from spectral_kv_core.hosts.demo_model import demo_model_path
@@ -202,9 +209,9 @@ def generate(
         pad_token_id=0,
         prefill_chunk_size=PREFILL_CHUNK if len(prompt) > PREFILL_CHUNK else None,
     )
-    batch = torch.tensor([prompt], device=model.device)
+    batch = torch.tensor([prompt], device=device_of(model))
     # transformers takes a mask that is longer than the tokens as a sign that they are new ones only
-    mask = torch.ones((1, cache.get_seq_length() + len(prompt)), dtype=torch.long, device=model.device)
+    mask = torch.ones((1, cache.get_seq_length() + len(prompt)), dtype=torch.long, device=device_of(model))
     given = cache_argument(model, cache)
     model.generate(batch, attention_mask=mask, generation_config=config, streamer=clock, **given)
     return Generated(clock.tokens, clock.times)
@@ -213,7 +220,7 @@ def generate(
 @torch.inference_mode()
 def feed(model, tokens: list[int], cache: Cache, keep: int = 1) -> np.ndarray:
     """Logits [keep, vocabulary] float32 of the last `keep` (at least 1) of `tokens`, which enter `cache` in one call."""
-    batch = torch.tensor([tokens], device=model.device)
+    batch = torch.tensor([tokens], device=device_of(model))
     given = cache_argument(model, cache)
     return to_numpy(model(batch, use_cache=True, logits_to_keep=keep, **given).logits[0, -keep:])
 

@@ -42,6 +42,11 @@ def add_cache_options(parser: Any) -> None:
     add("--selection", choices=MODES, help=f"who keeps the same tokens (default {MODES[0]})")
     add("--evict-every", type=int, help=f"generated tokens between two rounds of dropping (default {EVERY})")
     add("--wavelet", metavar="NAME", help=f"filters of a wavelet scorer: haar, sym4, bior2.2, ... (default {WAVELET})")
+    add(
+        "--windows",
+        metavar="METHOD",
+        help="method that codes layers with a sliding window (default: the host keeps them)",
+    )
 
 
 def given_options(args: argparse.Namespace) -> list[str]:

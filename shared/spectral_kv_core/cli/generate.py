@@ -231,6 +231,8 @@ def _sizes(backend, cache) -> dict:
     return {
         "bits_per_element": size.bits_per_element,
         "cache_bytes": int(size),
+        "bytes_by_kind": size.by_kind,
+        "exact_tokens": size.exact_tokens,
         "table_bytes": size.table_nbytes,
         "dense_bytes": size.dense_nbytes,
         "compression": size.compression,
