@@ -212,6 +212,13 @@ def model_name(model) -> str:
     return paths.model_name(model.config.name_or_path) or type(model).__name__
 
 
+def survey(model) -> list[LayerSurvey]:
+    """How every layer of `model` uses its cache."""
+    from . import survey as surveys  # which makes caches, and they stand on this module
+
+    return surveys.survey(model)
+
+
 def model_shape(model) -> tuple[ModelShape, dict[int, str]]:
     """Architecture numbers of `model`, and the layers that are passed through with the reason, as `survey` sees them."""
     from . import survey  # which makes caches, and they stand on this module
@@ -338,8 +345,8 @@ def load_model(name: str | os.PathLike, dtype: str | None = None, quantize: str 
         raise FileNotFoundError(f"Expected a model directory, found nothing at {name}.")
     options = _quantization(quantize)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", trust_remote_code=False, **options)
     except OSError as error:
         raise FileNotFoundError(
             f"Expected a model directory, a hub id or demo, cannot load {name!r}: {first_line(error)}"
@@ -357,7 +364,7 @@ def load_tokenizer(model):
     """The tokenizer that `model` came with; None where its config does not say from where, or there is none."""
     name = model.config.name_or_path
     try:
-        return AutoTokenizer.from_pretrained(name) if name else None
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False) if name else None
     except (OSError, ValueError):
         return None
 

@@ -185,10 +185,12 @@ def test_a_second_turn_goes_on_from_the_cache(serving, lines):
         reused = usage.prompt_tokens_details.cached_tokens
         assert re.search(rf"\b{usage.prompt_tokens} (tokens|of them of the prompt),", line), line
         assert re.search(rf"\b{reused} (of them )?reused\b", line), line
-        stored, _, dense = re.search(r"([\d,]+) bytes, ([\d.]+) times smaller than ([\d,]+)", line).groups()
+        stored, exact, dense = re.search(
+            r"([\d,]+) bytes, ([\d,]+) of them exact, [\d.]+ times smaller than ([\d,]+)", line
+        ).groups()
         tokens = usage.total_tokens
         assert (tokens - 2) * TOKEN * 2 <= int(dense.replace(",", "")) <= tokens * TOKEN * 2
-        assert int(stored.replace(",", "")) < 4 * tokens * TOKEN
+        assert 0 < int(exact.replace(",", "")) < int(stored.replace(",", "")) < 4 * tokens * TOKEN
 
 
 def test_eight_at_a_time(serving, lines, greedy):

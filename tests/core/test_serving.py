@@ -41,7 +41,7 @@ class ToyBackend:
         return 10
 
     def cache_nbytes(self, cache) -> CacheSize:
-        return CacheSize(10 * len(cache.tokens), 0, 0)
+        return CacheSize({"codes": 10 * len(cache.tokens)}, 0.0, 0, 0)
 
     def read(self, model, tokens, cache) -> None:
         self.calls.append(len(tokens))

@@ -18,6 +18,7 @@ from ..arrays.namespace import ArrayNamespace
 
 Array = Any  # of the host's array library
 ModelShape = Any  # as all that follow, of a package that stands above this one
+LayerSurvey = Any
 Profile = Any
 Method = Any
 Plan = Any
@@ -54,6 +55,9 @@ class Models(Protocol):
 
     def window_shape(self, model) -> tuple[ModelShape, dict[int, str]]:
         """`model_shape` with the layers that have a sliding window, and no others."""
+
+    def survey(self, model) -> list[LayerSurvey]:
+        """How every layer of `model` uses its cache."""
 
     def model_dtype(self, model) -> Any:
         """Dtype in which `model` keeps keys and values."""

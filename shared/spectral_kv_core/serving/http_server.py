@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from queue import Empty
-from typing import Any
+from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
 from ..errors import UsageError
@@ -110,7 +110,7 @@ class JsonHandler(BaseHTTPRequestHandler):
 
         A page elsewhere may give its own name the address of this machine, and would then count as of the same origin.
         """
-        bound = str(self.server.server_address[0])
+        bound = str(cast(tuple, self.server.server_address)[0])
         if bound not in LOOPBACK:
             return True
         named = urlsplit(f"//{self.headers.get('Host', bound)}").hostname
