@@ -27,7 +27,7 @@ class End:
 
 @dataclass(eq=False)
 class Job:
-    """A request under way. events: pieces of text, then an `End` or a RequestError. reused: tokens that were not read again."""
+    """A request under way. events: pieces of text, then `End` or a RequestError. reused: tokens that were not read again."""
 
     asked: Completion
     prompt: list[int]
