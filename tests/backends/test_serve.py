@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import importlib
 import json
 import logging
 import re
@@ -204,8 +205,23 @@ def test_eight_at_a_time(serving, lines, greedy):
     assert len(told) == 8 and all("bytes" in line for line in told)
 
 
-def test_a_request_that_is_given_up_makes_room(serving, lines, greedy):
-    """The one after it is answered at once, where one at a time is."""
+def slowed(name: str, monkeypatch) -> None:
+    """Let every step of an answer take a while."""
+    _, backend = load_backend(name)
+    owner = importlib.import_module("mlx_lm.generate").GenerationBatch if name == "mlx" else backend
+    step = "_step" if name == "mlx" else "feed"
+    call = getattr(owner, step)
+
+    def slow(*args, **options):
+        time.sleep(0.03)
+        return call(*args, **options)
+
+    monkeypatch.setattr(owner, step, slow)
+
+
+def test_a_request_that_is_given_up_makes_room(serving, lines, greedy, name, monkeypatch):
+    """The one after it is answered at once, where one at a time is: neither a stream nor a whole answer goes on for nobody."""
+    slowed(name, monkeypatch)
     with serving(None, "identity", concurrency=1, most_tokens=800) as at:
         stream = chat(at.client, said("Whose cups?"), stream=True)
         for number, _ in enumerate(stream):
@@ -221,7 +237,9 @@ def test_a_request_that_is_given_up_makes_room(serving, lines, greedy):
         time.sleep(0.2)
         connection.sock.shutdown(socket.SHUT_RDWR)
         connection.close()
+        begun = time.monotonic()
         again = chat(at.client, said("How many?"), max_tokens=4)
+        assert time.monotonic() - begun < 10
     assert {shown(x.choices[0].message.content) for x in (answer, again)} == {greedy(said("How many?"), 4)}
 
 

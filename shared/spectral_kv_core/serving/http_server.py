@@ -220,11 +220,12 @@ class Handler(JsonHandler):
     def events(self, job: Job) -> Iterator[str | End]:
         """What the worker says, until the end; ends early where the client has gone. Raises RequestError."""
         while True:
-            try:
+            event = None
+            with suppress(Empty):
                 event = job.events.get(timeout=LOOK)
-            except Empty:
-                if self.is_gone() or not self.worker.is_alive():
-                    return
+            if self.is_gone() or not (event or self.worker.is_alive()):
+                return
+            if event is None:
                 continue
             if isinstance(event, RequestError):
                 raise event
