@@ -304,6 +304,11 @@ def test_what_is_no_request_gets_an_error_too(serving):
             assert answer.status == status, (sent[:80], answer.status, body)
             assert json.loads(body)["error"]["message"] and b"Traceback" not in body
             assert answer.getheader("Access-Control-Allow-Origin") is None
+        for sent in (b"GARBAGE\r\n\r\n", b"GET /" + b"x" * 70_000, b"BREW /v1/models HTTP/1.1\r\n\r\n"):
+            with socket.create_connection(at.address, timeout=20) as connection:
+                connection.sendall(sent + b"\r\n\r\n")
+                answer = b"".join(iter(lambda: connection.recv(4096), b""))
+            assert json.loads(answer[answer.index(b"{") :])["error"]["message"] and b"Traceback" not in answer
         for host, status in (("localhost:80", 200), ("example.com", 403)):
             connection = http.client.HTTPConnection(*at.address)
             connection.request("GET", "/health", headers={"Host": host})
