@@ -196,6 +196,9 @@ class Generation(Protocol):
     def read(self, model, tokens: list[int], cache) -> None:
         """Let `tokens` enter `cache` in one call that makes no logits."""
 
+    def can_crop(self, cache) -> bool:
+        """Whether `cache` can forget any number of its last tokens."""
+
     def crop(self, cache, tokens: int) -> bool:
         """Let `cache` forget its last `tokens`; False where it cannot, and is of no more use."""
 

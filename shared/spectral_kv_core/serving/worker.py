@@ -119,6 +119,8 @@ class Worker(threading.Thread):
                     job.ended = "cancelled"
                     return
                 if isinstance(event, int):
+                    if not job.generated:  # the cache holds the prompt and nothing else
+                        self.caches.keep(held)
                     self._take(job, text, event)
                 elif event is Event.FULL and job.generated:
                     job.ended = "length"
