@@ -95,7 +95,8 @@ class Trace:
             changed = [WORDS.get(name, f"the argument {name}") for name in changed_scores(module, kwargs)]
             if not changed and is_decoded(module, kwargs):
                 changed.append("scores of its own kind")
-            if attention_mask is not None and left_padding(attention_mask, query.shape[2]) is None:
+            seen = attention_mask is not None and not attention_mask.is_meta
+            if seen and left_padding(attention_mask, query.shape[2]) is None:
                 changed.append("a mask that is not causal")
             self.calls[layer].append(Call(query.shape[1], source, " and ".join(changed)))
         return attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -130,12 +131,12 @@ def _key(model) -> tuple:
 
 def _surveyed(model) -> tuple[list[LayerSurvey], bool]:
     """`survey`, and whether it was seen: read from the configuration where the model cannot be called here."""
-    if model.device.type == "meta":
-        return integration.read_layers(model), False
     try:
         with _untouched(model):
-            return _tried(model)
+            return _tried(model) if model.device.type != "meta" else _without_memory(model)
     except Exception as error:  # whatever a model raises that needs other inputs
+        if model.device.type == "meta":  # and what a number decides, such as which experts take a token
+            return integration.read_layers(model), False
         if _runs_alone(model):
             return [LayerSurvey(PASSED, OWN_KIND)] * len(integration.host_layers(model)), True
         warn_once(
@@ -176,6 +177,15 @@ def _tried(model) -> tuple[list[LayerSurvey], bool]:
             if not _is_same(model, replace(shape, layers=(i,)), expected):
                 layers[i] = replace(layers[i], way=PASSED, reason="attention that a compressed cache changes")
     return layers, True
+
+
+def _without_memory(model) -> tuple[list[LayerSurvey], bool]:
+    """The sizes of a model whose weights are a shape and a dtype: what can be seen without a number."""
+    rope = integration.read_rope(model)
+    for module in model.modules():
+        module._buffers.update({name: x.to("meta") for name, x in module._buffers.items() if x is not None})
+    trace = _traced(model)
+    return [_layer(model, i, layer, trace, rope) for i, layer in enumerate(integration.host_layers(model))], True
 
 
 def _layer(model, i: int, layer, trace: Trace, rope: Rope | None) -> LayerSurvey:
