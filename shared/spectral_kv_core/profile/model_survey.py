@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..arrays.rope import Rope
 from .model_shape import ModelShape
 
+SLIDING_WINDOW = "sliding window"  # the reason of layers that see their last tokens only
 CODES, DECODED, PASSED = "as codes", "decoded", "passed through"
 WAYS = (CODES, DECODED, PASSED)
 
@@ -26,7 +27,7 @@ class LayerSurvey:
     reason: Why it is not attended as codes, in words; "" where it is.
     q_heads, kv_heads, key_dim, value_dim: Of the keys and values that the layer gave its cache; 0 where it gave none.
     rope: How its keys are rotated; None for keys that carry no position.
-    limit: What changes beyond a number of tokens, in words; "" where nothing was seen to.
+    limit: What is otherwise at larger positions than were tried, or was not seen; "" where nothing is known to be.
     """
 
     way: str
@@ -69,11 +70,19 @@ def surveyed_shape(
     form = q_heads, kv_heads, key_dim, value_dim = forms.most_common(1)[0][0]
     for i, layer in enumerate(layers):
         if i not in passed and layer.form != form:
-            own = f"{layer.kv_heads} KV heads of {layer.key_dim} channels"
-            passed[i] = f"{own} where most layers have {kv_heads} of {key_dim}"
+            alike = layer.form[1:] == form[1:]
+            mine = f"{layer.q_heads} query heads" if alike else f"{layer.kv_heads} KV heads of {layer.key_dim} channels"
+            passed[i] = f"{mine} where most layers have {q_heads if alike else f'{kv_heads} of {key_dim}'}"
     kept = tuple(i for i in range(len(layers)) if i not in passed)
     rope = Counter(layers[i].rope for i in kept).most_common(1)[0][0]
     others = tuple((i, layers[i].rope) for i in kept if layers[i].rope != rope)
     widths = None if key_dim == value_dim else (key_dim, value_dim)
     head_dim = max(key_dim, value_dim)
     return ModelShape(len(layers), hidden_size, q_heads, kv_heads, head_dim, kept, rope, others, widths), passed
+
+
+def surveyed_windows(hidden_size: int, layers: Sequence[LayerSurvey]) -> tuple[ModelShape, dict[int, str]]:
+    """`surveyed_shape` of the layers with a sliding window, and of no others."""
+    other = LayerSurvey(PASSED, "no sliding window")
+    windows = [replace(x, way=CODES, reason="") if x.reason == SLIDING_WINDOW else other for x in layers]
+    return surveyed_shape(hidden_size, windows)
