@@ -120,7 +120,11 @@ def survey(model) -> list[LayerSurvey]:
 
 def model_shape(model) -> tuple[ModelShape, dict[int, str]]:
     """Architecture numbers of `model`, and the layers that are passed through with the reason."""
-    return surveyed_shape(text_config(model).hidden_size, survey(model), widens=True)
+    config = text_config(model)
+    shape, passed = surveyed_shape(config.hidden_size, survey(model), widens=True)
+    return replace(
+        shape, num_layers=max(shape.num_layers, config.num_hidden_layers)
+    ), passed  # some share all they have
 
 
 def window_shape(model) -> tuple[ModelShape, dict[int, str]]:
@@ -132,8 +136,17 @@ def _key(model) -> tuple:
     """What a survey depends on: weights are not part of it."""
     attention = {type(m) for m in model.modules() if hasattr(m, "layer_idx") or "attention" in type(m).__name__.lower()}
     code = sorted(f"{kind.__module__}.{kind.__qualname__}" for kind in attention)
+    names = [str(getattr(name, "before", name)) for _, name in routing.routes(model)]
     config = model.config
-    return type(model), str(config), tuple(code), str(model.dtype), device_of(model).type, _has_memory(model)
+    return (
+        type(model),
+        str(config),
+        tuple(code),
+        tuple(names),
+        str(model.dtype),
+        device_of(model).type,
+        _has_memory(model),
+    )
 
 
 def _surveyed(model) -> tuple[list[LayerSurvey], bool]:
