@@ -20,7 +20,7 @@ import torch
 import transformers
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 from transformers.modeling_outputs import MoEModelOutput
-from transformers.modeling_utils import AttentionInterface
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from spectral_kv_core.arrays.rope import Rope
 from spectral_kv_core.arrays.rope_fit import SHIFTS, fit_rope, is_rotated_by
@@ -109,6 +109,7 @@ _surveys: dict[tuple, list[LayerSurvey]] = {}
 
 def survey(model) -> list[LayerSurvey]:
     """How every layer of `model` uses its cache, tried out once per class, configuration and attention code."""
+    model = _unwrapped(model)
     key = _key(model)
     if key not in _surveys:
         found, is_seen = _surveyed(model)
@@ -130,6 +131,11 @@ def model_shape(model) -> tuple[ModelShape, dict[int, str]]:
 def window_shape(model) -> tuple[ModelShape, dict[int, str]]:
     """`model_shape` of the layers with a sliding window, and of no others."""
     return surveyed_windows(text_config(model).hidden_size, survey(model))
+
+
+def _unwrapped(model):
+    """The model of transformers inside of one that is compiled, or that has adapters around it."""
+    return next((part for part in model.modules() if isinstance(part, PreTrainedModel)), model)
 
 
 def _key(model) -> tuple:
@@ -400,7 +406,8 @@ def _untouched(model) -> Iterator[None]:
     devices = [_device(model)] if _device(model).type == "cuda" else []
     verbosity = transformers.logging.get_verbosity()
     try:
-        with torch.random.fork_rng(devices), torch.no_grad(), warnings.catch_warnings():
+        eager = torch.compiler.set_stance("force_eager")  # nothing is compiled for the sizes of a trial
+        with torch.random.fork_rng(devices), torch.no_grad(), warnings.catch_warnings(), eager:
             warnings.simplefilter("ignore")
             transformers.logging.set_verbosity(logging.CRITICAL)
             routing.restore(model)

@@ -89,6 +89,15 @@ def test_a_model_is_tried_out_once(monkeypatch):
     assert len(calls) == len(CONFIGS)
 
 
+def test_what_stands_around_a_model_is_not_tried_out(monkeypatch):
+    """A compiler would compile for every size of a trial."""
+    compiled = torch.compile(tiny_model("llama"), backend=lambda graph, inputs: pytest.fail("compiled"))
+    assert survey.survey(compiled) is survey.survey(tiny_model("llama"))
+    model = tiny_model("qwen3")
+    model.compile(backend=lambda graph, inputs: pytest.fail("compiled"))
+    assert [layer.way for layer in survey.survey(model)] == 3 * [CODES]
+
+
 def test_weights_that_give_no_number_are_tried_again():
     """What is seen of a broken model says nothing of the next one of its kind."""
     model = tiny_model("llama")
