@@ -25,7 +25,7 @@ from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from spectral_kv_core.arrays.rope import Rope
 from spectral_kv_core.arrays.rope_fit import SHIFTS, fit_rope, is_rotated_by
 from spectral_kv_core.codecs.exact import ExactPlan
-from spectral_kv_core.errors import first_line
+from spectral_kv_core.errors import UsageError, first_line
 from spectral_kv_core.profile.model_shape import ModelShape
 from spectral_kv_core.profile.model_survey import CODES, DECODED, PASSED, LayerSurvey, surveyed_shape, surveyed_windows
 from spectral_kv_core.profile.store import warn_once
@@ -120,9 +120,17 @@ def survey(model) -> list[LayerSurvey]:
 
 
 def model_shape(model) -> tuple[ModelShape, dict[int, str]]:
-    """Architecture numbers of `model`, and the layers that are passed through with the reason."""
-    config = text_config(model)
-    shape, passed = surveyed_shape(config.hidden_size, survey(model), widens=True)
+    """Architecture numbers of `model`, and the layers that are passed through with the reason.
+
+    Raises UsageError for a model without attention.
+    """
+    config, layers = text_config(model), survey(model)
+    if not any(layer.kv_heads or layer.reason == OWN_KIND for layer in layers):
+        raise UsageError(
+            f"Expected a model with attention, received a {type(_unwrapped(model)).__name__}, which has none: it keeps states "
+            "of one size and no cache that grows. Use it as it is."
+        )
+    shape, passed = surveyed_shape(config.hidden_size, layers, widens=True)
     return replace(
         shape, num_layers=max(shape.num_layers, config.num_hidden_layers)
     ), passed  # some share all they have
