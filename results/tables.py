@@ -155,8 +155,8 @@ def outliers(name: str) -> str:
     for row in (row for row in rows(name) if "beside" in row):
         prose, affine = row["beside"]["prose"], row["beside"]["affine"]
         short = [x for x in (prose, affine) if x["cache_bytes"] < row["cache_bytes"]]
-        cells = [row["text"], f"{row['bits']:g}", f"{row['cache_bytes'] / 1e6:.2f}", f"{row['kl']:.4f}"]
-        cells += [f"{x['kl']:.4f} ({x['bits']:g}{' at most' if x in short else ''})" for x in (prose, affine)]
+        cells = [row["text"], f"{row['bits']:g}", f"{row['cache_bytes'] / 1e6:.2f}", f"{row['kl']:.5f}"]
+        cells += [f"{x['kl']:.5f} ({x['bits']:g}{' at most' if x in short else ''})" for x in (prose, affine)]
         missed = ["prose"] * (row["kl"] > TIMES * prose["kl"]) + ["affine"] * (row["kl"] > affine["kl"])
         body.append([*cells, f"{row['exact_tokens']:.0f}", " and ".join(missed) or "-"])
     head = ["text", "bits", "cache, MB", "KL", "KL of prose (bits)", "KL of `affine` (bits)", "exact tokens", "misses"]
@@ -166,9 +166,15 @@ def outliers(name: str) -> str:
 def outlier_sentence(name: str) -> str:
     """What the figures of `outliers` were made with, and what ordinary text costs."""
     result = json.loads((HERE / f"{name}.json").read_text())
-    prose = [row for row in result["rows"] if "extra_codes" in row]
-    costs = " and ".join(f"{100 * row['extra_codes']:.1f} % at {row['bits']:g} bits" for row in prose)
-    return f"Prose takes more bytes of codes than plain codes by {costs}. {provenance_line(result['provenance'])}"
+    prose = [row for row in result["rows"] if "least_bytes" in row]
+    costs = " and ".join(
+        f"{100 * (row['cache_bytes'] / row['least_bytes'] - 1):.2f} % at {row['bits']:g} bits" for row in prose
+    )
+    many = prose[0]["documents"]
+    return (
+        f"The {many} documents of prose take more bytes than the plainest of them by {costs}, in the mean.\n"
+        f"{provenance_line(result['provenance'])}"
+    )
 
 
 def _texts(name: str) -> list[str]:
