@@ -25,7 +25,9 @@ from . import host as own_host
 from . import ops
 from .cache import SpectralKVCache
 from .handles import RoutedCache, routing
-from .integration import dispatcher, exact_layer, replaced_attention
+from .host_cache import exact_layer
+from .places import dispatcher, replaced_attention
+from .survey import install
 
 __all__ = [
     "HOST_QUANTIZED", "SWEEP_BYTES", "BenchLayer", "attention_clock", "default_dtype", "device_name", "layer_reader",
@@ -137,6 +139,7 @@ def attention_clock(model, cache: list, layers: tuple[int, ...], way: str = "hos
 
         return timed
 
+    install(model)
     with replaced_attention(model, around):
         yield clock
 

@@ -6,22 +6,24 @@ import copy
 from contextlib import nullcontext
 
 import mlx.core as mx
-from mlx_lm.models.cache import ArraysCache, _BaseCache
+from mlx_lm.models.cache import ArraysCache, RotatingKVCache, _BaseCache
 
 from spectral_kv_core.cache.decoded_chunks import bytes_per_layer
 from spectral_kv_core.cache.held_arrays import host_arrays
+from spectral_kv_core.errors import UsageError
 
 from . import integration, ops
 from .cache import SpectralKVCache, put_layer_group
 from .profiler import SpectralProfiler
+from .window import SpectralWindowCache
 
 models, xp, install, copy_layer = integration, ops, integration.install, copy.deepcopy
 no_gradients = nullcontext  # MLX keeps nothing for a backward pass that nobody asked for
 
 
-def profile_for(model, method, profile=None, tokenizer=None) -> tuple:
+def profile_for(model, method, profile=None, tokenizer=None, windows: bool = False) -> tuple:
     """`ProfilerBase.profile_for`."""
-    return SpectralProfiler().profile_for(model, method, profile, tokenizer)
+    return SpectralProfiler(windows=windows).profile_for(model, method, profile, tokenizer)
 
 
 def device(model=None) -> None:
@@ -36,6 +38,15 @@ def compressed_cache(
     for layer_group in range(len(plan.layer_groups)):
         put_layer_group(layers, SpectralKVCache(plan, layer_group, sinks, window, left_padding, eviction, share))
     return layers
+
+
+def window_layer(plan, layer_group: int, layer, window: int) -> SpectralWindowCache:
+    """A layer of codes in place of `layer`, a sliding window of the host."""
+    if not isinstance(layer, RotatingKVCache) or layer.keep:
+        raise UsageError(
+            "Expected windows without left_padding, received both. Generate row by row, or leave windows out."
+        )
+    return SpectralWindowCache(plan, layer_group, layer.max_size, window)
 
 
 def layers(cache: list) -> list:

@@ -57,7 +57,8 @@ class RoutedName(str):
     def __ne__(self, other) -> bool:
         return not self == other
 
-    __hash__ = str.__hash__  # tables of transformers find what is registered as `ATTENTION`
+    def __hash__(self) -> int:
+        return hash(ATTENTION)  # tables of transformers find what is registered as that
 
 
 UNKNOWN = RoutedName()  # of a module without a configuration
@@ -66,8 +67,10 @@ UNKNOWN = RoutedName()  # of a module without a configuration
 class Pending:
     """Tokens [B, H, L, D] that `layer` took in for layer number `number` of its group, behind `slots` slots of history."""
 
-    def __init__(self, layer, keys: torch.Tensor, values: torch.Tensor, number: int = 0, slots: int = 0):
+    def __init__(self, layer, keys: torch.Tensor, values: torch.Tensor, number: int = 0, slots: int = 0, widths=None):
+        """widths: channels of keys and values as the model gave them, where zeros stand behind."""
         self.layer, self.keys, self.values, self.number, self.slots = layer, keys, values, number, slots
+        self.widths = widths or (keys.shape[3], values.shape[3])
         self._dense = None
 
     def __iter__(self):
@@ -80,7 +83,7 @@ class Pending:
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Decoded keys and values of everything up to these tokens."""
         if self._dense is None:
-            self._dense = self.layer.dense(self)
+            self._dense = tuple(x[..., :width] for x, width in zip(self.layer.dense(self), self.widths))
         return self._dense
 
 
@@ -92,7 +95,7 @@ class Handle(torch.Tensor):
 
     @staticmethod
     def make(pending: Pending, side: int, new: torch.Tensor) -> Handle:
-        shape = (*new.shape[:2], pending.slots + new.shape[2], new.shape[3])
+        shape = (*new.shape[:2], pending.slots + new.shape[2], pending.widths[side])
         handle = torch.Tensor._make_wrapper_subclass(Handle, shape, dtype=new.dtype, device=new.device)
         handle.pending, handle.side = pending, side
         return handle
@@ -151,11 +154,12 @@ class LastPadding:
 _last_padding = LastPadding()
 
 
+@torch.compiler.disable
 def attention_forward(module, query, key, value, attention_mask=None, scaling=None, **kwargs):
     """Attention function for `AttentionInterface`: our handles are attended as codes, anything else goes to the host.
 
     A mask or an argument that changes scores in another way than left padding does sends the decoded history to the
-    host's own function. Raises UsageError where there is none.
+    host's own function, and so does a call that gradients may go through. Raises UsageError where there is none.
     """
     pending, length = pending_of(key, value), query.shape[2]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -169,7 +173,7 @@ def attention_forward(module, query, key, value, attention_mask=None, scaling=No
         is_padding = padding is not None
         if padding is not None and len(padding) == 1:
             padding = padding * query.shape[0]
-    if function is None and is_padding and layer.can_attend(pending, padding):
+    if function is None and is_padding and not _wants_gradients(query, pending) and layer.can_attend(pending, padding):
 
         def fused(q, k, v, scale):
             return _fused(module, q, k, v, scale)
@@ -179,6 +183,11 @@ def attention_forward(module, query, key, value, attention_mask=None, scaling=No
     held = layer.decoded(pending, query, scale, padding)
     before = held[0].shape[2] - length
     return _by_host(function or sdpa_attention_forward, module, query, *held, attention_mask, scale, kwargs, before)
+
+
+def _wants_gradients(query: torch.Tensor, pending: Pending) -> bool:
+    """Whether somebody may go back through this attention, which our kernels know nothing of."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in (query, pending.keys, pending.values))
 
 
 def _by_host(function, module, query, key, value, mask, scale: float, kwargs: dict, before: int) -> tuple:
@@ -230,6 +239,17 @@ def _asked(module, kwargs: dict) -> tuple[set[str], bool]:
     if getattr(getattr(module, "config", None), "output_attentions", False):
         asked.add("output_attentions")
     return asked, _name(module).decode or not asked <= OF_SDPA
+
+
+def changed_scores(module, kwargs: dict) -> list[str]:
+    """Names of arguments that change scores in a way that only the host's own functions honor."""
+    return sorted(_asked(module, kwargs)[0])
+
+
+def is_decoded(module, kwargs: dict) -> bool:
+    """Whether a function of the host attends for `module`, to the decoded history."""
+    asked, own = _asked(module, kwargs)
+    return own or bool(asked)
 
 
 def _is_usual(name: str, value) -> bool:

@@ -13,25 +13,26 @@ from . import integration, ops
 from .cache import SpectralCache, storages
 from .kernels.build import prepare
 from .profiler import SpectralProfiler
+from .window import SpectralWindowLayer
 
 models, xp, buffers, no_gradients = integration, ops, storages, torch.no_grad
 
 
-def profile_for(model, method, profile=None, tokenizer=None) -> tuple:
+def profile_for(model, method, profile=None, tokenizer=None, windows: bool = False) -> tuple:
     """`ProfilerBase.profile_for`."""
-    return SpectralProfiler().profile_for(model, method, profile, tokenizer)
+    return SpectralProfiler(windows=windows).profile_for(model, method, profile, tokenizer)
 
 
 def install(model) -> None:
     """`integration.install`, and kernels that are built before anything is timed."""
     integration.install(model)
-    prepare(model.device)
+    prepare(device(model))
 
 
 def device(model=None) -> torch.device:
     """Where tensors for `model` go; without a model, those for one that is loaded now."""
     if model is not None:
-        return model.device
+        return integration.device_of(model)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -41,6 +42,11 @@ def compressed_cache(
     """A cache of `layers` in which those that `plan` codes are compressed; padding is read off the mask."""
     options = {"eviction": eviction, "working_set": working_set}
     return SpectralCache(plan=plan, layers=layers, sinks=sinks, window=window, **options)
+
+
+def window_layer(plan, layer_group: int, layer, window: int) -> SpectralWindowLayer:
+    """A layer of codes in place of `layer`, a sliding window of the host."""
+    return SpectralWindowLayer(plan, layer_group, layer.sliding_window, window)
 
 
 def layers(cache: Cache) -> list:

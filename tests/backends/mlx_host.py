@@ -36,7 +36,8 @@ from spectral_kv_mlx import (
 from spectral_kv_mlx import generation as backend
 from spectral_kv_mlx.cache import SpectralKVCache
 from spectral_kv_mlx.generation import decode_cache, encode_cache, fill, generate, plain_cache, score, sealed_bits
-from spectral_kv_mlx.integration import _fused, exact_layer, install, model_shape
+from spectral_kv_mlx.integration import exact_layer, install, model_shape
+from spectral_kv_mlx.places import _fused
 
 __all__ = [
     "InferenceEngine",

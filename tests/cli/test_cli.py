@@ -159,7 +159,8 @@ def test_inspect_and_methods(capsys, profile):
     assert "Plan: spectral at 2 bits" in run(capsys, "inspect", profile, "--bits", "2")[1]
     names = {row["name"] for row in json_of(capsys, "methods")["methods"]}
     assert {"spectral", "affine", "identity"} <= names
-    assert "spectral" in run(capsys, "methods")[1]
+    text = run(capsys, "methods")[1]
+    assert "spectral" in text and "turboquant *" in text and "Large errors where keys have" in text
 
 
 QUESTION = "How many cups stood on the table?"

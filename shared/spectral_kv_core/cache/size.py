@@ -47,6 +47,10 @@ class CacheSize(int):
     def bits_per_element(self) -> float:
         return 16 / self.compression if self.dense_nbytes else 0.0
 
+    def described(self) -> str:
+        """In words: the bytes, and how many the plain cache needs at 16 bits."""
+        return f"{int(self):,} bytes, {self.compression:.1f} times smaller than {self.dense_nbytes:,} in 16 bits"
+
 
 def arrays_by_kind(store: LayerCache) -> dict[str, list]:
     """Every array that the `store` of a compressed layer holds, by kind."""

@@ -14,10 +14,13 @@ def local_gradients(
     probe is sum_i u_i . o_i with u normal and of the size of 1 / RMS(o), so that every layer's relative error counts
     alike: what a layer's error does further up is not seen, which is what the true gradient is for. The formulas are
     those of the backward pass of attention (Dao et al. 2022, FlashAttention, appendix B.2).
+    Without queries, which are then all zero, every token's relative error counts alike.
     Returns key and value gradients [samples, H, T - S, D] of the tokens before the queries.
     """
     heads, tokens, dim = keys.shape
     length = queries.shape[1]
+    if not queries.any():
+        return _alike(keys[:, :-length], samples, rng), _alike(values[:, :-length], samples, rng)
     query_rows = queries.reshape(heads, -1, dim).astype(np.float32)  # query heads of a KV head, one after the other
     scores = query_rows @ np.swapaxes(keys, -1, -2)
     last = np.tile(np.arange(tokens - length, tokens), query_rows.shape[1] // length)
@@ -34,3 +37,9 @@ def local_gradients(
         by_key.append((np.swapaxes(by_score, -1, -2) @ query_rows)[:, :old])
         by_value.append((np.swapaxes(p, -1, -2) @ probe)[:, :old])
     return np.stack(by_key), np.stack(by_value)
+
+
+def _alike(x: np.ndarray, samples: int, rng: np.random.Generator) -> np.ndarray:
+    """Gradients [samples, H, T, D] of random directions, in units of the spread of each head of `x` [H, T, D]."""
+    spread = np.sqrt(np.square(x - x.mean(1, keepdims=True), dtype=np.float64).mean((1, 2), keepdims=True)) + 1e-30
+    return rng.standard_normal((samples, *x.shape), np.float32) / spread.astype(np.float32)

@@ -220,9 +220,20 @@ def print_prompt_file(summary: dict) -> None:
 def print_methods(methods: list[dict]) -> None:
     """The method table."""
     columns = ("method", "what it does", "profile", "attends to codes")
-    yes = {True: "yes", False: "no"}
-    cells = [(m["name"], m["summary"], yes[m["needs_profile"]], yes[m["latent_attention"]]) for m in methods]
+    yes, mark = {True: "yes", False: "no"}, {True: " *", False: ""}
+    cells = [
+        (
+            m["name"] + mark[m["suffers_from_key_means"]],
+            m["summary"],
+            yes[m["needs_profile"]],
+            yes[m["latent_attention"]],
+        )
+        for m in methods
+    ]
     print_table(cells, columns, left=columns)
+    Terminal().print(
+        "* Large errors where keys have a large constant part, as those of Qwen2.5 have. A cache warns of that."
+    )
 
 
 def print_bench(result: dict) -> None:
