@@ -98,7 +98,7 @@ workflows: $(VENV)/.installed-checks ## check the workflows, the issue forms and
 
 # --- the site ---------------------------------------------------------------------------------------------------------
 
-.PHONY: docs docs-test
+.PHONY: docs docs-test architectures
 
 docs: $(VENV)/.installed-docs ## build the site of docs/ in build/docs
 	$(PYTHON) docs/stage.py
@@ -106,6 +106,10 @@ docs: $(VENV)/.installed-docs ## build the site of docs/ in build/docs
 
 docs-test: $(VENV)/.installed-all ## check the pages: links, sentences, generated pages and examples
 	$(PYTEST) tests/project/test_docs.py tests/project/test_readme.py
+
+architectures: $(VENV)/.installed-all ## try out a tiny model of every family and write docs/reference/models.md
+	$(PYTHON) docs/make_models_page.py --host torch
+	LD_PRELOAD=$(OPENBLAS) $(PYTHON) docs/make_models_page.py --host mlx
 
 # --- releases: CONTRIBUTING.md says how one is made -------------------------------------------------------------------
 

@@ -17,8 +17,9 @@ from spectral_kv_core.planning.plan import Plan
 
 from . import ops
 from .batch import BatchedLayer
-from .handles import RoutedCache
+from .handles import RoutedCache, hand_out
 from .limits import warn_of_limits
+from .masks import made_causal
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,13 @@ class SpectralKVCache(BatchedLayer, RoutedCache):
                 warn_of_limits()
         self.taken[number] = keys, values
         if routed:
+            hand_out(keys)
             return keys, values
+        return self.fetch(number)
+
+    def fetch(self, number: int = 0) -> tuple[mx.array, mx.array]:
+        """As `RoutedCache.fetch`, of layer number `number` of the group."""
+        keys, values = self.taken[number]
         self.store.begin(keys.shape[2])
         held = self.store.dense(keys.dtype)
         self.commit()
@@ -91,14 +98,14 @@ class SpectralKVCache(BatchedLayer, RoutedCache):
         held = split_layers(*held, len(self.layers))[number]
         return mx.concatenate([held[0], keys], axis=2), mx.concatenate([held[1], values], axis=2)
 
-    def attend(self, queries: mx.array, scale: float, fused, number: int = 0) -> mx.array:
+    def attend(self, queries: mx.array, scale: float, fused, sinks=None, number: int = 0) -> mx.array:
         """Attention [B, Hq, L, D] of the pending tokens of layer number `number` of the group; they enter with the last's."""
         keys, values = self.taken.pop(number)
         if not self.store.padding_groups:
             self.start(keys.shape[0])
         if self.store.begin(queries.shape[2]):
             mx.eval(self.store.arrays())  # else the decoded prompt of every layer lives until the last one
-        out = self.store.attend(queries, keys, values, scale, fused, number)
+        out = self.store.attend(queries, keys, values, scale, fused, number, sinks)
         if queries.shape[2] > LATENT_QUERIES:  # else the dense keys and values of every layer live until the last one
             mx.eval(out, self.store.arrays())
         return out
@@ -106,6 +113,10 @@ class SpectralKVCache(BatchedLayer, RoutedCache):
     def size(self) -> int:
         """Slots seen, padding included."""
         return self.store.seen + self.waiting
+
+    def slots(self) -> int:
+        """Slots that `fetch` gives back: fewer than `size` once tokens were dropped."""
+        return self.store.slots + self.waiting
 
     @property
     def offset(self) -> int | mx.array:
@@ -117,9 +128,11 @@ class SpectralKVCache(BatchedLayer, RoutedCache):
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None):
         seen = self.size()
         if self.left_padding is None:
-            return create_attention_mask(N, offset=seen, return_array=return_array, window_size=window_size)
-        mask = create_causal_mask(N, seen, window_size, left_padding=mx.array(self.left_padding))
-        return mask[..., self.store.seen - self.store.slots :]
+            mask = create_attention_mask(N, offset=seen, return_array=return_array, window_size=window_size)
+        else:
+            mask = create_causal_mask(N, seen, window_size, left_padding=mx.array(self.left_padding))
+            mask = mask[..., self.store.seen - self.store.slots :]
+        return mask if window_size is not None else made_causal(mask)
 
     def is_trimmable(self) -> bool:
         """Whether the host may forget any number of tokens: never where some before them may be dropped."""
@@ -184,9 +197,13 @@ class FollowingKVCache(FollowingLayer, RoutedCache):
         """As `SpectralKVCache.update_and_fetch`."""
         return self.first.take(keys, values, self.number, self.find_route())
 
-    def attend(self, queries: mx.array, scale: float, fused) -> mx.array:
+    def attend(self, queries: mx.array, scale: float, fused, sinks=None) -> mx.array:
         """As `SpectralKVCache.attend`."""
-        return self.first.attend(queries, scale, fused, self.number)
+        return self.first.attend(queries, scale, fused, sinks, self.number)
+
+    def fetch(self) -> tuple[mx.array, mx.array]:
+        """As `RoutedCache.fetch`."""
+        return self.first.fetch(self.number)
 
     @classmethod
     def merge(cls, caches: Sequence[FollowingKVCache]) -> FollowingKVCache:
@@ -220,6 +237,10 @@ class FollowingKVCache(FollowingLayer, RoutedCache):
 
     def size(self) -> int:
         return self.first.size()
+
+    def slots(self) -> int:
+        """As `SpectralKVCache.slots`."""
+        return self.first.slots()
 
     @property
     def offset(self) -> int | mx.array:

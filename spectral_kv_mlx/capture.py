@@ -15,46 +15,75 @@ from mlx_lm.models.cache import create_attention_mask
 from spectral_kv_core.errors import UsageError
 
 from .handles import RoutedCache, routing
-from .integration import dispatcher, host_layers, model_shape, replaced_attention, routed
+from .host_cache import host_layers
 from .ops import all_finite, to_numpy
+from .places import dispatcher, replaced_attention, routed
+from .survey import known, model_shape
 
 scaled_dot_product_attention = dispatcher(base.scaled_dot_product_attention)
 
 
 class CaptureCache(RoutedCache):
-    """Keeps keys and values exactly and remembers the queries; `leaves` lets gradients reach what it keeps."""
+    """Keeps keys and values exactly and remembers the queries; `leaves` lets gradients reach what it keeps.
 
-    def __init__(self):
+    unseen: attention never comes to a dispatcher of ours, so that the queries stay None. sliding_window: of the host's mask.
+    """
+
+    def __init__(self, unseen: bool = False, sliding_window: int | None = None):
         self.queries = self.keys = self.values = None
         self.scale = 1.0
         self.leaves = False
+        self.unseen, self.sliding_window = unseen, sliding_window
+        self._fetched: tuple[mx.array, mx.array] | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         if self.leaves:
-            return mx.concatenate([self.keys, keys], axis=2), mx.concatenate([self.values, values], axis=2)
+            joined = zip((self.keys, self.values), (keys, values))
+            self._fetched = tuple(mx.concatenate([old, new], axis=2) for old, new in joined)
+            return self._fetched
+        if self.unseen:
+            self.keys, self.values = keys, values
+            return keys, values
         if not self.find_route():
             raise UsageError("Expected a model whose attention is routed through ours, received another caller.")
         self.pending = keys, values
         return self.pending
 
-    def attend(self, queries, scale, fused):
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """What the last call has left, for layers that attend to it too."""
+        return self._fetched or (self.keys, self.values)
+
+    def attend(self, queries, scale, fused, sinks=None):
         """Keep the queries [B, Hq, L, D], keys and values [B, H, L, D] of one forward pass and attend as usual."""
+        self.scale = scale
+        return self.attend_decoded(queries, lambda q, k, v: fused(q, k, v, scale))
+
+    def attend_decoded(self, queries, attention):
+        """As `attend`, by `attention(queries, keys, values)`, which has a scale of its own."""
+        self.queries = queries
+        return attention(queries, *self.fetch())
+
+    def fetch(self) -> tuple[mx.array, mx.array]:
+        """Keys and values, which are no longer pending."""
         (self.keys, self.values), self.pending = self.pending, None
-        self.queries, self.scale = queries, scale
-        return fused(queries, self.keys, self.values, scale)
+        return self.keys, self.values
 
     @property
     def offset(self) -> int:
         return 0 if self.keys is None else self.keys.shape[2]
 
     def size(self) -> int:
-        return self.offset
+        """Tokens, the pending ones included."""
+        return self.offset if self.pending is None else self.pending[0].shape[2]
+
+    slots = size
 
     def empty(self) -> bool:
         return self.keys is None
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None):
-        return create_attention_mask(N, offset=self.offset, return_array=return_array, window_size=window_size)
+        window = window_size or self.sliding_window
+        return create_attention_mask(N, offset=self.offset, return_array=return_array, window_size=window)
 
     @property
     def state(self) -> tuple:
@@ -65,16 +94,18 @@ class CaptureCache(RoutedCache):
         return sum(x.nbytes for x in self.state if x is not None)
 
 
-def capture(model, tokens: list[int]) -> list:
+def capture(model, tokens: list[int], layers: Sequence[int] | None = None) -> list:
     """Run `tokens` through `model` and keep what its layers attend with.
 
     Args:
         model: A model of mlx-lm.
         tokens: Token ids of one sequence, T of them.
+        layers: Indices of the layers to look into. Default: those that can be compressed.
 
     Returns:
-        A list of the host with one entry per layer. Layers that can be compressed hold `queries` [1, q_heads, T, head_dim],
-        `keys` and `values` [1, kv_heads, T, head_dim], all after RoPE; the others are the host's own.
+        A list of the host with one entry per layer. Those of `layers` hold `queries` [1, q_heads, T, head_dim],
+        `keys` and `values` [1, kv_heads, T, head_dim], all after RoPE; the others are the host's own. Queries are None
+        where a model has attention code of its own.
 
     Examples:
         >>> from spectral_kv_core.hosts.demo_model import demo_model_path
@@ -84,10 +115,10 @@ def capture(model, tokens: list[int]) -> list:
         >>> tuple(layer.queries.shape), tuple(layer.keys.shape)
         ((1, 9, 9, 64), (1, 3, 9, 64))
     """
-    cache = host_layers(model)
-    for i in model_shape(model)[0].layers:
-        cache[i] = CaptureCache()
-    with routed(model):
+    cache, survey = host_layers(model), known(model)
+    for i in model_shape(model)[0].layers if layers is None else layers:
+        cache[i] = CaptureCache(i in survey.unseen, getattr(cache[i], "max_size", None))
+    with routed(model, survey.decoder_layers(survey.unseen)):
         model(mx.array([tokens]), cache=cache)
     mx.eval([c.state for c in cache])  # the logits are not asked for, so they are never computed
     return cache
@@ -97,7 +128,7 @@ def capture(model, tokens: list[int]) -> list:
 class Attended:
     """One call of a layer's attention: post-RoPE `queries` [1, Hq, L, D], `keys`, `values` [1, H, L, D] of its L new tokens.
 
-    outputs: [Hq, L, D] float32, before the output projection. mask, scale: the rest of the call.
+    outputs: [Hq, L, D] float32, before the output projection. mask, scale, sinks: the rest of the call.
     """
 
     queries: mx.array
@@ -106,6 +137,7 @@ class Attended:
     outputs: np.ndarray
     mask: mx.array | str | None
     scale: float
+    sinks: mx.array | None = None
 
 
 @contextmanager
@@ -122,12 +154,12 @@ def recorded(model, cache: list, layers: Sequence[int]) -> Iterator[dict[int, li
                 mx.eval(
                     queries, *new, out
                 )  # else they keep the whole cache alive, which is then copied to be written to
-                calls[indices[id(cache)]].append(Attended(queries, *new, to_numpy(out[0]), mask, scale))
+                calls[indices[id(cache)]].append(Attended(queries, *new, to_numpy(out[0]), mask, scale, sinks))
             return out
 
         return recording
 
-    with routed(model), replaced_attention(model, around):
+    with routed(model), replaced_attention(model, around):  # a plain cache needs no other way
         yield calls
 
 
@@ -136,7 +168,7 @@ def attend(cache: list, layer_idx: int, call: Attended) -> np.ndarray:
     layer = cache[layer_idx]
     with routing():
         keys, values = layer.update_and_fetch(call.keys, call.values)
-        out = scaled_dot_product_attention(call.queries, keys, values, layer, call.scale, call.mask)
+        out = scaled_dot_product_attention(call.queries, keys, values, layer, call.scale, call.mask, call.sinks)
     mx.eval(out, layer.arrays() if isinstance(layer, RoutedCache) else (layer.keys, layer.values))
     return to_numpy(out[0])
 
@@ -209,8 +241,8 @@ def log_probabilities(model, cache: list, tokens: list[int]) -> mx.array:
 @contextmanager
 def _replayed(model, changed: dict[int, tuple], outputs: dict[int, object]) -> Iterator[None]:
     """Decoder layers below the first of `changed` give what `outputs` has of them; without any, all leave theirs there."""
-    layers = _decoder_layers(model)
-    kept = list(layers)
+    layers, survey = _decoder_layers(model), known(model)
+    kept, shared = list(layers), survey.decoder_layers(survey.shared)  # of which others need more than the output
 
     def noted(i):
         def run(*args, **options):
@@ -222,7 +254,7 @@ def _replayed(model, changed: dict[int, tuple], outputs: dict[int, object]) -> I
     for i, layer in enumerate(kept):
         if not changed:
             layers[i] = _Layer(layer, noted(i))
-        elif i < min(changed) and i in outputs:
+        elif i < min(changed) and i in outputs and i not in shared:
             layers[i] = _Layer(layer, lambda *args, i=i, **options: outputs[i])
     try:
         yield

@@ -12,6 +12,7 @@ from spectral_kv_core.cache.compressed_layer import CompressedLayer, FollowingLa
 from spectral_kv_core.cache.decoded_chunks import bytes_per_layer
 from spectral_kv_core.cache.eviction import Eviction
 from spectral_kv_core.cache.layer_cache import LayerCache
+from spectral_kv_core.cache.sliding_window import WindowLayer
 from spectral_kv_core.codecs.chunk import split_layers
 from spectral_kv_core.codecs.registry import plan_for
 from spectral_kv_core.errors import UsageError
@@ -86,7 +87,8 @@ class SpectralKVLayer(CodedLayer, CompressedLayer, CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         if not number:
             self.commit()
-        self.taken[number] = Pending(self, key_states, value_states, number, self.slots - self.waiting)
+        sides, widths = self.widen(key_states, value_states), self.plan.shape.widths
+        self.taken[number] = Pending(self, *sides, number, self.slots - self.waiting, widths)
         return self.taken[number].handles()
 
     def can_attend(self, pending: Pending, padding: list[int] | None) -> bool:
@@ -107,7 +109,9 @@ class SpectralKVLayer(CodedLayer, CompressedLayer, CacheLayerMixin):
         """Attention [B, Hq, L, D] of the tokens of `pending`, which enter the cache; `padding` [B] as the mask has it."""
         self._start(pending, padding)
         del self.taken[pending.number]
-        return self.store.attend(queries, pending.keys, pending.values, scale, fused, pending.number)
+        (queries,) = self.widen(queries)
+        out = self.store.attend(queries, pending.keys, pending.values, scale, fused, pending.number)
+        return out[..., : pending.widths[1]]
 
     def decoded(self, pending: Pending, queries, scale: float, padding: list[int] | None = None):
         """Keys and values [B, H, seen, D] for attention that is not ours; raises UsageError where tokens were dropped."""
@@ -318,6 +322,8 @@ class SpectralCache(NotPickled, Cache):
                 keys, values = first.keys_and_values()
                 held = (None, None) if keys is None else split_layers(keys, values, len(first.layers))[number]
                 yield *held, None
+            elif isinstance(layer, WindowLayer):
+                yield *layer.exact(), None
             else:
                 yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
 
@@ -325,6 +331,9 @@ class SpectralCache(NotPickled, Cache):
         """End the prompt now instead of at the next call with at most 16 tokens: the cache takes its final size."""
         for layer in leading_layers(self.layers):
             layer.finalize()
+        for layer in self.layers:
+            if isinstance(layer, WindowLayer):
+                layer.finalize()
 
 
 def storages(arrays: Iterable[torch.Tensor]) -> dict[int, int]:

@@ -22,10 +22,9 @@ from .integration import cache_argument, device_of, host_layers, model_shape, re
 class CaptureLayer(CacheLayerMixin):
     """Keeps keys and values exactly and remembers the queries; `leaves` lets gradients reach what it keeps."""
 
-    is_sliding = False
-
-    def __init__(self):
+    def __init__(self, is_sliding: bool = False):
         super().__init__()
+        self.is_sliding = is_sliding  # what the host makes a mask by; tokens stay all the same
         self.queries: torch.Tensor | None = None
         self.scale = 1.0
         self.leaves = False
@@ -89,15 +88,16 @@ def frozen(model) -> Iterator[None]:
             module.training = True
 
 
-def capture(model, tokens: list[int]) -> Cache:
+def capture(model, tokens: list[int], layers: Sequence[int] | None = None) -> Cache:
     """Run `tokens` through `model` and keep what its layers attend with.
 
     Args:
         model: A model of transformers.
         tokens: Token ids of one sequence, T of them.
+        layers: Indices of the layers to look into. Default: those that can be compressed.
 
     Returns:
-        A `Cache` of the host with one entry per layer. Layers that can be compressed hold `queries` [1, q_heads, T, head_dim],
+        A `Cache` of the host with one entry per layer. Those of `layers` hold `queries` [1, q_heads, T, head_dim],
         `keys` and `values` [1, kv_heads, T, head_dim], all after RoPE; the others are the host's own. The queries of layers
         with attention code of their own are not seen: None.
 
@@ -109,13 +109,13 @@ def capture(model, tokens: list[int]) -> Cache:
         >>> tuple(layer.queries.shape), tuple(layer.keys.shape)
         ((1, 9, 9, 64), (1, 3, 9, 64))
     """
-    layers = host_layers(model)
-    for i in model_shape(model)[0].layers:
-        layers[i] = CaptureLayer()
-    cache = Cache(layers=layers)
+    held = host_layers(model)
+    for i in model_shape(model)[0].layers if layers is None else layers:
+        held[i] = CaptureLayer(getattr(held[i], "is_sliding", False))
+    cache = Cache(layers=held)
     with frozen(model), torch.no_grad():
         model(_batch(model, tokens), use_cache=True, logits_to_keep=1, **cache_argument(model, cache))
-    unseen = [i for i, layer in enumerate(layers) if isinstance(layer, CaptureLayer) and layer.keys is None]
+    unseen = [i for i, layer in enumerate(held) if isinstance(layer, CaptureLayer) and layer.keys is None]
     if unseen:
         raise UsageError(
             f"Expected every layer to attend to what its cache gives back, received nothing of layers "

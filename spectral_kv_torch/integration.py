@@ -15,22 +15,25 @@ import numpy as np
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from spectral_kv_core.arrays.rope import Rope
-from spectral_kv_core.cache.prompt_cache_file import ExactLayer
+from spectral_kv_core.cache.file_layers import ExactLayer, StateLayer, check_states, in_words
+from spectral_kv_core.cache.sliding_window import WindowLayer
 from spectral_kv_core.compat.engine import check_quantize
 from spectral_kv_core.errors import UsageError, first_line
 from spectral_kv_core.files import paths
 from spectral_kv_core.hosts.weights import digest_weights, layer_weights, sampled
 from spectral_kv_core.profile.model_shape import ModelShape
+from spectral_kv_core.profile.model_survey import CODES, PASSED, LayerSurvey
 
 from . import ops
 from .handles import ATTENTION, RoutedName, attention_forward
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # types of weights that are not quantized
+STATES = ("conv_states", "recurrent_states")  # of a layer of linear attention
 
 
 def register() -> None:
@@ -110,8 +113,18 @@ def _configurations(model) -> list[tuple]:
 def host_layers(model, left_padding: list[int] | None = None) -> list:
     """The cache layers that transformers would use for `model`; it tells left padding by the mask, MLX here."""
     config = model.config.get_text_config(decoder=True)
-    layers = DynamicCache(config=config).layers
-    return layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]
+    layers = DynamicCache(config=config).layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]
+    if all(
+        type(layer) is DynamicLayer for layer in layers
+    ):  # a decoder's number of layers has another name in some configs
+        layers += [DynamicLayer() for _ in range(len(layers), _called_layers(model))]
+    return layers
+
+
+def _called_layers(model) -> int:
+    """How many layers the modules of `model` number."""
+    numbers = (getattr(module, "layer_idx", None) for module in model.modules())
+    return 1 + max((number for number in numbers if isinstance(number, int)), default=-1)
 
 
 def cache_argument(model, cache: Cache) -> dict[str, Cache]:
@@ -141,12 +154,19 @@ def cache_of(layers: list) -> Cache:
     return cache
 
 
-def exact_layer(layer) -> ExactLayer:
-    """What a layer of the host's own holds; raises UsageError for a kind that is no list of keys and values."""
+def exact_layer(layer) -> ExactLayer | StateLayer:
+    """What a layer of the host's own holds; raises UsageError for a kind that is no list of keys and values, nor states."""
+    if isinstance(layer, WindowLayer):
+        return ExactLayer(*layer.exact(), layer.seen)
+    if type(layer) is LinearAttentionLayer and not layer.record_past:
+        held = [(f"{kind}/{i}", x) for kind in STATES for i, x in getattr(layer, kind).items()]
+        return StateLayer("transformers", {name: x for name, x in held if x is not None})
+    if type(layer).__name__ == "DummyLayer":
+        return StateLayer("transformers", {})
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
         raise UsageError(
-            f"Expected layers that keep keys and values in their order, received a {type(layer).__name__}, which cannot be "
-            "stored yet. Keep the prompt itself."
+            f"Expected layers that keep keys and values in their order, or states of linear attention, received a "
+            f"{in_words(layer)}, which cannot be stored yet. Keep the prompt itself."
         )
     if not layer.get_seq_length():
         raise UsageError("Expected a cache that has read a prompt, received an empty one.")
@@ -154,8 +174,11 @@ def exact_layer(layer) -> ExactLayer:
     return ExactLayer(layer.keys[:, :, -keep:], layer.values[:, :, -keep:], layer.get_seq_length())
 
 
-def set_exact_layer(layer, held: ExactLayer) -> None:
-    """Let an empty layer of the host's own hold the tensors of `held`; raises UsageError when they are too few."""
+def set_exact_layer(layer, held: ExactLayer | StateLayer) -> None:
+    """Let an empty layer of the host's own hold the tensors of `held`; raises UsageError when they do not fit it."""
+    if isinstance(held, StateLayer):
+        _set_states(layer, held)
+        return
     layer.lazy_initialization(held.keys, held.values)
     if layer.is_sliding:
         layer.cumulative_length = held.seen
@@ -166,6 +189,17 @@ def set_exact_layer(layer, held: ExactLayer) -> None:
             "the cache is of a model with another window. Make it again."
         )
     layer.keys, layer.values = (ops.copy(x[:, :, -keep:]) for x in (held.keys, held.values))
+
+
+def _set_states(layer, held: StateLayer) -> None:
+    of_layer = {f"{kind}/{i}": (kind, i) for kind in STATES for i in getattr(layer, kind, ())}
+    check_states(held, "transformers", of_layer)
+    for name, x in held.states.items():
+        kind, number = of_layer[name]
+        if kind == "conv_states":
+            layer.update_conv_state(x, state_idx=number)
+        else:
+            layer.update_recurrent_state(x, state_idx=number)
 
 
 def _kept(layer, seen: int) -> int:
@@ -179,49 +213,88 @@ def model_name(model) -> str:
 
 
 def model_shape(model) -> tuple[ModelShape, dict[int, str]]:
-    """Architecture numbers of `model`, and the layers that are passed through with the reason."""
-    config = model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_attention_heads", None)
-    if not heads:
-        raise UsageError(
-            f"Expected a model with attention, received a {type(model).__name__}, which has none: it keeps states of one size "
-            "and no cache that grows. Use it as it is."
-        )
+    """Architecture numbers of `model`, and the layers that are passed through with the reason, as `survey` sees them."""
+    from . import survey  # which makes caches, and they stand on this module
+
+    return survey.model_shape(model)
+
+
+def window_shape(model) -> tuple[ModelShape, dict[int, str]]:
+    """`model_shape` with the layers that have a sliding window, and no others."""
+    from . import survey
+
+    return survey.window_shape(model)
+
+
+def text_config(model):
+    """The configuration of the part of `model` that has the cache."""
+    return model.config.get_text_config(decoder=True)
+
+
+def window_kind(model, layer_idx: int) -> str:
+    """What a layer that keeps its last tokens only is called."""
+    kinds = getattr(text_config(model), "layer_types", None) or ()
+    return "chunked attention" if kinds[layer_idx : layer_idx + 1] == ["chunked_attention"] else "sliding window"
+
+
+def read_layers(model) -> list[LayerSurvey]:
+    """What the configuration says of every layer, of a model that cannot be called here."""
+    config, rope = text_config(model), read_rope(model)
+    heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    held = host_layers(model)  # 5.20 has none for a layer that attends to what an earlier one holds, others a dummy
-    passed = {}
-    for i, layer in enumerate(held):
-        if type(layer) is not DynamicLayer and type(layer).__name__ != "DummyLayer":
-            passed[i] = "sliding window" if getattr(layer, "is_sliding", False) else type(layer).__name__
-    if getattr(config, "kv_lora_rank", None):
-        passed = dict.fromkeys(range(config.num_hidden_layers), "multi-head latent attention")
-    layers = tuple(i for i, layer in enumerate(held) if type(layer) is DynamicLayer and i not in passed)
-    shape = ModelShape(
-        config.num_hidden_layers,
-        config.hidden_size,
-        heads,
-        getattr(config, "num_key_value_heads", None) or heads,
-        head_dim,
-        layers,
-        read_rope(model),
-    )
-    return shape, passed
+    sizes = heads, getattr(config, "num_key_value_heads", None) or heads, head_dim, head_dim, rope
+    latent, layers = getattr(config, "kv_lora_rank", None), []
+    for i, layer in enumerate(host_layers(model)):
+        if latent:
+            reason = "multi-head latent attention"
+        elif getattr(layer, "is_sliding", False):
+            reason = window_kind(model, i)
+        else:
+            reason = {"DynamicLayer": "", "DummyLayer": "no cache"}.get(type(layer).__name__, "linear attention")
+        layers.append(LayerSurvey(PASSED if reason else CODES, reason, *sizes))
+    return layers
 
 
 def read_rope(model) -> Rope | None:
     """Rotary embedding of the full-attention layers, read from the model's own buffers."""
-    rotary = next((m for name, m in model.named_modules() if name.endswith("rotary_emb")), None)
-    if rotary is None:
+    known = known_ropes(model)
+    if not known:
         return None
-    prefix = "full_attention_" if hasattr(rotary, "full_attention_inv_freq") else ""
-    if not hasattr(rotary, f"{prefix}inv_freq"):  # a table of its own: keys are coded as they come
-        return None
-    inv_freq = getattr(rotary, f"{prefix}inv_freq").detach().double().cpu().numpy()
-    scaling = float(getattr(rotary, f"{prefix}attention_scaling", 1.0) or 1.0)
+    rotary = next(m for m in model.modules() if any(name.endswith("inv_freq") for name in m._buffers))
     rotate_half = getattr(sys.modules[type(rotary).__module__], "rotate_half", None)
     probe = torch.arange(4.0)  # (0, 1, 2, 3) -> (-2, -3, 0, 1) when halves pair up, (-1, 0, -3, 2) when neighbors do
     interleaved = rotate_half is not None and rotate_half(probe).tolist()[1] == 0.0
-    return Rope(tuple(float(w) for w in inv_freq), interleaved, scaling)
+    return next(rope for rope in known if rope.interleaved == interleaved)
+
+
+def known_ropes(model) -> list[Rope]:
+    """Rotations that `model` holds frequencies of, those of full-attention layers first, in all ways to pair and to turn."""
+    found = []
+    for module in model.modules():
+        for name, frequencies in module._buffers.items():
+            if name.endswith("inv_freq") and "original" not in name and frequencies is not None:
+                prefix = name.removesuffix("inv_freq")
+                scaling = float(getattr(module, f"{prefix}attention_scaling", 1.0) or 1.0)
+                numbers = tuple(float(w) for w in frequencies.detach().double().cpu().numpy())
+                found.append((prefix != "full_attention_", numbers, scaling))
+    found.sort(key=lambda one: one[0])
+    return [
+        Rope(tuple(sign * w for w in numbers), pairs, scaling)
+        for _, numbers, scaling in dict.fromkeys(found)
+        for sign in (1, -1)
+        for pairs in (False, True)
+    ]
+
+
+def routes(model) -> list[tuple]:
+    """Every configuration of `model`, and the name of the attention that stands in it."""
+    return [(config, config._attn_implementation) for config, _ in _configurations(model)]
+
+
+def set_routes(before: list[tuple]) -> None:
+    """Put names of `routes` back."""
+    for config, name in before:
+        config._attn_implementation_internal = name
 
 
 def weights_digest(model) -> str:

@@ -42,7 +42,9 @@ from spectral_kv_mlx.cache import SpectralKVCache
 from spectral_kv_mlx.capture import label_gradients, score_gradients
 from spectral_kv_mlx.generation import generate, plain_cache, score
 from spectral_kv_mlx.handles import routing
-from spectral_kv_mlx.integration import MaskCheck, _read_rope, install, measure_rope, model_shape, weights_digest
+from spectral_kv_mlx.integration import install, model_shape, weights_digest
+from spectral_kv_mlx.masks import MaskCheck
+from spectral_kv_mlx.rotation import measure_rope, rope_of_module
 
 
 @pytest.fixture(scope="module", params=FAMILIES["mlx"])
@@ -68,14 +70,29 @@ def checkpoint(tmp_path_factory):
 
 
 @only("mlx", "transformers makes the mask itself, from one that tells padding")
-def test_a_mask_that_is_not_causal_is_refused(tiny):
-    cache = make_prompt_cache(tiny.model, method="identity")
+def test_a_mask_that_is_not_causal_goes_to_the_attention_of_the_host(tiny):
+    """Of booleans or of numbers that are added: all see all, and what nobody may see, also by a single new token."""
     install(tiny.model)
+    x, attention = mx.random.normal((1, 13, 64), key=mx.random.key(0)), tiny.model.layers[0].self_attn
+    causal, hole = mx.tril(mx.ones((6, 6), dtype=mx.bool_)), mx.arange(13)[None] != 3
+    bias = mx.random.normal((4, 6, 12), key=mx.random.key(1))
+    for later in (mx.ones((6, 12), dtype=mx.bool_), mx.where(hole[:, :12], mx.zeros((6, 12)), -mx.inf), bias):
+        outputs = []
+        for cache in (host_cache.KVCache(), make_prompt_cache(tiny.model, method="identity")[0]):
+            first = attention(x[:, :6], causal, cache)
+            steps = [attention(x[:, 6:12], later, cache), attention(x[:, 12:], hole, cache)]
+            outputs.append(mx.concatenate([first, *steps], axis=1))
+        close(outputs[1], outputs[0], 1e-5)
+
+
+@only("mlx", "transformers makes the mask itself, from one that tells padding")
+def test_a_mask_of_the_new_tokens_alone_is_refused(tiny):
+    install(tiny.model)
+    x, cache = mx.zeros((1, 6, 64)), make_prompt_cache(tiny.model, method="identity")[0]
     attention = tiny.model.layers[0].self_attn
-    x = mx.zeros((1, 6, 64))
-    attention(x, mx.tril(mx.ones((6, 6), dtype=mx.bool_)), cache[0])
-    with pytest.raises(ValueError, match="causal"):
-        attention(x, mx.ones((6, 12), dtype=mx.bool_), cache[0])
+    attention(x, "causal", cache)
+    with pytest.raises(ValueError, match="a mask for 12 tokens, received one for 6"):
+        attention(x, mx.tril(mx.ones((6, 6), dtype=mx.bool_)), cache)
 
 
 @only("mlx", "trim of mlx-lm returns how much it took away")
@@ -139,7 +156,7 @@ def test_tokens_that_nobody_attends_to_are_kept(tiny):
     cache.update_and_fetch(x, x)
     install(tiny.model)
     for _ in range(2):
-        with routing():
+        with pytest.raises(ValueError, match="the model has attended elsewhere"), routing():
             assert cache.update_and_fetch(x, x)[0] is x
     assert cache.offset == 21 and cache.keys_and_values()[0].shape == (1, 2, 21, 32) and cache.offset == 21
 
@@ -182,7 +199,7 @@ def test_a_cache_that_changes_keys_is_refused(tiny):
             return tuple(x.astype(mx.float16) for x in self.inner.update_and_fetch(keys, values))
 
     cache = make_prompt_cache(tiny.model, tiny.profile, 3.0, **SMALL)
-    with pytest.raises(ValueError, match="keys that update_and_fetch gave back"):
+    with pytest.raises(ValueError, match="keys and values that update_and_fetch gave back"):
         feed(tiny.model, [Cast(layer) for layer in cache], make_tokens(20))
 
 
@@ -191,12 +208,11 @@ def test_the_last_mask_is_not_kept(tiny):
     tokens, mask = make_tokens(20), mx.array(np.tril(np.ones((20, 20), bool)))
     check, cache = MaskCheck(), make_prompt_cache(tiny.model, tiny.profile, 3.0, **SMALL)
     feed(tiny.model, cache, tokens)
-    check(mask, cache[0], 20)
+    assert check(mask, cache[0], 20) == ""
     found = weakref.ref(mask)
     del mask
     assert found() is None
-    with pytest.raises(ValueError, match="causal mask"):
-        check(mx.zeros((20, 20), mx.bool_), cache[0], 20)
+    assert check(mx.zeros((20, 20), mx.bool_), cache[0], 20) == "a mask that is not causal"
 
 
 @only("mlx", "transformers has attention functions by name")
@@ -321,7 +337,7 @@ ROPES = {
 }
 
 
-READ = [(name, reader) for name in ROPES for reader in (_read_rope, measure_rope)]
+READ = [(name, reader) for name in ROPES for reader in (rope_of_module, measure_rope)]
 READ.remove(("proportional", measure_rope))  # pairs that stand still cannot be told from channels that are not rotated
 
 

@@ -51,10 +51,21 @@ def merge_partials(xp, partials):
     return o / l
 
 
-def decode_step(xp, codec, chunks, queries, keys, values, scale: float):
+def sink_partial(xp, sinks, query_rows, length: int):
+    """Partial over one key that every row sees with the score `sinks` [Hq] of its query head, and whose value is 0.
+
+    `query_rows` [B, H, M, D] grouped, of `length` tokens. So a logit that nothing belongs to takes its share of a softmax.
+    """
+    batch, heads, rows, _ = query_rows.shape
+    m = xp.astype(sinks, xp.float32).reshape(1, heads, rows // length, 1, 1)
+    m = (m + xp.zeros((batch, 1, 1, length, 1), like=query_rows)).reshape(batch, heads, rows, 1)
+    return xp.zeros(query_rows.shape, like=query_rows), m, xp.exp(m - m)
+
+
+def decode_step(xp, codec, chunks, queries, keys, values, scale: float, sinks=None):
     """Attention [B, Hq, L, D] of L tokens over sealed `chunks` of `codec` and exact tokens, themselves last of these.
 
-    `queries` [B, Hq, L, D], `keys`, `values` [B, H, E, D] exact, all in the host's dtype.
+    `queries` [B, Hq, L, D], `keys`, `values` [B, H, E, D] exact, all in the host's dtype; `sinks` as in `sink_partial`.
     """
     heads, length = keys.shape[1], queries.shape[2]
     query_rows = xp.astype(group_queries(queries, heads), xp.float32)
@@ -62,6 +73,8 @@ def decode_step(xp, codec, chunks, queries, keys, values, scale: float):
     mask = causal_mask(xp, queries.shape[1] // heads, length, keys.shape[2], like=queries)
     partials = [codec.attend(chunk, query_rows, scale) for chunk in chunks]
     partials.append(dense_partial(xp, query_rows, keys, values, scale, mask))
+    if sinks is not None:
+        partials.append(sink_partial(xp, sinks, query_rows, length))
     return xp.astype(merge_partials(xp, partials).reshape(*queries.shape[:3], values.shape[3]), queries.dtype)
 
 

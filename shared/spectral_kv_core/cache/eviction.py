@@ -116,7 +116,16 @@ class Eviction:
         [B, Hq, L, D]: queries of the last L tokens times the attention scale, where there are any.
         """
         statistics = self.plan.query_statistics(layer_group)
-        tokens = Tokens(xp, keys, values, positions, now, self.plan.shape.rope, recent=recent, **statistics)
+        tokens = Tokens(
+            xp,
+            keys,
+            values,
+            positions,
+            now,
+            self.plan.shape.common_rope(self.plan.layer_groups[layer_group]),
+            recent=recent,
+            **statistics,
+        )
         options: dict[str, int | str] = {"seed": layer_group} if self.scorer.name == "random" else {}
         if self.wavelet is not None:
             options["wavelet"] = self.wavelet

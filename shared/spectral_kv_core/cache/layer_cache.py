@@ -108,12 +108,13 @@ class LayerCache:
         """Whether some sequence has no token yet, so that its left padding is still to be told."""
         return not self.padding_groups or any(not group.exact for group in self.padding_groups)
 
-    def attend(self, queries, keys, values, scale: float, fused, layer: int = 0):
+    def attend(self, queries, keys, values, scale: float, fused, layer: int = 0, sinks=None):
         """Append L tokens and attend to everything up to each of them.
 
         `queries` [B, Hq, L, D], `keys`, `values` [B, H, L, D] of layer number `layer` of the group; `fused(q, k, v, scale)`
         is the host's dense attention for L queries at the end of k, causal, in any dtype. Returns [B, Hq, L, D] in the
-        dtype of `queries`. Raises UsageError for layers out of order.
+        dtype of `queries`. `sinks` [Hq]: logits that take a share of the softmax and have no value; `fused` must know them
+        too. Raises UsageError for layers out of order.
         """
         if not self.padding_groups:
             self.start(keys.shape[0])
@@ -125,7 +126,7 @@ class LayerCache:
             if not q.shape[2]:
                 outputs.append(self.xp.zeros(self._take(group, queries).shape, dtype=queries.dtype, like=queries))
                 continue
-            out, joined = group.attend(q, k, v, scale, fused, layer, self._working_set_of(group, layer))
+            out, joined = group.attend(q, k, v, scale, fused, layer, self._working_set_of(group, layer), sinks)
             if entering:
                 recent = q[:, :, -RECENT:] * scale if self.eviction else None
                 if not alone:

@@ -160,23 +160,26 @@ class PaddingGroup:
         self.staged = []
 
     def attend(
-        self, queries, keys, values, scale: float, fused, layer: int = 0, working_set: int | None = None
+        self, queries, keys, values, scale: float, fused, layer: int = 0, working_set: int | None = None, sinks=None
     ) -> tuple:
         """Attention [b, Hq, L, D] to everything held and to L new tokens of `layer`, which do not enter.
 
-        fused: see `LayerCache.attend`. working_set: bytes of decoded chunks of `layer` that may stay, None for a cache
+        fused, sinks: see `LayerCache.attend`. working_set: bytes of decoded chunks of `layer` that may stay, None for a cache
         without. Returns also keys and values of the exact tokens with the new ones behind them, or None where it took none.
         """
         sealed = self.chunks or self.staged
         if sealed and queries.shape[2] > LATENT_QUERIES:
-            return self._attend_prompt(queries, keys, values, scale, fused, layer), None
+            return self._attend_prompt(queries, keys, values, scale, fused, layer, sinks is None), None
         k, v = joined = self._joined(keys, values, layer)
         if not sealed:
             return fused(queries, k, v, scale), joined
         plain = [chunk for chunk in self.chunks if chunk.is_plain]
         if len(plain) < len(self.chunks):
             k, v = self._with_others(k, v, layer)
-        if working_set is not None:
+        if sinks is not None:
+            reader = self.storage.codec.reader(layer)
+            out = attention.decode_step(self.storage.xp, reader, plain, queries, k, v, scale, sinks)
+        elif working_set is not None:
             out = decoded_chunks.decode_step(self, plain, layer, working_set, queries, k, v, scale)
         elif plain:
             out = self.storage.codec.reader(layer).decode_step(plain, queries, k, v, scale)
@@ -191,11 +194,11 @@ class PaddingGroup:
         sides = zip(*decoded(xp, codec, others, keys.dtype, layer), (keys, values))
         return tuple(xp.concat(list(side), axis=2) for side in sides)
 
-    def _attend_prompt(self, queries, keys, values, scale: float, fused, layer: int):
-        """`attend` for many new tokens, to decoded keys and values."""
+    def _attend_prompt(self, queries, keys, values, scale: float, fused, layer: int, tiles: bool):
+        """`attend` for many new tokens, to decoded keys and values; tiles: not all of them at a time."""
         xp = self.storage.xp
         at_once = self.storage.codec.reader(layer).decoder and self.sealed <= DENSE_TOKENS
-        if not at_once and xp.kernels and xp.kernels.supports_partial_attention(queries):
+        if tiles and not at_once and xp.kernels and xp.kernels.supports_partial_attention(queries):
             return self._attend_tiles(queries, keys, values, scale, layer)
         return fused(queries, *self.dense(keys.dtype, (keys, values), layer), scale)
 

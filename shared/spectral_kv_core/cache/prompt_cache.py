@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..codecs.registry import make_plan, plan_for
+from ..codecs.registry import make_plan, plan_for, with_zeros
 from ..errors import UsageError
 from ..hosts.protocol import Host
 from ..planning.budget import SINKS, WINDOW
@@ -16,9 +16,11 @@ from ..planning.plan import Plan
 from ..profile.profile import Profile
 from . import prompt_cache_file
 from .compressed_layer import is_compressed, leading_layers
+from .file_layers import ExactLayer
 from .layer_cache import LayerCache
 from .model_cache import fill, layer_contents
-from .prompt_cache_file import ExactLayer, PromptFile, encode_within
+from .prompt_cache_file import PromptFile, encode_within
+from .sliding_window import WindowLayer
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def load_prompt_cache(
     cache = _restored(host, file, plan, model)
     if target is not None:
         profile = host.profile_for(model, target, profile or plan.profile)[2]
-        wanted = make_plan(plan.shape, profile, target, bits)
+        wanted = make_plan(plan.shape, profile, target, with_zeros(plan.shape, target, bits))
         if wanted.hash != plan.hash:
             cache = encode_cache(host, wanted, cache, file.sinks, file.window)
     elif plain or not plan.method.live:
@@ -127,7 +129,9 @@ def decode_cache(host: Host, cache, model):
     indices = [layer_idx for layer_idx, layer in enumerate(given) if is_compressed(layer)]
     with host.no_gradients():
         for layer_idx, layer in enumerate(given):
-            if not is_compressed(layer):
+            if isinstance(layer, WindowLayer):
+                host.models.set_exact_layer(plain[layer_idx], host.models.exact_layer(layer))
+            elif not is_compressed(layer):
                 plain[layer_idx] = host.copy_layer(layer)
         for layer_idx, ((keys, values), _) in zip(indices, layer_contents(host, cache, indices)):
             host.models.set_exact_layer(plain[layer_idx], ExactLayer(keys, values, given[layer_idx].store.seen))

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..arrays import ops
 from ..arrays.basis import fit_basis
-from ..arrays.rope import shift, unrotate
+from ..arrays.rope import Rope, shift, unrotate
 from ..arrays.transform import band_sizes, octave_bands, time_matrix, to_frequency
 from ..errors import UsageError
 from ..profile.basis_set import GROUPS, HISTOGRAM_BINS, HISTOGRAM_LIMIT, BasisSet
@@ -60,11 +60,13 @@ def fit_basis_set(
     result, layer_groups = _empty_set(shape, group, rope, time, block), shape.layer_groups(group)
     thin = spool.tokens < thin_below(shape.head_dim) * 3 // 4  # a fourth of a short document is scored
     pooled, groups = np.zeros(HISTOGRAM_BINS, np.int64), result.mean.shape[1]
-    copies = SPREAD if rope == "post" and shape.rope is not None and positions else 1
+    copies = SPREAD if rope == "post" and shape.rotary_pairs and positions else 1
     with tempfile.TemporaryFile() as shelf:  # histograms wait here for the tables that they are costed with
         for layer_group, layers in enumerate(progress(layer_groups)):
             numbers = tuple(map(shape.layers.index, layers))
-            documents = _Documents(spool, numbers, shape, rope, groups, block, positions, copies)
+            documents = _Documents(
+                spool, numbers, shape, shape.common_rope(layers), rope == "pre", groups, block, positions, copies
+            )
             part = _narrowed(result, 2 * shape.kv_heads * len(layers) // groups, shape.head_dim)
             _fit_basis(part, layer_group, documents)
             sources = _crossed(part, layer_group, documents) if thin else [(part, documents)]
@@ -108,7 +110,8 @@ class _Documents:
     spool: Spool
     numbers: tuple[int, ...]
     shape: ModelShape
-    rope: str
+    rope: Rope | None
+    unrotated: bool
     groups: int
     block: int
     positions: int
@@ -123,7 +126,7 @@ class _Documents:
             for i in range(self.copies):
                 # squares: half of the places lie in the first quarter, where most contexts end
                 offset = (d * self.copies + i) ** 2 * self.positions // places**2
-                moved = _grouped(x, g, self.shape, self.rope, self.groups, self.block, offset)
+                moved = _grouped(x, g, self.shape, self.rope, self.unrotated, self.groups, self.block, offset)
                 yield moved if self.half is None or self.spool.documents > 1 else self._part(*moved)
 
     def _part(self, x: np.ndarray, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -133,17 +136,22 @@ class _Documents:
         return x[..., part, :], g[..., part, :]
 
 
-def _grouped(x, gradients, shape, rope, groups, block, offset):
-    """Vectors [G, T, Dg] and gradients [S, G, T, Dg] of the tokens of a document that a cache would have sealed."""
+def _grouped(x, gradients, shape, rope, unrotated, groups, block, offset):
+    """Vectors [G, T, Dg] and gradients [S, G, T, Dg] of the tokens of a document that a cache would have sealed.
+
+    unrotated: as they are before `rope`; else as they would be `offset` positions later.
+    """
     heads = x.shape[0] // 2
-    if rope == "pre" and shape.rope is not None:
-        scaling = shape.rope.scaling  # k_post = s R k_pre, hence the gradient turns back and is scaled by s
-        x = np.concatenate([unrotate(ops, x[:heads], shape.rope, 0), x[heads:]])
-        turned = unrotate(ops, gradients[:, :heads], shape.rope, 0) * scaling**2
+    if rope is None:
+        pass
+    elif unrotated:
+        scaling = rope.scaling  # k_post = s R k_pre, hence the gradient turns back and is scaled by s
+        x = np.concatenate([unrotate(ops, x[:heads], rope, 0), x[heads:]])
+        turned = unrotate(ops, gradients[:, :heads], rope, 0) * scaling**2
         gradients = np.concatenate([turned, gradients[:, heads:]], axis=1)
-    elif offset and shape.rope is not None:
-        x = np.concatenate([shift(ops, x[:heads], shape.rope, offset), x[heads:]])
-        turned = shift(ops, gradients[:, :heads], shape.rope, offset)
+    elif offset:
+        x = np.concatenate([shift(ops, x[:heads], rope, offset), x[heads:]])
+        turned = shift(ops, gradients[:, :heads], rope, offset)
         gradients = np.concatenate([turned, gradients[:, heads:]], axis=1)
     tokens = (x.shape[1] - SKIP) // block * block
 

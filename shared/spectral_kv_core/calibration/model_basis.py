@@ -74,8 +74,8 @@ def _sample(spool: Spool, shape: ModelShape, places: list[np.ndarray], side: int
         done = 0
         for (x, _), chosen in zip(spool.read(layer), places):
             part = np.split(x, 2)[side]
-            if side == 0 and shape.rope is not None:
-                part = unrotate(ops, part, shape.rope, 0)
+            if side == 0 and (rope := shape.rope_of(shape.layers[layer])) is not None:
+                part = unrotate(ops, part, rope, 0)
             flat = np.moveaxis(part[:, chosen], 0, 1).reshape(len(chosen), width)
             sample[done : done + len(chosen), layer * width : (layer + 1) * width] = flat
             done += len(chosen)

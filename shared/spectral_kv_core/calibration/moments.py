@@ -46,8 +46,11 @@ class Moments:
 class QueryMoments:
     """Mean, covariance and rotary amplitudes of the queries [Hq, T, D] of one layer, before RoPE."""
 
-    def __init__(self, kv_heads: int, rope: Rope | None):
+    def __init__(self, kv_heads: int, rope: Rope | None, pairs: int | None = None):
+        """pairs: room for so many amplitudes, those of the layer that rotates most; None for those of `rope`."""
         self.kv_heads, self.rope, self.moments = kv_heads, rope, Moments()
+        own = rope.rotary_dim // 2 if rope else 0
+        self.room = 0 if pairs is None else pairs - own
         self.length = np.zeros(())  # summed over the tokens: [Hq, pairs] from the first document on
 
     def update(self, queries: np.ndarray) -> None:
@@ -69,4 +72,4 @@ class QueryMoments:
         value, vectors = np.linalg.eigh(covariance.reshape(self.kv_heads, -1, dim, dim).mean(1))
         root = (vectors * np.sqrt(np.maximum(value, 0))[:, None, :]) @ np.swapaxes(vectors, -1, -2)
         amplitude = self.length / self.moments.count if self.rope else np.zeros((heads, 0))
-        return self.moments.mean, root, amplitude
+        return self.moments.mean, root, np.pad(amplitude, ((0, 0), (0, self.room)))

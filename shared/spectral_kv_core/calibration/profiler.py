@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ..arrays import ops
+from ..arrays.widths import widened
 from ..errors import UsageError, first_line
 from ..hosts.demo_model import demo_model_path
 from ..hosts.protocol import Captures, Models
@@ -67,6 +69,7 @@ class ProfilerBase:
         progress: Whether to show progress bars.
         pairs: Whether to add the basis set of the `-pairs` methods.
         joint: Whether to add the basis set of `kvtc`.
+        windows: Whether to profile the layers with a sliding window, and no others: for `windows="spectral"`.
 
     Raises:
         UsageError: An argument is out of range. `profile_from_model` raises it for a model without layers to compress, for
@@ -101,11 +104,12 @@ class ProfilerBase:
         progress: bool = True,
         pairs: bool = False,
         joint: bool = False,
+        windows: bool = False,
     ):
         check_calibration(target_energy, tokens, document, positions)
         self.target_energy, self.tokens, self.document = target_energy, tokens, document
         self.samples, self.seed, self.positions, self.progress = samples, seed, positions, progress
-        self.gradients, self.probes = gradients, probes
+        self.gradients, self.probes, self.windows = gradients, probes, windows
         self.basis_sets = tuple(dict.fromkeys((*basis_sets, *[PAIRS] * pairs, *[WHOLE_MODEL] * joint)))
         for name in self.basis_sets:
             if name not in (known := (*BASIS_SETS, PAIRS, WHOLE_MODEL)):
@@ -118,27 +122,34 @@ class ProfilerBase:
     def describe(self, model) -> tuple[ModelShape, dict[int, str], str, str, int | None]:
         """Shape, passed-through layers with reasons, weights digest, name, and the context it was made for."""
         models = self.models
-        shape, passed = models.model_shape(model)
+        shape, passed = self._shape(model)
         return shape, passed, models.weights_digest(model), models.model_name(model), models.max_context(model)
+
+    def _shape(self, model) -> tuple[ModelShape, dict[int, str]]:
+        """Sizes of the layers that are profiled, and the others with the reason."""
+        return self.models.window_shape(model) if self.windows else self.models.model_shape(model)
 
     def activations(self, model, shape: ModelShape, tokens: list[int]) -> Iterator[tuple]:
         """Per compressible layer, float32 NumPy: queries [Hq, T, D] times the attention scale, keys, values [H, T, D]."""
-        cache = self.captures.capture(model, tokens)
+        cache = self.captures.capture(model, tokens, shape.layers)
         for layer_idx in shape.layers:
-            yield self._arrays(cache, layer_idx, shape)
+            yield _wide(shape, *self._arrays(cache, layer_idx, shape))
 
     def probe(self, model, shape: ModelShape, tokens: list[int], scored: int) -> tuple[list, LogProbabilities]:
         """A document as `layer_probing.probed` takes it, whose last `scored` tokens are predicted."""
         captures, to_numpy = self.captures, self.xp.to_numpy
         outputs: dict[int, Any] = {}
-        cache = captures.capture(model, tokens[:-scored])
+        cache = captures.capture(model, tokens[:-scored], shape.layers)
         layers = [captures.captured(cache, layer_idx) for layer_idx in shape.layers]
 
         def log_p(changed: dict[int, tuple]) -> np.ndarray:
-            by_index = {shape.layers[n]: arrays for n, arrays in changed.items()}
+            by_index = {
+                shape.layers[n]: tuple(x[..., :width] for x, width in zip(arrays, shape.side_widths))
+                for n, arrays in changed.items()
+            }
             return to_numpy(captures.probed_log_probabilities(model, cache, tokens[-scored:], by_index, outputs))
 
-        return [(to_numpy(layer.keys), to_numpy(layer.values)) for layer in layers], log_p
+        return [_wide(shape, to_numpy(layer.keys), to_numpy(layer.values)) for layer in layers], log_p
 
     def vectors(self, model, shape: ModelShape, tokens: list[int], scored: int, seed: int) -> Iterator[tuple]:
         """Per compressible layer, as float32 NumPy arrays, of all but the last `scored` tokens:
@@ -146,11 +157,11 @@ class ProfilerBase:
         queries [Hq, T, D] times the attention scale, keys and values [H, T, D], and the gradients [S, H, T, D] of the
         scored tokens' log probability with respect to keys and values.
         """
-        cache = self.captures.capture(model, tokens[:-scored])
+        cache = self.captures.capture(model, tokens[:-scored], shape.layers)
         gradients = self.captures.score_gradients(model, cache, tokens[-scored:], self.samples, seed)
         for layer_idx in shape.layers:
             sides = [np.stack([self.xp.to_numpy(sample[layer_idx][side]) for sample in gradients]) for side in (0, 1)]
-            yield *self._arrays(cache, layer_idx, shape), *sides
+            yield _wide(shape, *self._arrays(cache, layer_idx, shape), *sides)
 
     def _arrays(self, cache, layer_idx: int, shape: ModelShape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Queries times the attention scale, keys and values of a captured layer of batch 1.
@@ -186,9 +197,8 @@ class ProfilerBase:
             )
         shape, passed, digest, own_name, context = self.describe(model)
         if not shape.layers:
-            raise UsageError(
-                f"Expected full-attention layers, received only: {', '.join(sorted(set(passed.values())))}."
-            )
+            what = "layers with a sliding window" if self.windows else "full-attention layers"
+            raise UsageError(f"Expected {what}, received only: {', '.join(sorted(set(passed.values())))}.")
         for key in self.basis_sets:
             shape.layer_groups(key.split(".")[0])  # raises before anything long runs
         text_name = TEXT_NAME if texts is None else "own text"
@@ -223,19 +233,20 @@ class ProfilerBase:
 
         Raises UsageError for a model without layers to compress.
         """
-        shape, passed = self.models.model_shape(model)
+        shape, passed = self._shape(model)
         if not shape.layers:
-            raise UsageError(
-                f"Expected full-attention layers to compress, received only: {', '.join(set(passed.values()))}."
-            )
+            what = "layers with a sliding window" if self.windows else "full-attention layers"
+            raise UsageError(f"Expected {what} to compress, received only: {', '.join(set(passed.values()))}.")
         if profile is None and method.profile_set:
-            if find_profile(shape, method.profile_set) is None:
+            if find_profile(shape, method.profile_set, self.windows) is None:
                 shape.layer_groups(method.profile_set.split(".")[0])  # raises where no tokenizer would help
                 tokenizer = self._tokenizer_for(model, tokenizer)  # raises before anything says that it begins
             profiler = copy.copy(self)
             profiler.basis_sets = tuple(dict.fromkeys((*self.basis_sets, method.profile_set)))
-            profile = auto_profile(shape, method.profile_set, lambda: profiler.profile_from_model(model, tokenizer))
-        name_passed_layers(passed)
+            made = partial(profiler.profile_from_model, model, tokenizer)
+            profile = auto_profile(shape, method.profile_set, made, self.windows)
+        if not self.windows:
+            name_passed_layers(passed)
         if profile is not None and method.profile_set:
             profile.check(shape)
             warn_if_other_weights(profile, self.models.weights_digest(model))
@@ -268,7 +279,7 @@ class ProfilerBase:
 
     def _read(self, model, shape: ModelShape, documents: list, spool: Spool, gradients: bool) -> QueryStatistics:
         """Put what every layer makes of `documents` on the `spool`; returns the statistics of the queries."""
-        moments = [QueryMoments(shape.kv_heads, shape.rope) for _ in shape.layers]
+        moments = [QueryMoments(shape.kv_heads, shape.rope_of(i), shape.rotary_pairs) for i in shape.layers]
         for d, tokens in enumerate(self._bar(documents, "Reading text")):
             seed = self.seed * len(documents) + d
             made = (self.vectors if gradients else self._local)(model, shape, tokens, _scored(tokens), seed)
@@ -324,6 +335,11 @@ def _warn_if_thin(tokens: int, head_dim: int) -> None:
             f"{tokens:,}",
             f"{enough:,}",
         )
+
+
+def _wide(shape: ModelShape, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+    """`arrays` [..., D] with zeros behind their channels up to head_dim, where keys and values have other widths."""
+    return tuple(widened(ops, x, shape.head_dim) for x in arrays) if shape.widths else arrays
 
 
 def _scored(tokens: list[int]) -> int:

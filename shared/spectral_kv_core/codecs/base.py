@@ -120,7 +120,7 @@ class ArrayCodec(Codec):
     """
 
     def __init__(self, xp, plan: ArrayPlan, layer_group: int, like=None):
-        self.xp, self.like, self.method, self.rope = xp, like, plan.method, plan.shape.rope
+        self.xp, self.like, self.method, self.rope = xp, like, plan.method, plan.rope(layer_group)
         self.kv_heads, self.head_dim = plan.shape.kv_heads * len(plan.layer_groups[layer_group]), plan.shape.head_dim
         self._tables: list = []
 

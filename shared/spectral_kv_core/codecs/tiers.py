@@ -38,7 +38,7 @@ class TieredCodec(Codec):
     block = GROUP
 
     def __init__(self, xp, plan: TieredPlan, layer_group: int, like=None):
-        self.xp, self.shape, self.bits = xp, plan.shape, max(len(plan.tiers) - 1, 1).bit_length()
+        self.xp, self.rope, self.bits = xp, plan.rope(layer_group), max(len(plan.tiers) - 1, 1).bit_length()
         self.codecs = [tier.make_codec(xp, layer_group, like) for tier in plan.tiers]
         self.counts = [round(share * GROUP) for share in plan.shares]
         self.scores = BlockScores(xp, plan, layer_group, needed(plan.method.scorer), GROUP)
@@ -95,7 +95,7 @@ class TieredCodec(Codec):
 
     def _ranked(self, keys, values, start: int) -> tuple:
         """Packed tiers of T tokens, and the indices int32 [B, H or 1, T * share] of every tier's tokens, ascending."""
-        xp, rope = self.xp, self.shape.rope
+        xp, rope = self.xp, self.rope
         keys, values = xp.astype(keys, xp.float32), xp.astype(values, xp.float32)
         scores = self.scores(unrotate(xp, keys, rope, start) if rope else keys, values)
         if self.shares_tokens:

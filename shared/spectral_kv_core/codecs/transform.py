@@ -194,7 +194,7 @@ class TransformCodec(TransformReader, Codec):
     def __init__(self, xp, plan: TransformPlan, layer_group: int, like=None):
         basis_set, method = plan.basis_set, plan.method
         self.xp, self.method, self.block = xp, method, basis_set.block
-        self.rope = plan.shape.rope
+        self.rope = plan.rope(layer_group)
         self.layers = len(plan.layer_groups[layer_group])
         self.kv_heads, self.head_dim = plan.shape.kv_heads * self.layers, plan.shape.head_dim
         self.groups = basis_set.mean.shape[1]

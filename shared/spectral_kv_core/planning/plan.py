@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 
 from ..arrays.equality import same_fields
+from ..arrays.rope import Rope
 from ..errors import UsageError
 from ..profile.basis_set import BasisSet
 from ..profile.model_shape import ModelShape
@@ -164,7 +165,15 @@ class Plan:
         if queries is None:
             return {}
         numbers = [self.shape.layers.index(layer_idx) for layer_idx in self.layer_groups[layer_group]]
-        return {f"query_{name}": np.concatenate(getattr(queries, name)[numbers]) for name in queries.ARRAYS}
+        found = {f"query_{name}": np.concatenate(getattr(queries, name)[numbers]) for name in queries.ARRAYS}
+        if self.shape.ropes:  # amplitudes have room for the layer that rotates most
+            rope = self.rope(layer_group)
+            found["query_amplitude"] = found["query_amplitude"][:, : rope.rotary_dim // 2 if rope else 0]
+        return found
+
+    def rope(self, layer_group: int) -> Rope | None:
+        """How the keys of the layers of `layer_group` are rotated; raises UsageError where they differ."""
+        return self.shape.common_rope(self.layer_groups[layer_group])
 
     def decides(self) -> dict[str, Any]:
         """By name, the arrays and numbers that say what codes mean."""
@@ -188,11 +197,16 @@ class Plan:
             "layers": list(shape.layers),
             "kv_heads": shape.kv_heads,
             "head_dim": shape.head_dim,
-            "rotary_dim": shape.rope.rotary_dim if shape.rope else 0,
-            "interleaved": bool(shape.rope and shape.rope.interleaved),
+            **dict(zip(("rotary_dim", "interleaved"), _rotated(shape.rope))),
+            **({"ropes": [[i, *_rotated(rope)] for i, rope in shape.ropes]} if shape.ropes else {}),
             "arrays": {name: array_digest(x) for name, x in self.decides().items()},
         }
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _rotated(rope: Rope | None) -> tuple[int, bool]:
+    """Channels that are rotated, and whether neighbors pair up."""
+    return (rope.rotary_dim, rope.interleaved) if rope else (0, False)
 
 
 def array_digest(x) -> str:

@@ -45,7 +45,7 @@ def check_arrays(arrays: dict[str, np.ndarray], header: dict, shape: ModelShape)
         expected |= {f"{name}/{key}": value for key, value in _set_arrays(name, fields, arrays, shape).items()}
     if "queries/mean" in arrays:
         layers, dim = len(shape.layers), shape.head_dim
-        pairs = shape.rope.rotary_dim // 2 if shape.rope else 0
+        pairs = shape.rotary_pairs
         expected["queries/mean"] = (layers, shape.q_heads, dim), "float32"
         expected["queries/root"] = (layers, shape.kv_heads, dim, dim), "float16"
         expected["queries/amplitude"] = (layers, shape.q_heads, pairs), "float32"
@@ -122,18 +122,36 @@ def shape_of(fields: Any) -> ModelShape:
     """The shape that a header has; raises `Wrong` for sizes that no model has."""
     sizes = ("num_layers", "hidden_size", "q_heads", "kv_heads", "head_dim")
     require_fields(fields, {**dict.fromkeys(sizes, int), "layers": list}, "shape")
-    require(set(fields) == {*sizes, "layers", "rope"}, "the fields of a shape and no others")
+    require(set(fields) - {"ropes", "widths"} == {*sizes, "layers", "rope"}, "the fields of a shape and no others")
     require(all(whole(fields[name], 1, 1 << 20) for name in sizes), "sizes above 0 in shape")
     require(fields["q_heads"] % fields["kv_heads"] == 0, "query heads that the KV heads divide in shape")
     layers, most = fields["layers"], fields["num_layers"] - 1
     require(all(whole(layer, 0, most) for layer in layers) and layers, "indices of layers in shape")
     require(all(a < b for a, b in pairwise(layers)), "layers that ascend in shape")
-    rope = fields["rope"]
+    dim = fields["head_dim"]
+    widths = fields.get("widths", [1, dim])
+    two = isinstance(widths, list) and len(widths) == 2 and all(whole(width, 1, dim) for width in widths)
+    require(
+        two and max(widths) == dim and (widths[0] != widths[1] or "widths" not in fields), "widths of keys and values"
+    )
+    others = fields.get("ropes", [])
+    pairs = isinstance(others, list) and all(isinstance(one, list) and len(one) == 2 for one in others)
+    require(
+        pairs and [i for i, _ in others] == sorted({i for i, _ in others if i in layers}), "layers with other ropes"
+    )
+    for rope in (fields["rope"], *(rope for _, rope in others)):
+        _check_rope(rope, fields["head_dim"])
+    return ModelShape.from_json(fields)
+
+
+def _check_rope(rope: Any, head_dim: int) -> None:
+    """Raise `Wrong` for a rotation that no model has."""
     if rope is not None:
         require_fields(rope, {"inv_freq": list, "interleaved": bool}, "rope")
         require(set(rope) == {"inv_freq", "interleaved", "scaling"}, "the fields of a RoPE and no others")
         frequencies = rope["inv_freq"]
-        fits = frequencies and 2 * len(frequencies) <= fields["head_dim"]
-        require(fits and all(number(f, -1e-30, 1e3) for f in frequencies), "RoPE frequencies of the head's channels")
+        fits = frequencies and 2 * len(frequencies) <= head_dim
+        numbers = fits and all(number(f, -1e3, 1e3) for f in frequencies)
+        one_way = numbers and (min(frequencies) >= 0 or max(frequencies) <= 0)  # some models turn backwards
+        require(one_way, "RoPE frequencies of the head's channels")
         require(number(rope["scaling"], 0, 1e3), "a scaling of RoPE above 0")
-    return ModelShape.from_json(fields)

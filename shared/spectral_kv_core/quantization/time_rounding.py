@@ -53,7 +53,7 @@ class BlockScores:
     """What a scorer says of every block of `block` tokens alone, as if it stood at the beginning of a text."""
 
     def __init__(self, xp, plan, layer_group: int, scorer: str, block: int):
-        self.xp, self.block, self.rope = xp, block, plan.shape.rope
+        self.xp, self.block, self.rope = xp, block, plan.rope(layer_group)
         self.scorer, self.statistics = get_scorer(scorer), plan.query_statistics(layer_group)
 
     def __call__(self, keys, values):
@@ -86,7 +86,7 @@ class TokenWeights:
         if plan.method.rounding == "expected-attention":
             statistics = plan.query_statistics(layer_group)
             mean, root = statistics["query_mean"], statistics["query_root"]
-            self.tables = tuple(map(table, future_queries(mean, root, plan.shape.rope)))
+            self.tables = tuple(map(table, future_queries(mean, root, plan.rope(layer_group))))
         else:
             self.scores = BlockScores(xp, plan, layer_group, plan.method.rounding, self.block)
 
