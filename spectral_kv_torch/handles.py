@@ -167,6 +167,8 @@ def attention_forward(module, query, key, value, attention_mask=None, scaling=No
         function = _function_for_plain(module, kwargs)
         return _by_host(function, module, query, key, value, attention_mask, scale, kwargs, 0)
     function, layer = _function_for(module, kwargs), pending.layer
+    if (owner := getattr(layer, "owner", None)) is not None:
+        owner.meet(module)
     padding, is_padding = None, True
     if attention_mask is not None:
         padding = _last_padding(attention_mask, length)

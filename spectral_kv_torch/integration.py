@@ -395,6 +395,19 @@ def model_dtype(model) -> np.dtype | torch.dtype:
     return model.dtype
 
 
+def parts(model) -> Iterator[torch.nn.Module]:
+    """All modules of `model`."""
+    return model.modules()
+
+
+def sample_of(part) -> np.ndarray | None:
+    """Some weights of a module; None where none are in memory."""
+    weight = next(part.parameters(), None)
+    return (
+        None if weight is None or weight.is_meta else ops.to_numpy(sampled(weight.detach().reshape(-1), weight.numel()))
+    )
+
+
 def max_context(model) -> int | None:
     """Tokens that the model was made for, None when unknown."""
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)

@@ -67,6 +67,12 @@ class Models(Protocol):
     def max_context(self, model) -> int | None:
         """Tokens that `model` was made for, None when unknown."""
 
+    def parts(self, model) -> Iterable:
+        """All modules of `model`."""
+
+    def sample_of(self, part) -> Any:
+        """Some weights of a module, NumPy; None where none are in memory."""
+
     def host_layers(self, model, left_padding: list[int] | None = None) -> list:
         """The cache layers that the host would use for `model`, for a batch with `left_padding` in slots."""
 
