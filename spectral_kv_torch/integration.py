@@ -30,8 +30,9 @@ from spectral_kv_core.profile.model_shape import ModelShape
 from spectral_kv_core.profile.model_survey import CODES, PASSED, LayerSurvey
 
 from . import ops
-from .handles import ATTENTION, RoutedName, attention_forward
+from .handles import ATTENTION, Decoding, RoutedName, attention_forward
 
+FLEX = "flex_attention"  # attention that torch compiles
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # types of weights that are not quantized
 STATES = ("conv_states", "recurrent_states")  # of a layer of linear attention
 
@@ -40,6 +41,9 @@ def register() -> None:
     """Make `attn_implementation="spectralkv"` known, for attention and for masks."""
     AttentionInterface.register(ATTENTION, attention_forward)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    flex = AttentionInterface._global_mapping.get(FLEX)
+    if flex is not None and not isinstance(flex, Decoding):  # for models that `restore` gives it back to
+        AttentionInterface.register(FLEX, Decoding(flex))
 
 
 def install(model) -> None:
@@ -65,8 +69,7 @@ def is_routed(model) -> bool:
 def restore(model) -> None:
     """Give `model` its host's attention back; compressed caches then decode for it.
 
-    Every part of the model gets the attention that it had before. Caches decode for eager and sdpa; torch refuses to
-    compile flex_attention for them.
+    Every part of the model gets the attention that it had before.
 
     Args:
         model: A model that `make_prompt_cache` or `load_prompt_cache` has been called with.
