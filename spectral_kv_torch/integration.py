@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,8 +27,8 @@ from .survey import model_shape, window_shape
 
 __all__ = [
     "cache_argument", "cache_of", "device_of", "exact_layer", "host_layers", "install", "is_routed", "load_model",
-    "load_tokenizer", "max_context", "model_dtype", "model_name", "model_shape", "plain_cache", "register", "restore",
-    "routed", "set_exact_layer", "weights_digest", "window_shape",
+    "load_tokenizer", "max_context", "model_dtype", "model_name", "model_shape", "parts", "plain_cache", "register", "restore",
+    "routed", "sample_of", "set_exact_layer", "weights_digest", "window_shape",
 ]  # fmt: skip
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # types of weights that are not quantized
@@ -179,3 +180,16 @@ def _quantization(quantize: str | None) -> dict:
 def model_dtype(model) -> np.dtype | torch.dtype:
     """Dtype in which the model keeps keys and values."""
     return model.dtype
+
+
+def parts(model) -> Iterator[torch.nn.Module]:
+    """All modules of `model`."""
+    return model.modules()
+
+
+def sample_of(part) -> np.ndarray | None:
+    """Some weights of a module; None where none are in memory."""
+    weight = next(part.parameters(), None)
+    return (
+        None if weight is None or weight.is_meta else ops.to_numpy(sampled(weight.detach().reshape(-1), weight.numel()))
+    )

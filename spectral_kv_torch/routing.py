@@ -8,13 +8,18 @@ from contextlib import contextmanager
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
-from .handles import ATTENTION, RoutedName, attention_forward
+from .handles import ATTENTION, Decoding, RoutedName, attention_forward
+
+FLEX = "flex_attention"  # attention that torch compiles
 
 
 def register() -> None:
     """Make `attn_implementation="spectralkv"` known, for attention and for masks."""
     AttentionInterface.register(ATTENTION, attention_forward)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    flex = AttentionInterface._global_mapping.get(FLEX)
+    if flex is not None and not isinstance(flex, Decoding):  # for models that `restore` gives it back to
+        AttentionInterface.register(FLEX, Decoding(flex))
 
 
 def install(model) -> None:
@@ -40,8 +45,7 @@ def is_routed(model) -> bool:
 def restore(model) -> None:
     """Give `model` its host's attention back; compressed caches then decode for it.
 
-    Every part of the model gets the attention that it had before. Caches decode for eager and sdpa; torch refuses to
-    compile flex_attention for them.
+    Every part of the model gets the attention that it had before.
 
     Args:
         model: A model that `make_prompt_cache` or `load_prompt_cache` has been called with.
