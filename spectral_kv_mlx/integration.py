@@ -83,7 +83,9 @@ def load_model(name: str | os.PathLike, dtype: str | None = None, quantize: str 
     try:
         path = _download(str(name))
         config = load_config(path)
-        model, tokenizer = mlx_lm.load(str(path), model_config=config_corrections(config), lazy=True)
+        model, tokenizer = mlx_lm.load(
+            str(path), {"trust_remote_code": False}, config_corrections(config), lazy=True, trust_remote_code=False
+        )
     except OSError as error:
         raise FileNotFoundError(
             f"Expected a model directory, a hub id or demo, cannot load {str(name)!r}: {first_line(error)}"
@@ -116,7 +118,7 @@ def load_tokenizer(model):
     """The tokenizer that `model` came with; None where `load_model` did not load it, or there is none."""
     name = getattr(model, "name_or_path", "")
     try:
-        return mlx_load_tokenizer(_download(name)) if name else None
+        return mlx_load_tokenizer(_download(name), {"trust_remote_code": False}) if name else None
     except (OSError, ValueError):
         return None
 

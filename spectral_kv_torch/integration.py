@@ -23,12 +23,12 @@ from . import ops
 from .arguments import device_of, max_context
 from .host_cache import cache_argument, cache_of, host_layers, plain_cache
 from .routing import install, is_routed, register, restore, routed
-from .survey import model_shape, window_shape
+from .survey import model_shape, survey, window_shape
 
 __all__ = [
     "cache_argument", "cache_of", "device_of", "exact_layer", "host_layers", "install", "is_routed", "load_model",
     "load_tokenizer", "max_context", "model_dtype", "model_name", "model_shape", "parts", "plain_cache", "register", "restore",
-    "routed", "sample_of", "set_exact_layer", "weights_digest", "window_shape",
+    "routed", "sample_of", "set_exact_layer", "survey", "weights_digest", "window_shape",
 ]  # fmt: skip
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # types of weights that are not quantized
@@ -134,8 +134,8 @@ def load_model(name: str | os.PathLike, dtype: str | None = None, quantize: str 
         raise FileNotFoundError(f"Expected a model directory, found nothing at {name}.")
     options = _quantization(quantize)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", trust_remote_code=False, **options)
     except OSError as error:
         raise FileNotFoundError(
             f"Expected a model directory, a hub id or demo, cannot load {name!r}: {first_line(error)}"
@@ -153,7 +153,7 @@ def load_tokenizer(model):
     """The tokenizer that `model` came with; None where its config does not say from where, or there is none."""
     name = model.config.name_or_path
     try:
-        return AutoTokenizer.from_pretrained(name) if name else None
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False) if name else None
     except (OSError, ValueError):
         return None
 

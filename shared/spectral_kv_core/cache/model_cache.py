@@ -197,7 +197,10 @@ def cache_nbytes(host: Host, cache) -> CacheSize:
 
 
 def token_nbytes(host: Host, model) -> int:
-    """Bytes that a token adds to a cache of `model` at most: those of all layers at the precision of the model."""
-    shape, _ = host.models.model_shape(model)
+    """Bytes that a token adds to a cache of `model` at most: those of all layers at the precision of the model.
+
+    A cache has one width for keys and values, whichever is the greater.
+    """
     element_bytes = host.xp.zeros((), dtype=host.models.model_dtype(model)).nbytes
-    return shape.num_layers * shape.kv_heads * sum(shape.side_widths) * element_bytes
+    widths = (2 * layer.kv_heads * max(layer.key_dim, layer.value_dim) for layer in host.models.survey(model))
+    return max(sum(widths), 1) * element_bytes

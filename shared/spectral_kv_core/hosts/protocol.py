@@ -18,6 +18,7 @@ from ..arrays.namespace import ArrayNamespace
 
 Array = Any  # of the host's array library
 ModelShape = Any  # as all that follow, of a package that stands above this one
+LayerSurvey = Any
 Profile = Any
 Method = Any
 Plan = Any
@@ -54,6 +55,9 @@ class Models(Protocol):
 
     def window_shape(self, model) -> tuple[ModelShape, dict[int, str]]:
         """`model_shape` with the layers that have a sliding window, and no others."""
+
+    def survey(self, model) -> list[LayerSurvey]:
+        """How every layer of `model` uses its cache."""
 
     def model_dtype(self, model) -> Any:
         """Dtype in which `model` keeps keys and values."""
@@ -197,6 +201,9 @@ class Generation(Protocol):
 
     def read(self, model, tokens: list[int], cache) -> None:
         """Let `tokens` enter `cache` in one call that makes no logits."""
+
+    def can_crop(self, cache) -> bool:
+        """Whether `cache` can forget any number of its last tokens."""
 
     def crop(self, cache, tokens: int) -> bool:
         """Let `cache` forget its last `tokens`; False where it cannot, and is of no more use."""
