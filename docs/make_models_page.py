@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -18,6 +19,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--host", choices=("torch", "mlx"), required=True)
     host = parser.parse_args().host
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(name, "1")  # models are tiny: threads that wait for each other cost more than they do
     sys.path[:0] = [str(ROOT / "tests" / "families")]
     lines = importlib.import_module(f"{host}_rows").table()
     PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), host, lines), encoding="utf-8")

@@ -79,7 +79,7 @@ def model_shape(model) -> tuple[ModelShape, dict[int, str]]:
             f"Expected a model with attention, received a {model_name(model)}, which has none: it keeps states of one size "
             "and no cache that grows. Use it as it is."
         )
-    return surveyed_shape(hidden_size(model), layers)
+    return surveyed_shape(hidden_size(model), layers, widens=True)
 
 
 def install(model) -> None:
@@ -113,7 +113,7 @@ def known(model) -> Survey:
 
 def argued_shape(model) -> tuple[ModelShape, dict[int, str]]:
     """`model_shape` by the arguments alone, for a model without weights."""
-    return surveyed_shape(hidden_size(model), argued_layers(model))
+    return surveyed_shape(hidden_size(model), argued_layers(model), widens=True)
 
 
 def _argued(model) -> Survey:
@@ -159,7 +159,7 @@ class _Trial:
     def result(self) -> Survey:
         """The survey."""
         layers = [self._seen(entry) for entry in range(len(self.caches))]
-        shape, passed = surveyed_shape(0, layers)
+        shape, passed = surveyed_shape(0, layers, widens=True)
         layers = [replace(x, way=PASSED, reason=passed[i]) if i in passed else x for i, x in enumerate(layers)]
         self.shape = shape
         if shape.layers:
@@ -199,12 +199,13 @@ class _Trial:
                 "value_dim": values.shape[3],
             }
             sizes["rope"], sizes["limit"] = self.ropes[entry]
-        if reason := why_kept(self.caches[entry]) or _odd(updates) or ("" if calls else _latent(updates[0])):
+        if reason := why_kept(self.caches[entry]) or _odd(updates):
             return LayerSurvey(PASSED, reason, **sizes)
         if not any(call.routable for call in calls):
             self.own.add(entry)
             self.unseen.add(entry)
-            return LayerSurvey(DECODED, OWN, **sizes)
+            is_latent = sizes["key_dim"] != sizes["value_dim"]
+            return LayerSurvey(DECODED, "latent attention" if is_latent else OWN, **sizes)
         return LayerSurvey(CODES, "", **sizes)
 
     def _without_cache(self, layer: int) -> LayerSurvey:
@@ -231,12 +232,12 @@ class _Trial:
             if wrong and layers[wrong[0]].way == CODES:
                 self.own.update(wrong)
                 for entry in wrong:
-                    reason = "other layers attend to its keys" if self._is_shared(entry) else OWN
+                    reason = "keys that other layers attend to" if self._is_shared(entry) else OWN
                     layers[entry] = replace(layers[entry], way=DECODED, reason=reason)
                 wrong = self._wrong(wrong, layers)
             self.own.difference_update(wrong)
             for entry in wrong:
-                layers[entry] = replace(layers[entry], way=PASSED, reason="a compressed cache changes what it gives")
+                layers[entry] = replace(layers[entry], way=PASSED, reason="attention that a compressed cache changes")
 
     def _wrong(self, entries: list[int], layers: list[LayerSurvey], runs: int = RUNS) -> list[int]:
         """Those of `entries`, which are alike, that change the logits; all of them where it takes too many runs to tell."""
@@ -292,9 +293,3 @@ def _odd(updates: list) -> str:
     if keys.ndim != 4 or keys.shape[:3] != values.shape[:3] or keys.shape[2] != LOOKED_AT:
         return f"keys of shape {keys.shape} and values of {values.shape}"
     return ""
-
-
-def _latent(update) -> str:
-    """Why what a layer gave its cache is neither keys nor values; "" where it may be."""
-    latent, rotary = update.keys.shape[3], update.values.shape[3]
-    return f"latents of {latent} channels and rotary keys of {rotary}" if latent != rotary else ""

@@ -84,7 +84,8 @@ class SpectralKVLayer(CodedLayer, CompressedLayer, CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         if not number:
             self.commit()
-        self.taken[number] = Pending(self, key_states, value_states, number, self.slots - self.waiting)
+        sides, widths = self.widen(key_states, value_states), self.plan.shape.widths
+        self.taken[number] = Pending(self, *sides, number, self.slots - self.waiting, widths)
         return self.taken[number].handles()
 
     def can_attend(self, pending: Pending, padding: list[int] | None) -> bool:
@@ -105,7 +106,9 @@ class SpectralKVLayer(CodedLayer, CompressedLayer, CacheLayerMixin):
         """Attention [B, Hq, L, D] of the tokens of `pending`, which enter the cache; `padding` [B] as the mask has it."""
         self._start(pending, padding)
         del self.taken[pending.number]
-        return self.store.attend(queries, pending.keys, pending.values, scale, fused, pending.number)
+        (queries,) = self.widen(queries)
+        out = self.store.attend(queries, pending.keys, pending.values, scale, fused, pending.number)
+        return out[..., : pending.widths[1]]
 
     def decoded(self, pending: Pending, queries, scale: float, padding: list[int] | None = None):
         """Keys and values [B, H, seen, D] for attention that is not ours; raises UsageError where tokens were dropped."""

@@ -66,8 +66,10 @@ UNKNOWN = RoutedName()  # of a module without a configuration
 class Pending:
     """Tokens [B, H, L, D] that `layer` took in for layer number `number` of its group, behind `slots` slots of history."""
 
-    def __init__(self, layer, keys: torch.Tensor, values: torch.Tensor, number: int = 0, slots: int = 0):
+    def __init__(self, layer, keys: torch.Tensor, values: torch.Tensor, number: int = 0, slots: int = 0, widths=None):
+        """widths: channels of keys and values as the model gave them, where zeros stand behind."""
         self.layer, self.keys, self.values, self.number, self.slots = layer, keys, values, number, slots
+        self.widths = widths or (keys.shape[3], values.shape[3])
         self._dense = None
 
     def __iter__(self):
@@ -80,7 +82,7 @@ class Pending:
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Decoded keys and values of everything up to these tokens."""
         if self._dense is None:
-            self._dense = self.layer.dense(self)
+            self._dense = tuple(x[..., :width] for x, width in zip(self.layer.dense(self), self.widths))
         return self._dense
 
 
@@ -92,7 +94,7 @@ class Handle(torch.Tensor):
 
     @staticmethod
     def make(pending: Pending, side: int, new: torch.Tensor) -> Handle:
-        shape = (*new.shape[:2], pending.slots + new.shape[2], new.shape[3])
+        shape = (*new.shape[:2], pending.slots + new.shape[2], pending.widths[side])
         handle = torch.Tensor._make_wrapper_subclass(Handle, shape, dtype=new.dtype, device=new.device)
         handle.pending, handle.side = pending, side
         return handle

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import MoEModelOutput
 from transformers.modeling_utils import AttentionInterface
 
 from spectral_kv_core.arrays.rope import Rope
-from spectral_kv_core.arrays.rope_fit import SHIFTS, fit_rope
+from spectral_kv_core.arrays.rope_fit import SHIFTS, fit_rope, is_rotated_by
 from spectral_kv_core.codecs.exact import ExactPlan
 from spectral_kv_core.errors import first_line
 from spectral_kv_core.profile.model_shape import ModelShape
@@ -35,12 +35,15 @@ from .cache import SpectralCache
 from .handles import ATTENTION, attention_forward, changed_scores, is_decoded, left_padding
 
 FIRST = 9  # tokens of the call that is looked at
+MOVED = 4  # of them, those that are tried at other positions
 PIECES = (48, 18, 1, 1)  # tokens of the calls that are compared: all but the first attend to sealed ones
 KEPT = 8  # logits that are compared of every call
+SMALL = 4096  # elements of a buffer that is put back
 IDS = 32000  # ids that are tried lie below
 ENCODED = 5  # states of an encoder that a decoder is given
 # how far logits of a compressed cache may be from the plain cache's, as a share of their spread
 SAME = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
+SWITCHES = "keys are rotated in another way in long texts"
 OWN_KIND = "a cache of its own kind"
 WORDS = {  # of arguments of attention functions
     "is_causal": "attention in both directions",
@@ -114,7 +117,7 @@ def survey(model) -> list[LayerSurvey]:
 
 def model_shape(model) -> tuple[ModelShape, dict[int, str]]:
     """`integration.model_shape`."""
-    return surveyed_shape(integration.text_config(model).hidden_size, survey(model))
+    return surveyed_shape(integration.text_config(model).hidden_size, survey(model), widens=True)
 
 
 def _key(model) -> tuple:
@@ -155,10 +158,13 @@ def _runs_alone(model) -> bool:
 
 def _tried(model) -> tuple[list[LayerSurvey], bool]:
     trace = _traced(model)
-    ropes = _ropes(model, trace)
+    ropes, switched = _ropes(model, trace)
+    limits = dict.fromkeys(switched, SWITCHES)
     held = integration.host_layers(model)
-    layers = [_layer(model, i, layer, trace, ropes.get(i)) for i, layer in enumerate(held)]
-    shape, passed = surveyed_shape(0, layers)
+    layers = [
+        replace(_layer(model, i, layer, trace, ropes.get(i)), limit=limits.get(i, "")) for i, layer in enumerate(held)
+    ]
+    shape, passed = surveyed_shape(0, layers, widens=True)
     layers = [replace(layer, way=PASSED, reason=passed[i]) if i in passed else layer for i, layer in enumerate(layers)]
     if not shape.layers:
         return layers, True
@@ -188,7 +194,11 @@ def _layer(model, i: int, layer, trace: Trace, rope: Rope | None) -> LayerSurvey
         }
     if reason := _kept_by_host(model, i, layer, trace):
         return LayerSurvey(PASSED, reason, **sizes, rope=rope)
-    changed = next((call.changed for call in calls if call.changed), "") if calls else "attention code of its own"
+    changed = next((call.changed for call in calls if call.changed), "")
+    if not calls:
+        changed = (
+            "keys and values that are changed before attention" if trace.calls.get(i) else "attention code of its own"
+        )
     return LayerSurvey(DECODED if changed else CODES, changed, **sizes, rope=rope)
 
 
@@ -230,24 +240,52 @@ def _traced(model) -> Trace:
     return trace
 
 
-def _ropes(model, trace: Trace) -> dict[int, Rope | None]:
-    """How the keys of every layer are rotated, where that is seen or said."""
+def _ropes(model, trace: Trace) -> tuple[dict[int, Rope | None], set[int]]:
+    """How the keys of every layer are rotated, where that is seen or said, and the layers that are so in short texts only."""
     if "position_ids" not in _arguments(model):
-        return dict.fromkeys(trace.updates, integration.read_rope(model))
-    shifts = [n for n in SHIFTS if n + FIRST <= (integration.max_context(model) or n + FIRST)]
-    moved, layers = Trace(), integration.host_layers(model)
-    moved.watch(layers)
-    positions = torch.arange(FIRST)[None] + torch.tensor(shifts)[:, None]
-    ids = _ids(model)[:, :FIRST].expand(len(shifts), -1)
-    _call(model, ids, integration.cache_of(layers), position_ids=positions.to(model.device))
+        return dict.fromkeys(trace.updates, integration.read_rope(model)), set()
+    first = {i: ops.to_numpy(updates[0][0][0, :, :MOVED]) for i, updates in trace.updates.items()}
     known = integration.known_ropes(model)
-    found = {}
-    for i, updates in trace.updates.items():
-        keys = ops.to_numpy(updates[0][0][0])
-        after = ops.to_numpy(moved.updates[i][0][0])
-        found[i], _ = fit_rope(keys, dict(zip(shifts, after)), known)
-        known += [found[i]] if found[i] and found[i] not in known else []  # the next layer may be rotated alike
-    return found
+    context = integration.max_context(model)
+    shifts = [n for n in SHIFTS if n + FIRST <= (context or n + FIRST)]
+    found: dict[int, Rope | None] = {}
+    switched: set[int] = set()
+    for tried in (shifts, shifts[:2]):  # a rotation that changes with the length of a text is seen in short ones
+        moved = _keys_at(model, tried)
+        for i in set(first) - {i for i in found if found[i] or i not in switched}:
+            found[i], is_seen = fit_rope(first[i], moved[i], known)
+            known += [found[i]] if found[i] and found[i] not in known else []  # the next layer may be rotated alike
+            switched |= set() if is_seen else {i}
+        if not switched:
+            break
+    switched &= {i for i, rope in found.items() if rope}
+    return found, switched | _switched_far(model, {i: rope for i, rope in found.items() if rope}, 2 * (context or 0))
+
+
+def _switched_far(model, ropes: dict[int, Rope], start: int) -> set[int]:
+    """Those of the layers of `ropes` whose keys are rotated otherwise from position `start` on."""
+    if not start or not ropes:
+        return set()
+    try:
+        far = _keys_at(model, [start + n for n in (0, *SHIFTS)])
+    except (IndexError, RuntimeError):  # of a model that has a table of so many positions and no more
+        return set()
+    switched = set()
+    for i, rope in ropes.items():
+        keys, *moved = far[i].values()
+        if not is_rotated_by(rope, keys, dict(zip(SHIFTS, moved))):
+            switched.add(i)
+    return switched
+
+
+def _keys_at(model, shifts: Sequence[int]) -> dict[int, dict[int, np.ndarray]]:
+    """By layer and by shift, keys [H, T, D] of the `MOVED` first tokens so many positions later."""
+    trace, layers = Trace(), integration.host_layers(model)
+    trace.watch(layers)
+    positions = torch.arange(MOVED)[None] + torch.tensor(shifts)[:, None]
+    ids = _ids(model)[:, :MOVED].expand(len(shifts), -1)
+    _call(model, ids, integration.cache_of(layers), position_ids=positions.to(model.device))
+    return {i: dict(zip(shifts, ops.to_numpy(updates[0][0]))) for i, updates in trace.updates.items()}
 
 
 def _is_same(model, shape: ModelShape, expected: torch.Tensor) -> bool:
@@ -316,6 +354,8 @@ def _ids(model) -> torch.Tensor:
 def _untouched(model) -> Iterator[None]:
     """A while in which `model` answers as it does at inference, under the host's own attention, and leaves no trace."""
     before = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    small = [x for x in model.buffers() if x.numel() <= SMALL]  # such as frequencies, which some models change in place
+    values = [x.clone() for x in small]
     routes = integration.routes(model)
     devices = [model.device] if model.device.type == "cuda" else []
     verbosity = transformers.logging.get_verbosity()
@@ -336,3 +376,6 @@ def _untouched(model) -> Iterator[None]:
             vars(module).update(attributes)
             module._buffers.clear()
             module._buffers.update(buffers)
+        with torch.no_grad():
+            for x, value in zip(small, values):
+                x.copy_(value)

@@ -115,7 +115,7 @@ KINDS = [
     (Narrow, DECODED, OWN),
     (Kernel, DECODED, OWN),
     (Cast, DECODED, OWN),
-    (Peeking, PASSED, "a compressed cache changes what it gives"),
+    (Peeking, PASSED, "attention that a compressed cache changes"),
 ]
 
 

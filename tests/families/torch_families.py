@@ -160,6 +160,24 @@ FAMILIES: dict[str, dict] = {
     "stablelm": {},
     "starcoder2": {},
     "dots1": {**EXPERTS, "layer_types": ["full_attention"] * 3},
+    # rotations that change at 64 tokens
+    "llama, dynamic RoPE": {
+        "type": "llama",
+        "max_position_embeddings": 64,
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+    },
+    "phi3, long RoPE": {
+        "type": "phi3",
+        "original_max_position_embeddings": 64,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": [1.0] * 8,
+            "long_factor": [1.0 + i for i in range(8)],
+            "original_max_position_embeddings": 64,
+            "factor": 64.0,
+        },
+    },
     # layers without a rotation, or with another one
     "smollm3": {"num_hidden_layers": 4, "no_rope_layer_interval": 2},
     "llama4_text": {

@@ -11,6 +11,7 @@ from .rope import Rope, pair_slices, shift
 
 SHIFTS = (1, 8, 64, 509)  # tokens: every angle tells which turn of the next one is meant
 NEAR = 0.2  # of the next best a rotation may miss where keys are known to few digits
+FAR = 0.1  # share of a key's length that float32 loses far behind the first token, with room
 CLOSE = 1e-3  # share of a key's length by which a rotation may miss it in float32
 
 
@@ -37,6 +38,11 @@ def fit_rope(
     if errors[best] < NEAR * min(others, default=0.0):
         return own[best], True
     return None, False
+
+
+def is_rotated_by(rope: Rope, keys: np.ndarray, shifted: Mapping[int, np.ndarray]) -> bool:
+    """Whether `rope` turns `keys` into `shifted`, at positions so large that angles have few digits."""
+    return _error(keys, shifted, rope) < FAR
 
 
 def _alike(rope: Rope | None, other: Rope | None) -> bool:

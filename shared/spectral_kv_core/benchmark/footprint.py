@@ -65,7 +65,7 @@ class Footprint:
     @property
     def layer_elements(self) -> int:
         """K and V elements of one token in one layer."""
-        return 2 * self.shape.kv_heads * self.shape.head_dim
+        return self.shape.kv_heads * sum(self.shape.side_widths)
 
     @property
     def elements(self) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from ..arrays.widths import widened
 from ..errors import UsageError
 from ..planning.cache_plan import CachePlan, cache_plan
 from ..planning.plan import Plan
@@ -75,7 +76,7 @@ class CompressedLayer:
 
     def check(self, keys, layers: int = 1) -> None:
         """Raise UsageError unless `keys` are those of `layers` layers of the plan's model."""
-        expected = layers * self.plan.shape.kv_heads, self.plan.shape.head_dim
+        expected = layers * self.plan.shape.kv_heads, self.plan.shape.side_widths[0]
         received = keys.shape[1], keys.shape[3]
         if expected != received:
             of = f"for {profile.model}" if (profile := self.plan.profile) else "for other sizes"
@@ -99,6 +100,7 @@ class CompressedLayer:
     def append(self, keys, values, padding: Sequence[int] | None = None) -> None:
         """Take in [B, layers * H, L, D] post-RoPE keys and values without attending; `padding` [B] at the first call."""
         self.check(keys, len(self.layers))
+        keys, values = self.widen(keys, values)
         if self.store is None:
             self.open(keys.device)
         self.commit()
@@ -109,7 +111,21 @@ class CompressedLayer:
     def keys_and_values(self) -> tuple[Any, Any]:
         """Decoded keys and values [B, layers * H, seen, D]; None twice when empty."""
         self.commit()
-        return (self.store.dense() if self.store is not None else None) or (None, None)
+        held = self.store.dense() if self.store is not None else None
+        return self.narrow(*held) if held else (None, None)
+
+    def widen(self, *sides) -> tuple:
+        """Arrays [..., D] with zeros behind their channels up to head_dim, where keys and values have other widths."""
+        shape, xp = self.plan.shape, self.xp
+        if shape.widths is None:
+            return sides
+        return tuple(widened(xp, x, shape.head_dim) for x in sides)
+
+    def narrow(self, keys, values) -> tuple[Any, Any]:
+        """Inverse of `widen` for keys and values."""
+        if self.plan.shape.widths is None:
+            return keys, values
+        return tuple(x[..., :width] for x, width in zip((keys, values), self.plan.shape.widths))
 
     def finalize(self) -> None:
         """End the prompt now instead of at the next call with at most 16 tokens: the layer takes its final size."""

@@ -39,7 +39,7 @@ def build_cache(
     shape, passed, profile = host.profile_for(model, request.recipe, profile, tokenizer)
     layers = host.models.host_layers(model, left_padding)
     element_bytes = host.xp.zeros((), dtype=host.models.model_dtype(model)).nbytes
-    of_token = 2 * shape.kv_heads * shape.head_dim * element_bytes
+    of_token = shape.kv_heads * sum(shape.side_widths) * element_bytes
     other = sum(host.most_tokens(layers[i]) for i in passed if i < len(layers)) * of_token  # some read another's cache
     plan, eviction = request.plan(shape, profile, element_bytes, other)
     host.install(model)
@@ -155,7 +155,7 @@ def cache_nbytes(host: Host, cache) -> CacheSize:
         if isinstance(layer, CompressedLayer):
             arrays = layer.arrays()
             tables |= host.buffers(layer.tables()) | numpy_buffers(layer.plan)  # some are shared by all layers
-            elements = layer.store.tokens() * 2 * layer.kv_heads * layer.plan.shape.head_dim if layer.store else 0
+            elements = layer.store.tokens() * layer.kv_heads * sum(layer.plan.shape.side_widths) if layer.store else 0
         else:
             arrays, elements = host.held(layer)
         stored += sum(host.buffers(arrays).values())

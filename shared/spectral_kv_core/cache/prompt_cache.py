@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..codecs.registry import make_plan, plan_for
+from ..codecs.registry import make_plan, plan_for, with_zeros
 from ..errors import UsageError
 from ..hosts.protocol import Host
 from ..planning.budget import SINKS, WINDOW
@@ -95,7 +95,7 @@ def load_prompt_cache(
     cache = _restored(host, file, plan, model)
     if target is not None:
         profile = host.profile_for(model, target, profile or plan.profile)[2]
-        wanted = make_plan(plan.shape, profile, target, bits)
+        wanted = make_plan(plan.shape, profile, target, with_zeros(plan.shape, target, bits))
         if wanted.hash != plan.hash:
             cache = encode_cache(host, wanted, cache, file.sinks, file.window)
     elif plain or not plan.method.live:

@@ -282,7 +282,7 @@ class PromptFile:
     def size(self) -> CacheSize:
         """Bytes of the arrays of all layers, with what they stand for."""
         tokens = sum(max(self.seen - pad, 0) for pad in self.padding)
-        dense = 4 * tokens * len(self.shape.layers) * self.shape.kv_heads * self.shape.head_dim
+        dense = 2 * tokens * len(self.shape.layers) * self.shape.kv_heads * sum(self.shape.side_widths)
         dense += sum(4 * len(self.padding) * int(np.prod(state["size"])) for state in self.layers if "size" in state)
         return CacheSize(sum(self.bytes_by_part().values()), dense, 0)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
 
-from ..codecs.registry import bits_range, check_bits, make_plan, usable_method
+from ..codecs.registry import bits_range, check_bits, make_plan, usable_method, with_zeros
 from ..codecs.tiers import check_tiers, make_tiered_plan
 from ..errors import UsageError
 from ..planning.budget import SEAL, SINKS, WAITING, WINDOW, elements_per_token, whole_number
@@ -103,7 +103,9 @@ class CacheRequest:
         if (tiers := self.tiers) is not None:
             return known_plan((*key, tiers), lambda: make_tiered_plan(shape, profile, method, tiers)), None
         bits = self.bits
-        if method.scorer is None and self.budget_bytes is not None:
+        if method.scorer is not None or self.budget_bytes is None:
+            bits = with_zeros(shape, method, bits)
+        else:
             bits = self._bits_for_bytes(shape, method, *sizes)
         plan = known_plan((*key, bits), lambda: make_plan(shape, profile, method, bits))
         if method.scorer is None:

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ..arrays import ops
+from ..arrays.widths import widened
 from ..errors import UsageError, first_line
 from ..hosts.demo_model import demo_model_path
 from ..hosts.protocol import Captures, Models
@@ -125,7 +127,7 @@ class ProfilerBase:
         """Per compressible layer, float32 NumPy: queries [Hq, T, D] times the attention scale, keys, values [H, T, D]."""
         cache = self.captures.capture(model, tokens)
         for layer_idx in shape.layers:
-            yield self._arrays(cache, layer_idx, shape)
+            yield _wide(shape, *self._arrays(cache, layer_idx, shape))
 
     def probe(self, model, shape: ModelShape, tokens: list[int], scored: int) -> tuple[list, LogProbabilities]:
         """A document as `layer_probing.probed` takes it, whose last `scored` tokens are predicted."""
@@ -135,10 +137,13 @@ class ProfilerBase:
         layers = [captures.captured(cache, layer_idx) for layer_idx in shape.layers]
 
         def log_p(changed: dict[int, tuple]) -> np.ndarray:
-            by_index = {shape.layers[n]: arrays for n, arrays in changed.items()}
+            by_index = {
+                shape.layers[n]: tuple(x[..., :width] for x, width in zip(arrays, shape.side_widths))
+                for n, arrays in changed.items()
+            }
             return to_numpy(captures.probed_log_probabilities(model, cache, tokens[-scored:], by_index, outputs))
 
-        return [(to_numpy(layer.keys), to_numpy(layer.values)) for layer in layers], log_p
+        return [_wide(shape, to_numpy(layer.keys), to_numpy(layer.values)) for layer in layers], log_p
 
     def vectors(self, model, shape: ModelShape, tokens: list[int], scored: int, seed: int) -> Iterator[tuple]:
         """Per compressible layer, as float32 NumPy arrays, of all but the last `scored` tokens:
@@ -150,7 +155,7 @@ class ProfilerBase:
         gradients = self.captures.score_gradients(model, cache, tokens[-scored:], self.samples, seed)
         for layer_idx in shape.layers:
             sides = [np.stack([self.xp.to_numpy(sample[layer_idx][side]) for sample in gradients]) for side in (0, 1)]
-            yield *self._arrays(cache, layer_idx, shape), *sides
+            yield _wide(shape, *self._arrays(cache, layer_idx, shape), *sides)
 
     def _arrays(self, cache, layer_idx: int, shape: ModelShape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Queries times the attention scale, keys and values of a captured layer of batch 1.
@@ -311,6 +316,11 @@ class ProfilerBase:
 
     def _bar(self, steps, what: str):
         return tqdm(steps, desc=what, disable=not self.progress, leave=False)
+
+
+def _wide(shape: ModelShape, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+    """`arrays` [..., D] with zeros behind their channels up to head_dim, where keys and values have other widths."""
+    return tuple(widened(ops, x, shape.head_dim) for x in arrays) if shape.widths else arrays
 
 
 def _scored(tokens: list[int]) -> int:

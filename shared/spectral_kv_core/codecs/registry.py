@@ -87,6 +87,25 @@ def make_plan(
     return plan
 
 
+def with_zeros(shape: ModelShape, method: str | Method, bits: float | None) -> float | None:
+    """`bits` per element of a model's keys and values, as a plan has them: zeros that fill the narrower side up count too.
+
+    Raises UsageError where too few bits were asked for; a method's own bits (None) are raised to what it can do.
+    """
+    if not shape.widths:
+        return bits
+    method = get_method(method)
+    low, high = bits_range(method, shape)
+    is_given = bits is not None
+    bits = family_of(method).default_bits(shape, method) if bits is None else bits
+    if bits * shape.filled < low and is_given:
+        raise UsageError(
+            f"Expected bits of at least {low / shape.filled:.4g} for {method.name} with a model whose keys have "
+            f"{shape.side_widths[0]} channels and values {shape.side_widths[1]}, received {bits:g}."
+        )
+    return min(max(bits * shape.filled, low), high)
+
+
 def plan_for(
     shape: ModelShape,
     profile: Profile | None,
@@ -98,7 +117,8 @@ def plan_for(
     """`make_plan` for a new cache; raises UsageError for a `window` or `sinks` that are no numbers of tokens too."""
     whole_number("window", window, 0)
     whole_number("sinks", sinks, 0)
-    return make_plan(shape, profile, usable_method(method), bits)
+    method = usable_method(method)
+    return make_plan(shape, profile, method, with_zeros(shape, method, bits))
 
 
 def make_codec(xp, plan: Plan, layer_group: int, like=None):

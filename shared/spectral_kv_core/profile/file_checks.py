@@ -122,12 +122,18 @@ def shape_of(fields: Any) -> ModelShape:
     """The shape that a header has; raises `Wrong` for sizes that no model has."""
     sizes = ("num_layers", "hidden_size", "q_heads", "kv_heads", "head_dim")
     require_fields(fields, {**dict.fromkeys(sizes, int), "layers": list}, "shape")
-    require(set(fields) - {"ropes"} == {*sizes, "layers", "rope"}, "the fields of a shape and no others")
+    require(set(fields) - {"ropes", "widths"} == {*sizes, "layers", "rope"}, "the fields of a shape and no others")
     require(all(whole(fields[name], 1, 1 << 20) for name in sizes), "sizes above 0 in shape")
     require(fields["q_heads"] % fields["kv_heads"] == 0, "query heads that the KV heads divide in shape")
     layers, most = fields["layers"], fields["num_layers"] - 1
     require(all(whole(layer, 0, most) for layer in layers) and layers, "indices of layers in shape")
     require(all(a < b for a, b in pairwise(layers)), "layers that ascend in shape")
+    dim = fields["head_dim"]
+    widths = fields.get("widths", [1, dim])
+    two = isinstance(widths, list) and len(widths) == 2 and all(whole(width, 1, dim) for width in widths)
+    require(
+        two and max(widths) == dim and (widths[0] != widths[1] or "widths" not in fields), "widths of keys and values"
+    )
     others = fields.get("ropes", [])
     pairs = isinstance(others, list) and all(isinstance(one, list) and len(one) == 2 for one in others)
     require(

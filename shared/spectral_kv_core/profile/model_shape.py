@@ -16,6 +16,7 @@ class ModelShape:
 
     layers: indices of the layers whose cache can be compressed; the others are passed through.
     rope: how the keys of these layers are rotated. ropes: by index those that are rotated otherwise, None for not at all.
+    widths: channels of keys and of values, where they differ: zeros stand behind the narrower side, up to head_dim.
     """
 
     num_layers: int
@@ -26,6 +27,17 @@ class ModelShape:
     layers: tuple[int, ...]
     rope: Rope | None
     ropes: tuple[tuple[int, Rope | None], ...] = ()
+    widths: tuple[int, int] | None = None
+
+    @property
+    def side_widths(self) -> tuple[int, int]:
+        """Channels that the model gives a key, and a value."""
+        return self.widths or (self.head_dim, self.head_dim)
+
+    @property
+    def filled(self) -> float:
+        """Share of the channels of keys and values that are not the zeros behind the narrower side."""
+        return sum(self.widths) / (2 * self.head_dim) if self.widths else 1.0
 
     def rope_of(self, layer_idx: int) -> Rope | None:
         """How the keys of layer `layer_idx` are rotated."""
@@ -81,17 +93,19 @@ class ModelShape:
         fields = {n: getattr(self, n) for n in ("num_layers", "hidden_size", "q_heads", "kv_heads", "head_dim")}
         others = [[layer_idx, rope.to_json() if rope else None] for layer_idx, rope in self.ropes]
         fields |= {"layers": list(self.layers), "rope": self.rope.to_json() if self.rope else None}
-        return fields | ({"ropes": others} if others else {})
+        fields |= {"ropes": others} if others else {}
+        return fields | ({"widths": list(self.widths)} if self.widths else {})
 
     @classmethod
     def from_json(cls, fields: dict) -> ModelShape:
         rope = Rope.from_json(fields["rope"]) if fields["rope"] else None
         ropes = tuple((int(i), Rope.from_json(other) if other else None) for i, other in fields.get("ropes", ()))
-        return cls(**{**fields, "layers": tuple(fields["layers"]), "rope": rope, "ropes": ropes})
+        widths = tuple(fields["widths"]) if "widths" in fields else None
+        return cls(**{**fields, "layers": tuple(fields["layers"]), "rope": rope, "ropes": ropes, "widths": widths})
 
     def mismatch(self, other: ModelShape, owner: str = "the profile") -> str | None:
         """What differs from `other`, as words, or None; `owner` is what this shape stands in."""
-        for name in ("num_layers", "hidden_size", "q_heads", "kv_heads", "head_dim", "layers"):
+        for name in ("num_layers", "hidden_size", "q_heads", "kv_heads", "head_dim", "layers", "side_widths"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 return f"{name} {theirs}, {owner} has {mine}"

@@ -26,7 +26,7 @@ class LayerSurvey:
     reason: Why it is not attended as codes, in words; "" where it is.
     q_heads, kv_heads, key_dim, value_dim: Of the keys and values that the layer gave its cache; 0 where it gave none.
     rope: How its keys are rotated; None for keys that carry no position.
-    limit: What is otherwise at larger positions than were tried, or was not seen; "" where nothing is known to be.
+    limit: What changes beyond a number of tokens, in words; "" where nothing was seen to.
     """
 
     way: str
@@ -39,16 +39,19 @@ class LayerSurvey:
     limit: str = ""
 
     @property
-    def form(self) -> tuple[int, int, int]:
-        """What layers that are compressed together have in common: query heads, KV heads and head_dim."""
-        return self.q_heads, self.kv_heads, self.key_dim
+    def form(self) -> tuple[int, int, int, int]:
+        """What layers that are compressed together have in common: query heads, KV heads, widths of keys and values."""
+        return self.q_heads, self.kv_heads, self.key_dim, self.value_dim
 
 
-def surveyed_shape(hidden_size: int, layers: Sequence[LayerSurvey]) -> tuple[ModelShape, dict[int, str]]:
+def surveyed_shape(
+    hidden_size: int, layers: Sequence[LayerSurvey], widens: bool = False
+) -> tuple[ModelShape, dict[int, str]]:
     """The shape of a model with `layers`, and by index the layers that are passed through, with the reason.
 
     One shape holds for all layers that are compressed: the one that most of them have, the first one among equals. What
-    is rotated in another way than most is told layer by layer.
+    is rotated in another way than most is told layer by layer. widens: a backend adds zeros to keys or values, so that both
+    have one width; others pass layers through whose keys and values differ.
 
     Examples:
         >>> few, many = (LayerSurvey(CODES, "", 8, heads, 64, 64) for heads in (2, 4))
@@ -58,18 +61,28 @@ def surveyed_shape(hidden_size: int, layers: Sequence[LayerSurvey]) -> tuple[Mod
     """
     passed = {i: layer.reason for i, layer in enumerate(layers) if layer.way == PASSED}
     for i, layer in enumerate(layers):
-        if i not in passed and layer.key_dim != layer.value_dim:
+        if i not in passed and layer.key_dim != layer.value_dim and not widens:
             passed[i] = f"keys of {layer.key_dim} channels and values of {layer.value_dim}"
     forms = Counter(layer.form for i, layer in enumerate(layers) if i not in passed)
     if not forms:
         return ModelShape(len(layers), hidden_size, 0, 0, 0, (), None), passed
-    form = q_heads, kv_heads, head_dim = forms.most_common(1)[0][0]
+    form = q_heads, kv_heads, key_dim, value_dim = forms.most_common(1)[0][0]
     for i, layer in enumerate(layers):
         if i not in passed and layer.form != form:
-            alike = layer.form[1:] == form[1:]
-            mine = f"{layer.q_heads} query heads" if alike else f"{layer.kv_heads} KV heads of {layer.key_dim} channels"
-            passed[i] = f"{mine} where most layers have {q_heads if alike else f'{kv_heads} of {head_dim}'}"
+            passed[i] = _differences(layer, q_heads, kv_heads, key_dim, value_dim)
     kept = tuple(i for i in range(len(layers)) if i not in passed)
     rope = Counter(layers[i].rope for i in kept).most_common(1)[0][0]
     others = tuple((i, layers[i].rope) for i in kept if layers[i].rope != rope)
-    return ModelShape(len(layers), hidden_size, q_heads, kv_heads, head_dim, kept, rope, others), passed
+    widths = None if key_dim == value_dim else (key_dim, value_dim)
+    head_dim = max(key_dim, value_dim)
+    return ModelShape(len(layers), hidden_size, q_heads, kv_heads, head_dim, kept, rope, others, widths), passed
+
+
+def _differences(layer: LayerSurvey, q_heads: int, kv_heads: int, key_dim: int, value_dim: int) -> str:
+    """What `layer` has otherwise than most layers of its model, in words."""
+    if (layer.kv_heads, layer.key_dim) != (kv_heads, key_dim):
+        own = f"{layer.kv_heads} KV heads of {layer.key_dim} channels"
+        return f"{own} where most layers have {kv_heads} of {key_dim}"
+    if layer.value_dim != value_dim:
+        return f"values of {layer.value_dim} channels where most layers have {value_dim}"
+    return f"{layer.q_heads} query heads where most layers have {q_heads}"
