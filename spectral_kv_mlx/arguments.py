@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, CacheList, ChunkedKVCache, KVCache, RotatingKVCache
 
 from spectral_kv_core.files import paths
-from spectral_kv_core.profile.model_survey import CODES, DECODED, PASSED, LayerSurvey
+from spectral_kv_core.profile.model_survey import CODES, DECODED, PASSED, SLIDING_WINDOW, LayerSurvey
 
 from .host_cache import host_layers
 from .places import attention_modules_of
@@ -66,7 +66,7 @@ def max_context(model) -> int | None:
 def why_kept(cache) -> str:
     """Why a layer keeps `cache`, one of the host's own; "" for a plain one, which can be compressed."""
     if isinstance(cache, RotatingKVCache):
-        return "sliding window"
+        return SLIDING_WINDOW
     if isinstance(cache, ArraysCache):
         return "linear attention"
     if isinstance(cache, ChunkedKVCache):

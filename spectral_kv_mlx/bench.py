@@ -15,10 +15,13 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache
 from spectral_kv_core.benchmark import timing
 from spectral_kv_core.benchmark.machine import cpu_cores
 from spectral_kv_core.benchmark.timing import SWEEP_BYTES, Clock, TimedLayer
+from spectral_kv_core.cache.model_cache import cache_nbytes
+from spectral_kv_core.cache.size import CacheSize
 from spectral_kv_core.errors import UsageError
 from spectral_kv_core.planning.plan import Plan
 from spectral_kv_core.profile.model_shape import ModelShape
 
+from . import host as own_host
 from . import ops
 from .cache import SpectralKVCache
 from .handles import RoutedCache, routing
@@ -80,8 +83,8 @@ class BenchLayer(TimedLayer):
     def new_layer(self, plan: Plan, sinks: int, window: int) -> SpectralKVCache:
         return SpectralKVCache(plan, 0, sinks, window)
 
-    def held_bytes(self, layer: SpectralKVCache) -> int:
-        return layer.nbytes
+    def size(self, layer: SpectralKVCache) -> CacheSize:
+        return cache_nbytes(own_host, [layer])
 
 
 def layer_reader(shape: ModelShape, plan: Plan | None, sinks: int, window: int, dtype: str) -> Callable:

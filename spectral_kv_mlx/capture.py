@@ -26,14 +26,14 @@ scaled_dot_product_attention = dispatcher(base.scaled_dot_product_attention)
 class CaptureCache(RoutedCache):
     """Keeps keys and values exactly and remembers the queries; `leaves` lets gradients reach what it keeps.
 
-    unseen: attention never comes to a dispatcher of ours, so that the queries stay None.
+    unseen: attention never comes to a dispatcher of ours, so that the queries stay None. sliding_window: of the host's mask.
     """
 
-    def __init__(self, unseen: bool = False):
+    def __init__(self, unseen: bool = False, sliding_window: int | None = None):
         self.queries = self.keys = self.values = None
         self.scale = 1.0
         self.leaves = False
-        self.unseen = unseen
+        self.unseen, self.sliding_window = unseen, sliding_window
         self._fetched: tuple[mx.array, mx.array] | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -82,7 +82,8 @@ class CaptureCache(RoutedCache):
         return self.keys is None
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None):
-        return create_attention_mask(N, offset=self.offset, return_array=return_array, window_size=window_size)
+        window = window_size or self.sliding_window
+        return create_attention_mask(N, offset=self.offset, return_array=return_array, window_size=window)
 
     @property
     def state(self) -> tuple:
@@ -93,15 +94,16 @@ class CaptureCache(RoutedCache):
         return sum(x.nbytes for x in self.state if x is not None)
 
 
-def capture(model, tokens: list[int]) -> list:
+def capture(model, tokens: list[int], layers: Sequence[int] | None = None) -> list:
     """Run `tokens` through `model` and keep what its layers attend with.
 
     Args:
         model: A model of mlx-lm.
         tokens: Token ids of one sequence, T of them.
+        layers: Indices of the layers to look into. Default: those that can be compressed.
 
     Returns:
-        A list of the host with one entry per layer. Layers that can be compressed hold `queries` [1, q_heads, T, head_dim],
+        A list of the host with one entry per layer. Those of `layers` hold `queries` [1, q_heads, T, head_dim],
         `keys` and `values` [1, kv_heads, T, head_dim], all after RoPE; the others are the host's own. Queries are None
         where a model has attention code of its own.
 
@@ -114,8 +116,8 @@ def capture(model, tokens: list[int]) -> list:
         ((1, 9, 9, 64), (1, 3, 9, 64))
     """
     cache, survey = host_layers(model), known(model)
-    for i in model_shape(model)[0].layers:
-        cache[i] = CaptureCache(i in survey.unseen)
+    for i in model_shape(model)[0].layers if layers is None else layers:
+        cache[i] = CaptureCache(i in survey.unseen, getattr(cache[i], "max_size", None))
     with routed(model, survey.decoder_layers(survey.unseen)):
         model(mx.array([tokens]), cache=cache)
     mx.eval([c.state for c in cache])  # the logits are not asked for, so they are never computed

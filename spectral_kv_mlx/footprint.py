@@ -13,13 +13,14 @@ from mlx_lm.utils import _download, load_config
 from mlx_lm.utils import load_model as load_mlx_model
 
 from spectral_kv_core.benchmark.footprint import Footprint
-from spectral_kv_core.benchmark.footprint import table_nbytes as core_table_nbytes
+from spectral_kv_core.benchmark.passed_layers import RUN_TOKENS, PassedLayer, passed_layers
+from spectral_kv_core.benchmark.stored_bytes import table_nbytes as core_table_nbytes
 from spectral_kv_core.errors import UsageError, first_line
 
 from . import host
 from .arguments import field
 from .generation import PREFILL_CHUNK
-from .integration import _config_corrections, host_layers, max_context, model_dtype
+from .integration import config_corrections, host_layers, max_context, model_dtype
 from .survey import argued_shape
 
 __all__ = ["footprint", "skeleton", "table_nbytes"]
@@ -36,7 +37,7 @@ def skeleton(name: str, dtype: str | None = None):
         path = _download(str(name), allow_patterns=["*.json"])
         config = load_config(path)
         whole = any(path.glob("model*.safetensors"))
-        model, _ = load_mlx_model(path, lazy=True, strict=whole, model_config=_config_corrections(config))
+        model, _ = load_mlx_model(path, lazy=True, strict=whole, model_config=config_corrections(config))
     except OSError as error:
         raise FileNotFoundError(
             f"Expected a model directory, a hub id or demo, cannot read the config.json of {str(name)!r}: {first_line(error)}"
@@ -65,7 +66,7 @@ def footprint(name: str | os.PathLike, dtype: str | None = None) -> Footprint:
     return Footprint(
         shape=shape,
         passed=passed,
-        passed_tokens=windows,
+        held=_held(model, passed, windows),
         weights_bytes=sum(p.nbytes for _, p in tree_flatten(model.parameters())),
         element_bytes=model_dtype(model).size,
         intermediate=max(field(model, "intermediate_size") or 0, experts),
@@ -78,6 +79,14 @@ def footprint(name: str | os.PathLike, dtype: str | None = None) -> Footprint:
 
 
 table_nbytes = partial(core_table_nbytes, host)
+
+
+def _held(model, passed, windows: dict[int, int]) -> dict[int, PassedLayer]:
+    """What the layers that pass through hold, from a run of which MLX computes nothing."""
+    layers = host_layers(model)
+    if passed:
+        model(mx.zeros((1, RUN_TOKENS), mx.int32), cache=layers)
+    return passed_layers(host, layers, passed, windows)
 
 
 def _as_stored(model: nn.Module, config: dict) -> None:

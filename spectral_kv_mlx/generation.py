@@ -9,6 +9,7 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
 from spectral_kv_core.benchmark.machine import process_peak_bytes
 from spectral_kv_core.cache import model_cache
@@ -20,19 +21,20 @@ from spectral_kv_core.planning.budget import SINKS, WINDOW
 from spectral_kv_core.planning.methods import DEFAULT_METHOD
 from spectral_kv_core.profile.profile import Profile
 
-from . import host
+from . import host, integration
 from .capture import attend, recorded
 from .detokenizer import text_stream
-from .integration import end_tokens, load_model, max_context, model_dtype, model_shape, plain_cache, weights_digest
+from .integration import load_model, max_context, model_dtype, model_shape, plain_cache, weights_digest
 from .ops import to_numpy
 from .profiler import SpectralProfiler
 from .prompt_cache import decode_cache, encode_cache, load_prompt_cache, save_prompt_cache, sealed_bits
 
 __all__ = [  # the names of `spectral_kv_core.hosts.protocol.Generation`, beside those of `host`
     "HOST_PACKAGES", "PREFILL_CHUNK", "SpectralProfiler", "attend", "build_cache", "cache_nbytes", "context_limit",
-    "decode_cache", "encode_cache", "feed", "fill", "generate", "held_vectors", "load_model", "load_prompt_cache",
-    "make_prompt_cache", "model_dtype", "model_shape", "peak_bytes", "plain_cache", "prefill", "recorded", "reset_peak",
-    "save_prompt_cache", "score", "sealed_bits", "text_stream", "weights_digest",
+    "crop", "decode_cache", "encode_cache", "end_tokens", "feed", "fill", "generate", "held_vectors", "load_model",
+    "load_prompt_cache", "make_prompt_cache", "model_dtype", "model_shape", "peak_bytes", "plain_cache", "prefill",
+    "read", "recorded", "reset_peak", "save_prompt_cache", "score", "sealed_bits", "text_stream", "token_nbytes",
+    "weights_digest",
 ]  # fmt: skip
 PREFILL_CHUNK = 2048
 context_limit = max_context
@@ -58,6 +60,7 @@ def make_prompt_cache(
     tiers: Sequence[tuple[float, float]] | None = None,
     rounding_scores: str | None = None,
     working_set: int = 0,
+    windows: str | None = None,
     tokenizer=None,
     left_padding: list[int] | None = None,
 ) -> list:
@@ -82,6 +85,8 @@ def make_prompt_cache(
         rounding_scores: Scorer that weighs tokens when codes are rounded, or `nearest`; the method's own unless told.
         working_set: Bytes that decoded chunks may take in all, in 16 bits, for a method that decodes its history in every
             step. They are bytes of the cache.
+        windows: Name of the method that codes layers with a sliding window, such as `spectral`, at the same bits. The host
+            attends to them decoded. Default: they keep the host's own cache.
         tokenizer: Of the model, for a calibration. Default: the one that the model came with, where it knows from where.
         left_padding: Slots of padding before every sequence of a batch. PyTorch reads them off the mask.
 
@@ -116,6 +121,7 @@ def make_prompt_cache(
         tiers=tiers,
         rounding_scores=rounding_scores,
         working_set=working_set,
+        windows=windows,
     )
     return build_cache(model, profile, request, tokenizer, left_padding)
 
@@ -123,14 +129,16 @@ def make_prompt_cache(
 def cache_nbytes(cache: list) -> CacheSize:
     """Count the bytes of every array that `cache` holds for its sequences.
 
-    The window, the sinks and the layers that pass through count too. Tables that all sequences share stand apart.
+    The window, the sinks and the layers that pass through count too, states of linear attention with them. Tables that
+    all sequences share stand apart.
 
     Args:
         cache: A cache of this backend or of the host.
 
     Returns:
         The bytes, an int with `dense_nbytes`, what the plain cache needs for the same tokens at 16 bits, with
-        `compression`, their ratio, with `bits_per_element`, and with `table_nbytes`.
+        `compression`, their ratio, with `bits_per_element`, and with `table_nbytes`. Its `by_kind` tells which bytes are
+        codes, exact tokens, sliding windows and states; `exact_tokens` how many tokens are held as they came.
 
     Examples:
         >>> from spectral_kv_core.hosts.demo_model import demo_model_path
@@ -148,6 +156,7 @@ def cache_nbytes(cache: list) -> CacheSize:
 
 
 fill, held_vectors = partial(model_cache.fill, host), partial(model_cache.held_vectors, host)
+token_nbytes = partial(model_cache.token_nbytes, host)
 
 
 def generate(
@@ -163,7 +172,7 @@ def generate(
 
     `on_token` sees each token as it comes.
     """
-    ends = () if ignore_eos else end_tokens(tokenizer)
+    ends = () if ignore_eos else end_tokens(model, tokenizer)
     tokens, times = [], [time.perf_counter()]
     steps = generate_step(
         mx.array(prompt), model, max_tokens=max_tokens, prompt_cache=cache, prefill_step_size=PREFILL_CHUNK
@@ -196,6 +205,25 @@ def prefill(model, prompt: list[int], cache: list) -> np.ndarray:
         model(mx.array([prompt[start : min(start + PREFILL_CHUNK, len(prompt) - 1)]]), cache=cache)
         mx.eval([c.state for c in cache])
     return feed(model, prompt[-1:], cache)
+
+
+def read(model, tokens: list[int], cache: list) -> None:
+    """Let `tokens` enter `cache` in one call that makes no logits."""
+    model(mx.array([tokens]), cache=cache)
+    mx.eval([c.state for c in cache])
+
+
+def crop(cache: list, tokens: int) -> bool:
+    """Let `cache` forget its last `tokens`; False where it cannot, and is of no more use."""
+    if not can_trim_prompt_cache(cache):
+        return False
+    trim_prompt_cache(cache, tokens)
+    return True
+
+
+def end_tokens(model, tokenizer) -> set[int]:
+    """Tokens that end an answer."""
+    return integration.end_tokens(tokenizer)
 
 
 score = partial(core_score, prefill, feed)

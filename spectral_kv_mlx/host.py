@@ -6,22 +6,24 @@ import copy
 from contextlib import nullcontext
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
-from mlx_lm.models.cache import BatchRotatingKVCache, KVCache, RotatingKVCache
+from mlx_lm.models.cache import ArraysCache, RotatingKVCache, _BaseCache
 
 from spectral_kv_core.cache.decoded_chunks import bytes_per_layer
+from spectral_kv_core.cache.held_arrays import host_arrays
+from spectral_kv_core.errors import UsageError
 
 from . import integration, ops
 from .cache import SpectralKVCache, put_layer_group
 from .profiler import SpectralProfiler
+from .window import SpectralWindowCache
 
 models, xp, install, copy_layer = integration, ops, integration.install, copy.deepcopy
 no_gradients = nullcontext  # MLX keeps nothing for a backward pass that nobody asked for
 
 
-def profile_for(model, method, profile=None, tokenizer=None) -> tuple:
+def profile_for(model, method, profile=None, tokenizer=None, windows: bool = False) -> tuple:
     """`ProfilerBase.profile_for`."""
-    return SpectralProfiler().profile_for(model, method, profile, tokenizer)
+    return SpectralProfiler(windows=windows).profile_for(model, method, profile, tokenizer)
 
 
 def device(model=None) -> None:
@@ -38,20 +40,41 @@ def compressed_cache(
     return layers
 
 
+def window_layer(plan, layer_group: int, layer, window: int) -> SpectralWindowCache:
+    """A layer of codes in place of `layer`, a sliding window of the host."""
+    if not isinstance(layer, RotatingKVCache) or layer.keep:
+        raise UsageError(
+            "Expected windows without left_padding, received both. Generate row by row, or leave windows out."
+        )
+    return SpectralWindowCache(plan, layer_group, layer.max_size, window)
+
+
 def layers(cache: list) -> list:
     """The layers of `cache`: the list itself."""
     return cache
 
 
-def held(layer) -> tuple[list[mx.array], int]:
-    """Every array that a layer of the host's own holds, and how many of their elements are in use."""
-    if layer.empty():
-        return [], 0
-    exact = isinstance(layer, (KVCache, RotatingKVCache, BatchRotatingKVCache))
-    state = (layer.keys, layer.values) if exact else layer.state
-    arrays = [x for _, x in tree_flatten(state) if isinstance(x, mx.array)]
-    # those that keep keys and values allocate ahead, in steps of 256 tokens
-    return arrays, sum(x[:, :, : layer.size()].size if exact else x.size for x in arrays)
+def held(layer) -> tuple[dict[str, list[mx.array]], int]:
+    """Every array that a layer of the host's own holds, by kind, and how many elements of tokens and states are in use."""
+    found: dict[str, list[mx.array]] = {}
+    used = 0
+    for owner, name, x in host_arrays(layer, mx.array, _BaseCache):
+        kind = _kind(owner, name)
+        found.setdefault(kind, []).append(x)
+        if kind != "other":
+            # those that keep keys and values allocate ahead, in steps of 256 tokens
+            knows = name in ("keys", "values") and type(owner).size is not _BaseCache.size
+            used += x[:, :, : owner.size()].size if knows else x.size
+    return found, used
+
+
+def _kind(owner, name: str) -> str:
+    """What the arrays under the attribute `name` of a cache of mlx-lm are."""
+    if isinstance(owner, ArraysCache) and name == "cache":
+        return "state"
+    if name not in ("keys", "values"):
+        return "other"
+    return "sliding window" if hasattr(owner, "max_size") or hasattr(owner, "chunk_size") else "exact"
 
 
 def most_tokens(layer) -> int:

@@ -7,7 +7,8 @@ import copy
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, BatchKVCache, BatchRotatingKVCache, KVCache, RotatingKVCache
 
-from spectral_kv_core.cache.prompt_cache_file import ExactLayer
+from spectral_kv_core.cache.file_layers import ExactLayer, StateLayer, check_states, in_words
+from spectral_kv_core.cache.sliding_window import WindowLayer
 from spectral_kv_core.errors import UsageError
 
 
@@ -44,13 +45,17 @@ def cache_of(layers: list) -> list:
     return layers
 
 
-def exact_layer(layer) -> ExactLayer:
-    """What a layer of the host's own holds; raises UsageError for a kind that is no list of keys and values."""
+def exact_layer(layer) -> ExactLayer | StateLayer:
+    """What a layer of the host's own holds; raises UsageError for a kind that is no list of keys and values, nor states."""
+    if isinstance(layer, WindowLayer):
+        return ExactLayer(*layer.exact(), layer.seen)
+    if type(layer) is ArraysCache:
+        return StateLayer("mlx-lm", {str(i): x for i, x in enumerate(layer.cache) if x is not None})
     rotating = type(layer) in (RotatingKVCache, BatchRotatingKVCache)
     if not (rotating or type(layer) in (KVCache, BatchKVCache)) or getattr(layer, "keep", 0):
         raise UsageError(
-            f"Expected layers that keep keys and values in their order, received a {type(layer).__name__}, which cannot be "
-            "stored yet. Keep the prompt itself."
+            f"Expected layers that keep keys and values in their order, or states of linear attention, received a "
+            f"{in_words(layer)}, which cannot be stored yet. Keep the prompt itself."
         )
     if layer.empty():
         raise UsageError("Expected a cache that has read a prompt, received an empty one.")
@@ -67,8 +72,14 @@ def exact_layer(layer) -> ExactLayer:
     return ExactLayer(keys[:, :, -keep:], values[:, :, -keep:], seen)
 
 
-def set_exact_layer(layer, held: ExactLayer) -> None:
-    """Let an empty layer of the host's own hold the arrays of `held`; raises UsageError when they are too few."""
+def set_exact_layer(layer, held: ExactLayer | StateLayer) -> None:
+    """Let an empty layer of the host's own hold the arrays of `held`; raises UsageError when they do not fit it."""
+    if isinstance(held, StateLayer):
+        check_states(held, "mlx-lm", [str(i) for i in range(len(getattr(layer, "cache", ())))])
+        for name, x in held.states.items():
+            layer[int(name)] = x
+        layer.left_padding = None  # which has been read
+        return
     seen, received, window = held.seen, held.keys.shape[2], getattr(layer, "max_size", held.seen + 1)
     if received < min(seen, window - 1):
         raise UsageError(

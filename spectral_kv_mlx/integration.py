@@ -20,11 +20,12 @@ from .arguments import decoder, final_norm, max_context, model_name
 from .host_cache import cache_of, exact_layer, host_layers, plain_cache, set_exact_layer
 from .ops import to_numpy
 from .places import restore
-from .survey import install, model_shape, survey
+from .survey import install, model_shape, survey, window_shape
 
 __all__ = [
     "cache_of", "end_tokens", "exact_layer", "host_layers", "install", "load_model", "load_tokenizer", "max_context",
     "model_dtype", "model_name", "model_shape", "plain_cache", "restore", "set_exact_layer", "survey", "weights_digest",
+    "window_shape",
 ]  # fmt: skip
 WEIGHT_GROUP = 64  # weights that share a scale where they are quantized here
 FLOATS = (mx.float32, mx.bfloat16, mx.float16)  # types of weights that are not quantized
@@ -70,7 +71,7 @@ def load_model(name: str | os.PathLike, dtype: str | None = None, quantize: str 
     try:
         path = _download(str(name))
         config = load_config(path)
-        model, tokenizer = mlx_lm.load(str(path), model_config=_config_corrections(config), lazy=True)
+        model, tokenizer = mlx_lm.load(str(path), model_config=config_corrections(config), lazy=True)
     except OSError as error:
         raise FileNotFoundError(
             f"Expected a model directory, a hub id or demo, cannot load {str(name)!r}: {first_line(error)}"
@@ -108,7 +109,7 @@ def load_tokenizer(model):
         return None
 
 
-def _config_corrections(config: dict) -> dict:
+def config_corrections(config: dict) -> dict:
     """What mlx-lm reads in other places of config.json than transformers 5 writes it to.
 
     transformers 5 has the RoPE base and scaling only under `rope_parameters`, by layer type where layers differ; most
@@ -116,7 +117,7 @@ def _config_corrections(config: dict) -> dict:
     """
     corrections = {}
     if isinstance(config.get("text_config"), dict):
-        corrections["text_config"] = {**config["text_config"], **_config_corrections(config["text_config"])}
+        corrections["text_config"] = {**config["text_config"], **config_corrections(config["text_config"])}
     parameters = config.get("rope_parameters") or {}
     by_layer = {k: v for k, v in parameters.items() if isinstance(v, dict)}
     full = by_layer.get("full_attention", {}) if by_layer else parameters

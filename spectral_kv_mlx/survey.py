@@ -19,7 +19,7 @@ import numpy as np
 from spectral_kv_core.codecs.exact import ExactPlan
 from spectral_kv_core.errors import UsageError, first_line
 from spectral_kv_core.profile.model_shape import ModelShape
-from spectral_kv_core.profile.model_survey import CODES, DECODED, PASSED, LayerSurvey, surveyed_shape
+from spectral_kv_core.profile.model_survey import CODES, DECODED, PASSED, LayerSurvey, surveyed_shape, surveyed_windows
 
 from . import places
 from .arguments import argued_layers, hidden_size, max_context, model_name, q_heads, why_kept
@@ -80,6 +80,11 @@ def model_shape(model) -> tuple[ModelShape, dict[int, str]]:
             "and no cache that grows. Use it as it is."
         )
     return surveyed_shape(hidden_size(model), layers, widens=True)
+
+
+def window_shape(model) -> tuple[ModelShape, dict[int, str]]:
+    """`model_shape` with the layers that have a sliding window, and no others."""
+    return surveyed_windows(hidden_size(model), known(model).layers)
 
 
 def install(model) -> None:

@@ -15,11 +15,14 @@ from transformers.modeling_utils import AttentionInterface
 
 from spectral_kv_core.benchmark import timing
 from spectral_kv_core.benchmark.timing import SWEEP_BYTES, Clock, TimedLayer
+from spectral_kv_core.cache.model_cache import cache_nbytes
+from spectral_kv_core.cache.size import CacheSize
 from spectral_kv_core.planning.plan import Plan
 from spectral_kv_core.profile.model_shape import ModelShape
 
+from . import host as own_host
 from . import ops
-from .cache import SpectralKVLayer, storages
+from .cache import SpectralKVLayer
 from .handles import ATTENTION, attention_forward
 from .integration import exact_layer, install, register
 
@@ -79,8 +82,8 @@ class BenchLayer(TimedLayer):
     def new_layer(self, plan: Plan, sinks: int, window: int) -> SpectralKVLayer:
         return SpectralKVLayer(plan, 0, sinks, window)
 
-    def held_bytes(self, layer: SpectralKVLayer) -> int:
-        return sum(storages(layer.arrays()).values())
+    def size(self, layer: SpectralKVLayer) -> CacheSize:
+        return cache_nbytes(own_host, SimpleNamespace(layers=[layer]))
 
 
 def layer_reader(shape: ModelShape, plan: Plan | None, sinks: int, window: int, dtype: str) -> Callable:

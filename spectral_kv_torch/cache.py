@@ -12,6 +12,7 @@ from spectral_kv_core.cache.compressed_layer import CompressedLayer, FollowingLa
 from spectral_kv_core.cache.decoded_chunks import bytes_per_layer
 from spectral_kv_core.cache.eviction import Eviction
 from spectral_kv_core.cache.layer_cache import LayerCache
+from spectral_kv_core.cache.sliding_window import WindowLayer
 from spectral_kv_core.codecs.chunk import split_layers
 from spectral_kv_core.codecs.registry import plan_for
 from spectral_kv_core.errors import UsageError
@@ -72,8 +73,10 @@ class SpectralKVLayer(CodedLayer, CompressedLayer, CacheLayerMixin):
     def open(self, device: torch.device) -> LayerCache:
         """`CompressedLayer.open`."""
         self.is_initialized = True
-        return super().open(device)
+        with torch.inference_mode(False):  # tables are shared with caches that gradients may go through
+            return super().open(device)
 
+    @torch.compiler.disable  # what is in a cache is not for a compiler to trace
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Take in [B, H, L, D] post-RoPE keys and values; returns handles of shape [B, H, slots, D]."""
         return self.take(key_states, value_states, 0)
@@ -149,12 +152,14 @@ class SpectralKVLayer(CodedLayer, CompressedLayer, CacheLayerMixin):
         held = split_layers(*held, len(self.layers))[pending.number]
         return torch.cat([held[0], pending.keys], dim=2), torch.cat([held[1], pending.values], dim=2)
 
+    @torch.compiler.disable
     def get_seq_length(self) -> int:
         """Slots seen, padding included."""
         if self.store is None:
             return 0
         return self.store.seen + self.waiting
 
+    @torch.compiler.disable
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Slots of keys, and how many slots before them are no longer there: the host reads its mask by slot."""
         dropped = self.get_seq_length() - self.slots
@@ -208,14 +213,17 @@ class SpectralKVFollower(CodedLayer, FollowingLayer, CacheLayerMixin):
         if self.store is None:
             self.first.lazy_initialization(key_states, value_states)
 
+    @torch.compiler.disable  # what is in a cache is not for a compiler to trace
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """As `SpectralKVLayer.update`."""
         self.is_initialized = True
         return self.first.take(key_states, value_states, self.number)
 
+    @torch.compiler.disable
     def get_seq_length(self) -> int:
         return self.first.get_seq_length()
 
+    @torch.compiler.disable
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.first.get_mask_sizes(query_length)
 
@@ -314,6 +322,8 @@ class SpectralCache(NotPickled, Cache):
                 keys, values = first.keys_and_values()
                 held = (None, None) if keys is None else split_layers(keys, values, len(first.layers))[number]
                 yield *held, None
+            elif isinstance(layer, WindowLayer):
+                yield *layer.exact(), None
             else:
                 yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
 
@@ -321,6 +331,9 @@ class SpectralCache(NotPickled, Cache):
         """End the prompt now instead of at the next call with at most 16 tokens: the cache takes its final size."""
         for layer in leading_layers(self.layers):
             layer.finalize()
+        for layer in self.layers:
+            if isinstance(layer, WindowLayer):
+                layer.finalize()
 
 
 def storages(arrays: Iterable[torch.Tensor]) -> dict[int, int]:

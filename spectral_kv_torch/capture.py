@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,16 +16,15 @@ from spectral_kv_core.errors import UsageError
 
 from . import ops
 from .handles import ATTENTION, Pending, attention_forward
-from .integration import cache_argument, host_layers, model_shape, register, routed
+from .integration import cache_argument, device_of, host_layers, model_shape, register, routed
 
 
 class CaptureLayer(CacheLayerMixin):
     """Keeps keys and values exactly and remembers the queries; `leaves` lets gradients reach what it keeps."""
 
-    is_sliding = False
-
-    def __init__(self):
+    def __init__(self, is_sliding: bool = False):
         super().__init__()
+        self.is_sliding = is_sliding  # what the host makes a mask by; tokens stay all the same
         self.queries: torch.Tensor | None = None
         self.scale = 1.0
         self.leaves = False
@@ -54,7 +53,8 @@ class CaptureLayer(CacheLayerMixin):
 
     def dense(self, pending):
         """What the host attends to that goes around our attention function; no queries are seen then."""
-        return pending.keys, pending.values
+        self.keys, self.values = pending.keys, pending.values
+        return self.keys, self.values
 
     def get_seq_length(self) -> int:
         return 0 if self.keys is None else self.keys.shape[2]
@@ -88,16 +88,18 @@ def frozen(model) -> Iterator[None]:
             module.training = True
 
 
-def capture(model, tokens: list[int]) -> Cache:
+def capture(model, tokens: list[int], layers: Sequence[int] | None = None) -> Cache:
     """Run `tokens` through `model` and keep what its layers attend with.
 
     Args:
         model: A model of transformers.
         tokens: Token ids of one sequence, T of them.
+        layers: Indices of the layers to look into. Default: those that can be compressed.
 
     Returns:
-        A `Cache` of the host with one entry per layer. Layers that can be compressed hold `queries` [1, q_heads, T, head_dim],
-        `keys` and `values` [1, kv_heads, T, head_dim], all after RoPE; the others are the host's own.
+        A `Cache` of the host with one entry per layer. Those of `layers` hold `queries` [1, q_heads, T, head_dim],
+        `keys` and `values` [1, kv_heads, T, head_dim], all after RoPE; the others are the host's own. The queries of layers
+        with attention code of their own are not seen: None.
 
     Examples:
         >>> from spectral_kv_core.hosts.demo_model import demo_model_path
@@ -107,17 +109,17 @@ def capture(model, tokens: list[int]) -> Cache:
         >>> tuple(layer.queries.shape), tuple(layer.keys.shape)
         ((1, 9, 9, 64), (1, 3, 9, 64))
     """
-    layers = host_layers(model)
-    for i in model_shape(model)[0].layers:
-        layers[i] = CaptureLayer()
-    cache = Cache(layers=layers)
+    held = host_layers(model)
+    for i in model_shape(model)[0].layers if layers is None else layers:
+        held[i] = CaptureLayer(getattr(held[i], "is_sliding", False))
+    cache = Cache(layers=held)
     with frozen(model), torch.no_grad():
         model(_batch(model, tokens), use_cache=True, logits_to_keep=1, **cache_argument(model, cache))
-    unseen = [i for i, layer in enumerate(layers) if isinstance(layer, CaptureLayer) and layer.queries is None]
+    unseen = [i for i, layer in enumerate(held) if isinstance(layer, CaptureLayer) and layer.keys is None]
     if unseen:
         raise UsageError(
-            f"Expected attention through transformers' AttentionInterface, found attention code of their own in layers "
-            f"{', '.join(map(str, unseen))}: their queries cannot be captured. Choose a method without a profile."
+            f"Expected every layer to attend to what its cache gives back, received nothing of layers "
+            f"{', '.join(map(str, unseen))}: their keys cannot be captured. Choose a method without a profile."
         )
     return cache
 
@@ -194,7 +196,7 @@ def score_gradients(model, cache: Cache, tokens: list[int], samples: int, seed: 
         layer.leaves = True
         inputs += [layer.keys, layer.values]
     result = []
-    with frozen(model), torch.enable_grad():
+    with frozen(model), torch.enable_grad(), _states_may_change(cache):
         logits = model(_batch(model, tokens), use_cache=True, **cache_argument(model, cache)).logits[0].float()
         log_p = torch.log_softmax(logits, dim=-1)
         if not torch.isfinite(log_p).all():
@@ -204,6 +206,12 @@ def score_gradients(model, cache: Cache, tokens: list[int], samples: int, seed: 
             gradients = torch.autograd.grad(log_p.gather(1, labels).sum(), inputs, retain_graph=sample + 1 < samples)
             result.append({i: (gradients[2 * n][0], gradients[2 * n + 1][0]) for n, i in enumerate(leaves)})
     return result
+
+
+def _states_may_change(cache: Cache) -> AbstractContextManager:
+    """Where a backward pass is right though layers of the host write into the states that they read, as linear ones do."""
+    others = any(not isinstance(layer, CaptureLayer) for layer in cache.layers)
+    return torch.autograd.graph.allow_mutation_on_saved_tensors() if others else nullcontext()
 
 
 @torch.no_grad()
@@ -258,4 +266,4 @@ def _decoder_layers(model) -> dict[int, torch.nn.Module]:
 
 
 def _batch(model, tokens: list[int]) -> torch.Tensor:
-    return torch.tensor([tokens], device=model.device)
+    return torch.tensor([tokens], device=device_of(model))

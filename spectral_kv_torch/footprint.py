@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from pathlib import Path
 
@@ -10,13 +11,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.hub import cached_file
 
 from spectral_kv_core.benchmark.footprint import Footprint
-from spectral_kv_core.benchmark.footprint import table_nbytes as core_table_nbytes
+from spectral_kv_core.benchmark.passed_layers import RUN_TOKENS, PassedLayer, passed_layers, windows_alone
+from spectral_kv_core.benchmark.stored_bytes import table_nbytes as core_table_nbytes
 from spectral_kv_core.errors import UsageError, first_line
 from spectral_kv_core.hosts.weights import safetensors_nbytes
 
 from . import host, ops
 from .generation import PREFILL_CHUNK
-from .integration import host_layers, max_context, model_shape
+from .integration import cache_argument, cache_of, host_layers, max_context, model_shape
+
+log = logging.getLogger("spectralkv")
 
 __all__ = ["footprint", "skeleton", "table_nbytes"]
 
@@ -64,7 +68,7 @@ def footprint(name: str, dtype: str | None = None) -> Footprint:
     return Footprint(
         shape=shape,
         passed=passed,
-        passed_tokens=windows,
+        held=_held(model, passed, windows, 2 * shape.kv_heads * shape.head_dim),
         weights_bytes=_stored_nbytes(name) if getattr(model.config, "quantization_config", None) else parameters,
         element_bytes=torch.empty((), dtype=model.dtype).element_size(),
         intermediate=max(getattr(config, "intermediate_size", 0) or 0, experts),
@@ -77,6 +81,23 @@ def footprint(name: str, dtype: str | None = None) -> Footprint:
 
 
 table_nbytes = partial(core_table_nbytes, host)
+
+
+def _held(model, passed, windows: dict[int, int], token_elements: int) -> dict[int, PassedLayer]:
+    """What the layers that pass through hold, from a run on parameters without memory, where transformers can do that."""
+    if not passed:
+        return {}
+    for path, module in model.named_modules():
+        if path.endswith("rotary_emb"):
+            module.to("meta")
+    cache = cache_of(host_layers(model))
+    try:
+        with torch.no_grad(), torch.device("meta"):
+            model(torch.zeros(1, RUN_TOKENS, dtype=torch.long), use_cache=True, **cache_argument(model, cache))
+    except (RuntimeError, NotImplementedError) as error:
+        log.debug("Sizes of passed layers are not known: %s", first_line(error))
+        return windows_alone(windows, token_elements)
+    return passed_layers(host, cache.layers, passed, windows)
 
 
 def _stored_nbytes(name: str) -> int:

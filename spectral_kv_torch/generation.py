@@ -15,6 +15,7 @@ from spectral_kv_core.benchmark.machine import process_peak_bytes
 from spectral_kv_core.cache import model_cache
 from spectral_kv_core.cache.request import CacheRequest
 from spectral_kv_core.cache.size import CacheSize
+from spectral_kv_core.errors import UsageError
 from spectral_kv_core.hosts.protocol import Generated
 from spectral_kv_core.hosts.protocol import score as core_score
 from spectral_kv_core.planning.budget import SINKS, WINDOW
@@ -27,6 +28,7 @@ from .capture import attend, recorded
 from .detokenizer import text_stream
 from .integration import (
     cache_argument,
+    device_of,
     load_model,
     max_context,
     model_dtype,
@@ -40,9 +42,10 @@ from .prompt_cache import decode_cache, encode_cache, load_prompt_cache, save_pr
 
 __all__ = [  # the names of `spectral_kv_core.hosts.protocol.Generation`, beside those of `host`
     "HOST_PACKAGES", "PREFILL_CHUNK", "SpectralProfiler", "attend", "build_cache", "cache_nbytes", "context_limit",
-    "decode_cache", "encode_cache", "feed", "fill", "generate", "held_vectors", "load_model", "load_prompt_cache",
-    "make_prompt_cache", "model_dtype", "model_shape", "peak_bytes", "plain_cache", "prefill", "recorded", "reset_peak",
-    "save_prompt_cache", "score", "sealed_bits", "text_stream", "weights_digest",
+    "crop", "decode_cache", "encode_cache", "end_tokens", "feed", "fill", "generate", "held_vectors", "load_model",
+    "load_prompt_cache", "make_prompt_cache", "model_dtype", "model_shape", "peak_bytes", "plain_cache", "prefill",
+    "read", "recorded", "reset_peak", "save_prompt_cache", "score", "sealed_bits", "text_stream", "token_nbytes",
+    "weights_digest",
 ]  # fmt: skip
 PREFILL_CHUNK = 2048
 context_limit = max_context
@@ -68,6 +71,7 @@ def make_prompt_cache(
     tiers: Sequence[tuple[float, float]] | None = None,
     rounding_scores: str | None = None,
     working_set: int = 0,
+    windows: str | None = None,
     tokenizer=None,
 ) -> SpectralCache:
     """Make an empty compressed cache for `model`, and let the model attend to it.
@@ -91,6 +95,8 @@ def make_prompt_cache(
         rounding_scores: Scorer that weighs tokens when codes are rounded, or `nearest`; the method's own unless told.
         working_set: Bytes that decoded chunks may take in all, in 16 bits, for a method that decodes its history in every
             step. They are bytes of the cache.
+        windows: Name of the method that codes layers with a sliding window, such as `spectral`, at the same bits. The host
+            attends to them decoded. Default: they keep the host's own cache.
         tokenizer: Of the model, for a calibration. Default: the one that the model came with, where it knows from where.
 
     Returns:
@@ -125,6 +131,7 @@ def make_prompt_cache(
         tiers=tiers,
         rounding_scores=rounding_scores,
         working_set=working_set,
+        windows=windows,
     )
     return build_cache(model, profile, request, tokenizer)
 
@@ -132,14 +139,16 @@ def make_prompt_cache(
 def cache_nbytes(cache: Cache) -> CacheSize:
     """Count the bytes of every array that `cache` holds for its sequences.
 
-    The window, the sinks and the layers that pass through count too. Tables that all sequences share stand apart.
+    The window, the sinks and the layers that pass through count too, states of linear attention with them. Tables that
+    all sequences share stand apart.
 
     Args:
         cache: A cache of this backend or of the host.
 
     Returns:
         The bytes, an int with `dense_nbytes`, what the plain cache needs for the same tokens at 16 bits, with
-        `compression`, their ratio, with `bits_per_element`, and with `table_nbytes`.
+        `compression`, their ratio, with `bits_per_element`, and with `table_nbytes`. Its `by_kind` tells which bytes are
+        codes, exact tokens, sliding windows and states; `exact_tokens` how many tokens are held as they came.
 
     Examples:
         >>> from spectral_kv_core.hosts.demo_model import demo_model_path
@@ -158,6 +167,7 @@ def cache_nbytes(cache: Cache) -> CacheSize:
 
 
 fill, held_vectors = partial(model_cache.fill, host), partial(model_cache.held_vectors, host)
+token_nbytes = partial(model_cache.token_nbytes, host)
 
 
 class _Clock:
@@ -199,9 +209,9 @@ def generate(
         pad_token_id=0,
         prefill_chunk_size=PREFILL_CHUNK if len(prompt) > PREFILL_CHUNK else None,
     )
-    batch = torch.tensor([prompt], device=model.device)
+    batch = torch.tensor([prompt], device=device_of(model))
     # transformers takes a mask that is longer than the tokens as a sign that they are new ones only
-    mask = torch.ones((1, cache.get_seq_length() + len(prompt)), dtype=torch.long, device=model.device)
+    mask = torch.ones((1, cache.get_seq_length() + len(prompt)), dtype=torch.long, device=device_of(model))
     given = cache_argument(model, cache)
     model.generate(batch, attention_mask=mask, generation_config=config, streamer=clock, **given)
     return Generated(clock.tokens, clock.times)
@@ -210,7 +220,7 @@ def generate(
 @torch.inference_mode()
 def feed(model, tokens: list[int], cache: Cache, keep: int = 1) -> np.ndarray:
     """Logits [keep, vocabulary] float32 of the last `keep` (at least 1) of `tokens`, which enter `cache` in one call."""
-    batch = torch.tensor([tokens], device=model.device)
+    batch = torch.tensor([tokens], device=device_of(model))
     given = cache_argument(model, cache)
     return to_numpy(model(batch, use_cache=True, logits_to_keep=keep, **given).logits[0, -keep:])
 
@@ -220,6 +230,37 @@ def prefill(model, prompt: list[int], cache: Cache) -> np.ndarray:
     for start in range(0, len(prompt), PREFILL_CHUNK):
         logits = feed(model, prompt[start : start + PREFILL_CHUNK], cache)
     return logits
+
+
+@torch.inference_mode()
+def read(model, tokens: list[int], cache: Cache) -> None:
+    """Let `tokens` enter `cache` in one call; the logits of the last one are made and left."""
+    batch = torch.tensor([tokens], device=model.device)
+    model(batch, use_cache=True, logits_to_keep=1, **cache_argument(model, cache))
+
+
+def crop(cache: Cache, tokens: int) -> bool:
+    """Let `cache` forget its last `tokens`; False where it cannot, and is of no more use."""
+    if not all(map(_can_crop, cache.layers)):
+        return False
+    try:
+        cache.crop(-tokens)
+    except UsageError:  # tokens before them were dropped
+        return False
+    return True
+
+
+def _can_crop(layer) -> bool:
+    """Whether a layer still has what was there before its last tokens came; a full sliding window has not."""
+    full = getattr(layer, "is_sliding", False) and layer.get_seq_length() >= layer.sliding_window
+    return getattr(layer, "is_croppable", True) and not full
+
+
+def end_tokens(model, tokenizer) -> set[int]:
+    """Tokens that end an answer."""
+    ends = model.generation_config.eos_token_id
+    known = ends if isinstance(ends, (list, tuple)) else [ends]
+    return {token for token in (*known, getattr(tokenizer, "eos_token_id", None)) if token is not None}
 
 
 score = partial(core_score, prefill, feed)

@@ -57,7 +57,8 @@ class RoutedName(str):
     def __ne__(self, other) -> bool:
         return not self == other
 
-    __hash__ = str.__hash__  # tables of transformers find what is registered as `ATTENTION`
+    def __hash__(self) -> int:
+        return hash(ATTENTION)  # tables of transformers find what is registered as that
 
 
 UNKNOWN = RoutedName()  # of a module without a configuration
@@ -153,11 +154,12 @@ class LastPadding:
 _last_padding = LastPadding()
 
 
+@torch.compiler.disable
 def attention_forward(module, query, key, value, attention_mask=None, scaling=None, **kwargs):
     """Attention function for `AttentionInterface`: our handles are attended as codes, anything else goes to the host.
 
     A mask or an argument that changes scores in another way than left padding does sends the decoded history to the
-    host's own function. Raises UsageError where there is none.
+    host's own function, and so does a call that gradients may go through. Raises UsageError where there is none.
     """
     pending, length = pending_of(key, value), query.shape[2]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -171,7 +173,7 @@ def attention_forward(module, query, key, value, attention_mask=None, scaling=No
         is_padding = padding is not None
         if padding is not None and len(padding) == 1:
             padding = padding * query.shape[0]
-    if function is None and is_padding and layer.can_attend(pending, padding):
+    if function is None and is_padding and not _wants_gradients(query, pending) and layer.can_attend(pending, padding):
 
         def fused(q, k, v, scale):
             return _fused(module, q, k, v, scale)
@@ -181,6 +183,11 @@ def attention_forward(module, query, key, value, attention_mask=None, scaling=No
     held = layer.decoded(pending, query, scale, padding)
     before = held[0].shape[2] - length
     return _by_host(function or sdpa_attention_forward, module, query, *held, attention_mask, scale, kwargs, before)
+
+
+def _wants_gradients(query: torch.Tensor, pending: Pending) -> bool:
+    """Whether somebody may go back through this attention, which our kernels know nothing of."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in (query, pending.keys, pending.values))
 
 
 def _by_host(function, module, query, key, value, mask, scale: float, kwargs: dict, before: int) -> tuple:

@@ -5,31 +5,34 @@ from __future__ import annotations
 import copy
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from spectral_kv_core.cache.held_arrays import host_arrays
 
 from . import integration, ops
 from .cache import SpectralCache, storages
 from .kernels.build import prepare
 from .profiler import SpectralProfiler
+from .window import SpectralWindowLayer
 
 models, xp, buffers, no_gradients = integration, ops, storages, torch.no_grad
 
 
-def profile_for(model, method, profile=None, tokenizer=None) -> tuple:
+def profile_for(model, method, profile=None, tokenizer=None, windows: bool = False) -> tuple:
     """`ProfilerBase.profile_for`."""
-    return SpectralProfiler().profile_for(model, method, profile, tokenizer)
+    return SpectralProfiler(windows=windows).profile_for(model, method, profile, tokenizer)
 
 
 def install(model) -> None:
     """`integration.install`, and kernels that are built before anything is timed."""
     integration.install(model)
-    prepare(model.device)
+    prepare(device(model))
 
 
 def device(model=None) -> torch.device:
     """Where tensors for `model` go; without a model, those for one that is loaded now."""
     if model is not None:
-        return model.device
+        return integration.device_of(model)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -39,6 +42,11 @@ def compressed_cache(
     """A cache of `layers` in which those that `plan` codes are compressed; padding is read off the mask."""
     options = {"eviction": eviction, "working_set": working_set}
     return SpectralCache(plan=plan, layers=layers, sinks=sinks, window=window, **options)
+
+
+def window_layer(plan, layer_group: int, layer, window: int) -> SpectralWindowLayer:
+    """A layer of codes in place of `layer`, a sliding window of the host."""
+    return SpectralWindowLayer(plan, layer_group, layer.sliding_window, window)
 
 
 def layers(cache: Cache) -> list:
@@ -53,12 +61,14 @@ def copy_layer(layer):
     return copy.deepcopy(layer, {id(x): ops.copy(x) for x in sides})
 
 
-def held(layer) -> tuple[list[torch.Tensor], int]:
-    """Every tensor that a layer of the host's own holds, and how many elements they have."""
-    if not getattr(layer, "is_initialized", False):
-        return [], 0
-    tensors = [x for x in (layer.keys, layer.values) if x is not None]
-    return tensors, sum(x.numel() for x in tensors)
+def held(layer) -> tuple[dict[str, list[torch.Tensor]], int]:
+    """Every tensor that a layer of the host's own holds, by kind, and how many elements of tokens and states they have."""
+    tokens = "sliding window" if getattr(layer, "is_sliding", False) else "exact"
+    kinds = {"keys": tokens, "values": tokens, "conv_states": "state", "recurrent_states": "state"}
+    found: dict[str, list[torch.Tensor]] = {}
+    for _, name, x in host_arrays(layer, torch.Tensor, CacheLayerMixin):
+        found.setdefault(kinds.get(name, "other"), []).append(x)
+    return found, sum(x.numel() for kind, arrays in found.items() if kind != "other" for x in arrays)
 
 
 def most_tokens(layer) -> int:

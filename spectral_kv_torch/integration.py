@@ -15,12 +15,13 @@ import numpy as np
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from spectral_kv_core.arrays.rope import Rope
-from spectral_kv_core.cache.prompt_cache_file import ExactLayer
+from spectral_kv_core.cache.file_layers import ExactLayer, StateLayer, check_states, in_words
+from spectral_kv_core.cache.sliding_window import WindowLayer
 from spectral_kv_core.compat.engine import check_quantize
 from spectral_kv_core.errors import UsageError, first_line
 from spectral_kv_core.files import paths
@@ -32,6 +33,7 @@ from . import ops
 from .handles import ATTENTION, RoutedName, attention_forward
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # types of weights that are not quantized
+STATES = ("conv_states", "recurrent_states")  # of a layer of linear attention
 
 
 def register() -> None:
@@ -152,12 +154,19 @@ def cache_of(layers: list) -> Cache:
     return cache
 
 
-def exact_layer(layer) -> ExactLayer:
-    """What a layer of the host's own holds; raises UsageError for a kind that is no list of keys and values."""
+def exact_layer(layer) -> ExactLayer | StateLayer:
+    """What a layer of the host's own holds; raises UsageError for a kind that is no list of keys and values, nor states."""
+    if isinstance(layer, WindowLayer):
+        return ExactLayer(*layer.exact(), layer.seen)
+    if type(layer) is LinearAttentionLayer and not layer.record_past:
+        held = [(f"{kind}/{i}", x) for kind in STATES for i, x in getattr(layer, kind).items()]
+        return StateLayer("transformers", {name: x for name, x in held if x is not None})
+    if type(layer).__name__ == "DummyLayer":
+        return StateLayer("transformers", {})
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
         raise UsageError(
-            f"Expected layers that keep keys and values in their order, received a {type(layer).__name__}, which cannot be "
-            "stored yet. Keep the prompt itself."
+            f"Expected layers that keep keys and values in their order, or states of linear attention, received a "
+            f"{in_words(layer)}, which cannot be stored yet. Keep the prompt itself."
         )
     if not layer.get_seq_length():
         raise UsageError("Expected a cache that has read a prompt, received an empty one.")
@@ -165,8 +174,11 @@ def exact_layer(layer) -> ExactLayer:
     return ExactLayer(layer.keys[:, :, -keep:], layer.values[:, :, -keep:], layer.get_seq_length())
 
 
-def set_exact_layer(layer, held: ExactLayer) -> None:
-    """Let an empty layer of the host's own hold the tensors of `held`; raises UsageError when they are too few."""
+def set_exact_layer(layer, held: ExactLayer | StateLayer) -> None:
+    """Let an empty layer of the host's own hold the tensors of `held`; raises UsageError when they do not fit it."""
+    if isinstance(held, StateLayer):
+        _set_states(layer, held)
+        return
     layer.lazy_initialization(held.keys, held.values)
     if layer.is_sliding:
         layer.cumulative_length = held.seen
@@ -177,6 +189,17 @@ def set_exact_layer(layer, held: ExactLayer) -> None:
             "the cache is of a model with another window. Make it again."
         )
     layer.keys, layer.values = (ops.copy(x[:, :, -keep:]) for x in (held.keys, held.values))
+
+
+def _set_states(layer, held: StateLayer) -> None:
+    of_layer = {f"{kind}/{i}": (kind, i) for kind in STATES for i in getattr(layer, kind, ())}
+    check_states(held, "transformers", of_layer)
+    for name, x in held.states.items():
+        kind, number = of_layer[name]
+        if kind == "conv_states":
+            layer.update_conv_state(x, state_idx=number)
+        else:
+            layer.update_recurrent_state(x, state_idx=number)
 
 
 def _kept(layer, seen: int) -> int:
@@ -194,6 +217,13 @@ def model_shape(model) -> tuple[ModelShape, dict[int, str]]:
     from . import survey  # which makes caches, and they stand on this module
 
     return survey.model_shape(model)
+
+
+def window_shape(model) -> tuple[ModelShape, dict[int, str]]:
+    """`model_shape` with the layers that have a sliding window, and no others."""
+    from . import survey
+
+    return survey.window_shape(model)
 
 
 def text_config(model):
@@ -349,6 +379,15 @@ def _quantization(quantize: str | None) -> dict:
         else {"load_in_8bit": True}
     )
     return {"quantization_config": BitsAndBytesConfig(**bits), "device_map": {"": 0}}
+
+
+def device_of(model) -> torch.device:
+    """Where `model` runs, which is not where weights are that wait elsewhere until they are used."""
+    if model.device.type != "meta":
+        return model.device
+    hook = getattr(model, "_hf_hook", None)  # of accelerate
+    at = getattr(hook, "execution_device", None)
+    return torch.device("cpu" if at is None else at)
 
 
 def model_dtype(model) -> np.dtype | torch.dtype:

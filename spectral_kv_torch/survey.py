@@ -27,7 +27,7 @@ from spectral_kv_core.arrays.rope_fit import SHIFTS, fit_rope, is_rotated_by
 from spectral_kv_core.codecs.exact import ExactPlan
 from spectral_kv_core.errors import first_line
 from spectral_kv_core.profile.model_shape import ModelShape
-from spectral_kv_core.profile.model_survey import CODES, DECODED, PASSED, LayerSurvey, surveyed_shape
+from spectral_kv_core.profile.model_survey import CODES, DECODED, PASSED, LayerSurvey, surveyed_shape, surveyed_windows
 from spectral_kv_core.profile.store import warn_once
 
 from . import integration, ops
@@ -118,6 +118,11 @@ def survey(model) -> list[LayerSurvey]:
 def model_shape(model) -> tuple[ModelShape, dict[int, str]]:
     """`integration.model_shape`."""
     return surveyed_shape(integration.text_config(model).hidden_size, survey(model), widens=True)
+
+
+def window_shape(model) -> tuple[ModelShape, dict[int, str]]:
+    """`integration.window_shape`."""
+    return surveyed_windows(integration.text_config(model).hidden_size, survey(model))
 
 
 def _key(model) -> tuple:

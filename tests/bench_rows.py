@@ -12,8 +12,8 @@ TINY = (4, 2, 32, 1e4)  # q_heads, kv_heads, head_dim, RoPE base
 ROW_KEYS = {
     "method", "context", "bits", "bits_per_element", "kept_share", "dtype", "threads", "attention_us", "plain_host_us",
     "plain_gqa_us", "plain_grouped_us", "host_quantized_us", "ratio_to_dense", "ratio_to_host", "ratio_to_gqa",
-    "ratio_to_grouped", "ratio_to_host_quantized", "host_quantized_reason", "bytes", "plain_bytes", "read_gb_per_s",
-    "plain_read_gb_per_s", "peak_bytes", "plain_peak_bytes",
+    "ratio_to_grouped", "ratio_to_host_quantized", "host_quantized_reason", "bytes", "bytes_by_kind", "exact_tokens",
+    "plan_hash", "plain_bytes", "read_gb_per_s", "plain_read_gb_per_s", "peak_bytes", "plain_peak_bytes",
 }  # fmt: skip
 MODEL_KEYS = {"decode_tokens_per_s", "plain_decode_tokens_per_s", "prefill_tokens_per_s", "plain_prefill_tokens_per_s"}
 
@@ -30,6 +30,7 @@ def check_row(row: dict) -> None:
     else:
         assert row["ratio_to_host_quantized"] == pytest.approx(row["host_quantized_us"] / row["attention_us"])
         assert row["host_quantized_reason"] is None
+    assert row["bytes"] == sum(row["bytes_by_kind"].values()) and row["exact_tokens"] > 0
     assert row["read_gb_per_s"] == pytest.approx(row["bytes"] / row["attention_us"] / 1e3)
 
 
@@ -50,6 +51,9 @@ def check_reader(bench, shape, plan) -> None:
 def check_result(result: dict, backend: str) -> None:
     """What a result says about the run itself."""
     assert result["backend"] == backend and result["rows"] and result["machine_read_gb_per_s"] > 0
+    assert {"spectralkv", "packages", "instruction_sets", "date", "command"} <= set(result["provenance"])
+    plans = {row["plan_hash"] for row in result["rows"]}
+    assert set(result["provenance"]["plans"].values()) == plans and all(plans)
     assert {"cpu", "cores", "device", "threads", "versions", "host_quantized"} <= set(result["machine"])
     for row in result["rows"]:
         check_row(row)

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from spectral_kv_core.arrays import ops
+from spectral_kv_core.cache.file_layers import ExactLayer
 from spectral_kv_core.cache.layer_cache import LayerCache
-from spectral_kv_core.cache.prompt_cache_file import ExactLayer, PromptFile
+from spectral_kv_core.cache.prompt_cache_file import PromptFile
 from spectral_kv_core.codecs.registry import make_plan
 from spectral_kv_core.planning.methods import METHODS
 from spectral_kv_core.profile.profile import Profile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 
 import mlx.core as mx
@@ -31,6 +32,39 @@ MODELS = {  # name -> (module of mlx_lm.models, arguments on top of SIZES)
         {"num_hidden_layers": 4, "sliding_window": 24, "sliding_window_pattern": 2, "query_pre_attn_scalar": 32},
     ),
 }
+HEADS = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 32, "linear_value_head_dim": 32}
+MIXED = {"num_hidden_layers": 3, "full_attention_interval": 2, "linear_conv_kernel_dim": 4, **HEADS}
+SCALES = (
+    "attention_in", "attention_out", "embedding", "key", "lm_head", "ssm_in", "ssm_out",
+)  # fmt: skip
+OFF = ("attention_bias", "mamba_norm_before_gate", "mamba_proj_bias", "mamba_rms_norm", "mlp_bias", "projectors_bias")
+HYBRIDS = {  # name -> arguments on top of SIZES
+    "qwen3_next": {
+        **MIXED, "num_experts": 0, "num_experts_per_tok": 0, "decoder_sparse_step": 1, "moe_intermediate_size": 0,
+        "shared_expert_intermediate_size": 0, "mlp_only_layers": [0, 1], "rope_theta": 1e4, "partial_rotary_factor": 0.5,
+    },
+    "qwen3_5": {"text_config": {"model_type": "qwen3_5", **SIZES, **MIXED}},
+    "jamba": {
+        "num_hidden_layers": 3, "attn_layer_offset": 1, "attn_layer_period": 3, "expert_layer_offset": 1,
+        "expert_layer_period": 2, "mamba_d_conv": 4, "mamba_d_state": 8, "mamba_expand": 2, "num_experts": 1,
+        "num_experts_per_tok": 1, "mamba_dt_rank": 4,
+    },
+    "falcon_h1": {
+        **{f"{name}_multiplier": 1.0 for name in SCALES}, **dict.fromkeys(OFF, False), "num_hidden_layers": 2,
+        "hidden_act": "silu", "mamba_chunk_size": 16, "mamba_conv_bias": True, "mamba_d_conv": 4, "mamba_d_head": 16,
+        "mamba_d_ssm": 64, "mamba_d_state": 8, "mamba_expand": 2, "mamba_n_groups": 1, "mamba_n_heads": 4,
+        "mamba_use_mlp": True, "mlp_multipliers": [1.0, 1.0], "ssm_multipliers": [1.0] * 5, "rope_theta": 1e4,
+        "rope_traditional": False, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+
+
+@functools.cache
+def hybrid(name: str):
+    """A tiny model with layers of linear attention."""
+    module = importlib.import_module(f"mlx_lm.models.{name}")
+    mx.random.seed(0)
+    return module.Model(module.ModelArgs.from_dict({"model_type": name, **SIZES, **HYBRIDS[name]}))
 
 
 def make_model(name: str, seed: int = 0, **changes):

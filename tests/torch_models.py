@@ -8,13 +8,17 @@ import torch
 from hosts import ByteTokenizer
 from transformers import (
     AutoModelForCausalLM,
+    FalconH1Config,
     Gemma3TextConfig,
+    JambaConfig,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
     PhiConfig,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
+    Qwen3NextConfig,
 )
 
 from spectral_kv_torch import SpectralProfiler
@@ -45,6 +49,24 @@ CONFIGS = {
     "phi": lambda: PhiConfig(**SIZES, partial_rotary_factor=0.5),
     "phi3": lambda: Phi3Config(**SIZES),
 }
+MIXED = {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "head_dim": 32}
+HEADS = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+SCAN = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
+HYBRIDS = {
+    "qwen3_next": lambda: Qwen3NextConfig(**SIZES, **MIXED, **HEADS, num_experts=0, mlp_only_layers=[0, 1, 2]),
+    "qwen3_5": lambda: Qwen3_5TextConfig(**SIZES, **MIXED, **HEADS),
+    "jamba": lambda: JambaConfig(
+        **SIZES, num_experts=2, attn_layer_period=3, attn_layer_offset=1, mamba_d_state=8, mamba_dt_rank=4
+    ),
+    "falcon_h1": lambda: FalconH1Config(**SIZES, **SCAN, head_dim=16),
+}
+
+
+@functools.cache
+def hybrid(name: str):
+    """A tiny model with layers of linear attention."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(HYBRIDS[name](), dtype=torch.float32).eval()
 
 
 def tiny_model(name: str):

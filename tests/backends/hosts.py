@@ -6,6 +6,8 @@ A test that takes `family` too runs on every tiny model of each. NumPy goes in a
 
 from __future__ import annotations
 
+import gc
+import types
 from itertools import pairwise
 
 import numpy as np
@@ -68,6 +70,26 @@ def codes(store) -> list[np.ndarray]:
     return [store.xp.to_numpy(x) for group in store.padding_groups for chunk in group.chunks for x in chunk.arrays]
 
 
+def buffers_of(host, *roots) -> dict[int, int]:
+    """Bytes of every array that the garbage collector finds under `roots`, by the buffer that holds it."""
+    left, seen, arrays, found = list(roots), {}, [], {}
+    while left:
+        x = left.pop()
+        if id(x) in seen or isinstance(x, (type, types.ModuleType, types.BuiltinFunctionType, types.FrameType)):
+            continue
+        seen[id(x)] = x
+        if isinstance(x, host.IS_ARRAY):
+            arrays.append(x)
+        elif isinstance(x, types.FunctionType):
+            left += [cell.cell_contents for cell in x.__closure__ or ()]
+        elif isinstance(x, np.ndarray):
+            left.append(x.base)
+            found |= {} if isinstance(x.base, np.ndarray) else {id(x): x.nbytes}
+        else:
+            left += gc.get_referents(x)
+    return found | host.backend.host.buffers(arrays)
+
+
 def close(got, expected, atol: float, rtol: float) -> None:
     np.testing.assert_allclose(got, expected, atol=atol, rtol=rtol)
 
@@ -83,6 +105,11 @@ def sealed_of(store, row: int) -> list[np.ndarray]:
     held, sinks = group.dense(group.exact_keys.dtype), min(store.sinks, group.exact)
     number = list(group.sequences).index(row)
     return [store.xp.to_numpy(x)[number, :, sinks : sinks + group.sealed] for x in held]
+
+
+def without_counters(size) -> int:
+    """Bytes of a cache without the host's own counters, which no file has."""
+    return int(size) - size.by_kind["other"]
 
 
 def codes_moved(host, cache, alone, row: int = 0) -> bool:

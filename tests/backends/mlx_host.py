@@ -15,8 +15,8 @@ from hosts import TEXT, ByteTokenizer
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from mlx_lm.models import base
-from mlx_lm.models.cache import ArraysCache, QuantizedKVCache, RotatingKVCache, trim_prompt_cache
-from mlx_models import make_model
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, QuantizedKVCache, RotatingKVCache, trim_prompt_cache
+from mlx_models import hybrid, make_model
 
 import spectral_kv_mlx
 from spectral_kv_core.cache.compressed_layer import leading_layers
@@ -51,6 +51,7 @@ __all__ = [
     "fill",
     "footprint",
     "generate",
+    "hybrid",
     "install",
     "load_model",
     "load_prompt_cache",
@@ -178,7 +179,7 @@ def arrays(cache) -> list:
 
 def foreign_layers() -> list:
     """Layers of the host that no file can hold."""
-    return [ArraysCache(2), QuantizedKVCache(), RotatingKVCache(16, keep=4)]
+    return [CacheList(ArraysCache(2), KVCache()), QuantizedKVCache(), RotatingKVCache(16, keep=4)]
 
 
 def tune(of) -> None:
@@ -288,8 +289,3 @@ def dtype_of(x) -> str:
 def storage(x: mx.array) -> tuple[int, int]:
     """Which array this is, and its bytes."""
     return id(x), x.nbytes
-
-
-def bookkeeping(cache) -> int:
-    """Bytes of a cache that the host keeps for itself."""
-    return 0

@@ -17,10 +17,12 @@ from hosts import (
     batch_greedy,
     check_padded,
     close,
+    codes_moved,
     dense,
     of_families,
     relative_error,
     tokens,
+    without_counters,
 )
 from tolerances import assert_close
 
@@ -174,6 +176,20 @@ def test_a_padded_batch_generates_as_the_plain_cache(host):
         assert host.greedy(model, prompt, host.plain_cache(model), 30) == got
 
 
+@of_families("llama", "qwen3", "gemma3")
+def test_four_prompts_at_two_bits_get_the_tokens_that_each_gets_alone(host, family):
+    model, profile, given = host.model(family), host.profile(family), {"bits": 2, **SMALL}
+    prompts = [tokens(count, seed=count) for count in (150, 97, 64, 33)]
+    cache = host.padded_cache(model, [150 - len(prompt) for prompt in prompts], profile, **given)
+    found = batch_greedy(host, model, prompts, cache, 16)
+    for row, (prompt, got) in enumerate(zip(prompts, found, strict=True)):
+        alone = host.make_prompt_cache(model, profile, **given)
+        expected = batch_greedy(host, model, [prompt], alone, 16)[0]
+        # rows of a batch are not multiplied as one row is: a code on a threshold may be the one beside it
+        assert got == expected or codes_moved(host, cache, alone, row)
+    assert all(store.padding_groups[0].sealed for store in host.stores(cache))
+
+
 def test_a_padded_cache_under_the_hosts_own_attention(host):
     model, rows, padding = host.model("llama"), [tokens(30), tokens(9, seed=4)], [0, 21]
     ids = [[2] * pad + row for pad, row in zip(padding, rows)]
@@ -297,7 +313,7 @@ def test_reported_bytes_are_all_there_is(host, family, method, bits):
         host.logits(model, tokens(700), one, 300)
         host.logits(model, tokens(37, seed=4), one, 1)
     size = host.cache_nbytes(cache)
-    assert reachable_bytes(host, cache) == int(size) + size.table_nbytes + host.bookkeeping(cache)
+    assert reachable_bytes(host, cache) == int(size) + size.table_nbytes
     if method == "identity":
         assert size.compression == pytest.approx(0.5, rel=1e-2)  # float32 against 16 bits
     assert size.dense_nbytes == host.cache_nbytes(plain).dense_nbytes
@@ -305,7 +321,7 @@ def test_reported_bytes_are_all_there_is(host, family, method, bits):
         assert size.dense_nbytes == 737 * elements(profile.shape) * 2
     if method == "spectral":
         assert size.table_nbytes > 0
-    assert host.cache_nbytes(host.make_prompt_cache(model, method="identity")) == 0
+    assert without_counters(host.cache_nbytes(host.make_prompt_cache(model, method="identity"))) == 0
 
 
 def test_decoded_chunks_stay_where_they_may(host):

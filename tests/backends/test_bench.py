@@ -18,6 +18,7 @@ from spectral_kv_core.benchmark import bench as core
 from spectral_kv_core.benchmark import synthetic
 from spectral_kv_core.benchmark.machine import process_peak_bytes
 from spectral_kv_core.cache.layer_cache import LayerCache
+from spectral_kv_core.cache.size import CacheSize
 from spectral_kv_core.cli import main as cli
 from spectral_kv_core.cli import tables as report
 from spectral_kv_core.codecs.registry import make_plan
@@ -126,7 +127,9 @@ class FakeBench:
 
         def compressed(plan, sinks, window):
             self.made += 1
-            return step("ours", iter([1e-3] * (SEAL - 1) + [17e-3])), 1000
+            return step("ours", iter([1e-3] * (SEAL - 1) + [17e-3])), CacheSize(
+                {"codes": 900, "exact": 100}, 68, 4000, 0
+            )
 
         ways = {name: plain(name) for name in self.seconds}
         return SimpleNamespace(**ways, quantized=quantized, compressed=compressed, plain_bytes=9000)

@@ -147,7 +147,7 @@ def test_two_layer_groups_from_each_to_both(pair, tmp_path):
         first.feed(model, tokens, plain)
         options = {"model": model, "profile": pair.profile, "bits": 5.0, **SMALL}
         path = first.save_prompt_cache(tmp_path / "c", plain, tokens, method="spectral-stored-pairs", **options)
-        assert 0.8 * 5 < 8 * PromptFile.load(path).bytes_by_part()["codes"] / sealed <= 5
+        assert 0.8 * 5 < 8 * PromptFile.load(path).bytes_by_kind()["codes"] / sealed <= 5
         container = first.encode_cache(
             make_plan(pair.profile.shape, pair.profile, "spectral-stored-pairs", 5), plain, 4, 16
         )

@@ -107,7 +107,7 @@ class FakeBackend:
             yield *[np.array(cache.tokens, np.float32)[None, :, None]] * 2, None
 
     def cache_nbytes(self, cache):
-        return CacheSize(len(cache.tokens), 4 * len(cache.tokens), 7)
+        return CacheSize({"exact": len(cache.tokens)}, len(cache.tokens), 4 * len(cache.tokens), 7)
 
     def made(self):
         return [call[1:] for call in self.log if call[0] == "make"]

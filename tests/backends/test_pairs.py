@@ -391,7 +391,7 @@ def test_command_line(capsys, tmp_path):
     ]
     made = run(*prompt, *given)
     assert made["method"] == METHOD and made["compression"] > 3
-    assert run("inspect", tmp_path / "c")["bytes_by_part"] == made["bytes_by_part"]
+    assert run("inspect", tmp_path / "c")["bytes_by_kind"] == made["bytes_by_kind"]
     after = [
         "generate",
         *common,

@@ -5,12 +5,10 @@ from __future__ import annotations
 import gc
 import threading
 import time
-import types
 import weakref
 
-import numpy as np
 import pytest
-from hosts import SMALL, tokens
+from hosts import SMALL, buffers_of, tokens
 
 from spectral_kv_core.errors import UsageError
 from spectral_kv_core.planning import shared_codecs
@@ -52,26 +50,6 @@ def read(host, cache, pieces: int = 1, model: str = "llama") -> object:
     return cache
 
 
-def buffers(host, *roots) -> dict[int, int]:
-    """Bytes of every array that the garbage collector finds under `roots`, by the buffer that holds it."""
-    left, seen, arrays, found = list(roots), {}, [], {}
-    while left:
-        x = left.pop()
-        if id(x) in seen or isinstance(x, (type, types.ModuleType, types.BuiltinFunctionType, types.FrameType)):
-            continue
-        seen[id(x)] = x
-        if isinstance(x, host.IS_ARRAY):
-            arrays.append(x)
-        elif isinstance(x, types.FunctionType):
-            left += [cell.cell_contents for cell in x.__closure__ or ()]
-        elif isinstance(x, np.ndarray):
-            left.append(x.base)
-            found |= {} if isinstance(x.base, np.ndarray) else {id(x): x.nbytes}
-        else:
-            left += gc.get_referents(x)
-    return found | host.backend.host.buffers(arrays)
-
-
 @pytest.mark.parametrize("pieces", [1, 2])
 @pytest.mark.parametrize("method", BITS)
 @pytest.mark.parametrize("in_file", [True, False], ids=["file", "memory"])
@@ -81,8 +59,8 @@ def test_everything_that_a_cache_holds_is_told(host, files, method, pieces, in_f
     first, second = (read(host, make(), pieces) for _ in range(2))
     size = host.cache_nbytes(first)
     assert size.table_nbytes > 0
-    assert sum(buffers(host, host.layers(first)).values()) == size + size.table_nbytes
-    both = sum(buffers(host, host.layers(first), host.layers(second)).values())
+    assert sum(buffers_of(host, host.layers(first)).values()) == size + size.table_nbytes
+    both = sum(buffers_of(host, host.layers(first), host.layers(second)).values())
     assert both == size + host.cache_nbytes(second) + size.table_nbytes
 
 

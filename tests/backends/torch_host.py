@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from hosts import ByteTokenizer
-from torch_models import TEXT, model_and_profile, tiny_model
-from transformers.cache_utils import LinearAttentionLayer
+from torch_models import TEXT, hybrid, model_and_profile, tiny_model
+from transformers.cache_utils import LinearAttentionAndFullAttentionLayer, StaticLayer
 from transformers.modeling_utils import AttentionInterface
 
 from spectral_kv_core.cache import compressed_layer
@@ -47,6 +47,7 @@ __all__ = [
     "fill",
     "footprint",
     "generate",
+    "hybrid",
     "install",
     "load_model",
     "load_prompt_cache",
@@ -169,7 +170,7 @@ def arrays(cache) -> list:
 
 def foreign_layers() -> list:
     """Layers of the host that no file can hold."""
-    return [LinearAttentionLayer()]
+    return [LinearAttentionAndFullAttentionLayer(), StaticLayer(64)]
 
 
 def tune(of) -> None:
@@ -290,8 +291,3 @@ def dtype_of(x) -> str:
 def storage(x: torch.Tensor) -> tuple[int, int]:
     """Which memory an array lies in, and its bytes."""
     return x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()
-
-
-def bookkeeping(cache) -> int:
-    """Bytes of a cache that the host keeps for itself."""
-    return 8 * sum(hasattr(layer, "_sliding_window_tensor") for layer in cache.layers)

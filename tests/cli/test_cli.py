@@ -30,7 +30,7 @@ from spectral_kv_core.profile.store import cached_profile_path
 TEXT = "In the beginning there was a table, and on the table stood 23 cups; nobody knew whose they were. " * 30
 GENERATE_KEYS = {
     "text", "prompt_tokens", "generated_tokens", "backend", "method", "bits_per_element", "cache_bytes", "table_bytes",
-    "dense_bytes", "compression", "peak_bytes", "prefill_tokens_per_s", "decode_tokens_per_s",
+    "dense_bytes", "compression", "bytes_by_kind", "exact_tokens", "peak_bytes", "prefill_tokens_per_s", "decode_tokens_per_s",
 }  # fmt: skip
 
 
@@ -115,6 +115,10 @@ def test_generate_reports_bytes_quality_and_speed(capsys, model, profile, text_f
     assert result["compression"] == pytest.approx(result["dense_bytes"] / result["cache_bytes"])
     assert result["bits_per_element"] == pytest.approx(16 / result["compression"])
     assert result["kl"] > 0 and 0 <= result["top1"] <= 1 and result["scored_tokens"] == 20
+    for found in (result, result["dense"]):
+        assert sum(found["bytes_by_kind"].values()) == found["cache_bytes"]
+    held = result["prompt_tokens"] + 19  # the last token is never read
+    assert 68 <= result["exact_tokens"] < 68 + 16 < held and result["bytes_by_kind"]["codes"] > 0
 
 
 def test_identity_has_no_divergence(capsys, model, folder, text_file):
@@ -155,7 +159,8 @@ def test_inspect_and_methods(capsys, profile):
     assert "Plan: spectral at 2 bits" in run(capsys, "inspect", profile, "--bits", "2")[1]
     names = {row["name"] for row in json_of(capsys, "methods")["methods"]}
     assert {"spectral", "affine", "identity"} <= names
-    assert "spectral" in run(capsys, "methods")[1]
+    text = run(capsys, "methods")[1]
+    assert "spectral" in text and "turboquant *" in text and "Large errors where keys have" in text
 
 
 QUESTION = "How many cups stood on the table?"
@@ -195,7 +200,7 @@ def test_cache_prompt_reports_bytes(capsys, model, profile, tmp_path):
     result = json_of(capsys, *cache_prompt(model, profile, path))
     assert result["file_bytes"] == path.stat().st_size and result["output"] == str(path)
     assert result["method"] == DEFAULT_FILE_METHOD and result["backend"] == "torch" and result["seconds"] > 0
-    assert result["cache_bytes"] == sum(result["bytes_by_part"].values()) < result["file_bytes"]
+    assert result["cache_bytes"] == sum(result["bytes_by_kind"].values()) < result["file_bytes"]
     assert (
         result["dense_bytes"] == result["prompt_tokens"] * 3 * 2 * 2 * 16 * 2
     )  # layers, sides, heads, channels, bytes
@@ -603,7 +608,7 @@ def test_no_text_of_a_file_reaches_the_terminal_as_it_is(capsys, folder, profile
 def test_a_stored_prompt_of_a_hostile_model_is_shown(capsys):
     summary = {"prompt_tokens": 3, "model": HOSTILE, "method": "spectral", "bits": 2.0, "sinks": 4, "window": 64}
     parts = {"codes": 1, "exact": 2, "passed": 3}
-    tables.print_prompt_file(summary | {"bytes_by_part": parts, "file_bytes": 10, "dense_bytes": 40})
+    tables.print_prompt_file(summary | {"bytes_by_kind": parts, "file_bytes": 10, "dense_bytes": 40})
     out = capsys.readouterr().out
     assert "[red]x[/red] [/bold]" in " ".join(out.split()) and "\x1b" not in out and len(out) < 1000
 

@@ -12,7 +12,7 @@ from tolerances import ATTENTION_RMS, assert_close, assert_codes_close, relative
 
 from spectral_kv_core.arrays import ops
 from spectral_kv_core.cache.layer_cache import LayerCache
-from spectral_kv_core.cache.size import CacheSize
+from spectral_kv_core.cache.size import KINDS, CacheSize
 from spectral_kv_core.codecs.registry import make_codec
 from spectral_kv_core.planning.budget import CHUNK_TOKENS
 
@@ -389,18 +389,23 @@ def test_arrays_do_not_keep_their_parent_alive():
         assert base.nbytes <= 2 * array.nbytes
 
 
+SIZE = {"codes": 600, "exact": 400}
+
+
 def test_cache_size_reports_compression():
-    size = CacheSize(1000, 8000, 55)
-    assert (size, size.dense_nbytes, size.table_nbytes) == (1000, 8000, 55)
+    size = CacheSize(SIZE, 68.5, 8000, 55)
+    assert (size, size.dense_nbytes, size.table_nbytes, size.exact_tokens) == (1000, 8000, 55, 68.5)
     assert size.compression == 8 and size.bits_per_element == 2
-    assert CacheSize(0, 0, 0).compression == 1
+    assert size.by_kind == dict.fromkeys(KINDS, 0) | SIZE and list(size.by_kind) == list(KINDS)
+    assert CacheSize({}, 0, 0, 0).compression == 1
 
 
 @pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_a_cache_size_can_be_copied_and_pickled(again):
-    size = again(CacheSize(1000, 8000, 55))
+    size = again(CacheSize(SIZE, 68.5, 8000, 55))
     assert type(size) is CacheSize
     assert (size, size.dense_nbytes, size.table_nbytes, size.compression) == (1000, 8000, 55, 8)
+    assert size.by_kind["codes"] == 600 and size.exact_tokens == 68.5
 
 
 @pytest.fixture

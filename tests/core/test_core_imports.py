@@ -60,11 +60,10 @@ def test_backends_do_not_import_each_other(name):
 
 
 def test_backends_have_the_same_files():
-    """But for what mlx-lm alone has: batches that sequences join and leave, options of its own cache, and many modules that
-
-    call attention each for a family of models.
+    """But for what mlx-lm alone has: batches that sequences join and leave, options of its own cache, commands, and
+    many modules that call attention, each for a family of models.
     """
-    alone = {"batch", "limits", "arguments", "host_cache", "masks", "places", "rotation", "trace"}
+    alone = {"batch", "commands", "limits", "arguments", "host_cache", "masks", "places", "rotation", "trace"}
     first, second = ({p.stem for p in (ROOT / name).glob("*.py")} for name in BACKENDS)
     assert first | alone == second
 

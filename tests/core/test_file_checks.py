@@ -13,8 +13,9 @@ from cases import ToyModel
 
 from spectral_kv_core.arrays import ops
 from spectral_kv_core.cache import prompt_cache_file
+from spectral_kv_core.cache.file_layers import ExactLayer
 from spectral_kv_core.cache.layer_cache import LayerCache
-from spectral_kv_core.cache.prompt_cache_file import ExactLayer, PromptFile
+from spectral_kv_core.cache.prompt_cache_file import PromptFile
 from spectral_kv_core.codecs import kvtc
 from spectral_kv_core.codecs.registry import make_plan
 from spectral_kv_core.profile import profile as profile_file

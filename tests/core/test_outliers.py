@@ -12,6 +12,7 @@ from tolerances import ATTENTION_RMS, assert_close, relative_rms
 from spectral_kv_core.arrays import ops
 from spectral_kv_core.arrays.rope import rotate
 from spectral_kv_core.cache.layer_cache import LayerCache
+from spectral_kv_core.cache.size import arrays_by_kind, exact_tokens
 from spectral_kv_core.codecs import outliers
 from spectral_kv_core.codecs.chunk import AdaptedChunk, Chunk, CutChunk, ExactChunk
 from spectral_kv_core.codecs.registry import make_codec
@@ -66,6 +67,17 @@ def test_what_the_profile_knows_is_coded_as_ever(xp):
     assert kinds(cache) == [(Chunk, 320)]
     (expected,) = codec.extend([], *map(xp.asarray, ordinary), 0)
     np.testing.assert_array_equal(codes_of(codec, chunks_of(cache)[0]), codes_of(codec, expected))
+
+
+def test_exact_blocks_count_as_exact(xp):
+    cache = make_cache(xp, window=16)
+    append(cache, *joined(MODEL.sample(1, 320), wild(16), MODEL.sample(2, 320)))
+    held = [chunk.tokens for chunk in chunks_of(cache) if isinstance(chunk, ExactChunk)]
+    group = cache.padding_groups[0]
+    assert held and exact_tokens(cache) == sum(held) + group.exact
+    kinds = {kind: sum(x.nbytes for x in arrays) for kind, arrays in arrays_by_kind(cache).items()}
+    assert kinds["exact"] == exact_tokens(cache) * 2 * group.exact_keys.nbytes // group.exact
+    assert sum(kinds.values()) == sum(x.nbytes for x in cache.arrays())
 
 
 @pytest.mark.parametrize("recipe", [{}, {"group": "layer", "rope": "pre"}], ids=["spectral", "dense"])

@@ -19,6 +19,7 @@ from itertools import cycle, islice
 import numpy as np
 from tqdm import tqdm
 
+from ..cache.size import CacheSize
 from ..errors import UsageError
 from ..evaluation import run as evaluation
 from ..evaluation.settings import Settings as Evaluated
@@ -192,7 +193,7 @@ class _Runs:
         self.read: dict[str, list[float]] = {}
         self.decoded: dict[str, list[float]] = {}
         self.attention: dict[str, list[float]] = {}
-        self.sizes: dict[str, int] = {}
+        self.sizes: dict[str, CacheSize] = {}
         self.reason: str | None = None
         self.layers = host.model_shape(model)[0].layers
 
@@ -229,7 +230,7 @@ class _Runs:
         with self.bench.attention_clock(self.model, cache, self.layers, way) as clock:
             self._generate(cache, SEAL)
         self.attention.setdefault(name, []).append(clock.seconds / clock.calls * len(self.layers))
-        self.sizes[name] = int(self.host.cache_nbytes(cache))
+        self.sizes[name] = self.host.cache_nbytes(cache)
 
     def _decode(self, name: str, cache) -> None:
         self.decoded.setdefault(name, []).append(self._generate(cache, DECODED).decode_tokens_per_s())
@@ -297,13 +298,21 @@ def measure_layer_peak(
 
 
 def _record(
-    plan: Plan, context: int, dtype: str, threads: int, means: dict, reason: str | None, nbytes: int, plain_bytes: int
+    plan: Plan,
+    context: int,
+    dtype: str,
+    threads: int,
+    means: dict,
+    reason: str | None,
+    nbytes: CacheSize,
+    plain_bytes: int,
 ) -> dict:
     """What every record has, from the mean seconds of a step by cache; a step reads all bytes of its cache."""
     own, quantized, fastest = means[plan.method.name], means.get("quantized"), min(means[way] for way in WAYS)
     return {
         "method": plan.method.name,
         "context": context,
+        "plan_hash": plan.hash,
         "bits_per_element": plan.bits_per_element,
         "kept_share": kept_share(plan),
         "dtype": dtype,
@@ -315,8 +324,10 @@ def _record(
         **{f"ratio_to_{way}": means[way] / own for way in WAYS},
         "ratio_to_host_quantized": None if quantized is None else quantized / own,
         "host_quantized_reason": reason,
-        "bytes": nbytes,
-        "plain_bytes": plain_bytes,
+        "bytes": int(nbytes),
+        "bytes_by_kind": nbytes.by_kind,
+        "exact_tokens": nbytes.exact_tokens,
+        "plain_bytes": int(plain_bytes),
         "read_gb_per_s": nbytes / own / 1e9,
         "plain_read_gb_per_s": plain_bytes / fastest / 1e9,
     }

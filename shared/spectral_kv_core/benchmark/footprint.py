@@ -6,33 +6,29 @@ alive at a time. What the process itself takes (interpreter and libraries) is no
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
 
 import numpy as np
 
 from ..arrays.transform import band_sizes
-from ..cache.held_arrays import numpy_buffers
+from ..cache.size import KINDS
 from ..codecs.registry import bits_range, check_bits, family_of, make_plan
-from ..codecs.spectral import STAGING_BITS
 from ..errors import UsageError
-from ..hosts.protocol import Host
 from ..planning.budget import CHUNK_TOKENS, SEAL, SINKS, WINDOW, elements_per_token, whole_number
 from ..planning.methods import METHODS, Method
 from ..planning.plan import Plan
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile
 from ..quantization.quantizer import BIT_WIDTHS
+from .passed_layers import UNLIMITED, PassedLayer
+from .stored_bytes import Ceiling, Stored
 from .synthetic import synthetic_plan, synthetic_profile
 
 UNITS = {"B": 1} | {f"{p}{i}B": (1024 if i else 1000) ** n for n, p in enumerate("KMGT", 1) for i in ("", "i")}
 DEFAULT_BITS = (4.0, 3.0, 2.0, 1.0)
 FIRST_CONTEXT, LAST_CONTEXT = 4096, 131072  # of the contexts shown when nobody asked for others: powers of two
-UNLIMITED = 1 << 26  # tokens; of a model that does not say what it was made for
 BITS_STEP = 0.05  # of the bits that a context allows
 ENCODE_COPIES = 6  # float32 copies of a chunk of keys and values alive while it is encoded or decoded
 HIDDEN_COPIES, MLP_COPIES, PARTIAL_COPIES = 4, 3, 4  # arrays of a call's tokens: residuals, MLP, attention outputs
@@ -42,8 +38,8 @@ HIDDEN_COPIES, MLP_COPIES, PARTIAL_COPIES = 4, 3, 4  # arrays of a call's tokens
 class Footprint:
     """What a backend says about a model without loading it.
 
-    passed: layers that are not compressed, with the reason; passed_tokens: how many tokens such a layer keeps at most,
-    for those that keep keys and values; element_bytes: size of an exact element; intermediate: channels of the MLP that
+    passed: layers that are not compressed, with the reason; held: what such a layer holds, where that is known;
+    element_bytes: size of an exact element; intermediate: channels of the MLP that
     one token goes through; context: tokens that the model was made for; call: tokens of a prompt per forward pass;
     decodes_history: whether a call of a prompt decodes the whole history of a layer, or chunk by chunk; pair_bytes: what
     attention needs per query and key of a call that is no first one (a mask, or scores where no kernel is fused);
@@ -52,7 +48,7 @@ class Footprint:
 
     shape: ModelShape
     passed: dict[int, str]
-    passed_tokens: dict[int, int]
+    held: dict[int, PassedLayer]
     weights_bytes: int
     element_bytes: int
     intermediate: int
@@ -86,79 +82,6 @@ def parse_bytes(text: str) -> int:
     return size
 
 
-def table_nbytes(host: Host, plan: Plan) -> tuple[int, int]:
-    """Bytes of the tables of all layer groups of `plan`, and of those that groups share.
-
-    On MLX a decode step adds a sixth or so when it first meets a length: not counted, where torch makes all at once.
-    """
-    device = host.device(None)
-    own = 0
-    codecs: list = []
-    shared: dict[int, Any] = {}
-    before: dict[int, Any] = {}
-
-    def nbytes(x) -> int:
-        return sum(host.buffers([x]).values())
-
-    for layer_group in range(len(plan.layer_groups)):
-        codec = plan.make_codec(host.xp, layer_group, device)
-        codecs.append(codec)
-        tables = {id(x): x for x in codec.tables()}
-        quantizers = {id(x) for x in plan.shared_tables(host.xp, device)}
-        shared |= {key: x for key, x in tables.items() if key in quantizers or key in before}
-        own += sum(nbytes(x) for key, x in tables.items() if key not in shared)
-        before = tables
-    in_numpy = [numpy_buffers(codec) for codec in codecs]
-    common = set.intersection(*map(set, in_numpy)) if len(codecs) > 1 else set()
-    own += sum(size for buffers in in_numpy for key, size in buffers.items() if key not in common)
-    return own, sum(nbytes(x) for x in shared.values()) + sum(in_numpy[0][key] for key in common)
-
-
-class Stored:
-    """What a plan stores of sealed tokens, in all layers; `tables` gives the bytes that all sequences share.
-
-    layers: as many layers as the plan has layer groups, or how many layers one typical group stands for.
-    """
-
-    def __init__(self, plan: Plan, tables: Callable[[Plan], tuple[int, int]], layers: int | None = None):
-        self.plan, self._tables = plan, tables
-        self.copies = 1 if layers is None else layers
-        self.bits_per_element = plan.bits_per_element
-        self.seal = max(SEAL, plan.method.block)
-
-    @cached_property
-    def table_bytes(self) -> int:
-        own, shared = self._tables(self.plan)
-        return own * self.copies + shared
-
-    @cached_property
-    def staging(self) -> Stored | None:
-        """What holds a prompt that comes in several calls until it ends."""
-        plan = self.plan.staging
-        return None if plan is None else Stored(plan, self._tables, None if self.copies == 1 else self.copies)
-
-    def nbytes(self, tokens: int) -> int:
-        """Bytes of the codes of `tokens` sealed tokens, to the byte: chunks are padded one by one."""
-        whole, rest = divmod(tokens, CHUNK_TOKENS)
-        return self.copies * (whole * self._chunk(CHUNK_TOKENS) + self._chunk(rest))
-
-    def _chunk(self, tokens: int) -> int:
-        groups = range(len(self.plan.layer_groups)) if tokens else ()
-        arrays = [array for layer_group in groups for array in self.plan.chunk_arrays(layer_group, 1, tokens)]
-        return sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind in arrays)
-
-
-class Ceiling:
-    """As `Stored` for any number of bits, from the ceiling that they are; tables are those of a plan that is known."""
-
-    def __init__(self, bits: float, elements: int, table_bytes: int, staged: bool, seal: int = SEAL):
-        self.bits_per_element, self.elements, self.table_bytes, self.seal = bits, elements, table_bytes, seal
-        self.staging = Ceiling(STAGING_BITS, elements, table_bytes, False) if staged and bits < STAGING_BITS else None
-
-    def nbytes(self, tokens: int) -> int:
-        return int(np.ceil(tokens * self.elements * self.bits_per_element / 8))
-
-
 @dataclass(frozen=True)
 class Budget:
     """Bytes of a model with a cache of one kind; `stored` None keeps every token as it is, at `exact_bytes` an element."""
@@ -175,16 +98,30 @@ class Budget:
             return 0
         return max(context - self.sinks - self.window, 0) // self.stored.seal * self.stored.seal
 
+    def bytes_by_kind(self, context: int) -> dict[str, int]:
+        """Bytes of every array held for one sequence of `context` tokens, by `KINDS`."""
+        sealed, kinds = self._sealed(context), dict.fromkeys(KINDS, 0)
+        kinds["codes"] = self.stored.nbytes(sealed) if self.stored is not None and sealed else 0
+        kinds["exact"] = (context - sealed) * self.model.elements * self.exact_bytes
+        for layer in self.model.held.values():
+            kinds[layer.kind] += min(context, layer.most_tokens) * layer.token_elements * self.exact_bytes
+            for kind, size in layer.fixed.items():
+                kinds[kind] += size
+        return kinds
+
     def cache_bytes(self, context: int) -> int:
-        """Bytes of every array held for one sequence of `context` tokens."""
-        sealed, model = self._sealed(context), self.model
-        codes = self.stored.nbytes(sealed) if self.stored is not None and sealed else 0
-        passed = sum(min(context, tokens) for tokens in model.passed_tokens.values()) * model.layer_elements
-        return ((context - sealed) * model.elements + passed) * self.exact_bytes + codes
+        """The sum of `bytes_by_kind`."""
+        return sum(self.bytes_by_kind(context).values())
+
+    def exact_tokens(self, context: int) -> int:
+        """Tokens that a compressed layer holds as they came, or a plain one."""
+        return context - self._sealed(context)
 
     def dense_bytes(self, context: int) -> int:
-        """Bytes of the plain cache at 16 bits."""
-        return replace(self, stored=None, exact_bytes=2).cache_bytes(context)
+        """Bytes of the plain cache at 16 bits, of tokens and states."""
+        kinds = replace(self, stored=None, exact_bytes=2).bytes_by_kind(context)
+        states = 2 * sum(layer.state_elements for layer in self.model.held.values())
+        return kinds["exact"] + kinds["sliding window"] + states
 
     def staged(self, context: int, turns: bool) -> int:
         """Tokens that wait at more bits until the prompt ends: all but its first call, or of a turn no more than a call."""
@@ -379,6 +316,8 @@ def _record(name: str, bits: float, budget: Budget, context: int, memory: int) -
         "context": context,
         "weights_bytes": budget.model.weights_bytes,
         "cache_bytes": cache,
+        "bytes_by_kind": budget.bytes_by_kind(context),
+        "exact_tokens": budget.exact_tokens(context),
         "table_bytes": budget.table_bytes(context),
         "profile_bytes": budget.profile_bytes,
         "prefill_bytes": budget.prefill_bytes(context),

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..cache.size import CacheSize
 from ..planning.budget import SEAL
 from ..planning.plan import Plan
 from ..profile.model_shape import ModelShape
@@ -96,13 +97,13 @@ class TimedLayer(ABC):
         self.middle = self.context + SEAL // 2
         self.plain_bytes = 2 * self.keys[:, :, : self.middle + 1].nbytes
 
-    def compressed(self, plan: Plan, sinks: int, window: int) -> tuple[Callable[[], float], int]:
-        """A step of our cache, and the bytes that it holds after one step that is not timed."""
+    def compressed(self, plan: Plan, sinks: int, window: int) -> tuple[Callable[[], float], CacheSize]:
+        """A step of our cache, and its size after one step that is not timed."""
         layer, prompt = self.new_layer(plan, sinks, window), self.context - 1
         layer.append(self.keys[:, :, :prompt], self.values[:, :, :prompt])
         self.step(layer, prompt)
         tokens: Iterator[int] = iter(range(self.context, self.context + SEAL))
-        return lambda: self.step(layer, next(tokens)), self.held_bytes(layer)
+        return lambda: self.step(layer, next(tokens)), self.size(layer)
 
     def gqa(self) -> Callable[[], float]:
         """The kernel alone, on keys and values that lie ready."""
@@ -155,5 +156,5 @@ class TimedLayer(ABC):
         """An empty layer of our cache."""
 
     @abstractmethod
-    def held_bytes(self, layer) -> int:
+    def size(self, layer) -> CacheSize:
         """Bytes of all that a layer of our cache holds."""

@@ -12,6 +12,7 @@ from ..errors import UsageError
 from ..planning.cache_plan import CachePlan, cache_plan
 from ..planning.plan import Plan
 from .eviction import Eviction
+from .key_means import KeyMeans
 from .layer_cache import LayerCache
 
 
@@ -70,7 +71,8 @@ class CompressedLayer:
         if at_more_bits is not None:
             staging = partial(at_more_bits.make_codec, self.xp, self.layer_group, device)  # without `self`: no circle
         codec = self.plan.codecs(self.xp, device)[self.layer_group]  # last: the plan may go with it
-        made = self.sinks, self.window, staging, self.eviction, self.layer_group, self.working_set
+        means = KeyMeans(self.plan) if self.plan.method.suffers_from_key_means else None
+        made = self.sinks, self.window, staging, self.eviction, self.layer_group, self.working_set, means
         self.store = LayerCache(self.xp, codec, *made)
         return self.store
 

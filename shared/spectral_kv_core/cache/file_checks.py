@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -26,6 +27,7 @@ RECIPE = {
 }  # fmt: skip
 KINDS = ("plain", "adapted", "exact")  # of chunks
 ADAPTATION = ("key_offset", "value_offset", "gain")  # arrays of adapted chunks beside their codes
+STATE_NAME = re.compile(r"[a-z0-9_]+(?:/[0-9]+)?")
 MOST_BATCH = 1 << 16  # sequences
 EXPONENT = np.uint16(0x7F80)  # of bfloat16; all ones in NaN and infinity
 
@@ -68,6 +70,9 @@ def check_layers(layers: list, shape: ModelShape, method: Method, sinks: int, se
         if layer_idx in following:
             require(state == {}, f"nothing of {where}, which is coded together with an earlier one")
             continue
+        if layer_idx not in leading and "states" in state:
+            _check_states(state, where)
+            continue
         kind = {"padding_groups": list} if layer_idx in leading else {"size": list}
         require_fields(state, {"dtype": str, **kind}, where)
         require(len(state) == 2 and state["dtype"] in FILE_DTYPES, f"a dtype among {', '.join(FILE_DTYPES)} in {where}")
@@ -78,6 +83,16 @@ def check_layers(layers: list, shape: ModelShape, method: Method, sinks: int, se
             size = state["size"]
             right = len(size) == 3 and all(whole(n) for n in size) and size[1] <= seen
             require(right, f"a size of three numbers, at most the tokens seen, in {where}")
+
+
+def _check_states(state: dict, where: str) -> None:
+    """Raise `Wrong` unless `state` says the dtype and the size of every state."""
+    require_fields(state, {"host": str, "states": dict}, where)
+    require(len(state) == 2, f"a host and its states, and nothing else, in {where}")
+    for name, entry in state["states"].items():
+        right = isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], list)
+        right = right and entry[0] in FILE_DTYPES and all(whole(n) for n in entry[1])
+        require(right and STATE_NAME.fullmatch(name), f"the dtype and the size of every state in {where}")
 
 
 def _batch(padding_groups: list, block: int, sinks: int, seen: int, where: str) -> list[int]:
@@ -145,6 +160,8 @@ def check_numbers(arrays: dict[str, np.ndarray], layers: list[dict]) -> None:
 def _brain_floats(layers: list[dict]) -> Iterator[str]:
     """Names of the arrays that have the bits of bfloat16."""
     for layer_idx, state in enumerate(layers):
+        brains = (name for name, (dtype, _) in state.get("states", {}).items() if dtype == "bfloat16")
+        yield from (f"layers/{layer_idx}/{name}" for name in brains)
         if state.get("dtype") != "bfloat16":
             continue
         places = [""]

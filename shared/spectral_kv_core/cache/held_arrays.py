@@ -1,7 +1,8 @@
-"""What objects of this project hold in NumPy arrays, beside the arrays of a host."""
+"""Every array that an object holds: NumPy arrays of this project's own, and arrays of a host in its cache layers."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -33,3 +34,22 @@ def numpy_buffers(*roots: Any) -> dict[int, int]:
         if type(x).__module__.startswith(OWN):
             left += getattr(x, "__dict__", {}).values()
     return found
+
+
+def host_arrays(layer: Any, array: type, layers: type) -> Iterator[tuple[Any, str, Any]]:
+    """(owner, attribute, array) of every `array` under the attributes of a host's cache layer, whatever its kind.
+
+    Looks into lists, tuples and dicts, and into objects of the class `layers` that a layer is made of: these are then owners.
+    """
+    left, seen = [(layer, name, x) for name, x in vars(layer).items()], {id(layer)}
+    while left:
+        owner, name, x = left.pop(0)
+        if isinstance(x, LEAVES) or id(x) in seen:
+            continue
+        seen.add(id(x))
+        if isinstance(x, array):
+            yield owner, name, x
+        elif isinstance(x, (dict, list, tuple)):
+            left += [(owner, name, part) for part in (x.values() if isinstance(x, dict) else x)]
+        elif isinstance(x, layers):
+            left += [(x, inner, part) for inner, part in vars(x).items()]

@@ -15,6 +15,7 @@ import numpy as np
 from ..codecs.chunk import join_layers
 from ..errors import UsageError
 from .eviction import Eviction
+from .key_means import KeyMeans
 from .padding_group import LATENT_QUERIES, PaddingGroup, Storage
 
 RECENT = 64  # queries of a call that scorers may look at
@@ -31,6 +32,7 @@ class LayerCache:
     tokens bring until the prompt ends: `finalize`, or the first call with fewer; None: the plan's own holds it.
     eviction: which tokens of `layer_group` are dropped; a prompt then stays exact, cut to the budget, until it ends.
     working_set: bytes of decoded chunks that may stay, so that a step does not decode them again.
+    key_means: looks at the first keys, for a method that suffers from large means.
     """
 
     def __init__(
@@ -43,13 +45,14 @@ class LayerCache:
         eviction: Eviction | None = None,
         layer_group: int = 0,
         working_set: int = 0,
+        key_means: KeyMeans | None = None,
     ):
         self.storage = Storage(
             xp, codec, sinks, window, staging, adapts=eviction is None
         )  # blocks that are dropped are plain
         self.xp, self.codec, self.sinks, self.window = xp, codec, sinks, window
         self.eviction, self.layer_group, self.working_set = eviction, layer_group, working_set
-        self.layers = self.storage.layers
+        self.layers, self.key_means = self.storage.layers, key_means
         self._arrived: list[tuple] = []  # of the group's first layers, until its last is there
         self.padding_groups: list[PaddingGroup] = []
         self.seen = 0  # slots seen, padding included
@@ -166,6 +169,8 @@ class LayerCache:
 
     def _enter(self, group: PaddingGroup, k, v, recent=None, joined: tuple | None = None) -> None:
         """Let `k` and `v` enter `group`, which may have `joined` them already, seal what is ready, drop what is too much."""
+        if self.key_means and self.key_means.saw(self.xp, k, group.seen):
+            self.key_means = None
         prompt = self._is_prompt(k.shape[2])
         # the first call is encoded for good: most prompts come in one, and nothing was attended to with an error yet
         staged = prompt and group.exact > 0

@@ -17,7 +17,8 @@ from ..profile.stored_profile import stored_profile
 from .compressed_layer import CompressedLayer, FollowingLayer, is_compressed, leading_layers
 from .held_arrays import numpy_buffers
 from .request import CacheRequest
-from .size import CacheSize
+from .size import KINDS, CacheSize, arrays_by_kind, exact_tokens
+from .sliding_window import WindowLayer, is_worth_packing
 
 
 def build_cache(
@@ -42,9 +43,20 @@ def build_cache(
     of_token = shape.kv_heads * sum(shape.side_widths) * element_bytes
     other = sum(host.most_tokens(layers[i]) for i in passed if i < len(layers)) * of_token  # some read another's cache
     plan, eviction = request.plan(shape, profile, element_bytes, other)
+    if request.windows:
+        _pack_windows(host, model, request, tokenizer, layers)
     host.install(model)
     exact = request.sinks, request.window
     return host.compressed_cache(plan, layers, *exact, eviction, request.working_set, left_padding)
+
+
+def _pack_windows(host: Host, model, request: CacheRequest, tokenizer, layers: list) -> None:
+    """Let those of the host's `layers` that have a sliding window be codes, where that saves bytes."""
+    shape, _, profile = host.profile_for(model, request.window_recipe, None, tokenizer, windows=True)
+    plan = request.window_plan(shape, profile)
+    for layer_group, (layer_idx,) in enumerate(plan.layer_groups):
+        if is_worth_packing(host.most_tokens(layers[layer_idx]), request.window):
+            layers[layer_idx] = host.window_layer(plan, layer_group, layers[layer_idx], request.window)
 
 
 def _check_model(model) -> None:
@@ -85,7 +97,10 @@ def fill(host: Host, cache, plain) -> None:
     layers = host.layers(cache)
     with host.no_gradients():
         for layer_idx, held in enumerate(host.layers(plain)):
-            if not is_compressed(layers[layer_idx]):
+            if isinstance(layers[layer_idx], WindowLayer) and not isinstance(held, WindowLayer):
+                exact = host.models.exact_layer(held)
+                layers[layer_idx].fill(exact.keys, exact.values, exact.seen)
+            elif not is_compressed(layers[layer_idx]):
                 layers[layer_idx] = host.copy_layer(held)
         compressed = [layer_idx for layer_idx, layer in enumerate(layers) if is_compressed(layer)]
         contents = layer_contents(host, plain, compressed)
@@ -140,12 +155,14 @@ def held_vectors(host: Host, cache, layers: Sequence[int]) -> Iterator[tuple]:
 
 
 def cache_nbytes(host: Host, cache) -> CacheSize:
-    """Bytes of every array that `cache` holds for its sequences, window, sinks and passed-through layers included.
+    """Bytes of every array that `cache` holds for its sequences, by kind, passed-through layers of any kind included.
 
-    Beside them stand the bytes of the tables. Caches that code alike share theirs.
+    Beside them stand the bytes of the tables. Caches that code alike share theirs. What layers share counts once.
     """
-    stored = dense = 0
+    by_kind, elements = dict.fromkeys(KINDS, 0), 0
+    counted: dict[int, list] = {}
     tables: dict[int, int] = {}
+    exact: list[int] = []
     layers = host.layers(cache)
     for layer in leading_layers(layers):  # heads may keep the same tokens in all layers
         layer.commit()
@@ -153,11 +170,26 @@ def cache_nbytes(host: Host, cache) -> CacheSize:
         if isinstance(layer, FollowingLayer):
             continue
         if isinstance(layer, CompressedLayer):
-            arrays = layer.arrays()
             tables |= host.buffers(layer.tables()) | numpy_buffers(layer.plan)  # some are shared by all layers
-            elements = layer.store.tokens() * layer.kv_heads * sum(layer.plan.shape.side_widths) if layer.store else 0
+            held = arrays_by_kind(layer.store) if layer.store else {}
+            used = layer.store.tokens() * layer.kv_heads * sum(layer.plan.shape.side_widths) if layer.store else 0
+            exact.append(exact_tokens(layer.store) if layer.store else 0)
+        elif isinstance(layer, WindowLayer):
+            tables |= host.buffers(layer.tables()) | numpy_buffers(layer.plan)
+            held, used = {"sliding window": layer.arrays()}, layer.elements
         else:
-            arrays, elements = host.held(layer)
-        stored += sum(host.buffers(arrays).values())
-        dense += 2 * elements
-    return CacheSize(stored, dense, sum(tables.values()))
+            held, used = host.held(layer)
+        elements += used
+        for kind, arrays in held.items():
+            buffers = host.buffers(arrays)
+            by_kind[kind] += sum(size for key, size in buffers.items() if key not in counted)
+            counted |= dict.fromkeys(buffers, arrays)  # which live until all are counted: keys may be addresses
+    mean = sum(exact) / len(exact) if exact else 0.0
+    return CacheSize(by_kind, mean, 2 * elements, sum(tables.values()))
+
+
+def token_nbytes(host: Host, model) -> int:
+    """Bytes that a token adds to a cache of `model` at most: those of all layers at the precision of the model."""
+    shape, _ = host.models.model_shape(model)
+    element_bytes = host.xp.zeros((), dtype=host.models.model_dtype(model)).nbytes
+    return shape.num_layers * shape.kv_heads * sum(shape.side_widths) * element_bytes

@@ -16,9 +16,11 @@ from ..planning.plan import Plan
 from ..profile.profile import Profile
 from . import prompt_cache_file
 from .compressed_layer import is_compressed, leading_layers
+from .file_layers import ExactLayer
 from .layer_cache import LayerCache
 from .model_cache import fill, layer_contents
-from .prompt_cache_file import ExactLayer, PromptFile, encode_within
+from .prompt_cache_file import PromptFile, encode_within
+from .sliding_window import WindowLayer
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,9 @@ def decode_cache(host: Host, cache, model):
     indices = [layer_idx for layer_idx, layer in enumerate(given) if is_compressed(layer)]
     with host.no_gradients():
         for layer_idx, layer in enumerate(given):
-            if not is_compressed(layer):
+            if isinstance(layer, WindowLayer):
+                host.models.set_exact_layer(plain[layer_idx], host.models.exact_layer(layer))
+            elif not is_compressed(layer):
                 plain[layer_idx] = host.copy_layer(layer)
         for layer_idx, ((keys, values), _) in zip(indices, layer_contents(host, cache, indices)):
             host.models.set_exact_layer(plain[layer_idx], ExactLayer(keys, values, given[layer_idx].store.seen))

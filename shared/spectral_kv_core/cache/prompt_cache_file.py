@@ -42,8 +42,9 @@ from .file_checks import (
     chunk_fields,
     method_of,
 )
+from .file_layers import ExactLayer, StateLayer, pack_exact, pack_groups, pack_states
 from .layer_cache import LayerCache
-from .size import CacheSize
+from .size import KINDS, CacheSize
 
 log = logging.getLogger("spectralkv")
 FORMAT = FileFormat(
@@ -56,27 +57,14 @@ FORMAT = FileFormat(
 DEFAULT_FILE_METHOD = "spectral-stored"
 
 
-@dataclass(frozen=True, eq=False)
-class ExactLayer:
-    """A layer that passes through: keys and values [B, H, n, D] of the last n of `seen` slots, oldest first.
-
-    padding: left padding [B] in slots, where the host's layer knows of some.
-    """
-
-    keys: Any
-    values: Any
-    seen: int
-    padding: list[int] | None = None
-
-
 @dataclass(eq=False)
 class PromptFile:
     """What a stored prompt cache says about itself, and its arrays as the file has them.
 
     method, bits, shape: what the plan called `plan_hash` follows from, with the profile that `profile` describes.
     seen: slots, padding included. layers: per layer of the model its dtype and its padding groups, or its `size` [H, n, D]
-    where it passes through, or nothing where the plan codes it together with an earlier one: padding groups then hold the
-    heads of all of these layers. metadata: what the writer wanted to add.
+    or its `states` where it passes through, or nothing where the plan codes it together with an earlier one: padding groups
+    then hold the heads of all of these layers. metadata: what the writer wanted to add.
     """
 
     method: Method
@@ -111,7 +99,7 @@ class PromptFile:
         cls,
         xp,
         plan: Plan | CachePlan,
-        layers: Sequence[LayerCache | ExactLayer],
+        layers: Sequence[LayerCache | ExactLayer | StateLayer],
         *,
         tokens: Sequence | None = None,
         model: str = "",
@@ -137,15 +125,17 @@ class PromptFile:
         states: list[dict] = []
         followers = {i for layers in plan.layer_groups for i in layers[1:]}
         for layer_idx, layer in enumerate(layers):
-            assert layer.seen == first.seen, "all layers have seen the same tokens"
+            assert getattr(layer, "seen", first.seen) == first.seen, "all layers have seen the same tokens"
             if layer_idx in followers:
                 states.append({})
                 continue
             name = f"layers/{layer_idx}"
             if isinstance(layer, LayerCache):
-                states.append(_pack_groups(xp, name, layer, arrays))
+                states.append(pack_groups(xp, name, layer, arrays))
+            elif isinstance(layer, StateLayer):
+                states.append(pack_states(xp, name, layer, arrays))
             else:
-                states.append(_pack_exact(xp, name, layer, arrays))
+                states.append(pack_exact(xp, name, layer, arrays))
         if tokens is not None:
             ids = np.array(tokens.tolist() if hasattr(tokens, "tolist") else tokens, np.int32)
             if ids.shape not in (
@@ -273,9 +263,16 @@ class PromptFile:
             chunk = AdaptedChunk(batch, start, coded, codes, Adaptation(*held(ADAPTATION)))
         return chunk if coded == tokens else CutChunk.of(chunk, tokens)
 
-    def exact(self, xp, layer_idx: int, dtype, like=None) -> ExactLayer:
-        """A layer that passes through, as `dtype`."""
-        stored = self.layers[layer_idx]["dtype"]
+    def exact(self, xp, layer_idx: int, dtype, like=None) -> ExactLayer | StateLayer:
+        """A layer that passes through, as `dtype`; states of another dtype than keys have stay as they are."""
+        layer = self.layers[layer_idx]
+        if "states" in layer:
+            of_keys, states = self.layers[self.shape.layers[0]]["dtype"], {}
+            for name, (stored, _) in layer["states"].items():
+                x = xp.from_file(self.arrays[f"layers/{layer_idx}/{name}"], stored, like)
+                states[name] = xp.astype(x, dtype) if stored == of_keys else x
+            return StateLayer(layer["host"], states)
+        stored = layer["dtype"]
         keys, values = self._exact(xp, f"layers/{layer_idx}", stored, dtype, like)
         return ExactLayer(keys, values, self.seen)
 
@@ -284,16 +281,37 @@ class PromptFile:
         tokens = sum(max(self.seen - pad, 0) for pad in self.padding)
         dense = 2 * tokens * len(self.shape.layers) * self.shape.kv_heads * sum(self.shape.side_widths)
         dense += sum(4 * len(self.padding) * int(np.prod(state["size"])) for state in self.layers if "size" in state)
-        return CacheSize(sum(self.bytes_by_part().values()), dense, 0)
+        sizes = [size for state in self.layers for _, size in state.get("states", {}).values()]
+        dense += sum(2 * len(self.padding) * int(np.prod(size)) for size in sizes)
+        return CacheSize(self.bytes_by_kind(), self._exact_tokens(), dense, 0)
 
-    def bytes_by_part(self) -> dict[str, int]:
-        """Bytes of the `codes`, of the `exact` sinks and windows, and of the layers that `passed` through."""
-        parts = {"codes": 0, "exact": 0, "passed": 0}
+    def bytes_by_kind(self) -> dict[str, int]:
+        """Bytes of the arrays of all layers, by `KINDS`."""
+        kinds = dict.fromkeys(KINDS, 0)
         for name, array in self.arrays.items():
-            if name != "tokens":
-                exact = name.endswith(("/keys", "/values"))
-                parts["passed" if "/padding_groups/" not in name else "exact" if exact else "codes"] += array.nbytes
-        return parts
+            if name == "tokens":
+                continue
+            kind = "exact" if name.endswith(("/keys", "/values")) else "codes"
+            if "/padding_groups/" not in name:
+                kind = self._passed_kind(self.layers[int(name.split("/")[1])])
+            kinds[kind] += array.nbytes
+        return kinds
+
+    def _passed_kind(self, state: dict) -> str:
+        """What a layer that passes through holds: a sliding window has forgotten tokens, or is as good as exact."""
+        if "states" in state:
+            return "state"
+        return "sliding window" if state["size"][1] < self.seen else "exact"
+
+    def _exact_tokens(self) -> float:
+        held = []
+        for state in (state for state in self.layers if "padding_groups" in state):
+            held.append(0)
+            for group in state["padding_groups"]:
+                chunks = [chunk_fields(entry) for entry in group["chunks"]]
+                coded = sum(tokens for _, tokens, kind, _ in chunks if kind != "exact")
+                held[-1] += (max(self.seen - group["pad"], 0) - coded) * len(group["sequences"])
+        return sum(held) / len(held) if held else 0.0
 
     @property
     def _name(self) -> str:
@@ -322,6 +340,12 @@ class PromptFile:
             yield "tokens", ((self.seen,) if self.arrays["tokens"].ndim == 1 else (batch, self.seen), "int32")
         for layer_idx in sorted({*range(shape.num_layers)} - {*shape.layers}):
             state, name = self.layers[layer_idx], f"layers/{layer_idx}"
+            if "states" in state:
+                yield from (
+                    (f"{name}/{of}", ((batch, *size), FILE_DTYPES[dtype]))
+                    for of, (dtype, size) in state["states"].items()
+                )
+                continue
             size = (batch, *state["size"]), FILE_DTYPES[state["dtype"]]
             yield from ((f"{name}/{side}", size) for side in ("keys", "values"))
         for layer_group, layers in enumerate(plan.layer_groups):
@@ -378,42 +402,6 @@ def encode_within(encode: Callable[[Plan], Any], stores: Callable[[Any], Sequenc
         return cache, sealed_bits(stores(cache)) or bits  # a prompt so short that nothing is sealed fits
 
     return fit_bits(encode_at, plan.bits, bits_range(plan.method, plan.shape))
-
-
-def _pack_groups(xp, name: str, store: LayerCache, arrays: dict) -> dict:
-    """Put the arrays of a compressed layer into `arrays`; returns what the header says of it."""
-    padding_groups, dtype = [], None
-    for number, group in enumerate(store.padding_groups):
-        place = f"{name}/padding_groups/{number}"
-        if group.exact_keys is not None:
-            arrays[f"{place}/keys"], dtype = xp.to_file(group.exact_keys)
-            arrays[f"{place}/values"], _ = xp.to_file(group.exact_values)
-        chunks = [_pack_chunk(xp, f"{place}/chunks/{c}", chunk, arrays) for c, chunk in enumerate(group.chunks)]
-        padding_groups.append({"sequences": group.sequences, "pad": group.pad, "chunks": chunks})
-    return {"dtype": dtype, "padding_groups": padding_groups}
-
-
-def _pack_chunk(xp, name: str, chunk: Chunk, arrays: dict) -> list:
-    """Put the arrays of a chunk into `arrays`; returns its entry in the header."""
-    whole = chunk.whole if isinstance(chunk, CutChunk) else chunk
-    parts: tuple = tuple(range(len(whole.arrays)))
-    held, kind = whole.arrays, "plain"
-    if isinstance(whole, ExactChunk):
-        parts, kind = ("keys", "values"), "exact"
-    elif isinstance(whole, AdaptedChunk):
-        parts, kind = (*parts, *ADAPTATION), "adapted"
-        held = *held, *whole.adaptation.arrays
-    arrays |= {f"{name}/{part}": xp.to_file(x)[0] for part, x in zip(parts, held)}
-    if whole is chunk and kind == "plain":
-        return [chunk.start, chunk.tokens]
-    return [chunk.start, chunk.tokens, kind, whole.tokens]
-
-
-def _pack_exact(xp, name: str, layer: ExactLayer, arrays: dict) -> dict:
-    """`_pack_groups` for a layer that passes through."""
-    arrays[f"{name}/keys"], dtype = xp.to_file(layer.keys)
-    arrays[f"{name}/values"], _ = xp.to_file(layer.values)
-    return {"dtype": dtype, "size": list(layer.keys.shape[1:])}
 
 
 def _recipe(method: Method) -> dict:

@@ -41,6 +41,7 @@ class CacheRequest:
     tiers: pairs (share, bits) by rank, in place of dropping.
     rounding_scores: the scorer that weighs tokens when codes are rounded, or `nearest`.
     working_set: bytes that decoded chunks may take in all, for a method that decodes its history.
+    windows: name of the method that codes layers with a sliding window; None leaves them to the host.
 
     None leaves a choice to the method. Raises UsageError, or TypeError for options that are wrong or do not go together:
     all that can be known without a model. What depends on its shape or its profile, `plan` says.
@@ -60,6 +61,7 @@ class CacheRequest:
     tiers: Sequence[tuple[float, float]] | None = None
     rounding_scores: str | None = None
     working_set: int = 0
+    windows: str | None = None
 
     def __post_init__(self):
         for name in ("window", "sinks"):
@@ -75,6 +77,8 @@ class CacheRequest:
         if self.selection is not None and self.selection not in MODES:
             raise UsageError(f"Expected a selection among {', '.join(MODES)}, received {self.selection!r}.")
         check_bits(self.recipe, self.bits)
+        if self.windows is not None:
+            self._check_windows()
         if self.tiers is not None:
             self._check_tiers(self.tiers)
             object.__setattr__(self, "tiers", tuple((float(share), float(bits)) for share, bits in self.tiers))
@@ -89,6 +93,17 @@ class CacheRequest:
         if not isinstance(self.method, (str, Method)):
             raise TypeError(f"Expected the name of a method, received a {type(self.method).__name__}.")
         return rounded_by(get_live_method(self.method), self.rounding_scores)
+
+    @cached_property
+    def window_recipe(self) -> Method:
+        """The method of `windows`."""
+        assert self.windows is not None, "asked for where it is given"
+        return get_live_method(self.windows)
+
+    def window_plan(self, shape: ModelShape, profile: Profile | None) -> CachePlan:
+        """What the layers of `shape`, which have a sliding window, store."""
+        method, bits = usable_method(self.window_recipe), self.bits
+        return known_plan((profile_key(profile), method, shape, bits), lambda: make_plan(shape, profile, method, bits))
 
     def plan(
         self, shape: ModelShape, profile: Profile | None, element_bytes: int = 2, other_bytes: int = 0
@@ -158,6 +173,20 @@ class CacheRequest:
     def _given(self, *names: str) -> list[str]:
         """Those of the fields `names` that were given."""
         return [name for name in names if getattr(self, name) is not None and (name != "protect" or self.protect)]
+
+    def _check_windows(self) -> None:
+        """Raise UsageError for a method that cannot code a window."""
+        if not isinstance(self.windows, str):
+            raise TypeError(f"Expected the name of a method for windows, received a {type(self.windows).__name__}.")
+        method = self.window_recipe
+        if method.scorer is not None or method.group != "head" or not method.compresses:
+            raise UsageError(
+                f"Expected a method that codes every layer alone and drops no token for windows, received {method.name}. "
+                "Take spectral."
+            )
+        if self.budget_bytes is not None:
+            raise UsageError("Expected bits beside windows, received budget_bytes.")
+        check_bits(method, self.bits)
 
     def _check_tiers(self, tiers) -> None:
         for name in self._given("bits", "budget_bytes", "max_context", *DROPS):

@@ -22,6 +22,14 @@ from .spool import Spool
 
 SKIP = 4  # attention sinks of a document: outliers that the cache keeps exactly
 SPREAD = 4  # places that a document is moved to, for post-RoPE keys
+THIN_TOKENS, THIN_VECTORS = 1024, 8  # tokens in all, and per channel of a head, below which text is thin
+TAIL = 1 / 16  # share of all coefficients that lie as a Laplace density has them, where text is thin
+LEAST = 1e-6  # of a group's mean variance: what no coefficient stays below, where the group moves at all
+
+
+def thin_below(head_dim: int) -> int:
+    """Tokens of text below which statistics of heads of `head_dim` channels flatter themselves."""
+    return max(THIN_TOKENS, THIN_VECTORS * head_dim)
 
 
 def fit_basis_set(
@@ -42,10 +50,15 @@ def fit_basis_set(
     Post-RoPE keys turn with their position, slow pairs by less than a turn over a document: a basis fitted to the first
     positions misses what comes later. Every document is therefore taken `SPREAD` times, moved to places spread over
     the first `positions` tokens (0: left where it is); moving is exact, RoPE being a rotation.
+
+    Axes through few vectors flatter themselves: on other text the last ones have many times the variance. Where text is
+    thin, spectra and costs are therefore those of each half of it on axes of the other half (Bartz and Mueller 2014), and
+    the quantizers reach further than what little was seen.
     """
     if group not in GROUPS:
         raise UsageError(f"Expected a group in {GROUPS}, received {group!r}.")
     result, layer_groups = _empty_set(shape, group, rope, time, block), shape.layer_groups(group)
+    thin = spool.tokens < thin_below(shape.head_dim) * 3 // 4  # a fourth of a short document is scored
     pooled, groups = np.zeros(HISTOGRAM_BINS, np.int64), result.mean.shape[1]
     copies = SPREAD if rope == "post" and shape.rotary_pairs and positions else 1
     with tempfile.TemporaryFile() as shelf:  # histograms wait here for the tables that they are costed with
@@ -56,8 +69,9 @@ def fit_basis_set(
             )
             part = _narrowed(result, 2 * shape.kv_heads * len(layers) // groups, shape.head_dim)
             _fit_basis(part, layer_group, documents)
-            np.save(shelf, _fit_spectrum(part, layer_group, documents, pooled))
-        result.levels, result.histogram = empirical_tables(pooled, HISTOGRAM_LIMIT), pooled
+            sources = _crossed(part, layer_group, documents) if thin else [(part, documents)]
+            np.save(shelf, _fit_spectrum(part, layer_group, sources, pooled))
+        result.levels, result.histogram = empirical_tables(_tailed(pooled) if thin else pooled, HISTOGRAM_LIMIT), pooled
         shelf.seek(0)
         _fit_costs(result, shelf)
     return result.rounded()
@@ -89,7 +103,8 @@ def _empty_set(shape: ModelShape, group: str, rope: str, time: str, block: int) 
 class _Documents:
     """The documents of a group's layers as `_grouped` gives them, read again at every iteration to keep one in memory.
 
-    numbers: of the layers among the compressible ones.
+    numbers: of the layers among the compressible ones. half: every second document, or of a single one the first or last
+    tokens; None for all.
     """
 
     spool: Spool
@@ -101,14 +116,24 @@ class _Documents:
     block: int
     positions: int
     copies: int
+    half: int | None = None
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         places = self.spool.documents * self.copies
         for d, (x, g) in enumerate(self.spool.read(*self.numbers)):
+            if self.half is not None and self.spool.documents > 1 and d % 2 != self.half:
+                continue
             for i in range(self.copies):
                 # squares: half of the places lie in the first quarter, where most contexts end
                 offset = (d * self.copies + i) ** 2 * self.positions // places**2
-                yield _grouped(x, g, self.shape, self.rope, self.unrotated, self.groups, self.block, offset)
+                moved = _grouped(x, g, self.shape, self.rope, self.unrotated, self.groups, self.block, offset)
+                yield moved if self.half is None or self.spool.documents > 1 else self._part(*moved)
+
+    def _part(self, x: np.ndarray, g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The first or the last blocks of a document."""
+        middle = x.shape[-2] // self.block // 2 * self.block
+        part = slice(middle) if self.half == 0 else slice(middle, None)
+        return x[..., part, :], g[..., part, :]
 
 
 def _grouped(x, gradients, shape, rope, unrotated, groups, block, offset):
@@ -176,24 +201,46 @@ def _fit_basis(basis_set: BasisSet, layer_group: int, documents: _Documents) -> 
     basis_set.basis[layer_group], _ = fit_basis(moments.covariance * np.swapaxes(weights, -1, -2) * weights)
 
 
-def _fit_spectrum(basis_set: BasisSet, layer_group: int, documents: _Documents, pooled: np.ndarray) -> np.ndarray:
+def _crossed(basis_set: BasisSet, layer_group: int, documents: _Documents) -> list[tuple[BasisSet, _Documents]]:
+    """Each half of `documents`, with the mean and the axes that the other half gives."""
+    sources = []
+    for half in (0, 1):
+        fitted = replace(basis_set, mean=basis_set.mean.copy(), basis=basis_set.basis.copy())
+        _fit_basis(fitted, layer_group, replace(documents, half=1 - half))
+        sources.append((fitted, replace(documents, half=half)))
+    return sources
+
+
+def _tailed(histogram: np.ndarray) -> np.ndarray:
+    """`histogram` of |x| in deviations with a share `TAIL` of it spread as a Laplace density has it."""
+    edges = np.linspace(0, HISTOGRAM_LIMIT, len(histogram) + 1)
+    laplace = -np.diff(np.exp(-np.sqrt(2) * edges))
+    return (1 - TAIL) * histogram + TAIL * histogram.sum() * laplace
+
+
+def _fit_spectrum(
+    basis_set: BasisSet, layer_group: int, sources: list[tuple[BasisSet, _Documents]], pooled: np.ndarray
+) -> np.ndarray:
     """Variance and sensitivity of every band, and E[g^2] by the cell that |coefficient| / sigma lies in.
 
-    Adds the plain histogram of the cells to `pooled`. Returns [G, R, F, cells] float32.
+    sources: documents, each time with what has the mean and axes for them. Adds the plain histogram of the cells to
+    `pooled`. Returns [G, R, F, cells] float32.
     """
     weights, bands, sizes = _weights(basis_set, layer_group), octave_bands(basis_set.block), band_sizes(basis_set.block)
 
     def spectra():  # made twice, so that one document is in memory at a time
-        for x, g in documents:
-            y = _coefficients(basis_set, layer_group, (x - basis_set.mean[layer_group][:, None]) * weights)
-            yield y, np.square(_coefficients(basis_set, layer_group, g / weights)).mean(0)  # over label samples
+        for fitted, documents in sources:
+            for x, g in documents:
+                y = _coefficients(fitted, layer_group, (x - fitted.mean[layer_group][:, None]) * weights)
+                yield y, np.square(_coefficients(fitted, layer_group, g / weights)).mean(0)  # over label samples
 
     energy, slope, count = np.zeros(()), np.zeros(()), 0
     for y, importance in spectra():
         energy = energy + np.square(y).sum(1, dtype=np.float64)
         slope = slope + importance.sum(1, dtype=np.float64)
         count += y.shape[1]
-    basis_set.variance[layer_group] = _per_band(energy / count, bands)
+    variance = _per_band(energy / count, bands)
+    basis_set.variance[layer_group] = np.maximum(variance, LEAST * variance.mean((-1, -2), keepdims=True))
     basis_set.sensitivity[layer_group] = _per_band(slope / count, bands)
     groups, rank, number = basis_set.variance.shape[1:]
     sigma = np.sqrt(basis_set.variance[layer_group])[..., bands].transpose(0, 2, 1)[:, None]  # [G, 1, F, R]

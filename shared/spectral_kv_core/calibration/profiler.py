@@ -23,7 +23,7 @@ from ..profile.basis_set import PAIRS, WHOLE_MODEL, BasisSet
 from ..profile.model_shape import ModelShape
 from ..profile.profile import Profile, QueryStatistics
 from ..profile.store import auto_profile, find_profile, name_passed_layers, warn_if_other_weights, warn_once
-from .basis_fit import fit_basis_set
+from .basis_fit import fit_basis_set, thin_below
 from .layer_probing import DOCUMENTS, PROBED, LogProbabilities, probed
 from .local_gradients import local_gradients
 from .model_basis import fit_joint_set
@@ -69,6 +69,7 @@ class ProfilerBase:
         progress: Whether to show progress bars.
         pairs: Whether to add the basis set of the `-pairs` methods.
         joint: Whether to add the basis set of `kvtc`.
+        windows: Whether to profile the layers with a sliding window, and no others: for `windows="spectral"`.
 
     Raises:
         UsageError: An argument is out of range. `profile_from_model` raises it for a model without layers to compress, for
@@ -103,11 +104,12 @@ class ProfilerBase:
         progress: bool = True,
         pairs: bool = False,
         joint: bool = False,
+        windows: bool = False,
     ):
         check_calibration(target_energy, tokens, document, positions)
         self.target_energy, self.tokens, self.document = target_energy, tokens, document
         self.samples, self.seed, self.positions, self.progress = samples, seed, positions, progress
-        self.gradients, self.probes = gradients, probes
+        self.gradients, self.probes, self.windows = gradients, probes, windows
         self.basis_sets = tuple(dict.fromkeys((*basis_sets, *[PAIRS] * pairs, *[WHOLE_MODEL] * joint)))
         for name in self.basis_sets:
             if name not in (known := (*BASIS_SETS, PAIRS, WHOLE_MODEL)):
@@ -120,12 +122,16 @@ class ProfilerBase:
     def describe(self, model) -> tuple[ModelShape, dict[int, str], str, str, int | None]:
         """Shape, passed-through layers with reasons, weights digest, name, and the context it was made for."""
         models = self.models
-        shape, passed = models.model_shape(model)
+        shape, passed = self._shape(model)
         return shape, passed, models.weights_digest(model), models.model_name(model), models.max_context(model)
+
+    def _shape(self, model) -> tuple[ModelShape, dict[int, str]]:
+        """Sizes of the layers that are profiled, and the others with the reason."""
+        return self.models.window_shape(model) if self.windows else self.models.model_shape(model)
 
     def activations(self, model, shape: ModelShape, tokens: list[int]) -> Iterator[tuple]:
         """Per compressible layer, float32 NumPy: queries [Hq, T, D] times the attention scale, keys, values [H, T, D]."""
-        cache = self.captures.capture(model, tokens)
+        cache = self.captures.capture(model, tokens, shape.layers)
         for layer_idx in shape.layers:
             yield _wide(shape, *self._arrays(cache, layer_idx, shape))
 
@@ -133,7 +139,7 @@ class ProfilerBase:
         """A document as `layer_probing.probed` takes it, whose last `scored` tokens are predicted."""
         captures, to_numpy = self.captures, self.xp.to_numpy
         outputs: dict[int, Any] = {}
-        cache = captures.capture(model, tokens[:-scored])
+        cache = captures.capture(model, tokens[:-scored], shape.layers)
         layers = [captures.captured(cache, layer_idx) for layer_idx in shape.layers]
 
         def log_p(changed: dict[int, tuple]) -> np.ndarray:
@@ -151,7 +157,7 @@ class ProfilerBase:
         queries [Hq, T, D] times the attention scale, keys and values [H, T, D], and the gradients [S, H, T, D] of the
         scored tokens' log probability with respect to keys and values.
         """
-        cache = self.captures.capture(model, tokens[:-scored])
+        cache = self.captures.capture(model, tokens[:-scored], shape.layers)
         gradients = self.captures.score_gradients(model, cache, tokens[-scored:], self.samples, seed)
         for layer_idx in shape.layers:
             sides = [np.stack([self.xp.to_numpy(sample[layer_idx][side]) for sample in gradients]) for side in (0, 1)]
@@ -191,15 +197,15 @@ class ProfilerBase:
             )
         shape, passed, digest, own_name, context = self.describe(model)
         if not shape.layers:
-            raise UsageError(
-                f"Expected full-attention layers, received only: {', '.join(sorted(set(passed.values())))}."
-            )
+            what = "layers with a sliding window" if self.windows else "full-attention layers"
+            raise UsageError(f"Expected {what}, received only: {', '.join(sorted(set(passed.values())))}.")
         for key in self.basis_sets:
             shape.layer_groups(key.split(".")[0])  # raises before anything long runs
         text_name = TEXT_NAME if texts is None else "own text"
         texts = load_default_texts() if texts is None else check_texts(texts)
         tokenizer = self._tokenizer_for(model, tokenizer)
         documents = split_documents(texts, tokenizer.encode, self.document, self.tokens)
+        _warn_if_thin(sum(map(len, documents)), shape.head_dim)
         positions = self.positions or min(context or MAX_POSITIONS, MAX_POSITIONS)
         with Spool() as spool:
             queries, gradients = self._read_documents(model, shape, documents, spool)
@@ -227,19 +233,20 @@ class ProfilerBase:
 
         Raises UsageError for a model without layers to compress.
         """
-        shape, passed = self.models.model_shape(model)
+        shape, passed = self._shape(model)
         if not shape.layers:
-            raise UsageError(
-                f"Expected full-attention layers to compress, received only: {', '.join(set(passed.values()))}."
-            )
+            what = "layers with a sliding window" if self.windows else "full-attention layers"
+            raise UsageError(f"Expected {what} to compress, received only: {', '.join(set(passed.values()))}.")
         if profile is None and method.profile_set:
-            if find_profile(shape, method.profile_set) is None:
+            if find_profile(shape, method.profile_set, self.windows) is None:
                 shape.layer_groups(method.profile_set.split(".")[0])  # raises where no tokenizer would help
                 tokenizer = self._tokenizer_for(model, tokenizer)  # raises before anything says that it begins
             profiler = copy.copy(self)
             profiler.basis_sets = tuple(dict.fromkeys((*self.basis_sets, method.profile_set)))
-            profile = auto_profile(shape, method.profile_set, lambda: profiler.profile_from_model(model, tokenizer))
-        name_passed_layers(passed)
+            made = partial(profiler.profile_from_model, model, tokenizer)
+            profile = auto_profile(shape, method.profile_set, made, self.windows)
+        if not self.windows:
+            name_passed_layers(passed)
         if profile is not None and method.profile_set:
             profile.check(shape)
             warn_if_other_weights(profile, self.models.weights_digest(model))
@@ -316,6 +323,18 @@ class ProfilerBase:
 
     def _bar(self, steps, what: str):
         return tqdm(steps, desc=what, disable=not self.progress, leave=False)
+
+
+def _warn_if_thin(tokens: int, head_dim: int) -> None:
+    """Say that a calibration has fewer than enough `tokens` for heads of `head_dim` channels."""
+    enough = thin_below(head_dim)
+    if tokens < enough:
+        log.warning(
+            "Calibrating on %s tokens, which is thin: codes get wide margins, at a price in quality. Give %s tokens or more: "
+            "longer texts, and tokens= as many.",
+            f"{tokens:,}",
+            f"{enough:,}",
+        )
 
 
 def _wide(shape: ModelShape, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -21,6 +21,7 @@ class Spool:
     def __init__(self, folder: str | None = None):
         self._folder = tempfile.TemporaryDirectory(prefix="spectralkv-", dir=folder)
         self.documents = 0
+        self._lengths: dict[int, int] = {}
 
     def __enter__(self) -> Spool:
         return self
@@ -49,6 +50,12 @@ class Spool:
             peak=np.float32(peak),
         )
         self.documents = max(self.documents, document + 1)
+        self._lengths[document] = x.shape[1]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all documents."""
+        return sum(self._lengths.values())
 
     def read(self, *layers: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Vectors [2H, T, D] and gradients [S, 2H, T, D] of layers number `layers`, document by document.

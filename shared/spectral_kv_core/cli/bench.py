@@ -6,7 +6,9 @@ import argparse
 import json
 
 from ..benchmark import bench as benchmark
+from ..benchmark.provenance import provenance
 from ..benchmark.synthetic import PLANS, SHAPES
+from ..evaluation.text import default_texts
 from ..files.replacing import write_whole
 from ..hosts.backends import load_backend
 from ..planning.methods import DEFAULT_METHOD
@@ -51,6 +53,7 @@ def run(args: argparse.Namespace) -> dict:
     name, host = load_backend(args.backend)
     _, timed = load_backend(name, "bench")
     result = {"backend": name, "bits": args.bits, "machine": benchmark.machine(host, timed)}
+    origin = {}
     if args.synthetic:
         result |= {"synthetic": args.synthetic, "plan": settings.plan}
         result |= benchmark.bench_layer(timed, name, settings, args.dtype or timed.default_dtype())
@@ -59,9 +62,13 @@ def run(args: argparse.Namespace) -> dict:
         model, tokenizer = host.load_model(path, args.dtype)
         settings = settings.within(host.context_limit(model), drop=args.context is None)
         result["model"] = args.model or "demo"
+        text = default_texts()[0]
+        origin = {"weights": host.weights_digest(model), "texts": {text.name: text.digest}}
         result |= benchmark.bench_model(
             host, timed, model, tokenizer, settings, {"backend": name, "model": path, "dtype": args.dtype}
         )
+    plans = {f"{row['method']} at {row['bits']:g} bits": row["plan_hash"] for row in result["rows"]}
+    result["provenance"] = provenance(host, threads=timed.threads(), plans=plans, **origin)
     if args.output is not None:
         write_whole(args.output, f"{json.dumps(result, indent=1, default=to_plain)}\n".encode())
     if not args.json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..benchmark.provenance import provenance
 from ..errors import UsageError
 from ..evaluation import report
 from ..evaluation import run as evaluation
@@ -105,6 +106,9 @@ def run(args: argparse.Namespace) -> dict:
     model, tokenizer = backend.load_model(model_path(args.model), args.dtype)
     called = {"model": args.model, "backend": name}
     result = evaluation.evaluate(backend, model, tokenizer, settings, texts, output, names=called, profile=loaded)
+    plans = {f"{r['method']} at {r['bits']:g} bits": r["plan"] for r in result["documents"]}
+    origin = {"weights": result["weights"], "plans": plans, "texts": result["settings"]["texts"]}
+    result["provenance"] = provenance(backend, threads=load_backend(name, "bench")[1].threads(), **origin)
     report.save_evaluation(result, output)
     if not args.json:
         report.print_evaluation(result)

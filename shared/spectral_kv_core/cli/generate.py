@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -14,19 +14,16 @@ import numpy as np
 
 from .. import native
 from ..arrays.divergence import compare_logits
-from ..cache.eviction import EVERY
 from ..cache.prompt_cache_file import PromptFile
 from ..cache.request import CacheRequest
 from ..codecs.registry import check_bits
 from ..errors import UsageError
 from ..hosts.backends import load_backend
-from ..hosts.chat_template import encode_prompt, encode_rest, system_tokens
-from ..planning.budget import SINKS, WINDOW
-from ..planning.methods import DEFAULT_METHOD, ROUNDINGS, Method, get_live_method
+from ..hosts.chat_template import encode_prompt, encode_rest
+from ..planning.methods import Method
 from ..profile.profile import Profile
-from ..scorers.selection import MODES
-from ..scorers.waveletkv import WAVELET
 from . import tables
+from .cache_options import add_cache_options, live_method, open_prompt_file, request_of, with_system_prompt
 from .options import (
     check_context,
     check_profile,
@@ -35,8 +32,6 @@ from .options import (
     prompt_options,
     prompt_text,
     read_file,
-    spans_of,
-    tiers_of,
 )
 
 NAME, HELP = "generate", "generate text from a compressed cache"
@@ -51,26 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--score-file", metavar="FILE", help="text after the prompt to compare the two caches on")
     add("--max-tokens", type=int, default=128, help="tokens to generate (default %(default)s)")
     add("--ignore-eos", action="store_true", help="go on after the end-of-text token")
-    budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--bits", type=float, help="stored bits per sealed element (default 3)")
-    budget.add_argument("--budget-bytes", type=int, help="bytes that the whole cache may take at --max-context tokens")
-    add("--max-context", type=int, help="tokens that --budget-bytes must hold (default: what this run needs)")
-    add("--method", help=f"recipe, see: spectralkv methods (default {DEFAULT_METHOD}, or what a prompt cache file has)")
-    add("--window", type=int, help=f"recent tokens kept exactly (default {WINDOW})")
-    add("--sinks", type=int, help=f"first tokens kept exactly (default {SINKS})")
-    add("--budget-tokens", type=int, help="tokens to keep, sinks and window included, by a method that drops")
-    add("--protect", nargs="+", action="extend", metavar="A:B", help="tokens never dropped: positions, or system")
-    add(
-        "--tiers",
-        metavar="SHARE:BITS,...",
-        help="bits by rank for SCORER+spectral, such as 0.25:4,0.75:1; drops nothing",
-    )
-    add(
-        "--rounding-scores", choices=ROUNDINGS, help="what weighs tokens when codes are rounded (default: the recipe's)"
-    )
-    add("--selection", choices=MODES, help=f"who keeps the same tokens (default {MODES[0]})")
-    add("--evict-every", type=int, help=f"generated tokens between two rounds of dropping (default {EVERY})")
-    add("--wavelet", metavar="NAME", help=f"filters of a wavelet scorer: haar, sym4, bior2.2, ... (default {WAVELET})")
+    add_cache_options(parser)
     add("--compare", action="store_true", help="run the plain cache too and compare bytes, quality and speed")
 
 
@@ -129,7 +105,7 @@ def run(args: argparse.Namespace) -> dict:
 def _prepare(args: argparse.Namespace) -> Job:
     """Check all that was given, from what is cheap to check on, and load the model."""
     stored = _open_prompt_file(args) if args.prompt_cache_file else None
-    method = _live_method(args, stored)
+    method = live_method(args, stored)
     request = _request(args, stored, method)
     text = prompt_text(args)
     score_text = read_file(args.score_file, "--score-file") if args.score_file else None
@@ -147,8 +123,7 @@ def _prepare(args: argparse.Namespace) -> Job:
         prompt = encode_rest(tokenizer, text, stored.metadata.get("raw", True))
     else:
         prompt = encode_prompt(tokenizer, text, args.raw)
-    if "system" in (args.protect or ()):
-        request = replace(request, protect=(*request.protect, (0, system_tokens(tokenizer))))
+    request = with_system_prompt(request, args, tokenizer)
     labels = _labels(args, tokenizer, score_text)
     before = stored.seen if stored else 0
     longest = before + len(prompt) + max(args.max_tokens, len(labels))
@@ -179,18 +154,9 @@ def _request(args: argparse.Namespace, stored: PromptFile | None, method: Method
         return CacheRequest()
     if args.raw and "system" in (args.protect or ()):
         raise UsageError("Expected no --protect system with --raw, which has no system prompt. Name positions: A:B.")
-    options = {name: getattr(args, name) for name in _cache_options(args)}
-    options |= {"method": method, "protect": spans_of(args.protect)}
-    if args.tiers is not None:
-        options["tiers"] = tiers_of(args.tiers)
     if args.budget_bytes is not None and args.max_context is None:
-        options["max_context"] = 1
-    return CacheRequest(**options)
-
-
-def _cache_options(args: argparse.Namespace) -> list[str]:
-    """Those options of a cache that were given."""
-    return [field.name for field in fields(CacheRequest) if getattr(args, field.name, None) is not None]
+        args = argparse.Namespace(**vars(args) | {"max_context": 1})
+    return request_of(args, method)
 
 
 def _labels(args: argparse.Namespace, tokenizer, text: str | None) -> list[int]:
@@ -265,6 +231,8 @@ def _sizes(backend, cache) -> dict:
     return {
         "bits_per_element": size.bits_per_element,
         "cache_bytes": int(size),
+        "bytes_by_kind": size.by_kind,
+        "exact_tokens": size.exact_tokens,
         "table_bytes": size.table_nbytes,
         "dense_bytes": size.dense_nbytes,
         "compression": size.compression,
@@ -273,32 +241,15 @@ def _sizes(backend, cache) -> dict:
 
 def _open_prompt_file(args: argparse.Namespace) -> PromptFile:
     """The file of `--prompt-cache-file`; raises UsageError for options that it leaves no choice in."""
-    stored = PromptFile.load(args.prompt_cache_file)
-    for option in _cache_options(args):
-        if option not in ("method", "bits"):
-            raise UsageError(
-                f"Expected no --{option.replace('_', '-')} with --prompt-cache-file, which has its own window and sinks and "
-                "takes --method and --bits."
-            )
+    stored = open_prompt_file(args)
     if args.raw and not stored.metadata.get("raw", True):
         raise UsageError(
             f"Expected no --raw, {args.prompt_cache_file} was made with the chat template. Leave --raw out, or make it with "
             "--raw too."
         )
-    if len(stored.padding) > 1:
-        raise UsageError(f"Expected a prompt cache of one prompt, {args.prompt_cache_file} has {len(stored.padding)}.")
     if stored.tokens is None and (args.compare or args.score_file):
         raise UsageError(
             f"Expected a prompt cache with its token ids for --compare, {args.prompt_cache_file} has none. Make it with "
             "spectralkv cache-prompt, or give them to save_prompt_cache."
         )
     return stored
-
-
-def _live_method(args: argparse.Namespace, stored: PromptFile | None) -> Method | str | None:
-    """What the cache is to be: a recipe, or of a stored one `plain`; None leaves a stored one as it is."""
-    if stored is None:
-        return get_live_method(args.method or DEFAULT_METHOD)
-    if args.method == "plain" or (args.method is None and args.bits is None):
-        return args.method
-    return get_live_method(args.method or (stored.method if stored.method.live else DEFAULT_METHOD))

@@ -7,11 +7,14 @@ import logging
 import os
 import sys
 from types import ModuleType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from .. import __version__
 from ..errors import UsageError
 from .output import LONGEST_LINE, drop_stdout, in_options, prepare_stdout, print_all, print_json, printable
+
+if TYPE_CHECKING:
+    from .host_commands import HostCommands
 
 WRONG_USE = (UsageError, FileNotFoundError)  # any other error is a fault
 
@@ -25,14 +28,16 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"spectralkv: {line}. Try: {self.prog} --help\n")
 
 
-def command_modules() -> tuple[ModuleType, ...]:
+def command_modules() -> tuple[ModuleType | HostCommands, ...]:
     """The commands: each has NAME, HELP, PARENTS (parsers of shared options), add_arguments(parser) and run(args).
 
     They are imported here, where `main` waits for Ctrl-C: what they need takes a while to load.
     """
-    from . import bench, cache_prompt, evaluate, fit, generate, inspect, methods, plot, profile, report
+    from . import bench, cache_prompt, chat, evaluate, fit, generate, inspect, methods, plot, profile, report, serve
+    from .host_commands import host_commands
 
-    return profile, generate, cache_prompt, evaluate, bench, inspect, methods, fit, plot, report
+    own = profile, generate, chat, serve, cache_prompt, evaluate, bench, inspect, methods, fit, plot, report
+    return *own, *host_commands()
 
 
 def build_parser() -> argparse.ArgumentParser:

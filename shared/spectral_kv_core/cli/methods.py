@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> dict:
             "needs_profile": m.profile_set is not None,
             "latent_attention": m.latent,
             "drops_tokens": m.scorer is not None,
+            "suffers_from_key_means": m.suffers_from_key_means,
             "source": m.source,
         }
         for m in METHODS.values()

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from ..codecs.registry import check_bits
 from ..errors import UsageError
@@ -44,13 +45,26 @@ def prompt_options() -> argparse.ArgumentParser:
     """Options of commands that read a prompt."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--raw", action="store_true", help="no chat template around the prompt")
-    parser.add_argument(
-        "--profile", default="auto", help="profile file; auto looks for one and calibrates if there is none"
-    )
+    add_profile_option(parser)
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--prompt", help="the prompt; with --prompt-cache-file what follows the stored one")
     given.add_argument("--prompt-file", metavar="FILE", help="file with the prompt, - for standard input")
     return parser
+
+
+def add_profile_option(parser: Any) -> None:
+    """Add `--profile` to a parser, or to a group of one."""
+    parser.add_argument(
+        "--profile", default="auto", help="profile file; auto looks for one and calibrates if there is none"
+    )
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, seed: bool = True) -> None:
+    """Add how tokens are chosen; without `seed` where every request says its own."""
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 for the most likely token (default 0)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="share of the probability to draw from (default 1)")
+    if seed:
+        parser.add_argument("--seed", type=int, help="of what is drawn (default: another one every time)")
 
 
 def model_path(name: str) -> str:
@@ -99,13 +113,13 @@ def check_profile(profile: Profile, basis_set: str | None, method: Method, bits:
     check_bits(method, bits, profile.shape)
 
 
-def check_output(path: str) -> None:
+def check_output(path: str, option: str = "--output") -> None:
     """Raise UsageError for a file that cannot be written, before anything long runs."""
     if Path(path).is_dir():
-        raise UsageError(f"Expected a file name for --output, received the folder {path}.")
+        raise UsageError(f"Expected a file name for {option}, received the folder {path}.")
     folder = next(p for p in Path(path).absolute().parents if p.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UsageError(f"Expected a place for --output that can be written, {folder} cannot. Name another file.")
+        raise UsageError(f"Expected a place for {option} that can be written, {folder} cannot. Name another file.")
 
 
 def listed(values: Iterable[float]) -> str:

@@ -31,6 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a basis for every two layers too, for spectral-dense-pairs and spectral-stored-pairs: a larger file",
     )
     add("--joint", action="store_true", help="a basis for all layers together too, for kvtc: a larger file")
+    add(
+        "--windows",
+        action="store_true",
+        help="profile the layers with a sliding window, for generate --windows spectral",
+    )
     add("--target-energy", type=float, default=0.95, help="energy that the summary reports ranks at")
     add("--output", metavar="FILE", help="where to save (default: the user cache folder)")
     add("--quiet", action="store_true", help="no progress bar")
@@ -53,12 +58,13 @@ def run(args: argparse.Namespace) -> dict:
         progress=not args.quiet,
         pairs=args.pairs,
         joint=args.joint,
+        windows=args.windows,
     )
     model, tokenizer = backend.load_model(model_path(args.model), args.dtype)
     started = time.perf_counter()
     made = profiler.profile_from_model(model, tokenizer, texts, name=args.model)
     seconds = time.perf_counter() - started
-    path = made.save(args.output or cached_profile_path(made.shape))
+    path = made.save(args.output or cached_profile_path(made.shape, windows=args.windows))
     if not args.json:
         tables.print_profile(made)
         print(f"  Saved {path} ({path.stat().st_size:,} bytes) after {seconds:.0f} s")

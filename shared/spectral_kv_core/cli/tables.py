@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -100,6 +101,8 @@ def print_generation(result: dict) -> None:
         (label, *(form.format(run[key]) if key in run else "" for run in runs)) for label, key, form in _GENERATION_ROWS
     ]
     print_table(rows, ("", *names))
+    if "bytes_by_kind" in result:
+        Terminal().print(f"{result['method']} cache: {kinds_line(result)}")
     if "kl" in result:
         Terminal().print(
             f"against the plain cache over {result['scored_tokens']} tokens: KL {result['kl']:.4f} nats/token, "
@@ -190,7 +193,8 @@ def prompt_file_summary(file: PromptFile) -> dict:
         "dense_bytes": size.dense_nbytes,
         "compression": size.compression,
         "bits_per_element": size.bits_per_element,
-        "bytes_by_part": file.bytes_by_part(),
+        "bytes_by_kind": size.by_kind,
+        "exact_tokens": size.exact_tokens,
         "profile": file.profile,
         "plan_hash": file.plan_hash,
         "library_version": file.library_version,
@@ -203,9 +207,7 @@ def print_prompt_file(summary: dict) -> None:
         f"Prompt cache: {summary['prompt_tokens']:,} tokens of {printable(summary['model'] or 'an unnamed model')}, "
         f"{printable(summary['method'])} at {summary['bits']:.3g} bits, {summary['sinks']} sinks, window {summary['window']}"
     )
-    parts = summary["bytes_by_part"]
-    rows = {"codes": parts["codes"], "exact sinks and window": parts["exact"], "layers passed through": parts["passed"]}
-    rows |= {
+    rows = {kind: size for kind, size in summary["bytes_by_kind"].items() if size} | {
         "file, header and token ids included": summary["file_bytes"],
         "plain cache at 16 bits": summary["dense_bytes"],
     }
@@ -218,9 +220,20 @@ def print_prompt_file(summary: dict) -> None:
 def print_methods(methods: list[dict]) -> None:
     """The method table."""
     columns = ("method", "what it does", "profile", "attends to codes")
-    yes = {True: "yes", False: "no"}
-    cells = [(m["name"], m["summary"], yes[m["needs_profile"]], yes[m["latent_attention"]]) for m in methods]
+    yes, mark = {True: "yes", False: "no"}, {True: " *", False: ""}
+    cells = [
+        (
+            m["name"] + mark[m["suffers_from_key_means"]],
+            m["summary"],
+            yes[m["needs_profile"]],
+            yes[m["latent_attention"]],
+        )
+        for m in methods
+    ]
     print_table(cells, columns, left=columns)
+    Terminal().print(
+        "* Large errors where keys have a large constant part, as those of Qwen2.5 have. A cache warns of that."
+    )
 
 
 def print_bench(result: dict) -> None:
@@ -320,9 +333,11 @@ def print_fit(result: dict) -> None:
     names = ("cache", "bits", "one prompt, tokens", "in turns, tokens", "limited by")
     print_table(limits, names, left=("cache", "limited by"), width=_FIT_WIDTH)
     columns = ("cache", "bits", "cache size", "smaller", "tables", "prompt on top", "peak", "fits")
-    for context, records in groupby(result["rows"], lambda record: record["context"]):
+    for context, group in groupby(result["rows"], lambda record: record["context"]):
+        records = list(group)
         console.print(Text.assemble((f"{context:,} tokens", "bold"), f": {_bits_allowed(result, context)}"))
         print_table(map(_fit_cells, records), columns, left=("cache", "fits"), width=_FIT_WIDTH)
+        console.print(f"The last one: {kinds_line(records[-1])}")
     console.print(
         "A prompt of more than one call waits at 4 bits until it ends; in turns: the context comes in pieces of one call. "
         "The peak counts weights, profile, cache, tables and the arrays of one layer at work, not the process itself."
@@ -332,10 +347,12 @@ def print_fit(result: dict) -> None:
 def _fit_notes(result: dict) -> Iterator[str]:
     """What the figures leave out or assume."""
     if result["passed"]:
-        yield f"Counted with no more than the window: {counted(len(result['passed']), 'layer')} with a sliding window."
+        of_reason = Counter(result["passed"].values())
+        whole = ", ".join(f"{counted(number, 'layer')} with {reason}" for reason, number in of_reason.items())
+        yield f"Passed through, and counted as they are: {whole}."
     if result["uncounted"]:
         reasons = ", ".join(sorted(set(result["uncounted"].values())))
-        yield f"Not counted: the state of {counted(len(result['uncounted']), 'layer')} with {reasons}."
+        yield f"Not counted: what is held by {counted(len(result['uncounted']), 'layer')} with {reasons}."
     if result["profile"] is None and result["method"] not in ("affine", "identity"):
         yield "No profile of this model yet: tables are those of a typical one. spectralkv profile --model MODEL"
 
@@ -355,6 +372,12 @@ def _bits_allowed(result: dict, context: int) -> str:
     if turns == prompt:
         return f"up to {turns:g} bits fit"
     return f"up to {turns:g} bits fit in turns, {'none' if prompt is None else f'up to {prompt:g}'} as one prompt"
+
+
+def kinds_line(record: dict) -> str:
+    """Bytes by kind and tokens held exactly, in one line."""
+    kinds = ", ".join(f"{kind} {_amount(size)}" for kind, size in record["bytes_by_kind"].items() if size)
+    return f"{kinds or 'nothing'}; {record['exact_tokens']:,.0f} tokens exact"
 
 
 def _amount(size: int) -> str:

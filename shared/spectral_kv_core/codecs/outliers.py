@@ -25,7 +25,7 @@ FLAT, FLAT_COUNT = 0.3, 32  # root mean square of what moves within a block; of 
 LOST = 25.0  # energy of a block in what is not stored, to what the profile expects there
 CREST = 4.0  # peak of a block in deviations that the tables code well
 WIDEST = 1.5  # gain, root mean square, from which an exact block costs less than the error of its codes
-STILL = 2.0**-8  # least gain
+STILL, LOUDEST = 2.0**-8, 6e4  # least gain, and largest: float16 ends a little later
 EXACT_SHARE, EXACT_BLOCKS = 1 / 64, 1  # of the sealed tokens that may be kept exactly, and blocks beside
 
 
@@ -106,7 +106,7 @@ class Run:
         counts = codec.stored_counts()
         power = np.square(z).sum((2, 3)) / np.maximum(blocks * counts, 1)
         gain = np.maximum(np.sqrt(power), np.abs(z).max((2, 3)) / CREST)
-        gain = np.maximum(gain, STILL).astype(np.float16).astype(np.float32)
+        gain = np.clip(gain, STILL, LOUDEST).astype(np.float16).astype(np.float32)
         held = codec.xp.astype(codec.xp.asarray(gain, like=adaptation.gain), codec.xp.float16)
         adaptation = Adaptation(adaptation.keys, adaptation.values, held)
         spread = (np.square(gain) * counts).sum(-1) / np.maximum(counts.sum(-1), 1)

@@ -23,8 +23,8 @@ PLACES = ("turn", "depth")  # what tells records of a group apart in the tasks t
 MEANS = (
     "kl", "kl_p95", "kl_fresh", "top1", "top5", "ppl", "ppl_ref", "nd_ppl", "aop", "aop_p95", "aop_layers", "key_error",
     "value_error", "spectral_fidelity", "first_divergence", "token_match", "found", "found_ref", "needle_kl", "needle_logp",
-    "needle_logp_ref", "context", "budget_tokens", "cache_bytes", "dense_bytes", "compression", "bits_per_element",
-    "table_bytes", "sealed_bits",
+    "needle_logp_ref", "context", "budget_tokens", "cache_bytes", "exact_tokens", "dense_bytes", "compression",
+    "bits_per_element", "table_bytes", "sealed_bits",
 )  # fmt: skip
 
 
@@ -86,6 +86,9 @@ def summarize(records: list[dict]) -> list[dict]:
         made = dict(zip(GROUP, key)) | {n: v for n, v in zip(PLACES, key[len(GROUP) :]) if v is not None}
         present = [name for name in MEANS if all(record.get(name) is not None for record in members)]
         made |= {name: np.mean([record[name] for record in members], axis=0).tolist() for name in present}
+        if all("bytes_by_kind" in record for record in members):
+            kinds = members[0]["bytes_by_kind"]
+            made["bytes_by_kind"] = {k: float(np.mean([r["bytes_by_kind"][k] for r in members])) for k in kinds}
         if "kl" in present:
             kl = np.array([record["kl"] for record in members])
             made["kl_se"] = float(kl.std(ddof=1) / np.sqrt(len(kl))) if len(kl) > 1 else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
 
@@ -157,11 +158,23 @@ def print_evaluation(result: dict) -> None:
         console.print(table)
 
 
+def provenance_line(origin: Mapping) -> str:
+    """A sentence or two for the reader of a table."""
+    packages = ", ".join(f"{name} {number}" for name, number in origin["packages"].items())
+    threads = f"{origin['threads']} thread{'' if origin['threads'] == 1 else 's'}"
+    return (
+        f"Made on {origin['date'][:10]} by `{origin['command']}`, with spectralkv {origin['spectralkv']}, {packages}, on "
+        f"{origin['cpu']}, {threads}."
+    )
+
+
 def save_evaluation(result: dict, folder: Path) -> None:
     """summary.json and summary.md, each written whole or not at all."""
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     settings = {key: value for key, value in result["settings"].items() if key != "texts"}
     lines = [f"# {result['model']}, {result['backend']}, {result['dtype']}", "", f"{versions}. {json.dumps(settings)}"]
+    if "provenance" in result:
+        lines += ["", provenance_line(result["provenance"])]
     for title, columns, records in _evaluation_tables(result):
         lines += [
             "",

@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Iterable
 from dataclasses import asdict
+from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
@@ -136,7 +137,8 @@ def _run_records(
             for task, job, numbers in runner.measure(document, todo):
                 key = keys[d, task, job][numbers.get("turn", 1) - 1]
                 if finished.find(key) is None:  # turns are run again from the first on
-                    finished.append(key | numbers)
+                    now = datetime.now(UTC).isoformat(timespec="seconds")
+                    finished.append(key | numbers | {"date": now})
                     bar.update()
     return [finished.records[record_key(key)] for group in keys.values() for key in group]
 

@@ -287,6 +287,8 @@ class Runner:
         size = self.backend.cache_nbytes(stored)
         return {
             "cache_bytes": int(size),
+            "bytes_by_kind": size.by_kind,
+            "exact_tokens": size.exact_tokens,
             "dense_bytes": size.dense_nbytes,
             "compression": size.compression,
             "bits_per_element": size.bits_per_element,

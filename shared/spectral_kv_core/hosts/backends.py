@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 import platform
 from importlib.metadata import entry_points
+from pathlib import Path
 from types import ModuleType
 
 from ..errors import UsageError
@@ -18,6 +20,17 @@ def backend_names() -> list[str]:
     """Registered backends, the natural one of this machine first: mlx on Apple silicon, torch elsewhere."""
     natural = "mlx" if (platform.system(), platform.machine()) == ("Darwin", "arm64") else "torch"
     return sorted({point.name for point in entry_points(group=GROUP)}, key=lambda name: (name != natural, name))
+
+
+def backends_with(module: str) -> list[str]:
+    """Registered backends whose package has a file `module`; nothing of them is imported."""
+    found = []
+    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
+        spec = importlib.util.find_spec(point.value)
+        folders = spec.submodule_search_locations if spec is not None else None
+        if any((Path(folder) / f"{module}.py").is_file() for folder in folders or ()):
+            found.append(point.name)
+    return found
 
 
 def load_backend(name: str = "auto", module: str = "generation") -> tuple[str, ModuleType]:

@@ -16,8 +16,18 @@ def encode_prompt(tokenizer, text: str, raw: bool) -> list[int]:
     """A whole prompt; `raw` leaves the template out."""
     if raw or not has_template(tokenizer):
         return list(tokenizer.encode(text))
-    messages = [{"role": "user", "content": text}]
+    return encode_messages(tokenizer, [{"role": "user", "content": text}])
+
+
+def encode_messages(tokenizer, messages: list[dict]) -> list[int]:
+    """A conversation in the template, up to where the answer begins."""
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+
+
+def opening_message(tokenizer, tokens: list[int]) -> str | None:
+    """What the user says in a prompt of `encode_opening`, as text; None where `tokens` are none."""
+    head, text = _frame(tokenizer)[0], tokenizer.decode(tokens, skip_special_tokens=False)
+    return text[len(head) :] if text.startswith(head) else None
 
 
 def encode_opening(tokenizer, text: str, raw: bool) -> list[int]:

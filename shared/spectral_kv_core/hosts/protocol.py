@@ -21,6 +21,7 @@ ModelShape = Any  # as all that follow, of a package that stands above this one
 Profile = Any
 Method = Any
 Plan = Any
+CachePlan = Any
 Eviction = Any
 ExactLayer = Any
 
@@ -51,6 +52,9 @@ class Models(Protocol):
     def model_shape(self, model) -> tuple[ModelShape, dict[int, str]]:
         """Sizes of `model`, and by index the layers that are passed through, with the reason."""
 
+    def window_shape(self, model) -> tuple[ModelShape, dict[int, str]]:
+        """`model_shape` with the layers that have a sliding window, and no others."""
+
     def model_dtype(self, model) -> Any:
         """Dtype in which `model` keeps keys and values."""
 
@@ -70,7 +74,7 @@ class Models(Protocol):
         """The host's own cache made of `layers`."""
 
     def exact_layer(self, layer) -> ExactLayer:
-        """What a layer of the host's own holds; raises ValueError for a kind that is no list of keys and values."""
+        """What a layer of the host's own holds, or a `StateLayer`; raises ValueError for a kind that no file can have."""
 
     def set_exact_layer(self, layer, held: ExactLayer) -> None:
         """Let an empty layer of the host's own hold the arrays of `held`; raises ValueError when they are too few."""
@@ -80,7 +84,7 @@ class Models(Protocol):
 class Captures:
     """The functions of a backend's module `capture` that calibration calls.
 
-    capture(model, tokens): a cache that has read `tokens`.
+    capture(model, tokens, layers): a cache that has read `tokens`, and has the queries of `layers` too.
     captured(cache, layer_idx): a compressible layer of it, with `queries` [1, Hq, T, D], `keys` and `values` [1, H, T, D]
     after RoPE, and the attention `scale`.
     score_gradients(model, cache, tokens, samples, seed): gradients of log p(label) with respect to what such a cache
@@ -92,7 +96,7 @@ class Captures:
     not run what lies below one.
     """
 
-    capture: Callable[[Any, list[int]], Any]
+    capture: Callable[[Any, list[int], Sequence[int]], Any]
     captured: Callable[[Any, int], Any]
     score_gradients: Callable[[Any, Any, list[int], int, int], list[dict[int, tuple]]]
     probed_log_probabilities: Callable[[Any, Any, list[int], dict[int, tuple], dict[int, Any]], Array]
@@ -105,9 +109,12 @@ class Host(Protocol):
     models: Models
 
     def profile_for(
-        self, model, method: Method, profile: Profile | None = None, tokenizer=None
+        self, model, method: Method, profile: Profile | None = None, tokenizer=None, windows: bool = False
     ) -> tuple[ModelShape, dict[int, str], Profile | None]:
-        """Shape, passed layers, and what `method` reads: the profile given, found, or made now."""
+        """Shape, passed layers, and what `method` reads: the profile given, found, or made now.
+
+        windows: of the layers with a sliding window alone.
+        """
 
     def install(self, model) -> None:
         """Let `model` attend to compressed caches as codes, and get ready what that needs."""
@@ -130,14 +137,20 @@ class Host(Protocol):
         working_set: bytes, of all layers together. left_padding: slots [B], for a host that is told them here.
         """
 
+    def window_layer(self, plan: CachePlan, layer_group: int, layer, window: int) -> Any:
+        """A `WindowLayer` in the place of `layer`, which has a sliding window; its last `window` tokens stay exact."""
+
     def layers(self, cache) -> list:
         """The layers of `cache`, in a list that may be changed."""
 
     def copy_layer(self, layer) -> Any:
         """An independent copy of a layer of the host's own, which keeps nothing else alive."""
 
-    def held(self, layer) -> tuple[list[Array], int]:
-        """Every array that a layer of the host's own holds, and how many of their elements are in use."""
+    def held(self, layer) -> tuple[dict[str, list[Array]], int]:
+        """Every array that a layer of the host's own holds, by `cache.size.KINDS`, and how many elements are in use.
+
+        Elements are those of tokens and states, not of counters.
+        """
 
     def most_tokens(self, layer) -> int:
         """How many tokens a layer of the host's own keeps at most; 0 where that is no number of tokens."""
@@ -175,6 +188,18 @@ class Generation(Protocol):
 
     def prefill(self, model, prompt: list[int], cache) -> np.ndarray:
         """Logits [1, vocabulary] float32 of the last token of `prompt`, which enters `cache` in pieces."""
+
+    def read(self, model, tokens: list[int], cache) -> None:
+        """Let `tokens` enter `cache` in one call that makes no logits."""
+
+    def crop(self, cache, tokens: int) -> bool:
+        """Let `cache` forget its last `tokens`; False where it cannot, and is of no more use."""
+
+    def end_tokens(self, model, tokenizer) -> set[int]:
+        """Tokens that end an answer."""
+
+    def token_nbytes(self, model) -> int:
+        """`cache.model_cache.token_nbytes`."""
 
     def text_stream(self, tokenizer) -> Any:
         """The host's detokenizer: text as tokens come."""

@@ -18,6 +18,8 @@ CODECS = (
 )  # fmt: skip
 LATENT_CODECS = ("turboquant", "turboquant-qjl", "jarviskv")  # attention runs on what they code, per head after RoPE
 DROPPING = ("affine", "spectral")  # codecs whose sealed tokens can be dropped
+# codecs whose error grows with the mean of keys: scales, norms, energies and channels are those of keys with their mean
+WITH_MEANS = ("affine", "kivi", "turboquant", "turboquant-qjl", "jarviskv", "eigen-attention", "think")
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,11 @@ class Method:
     def can_drop(self) -> bool:
         """Whether tokens that it has sealed can be dropped."""
         return self.codec in DROPPING
+
+    @property
+    def suffers_from_key_means(self) -> bool:
+        """Whether keys with a large constant part, as biases of a projection give them, are coded worse."""
+        return self.codec in WITH_MEANS
 
     @property
     def shares_tokens(self) -> bool:

@@ -166,7 +166,7 @@ def _machine_and_versions(result: Result) -> tuple[str, str]:
     """What a file says of the machine it was measured on, and of the versions it was made with."""
     if result.kind == "profile":
         return "-", f"spectralkv {result.profile.library_version}"
-    machine = result.fields.get("machine")
+    machine = result.fields.get("machine") or result.fields.get("provenance")
     machine = machine if isinstance(machine, dict) else {}
     versions = result.fields.get("versions") or machine.get("versions")
     parts = [str(machine[key]) for key in ("cpu", "device") if key in machine]

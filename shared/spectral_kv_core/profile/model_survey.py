@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..arrays.rope import Rope
 from .model_shape import ModelShape
 
+SLIDING_WINDOW = "sliding window"  # the reason of layers that see their last tokens only
 CODES, DECODED, PASSED = "as codes", "decoded", "passed through"
 WAYS = (CODES, DECODED, PASSED)
 
@@ -26,7 +27,7 @@ class LayerSurvey:
     reason: Why it is not attended as codes, in words; "" where it is.
     q_heads, kv_heads, key_dim, value_dim: Of the keys and values that the layer gave its cache; 0 where it gave none.
     rope: How its keys are rotated; None for keys that carry no position.
-    limit: What changes beyond a number of tokens, in words; "" where nothing was seen to.
+    limit: What is otherwise at larger positions than were tried, or was not seen; "" where nothing is known to be.
     """
 
     way: str
@@ -86,3 +87,10 @@ def _differences(layer: LayerSurvey, q_heads: int, kv_heads: int, key_dim: int, 
     if layer.value_dim != value_dim:
         return f"values of {layer.value_dim} channels where most layers have {value_dim}"
     return f"{layer.q_heads} query heads where most layers have {q_heads}"
+
+
+def surveyed_windows(hidden_size: int, layers: Sequence[LayerSurvey]) -> tuple[ModelShape, dict[int, str]]:
+    """`surveyed_shape` of the layers with a sliding window, and of no others."""
+    other = LayerSurvey(PASSED, "no sliding window")
+    windows = [replace(x, way=CODES, reason="") if x.reason == SLIDING_WINDOW else other for x in layers]
+    return surveyed_shape(hidden_size, windows)

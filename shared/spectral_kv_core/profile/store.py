@@ -24,18 +24,21 @@ def packaged_profiles() -> list[Path]:
     return sorted(Path(str(p)) for p in files("spectral_kv_core.profiles").iterdir() if p.name.endswith(".safetensors"))
 
 
-def cached_profile_path(shape: ModelShape, basis_set: str | None = None) -> Path:
+def cached_profile_path(shape: ModelShape, basis_set: str | None = None, windows: bool = False) -> Path:
     """Where this machine keeps the profile of a model of `shape`; one with a basis set on request has its own place.
+
+    windows: of its layers with a sliding window.
 
     Stored prompts need the very profile that they were made with.
     """
     extra = ON_REQUEST.get(basis_set or "", "").replace(" --", "-")
-    return user_cache_dir() / "profiles" / f"{shape.fingerprint}-v{FORMAT_VERSION}{extra}.safetensors"
+    of = "-windows" if windows else ""
+    return user_cache_dir() / "profiles" / f"{shape.fingerprint}-v{FORMAT_VERSION}{extra}{of}.safetensors"
 
 
-def find_profile(shape: ModelShape, basis_set: str) -> Profile | None:
+def find_profile(shape: ModelShape, basis_set: str, windows: bool = False) -> Profile | None:
     """A packaged profile, or one from the cache folder, that fits `shape` and has `basis_set`."""
-    cached = dict.fromkeys([cached_profile_path(shape), cached_profile_path(shape, basis_set)])
+    cached = dict.fromkeys(cached_profile_path(shape, name, windows) for name in (None, basis_set))
     for path in [*packaged_profiles(), *cached]:
         if path.is_file():
             profile = stored_profile(path)
@@ -44,14 +47,14 @@ def find_profile(shape: ModelShape, basis_set: str) -> Profile | None:
     return None
 
 
-def auto_profile(shape: ModelShape, basis_set: str, calibrate: Callable[[], Profile]) -> Profile:
+def auto_profile(shape: ModelShape, basis_set: str, calibrate: Callable[[], Profile], windows: bool = False) -> Profile:
     """`find_profile`, or calibrate now and keep the result."""
-    profile = find_profile(shape, basis_set)
+    profile = find_profile(shape, basis_set, windows)
     if profile is not None:
         return profile
-    path = cached_profile_path(shape, basis_set)
+    path = cached_profile_path(shape, basis_set, windows)
     with one_process(path.with_suffix(".lock"), "Another process calibrates this model: waiting for its profile."):
-        profile = find_profile(shape, basis_set)  # the other one may have made it
+        profile = find_profile(shape, basis_set, windows)  # the other one may have made it
         if profile is None:
             log.warning("No profile with %s for this model yet: calibrating once, which takes minutes.", basis_set)
             log.warning("Saved the profile as %s", calibrate().save(path))
