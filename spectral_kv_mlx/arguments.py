@@ -87,14 +87,12 @@ def argued_layers(model) -> list[LayerSurvey]:
     everywhere = ""
     if field(model, "kv_lora_rank"):
         everywhere = "multi-head latent attention"
-    elif len(caches) != len(model.layers) or field(model, "num_kv_shared_layers", "use_cla"):
-        everywhere = "keys and values shared between layers"
     elif not heads or not head_dim:
         everywhere = "heads that its arguments do not tell"
     rope = None if everywhere else read_rope(model, head_dim)
     found = []
     for i, layer in enumerate(model.layers):
-        reason = everywhere or why_kept(caches[i])
+        reason = everywhere or (why_kept(caches[i]) if i < len(caches) else "the keys and values of another layer")
         if reason:
             found.append(LayerSurvey(PASSED, reason, **sizes))
         elif not attention_modules_of(layer):

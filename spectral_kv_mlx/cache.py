@@ -64,11 +64,17 @@ class SpectralKVCache(BatchedLayer, RoutedCache):
         super().__init__(plan, layer_group, sinks, window, eviction, working_set)
         if left_padding is not None:
             self.left_padding = [int(p) for p in left_padding]
+        self.given: dict[int, tuple[mx.array, mx.array]] = {}  # of `taken`, as the model has them
         self.open()
 
     @property
     def pending(self) -> tuple[mx.array, mx.array] | None:
-        return self.taken.get(0)
+        return self.given.get(0)
+
+    def commit(self) -> None:
+        """As `CompressedLayer.commit`."""
+        super().commit()
+        self.given = {}
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Take in [B, H, L, D] post-RoPE keys and values."""
@@ -81,7 +87,8 @@ class SpectralKVCache(BatchedLayer, RoutedCache):
             self.commit()
             if not self.layer_group and (keys.shape[2] > 1 or self.empty()):
                 warn_of_limits()
-        self.taken[number] = keys, values
+        self.given = {**self.given, number: (keys, values)}
+        self.taken[number] = self.widen(keys, values)
         if routed:
             hand_out(keys)
             return keys, values
@@ -94,18 +101,22 @@ class SpectralKVCache(BatchedLayer, RoutedCache):
         held = self.store.dense(keys.dtype)
         self.commit()
         if held is None:
-            return keys, values
+            return self.narrow(keys, values)
         held = split_layers(*held, len(self.layers))[number]
-        return mx.concatenate([held[0], keys], axis=2), mx.concatenate([held[1], values], axis=2)
+        return self.narrow(mx.concatenate([held[0], keys], axis=2), mx.concatenate([held[1], values], axis=2))
 
     def attend(self, queries: mx.array, scale: float, fused, sinks=None, number: int = 0) -> mx.array:
         """Attention [B, Hq, L, D] of the pending tokens of layer number `number` of the group; they enter with the last's."""
         keys, values = self.taken.pop(number)
+        self.given = {other: held for other, held in self.given.items() if other != number}
         if not self.store.padding_groups:
             self.start(keys.shape[0])
         if self.store.begin(queries.shape[2]):
             mx.eval(self.store.arrays())  # else the decoded prompt of every layer lives until the last one
-        out = self.store.attend(queries, keys, values, scale, fused, number, sinks)
+        (queries,) = self.widen(queries)
+        out = self.store.attend(queries, keys, values, scale, fused, number, sinks)[
+            ..., : self.plan.shape.side_widths[1]
+        ]
         if queries.shape[2] > LATENT_QUERIES:  # else the dense keys and values of every layer live until the last one
             mx.eval(out, self.store.arrays())
         return out
@@ -170,7 +181,7 @@ class SpectralKVCache(BatchedLayer, RoutedCache):
                 f"Expected the state of a cache with plan {self.plan.hash}, received {held.plan}. Make the cache with "
                 "the same profile, method and bits."
             )
-        self.taken, self.left_padding = {}, held.left_padding
+        self.taken, self.given, self.left_padding = {}, {}, held.left_padding
         groups = [replace(group.copy(), storage=self.store.storage, decoded={}) for group in held.padding_groups]
         self.store.seen, self.store.padding_groups = held.seen, groups
 
@@ -191,7 +202,7 @@ class FollowingKVCache(FollowingLayer, RoutedCache):
 
     @property
     def pending(self) -> tuple[mx.array, mx.array] | None:
-        return self.first.taken.get(self.number)
+        return self.first.given.get(self.number)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """As `SpectralKVCache.update_and_fetch`."""

@@ -21,7 +21,7 @@ from . import host
 from .arguments import field
 from .generation import PREFILL_CHUNK
 from .integration import config_corrections, host_layers, max_context, model_dtype
-from .survey import argued_shape
+from .survey import sketched_shape
 
 __all__ = ["footprint", "skeleton", "table_nbytes"]
 
@@ -58,9 +58,9 @@ def skeleton(name: str, dtype: str | None = None):
 def footprint(name: str | os.PathLike, dtype: str | None = None) -> Footprint:
     """Sizes of the model `name`, as `load_model` would load it with `dtype`."""
     model = skeleton(name, dtype)
-    shape, passed = argued_shape(model)
+    shape, passed = sketched_shape(model)
     layers = host_layers(model)
-    windows = {i: layers[i].max_size for i in passed if getattr(layers[i], "max_size", None)}
+    windows = {i: layers[i].max_size for i in passed if i < len(layers) and hasattr(layers[i], "max_size")}
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
     experts = (field(model, "num_experts_per_tok") or 0) * (field(model, "moe_intermediate_size") or 0)
     return Footprint(
@@ -86,7 +86,7 @@ def _held(model, passed, windows: dict[int, int]) -> dict[int, PassedLayer]:
     layers = host_layers(model)
     if passed:
         model(mx.zeros((1, RUN_TOKENS), mx.int32), cache=layers)
-    return passed_layers(host, layers, passed, windows)
+    return passed_layers(host, layers, [i for i in passed if i < len(layers)], windows)
 
 
 def _as_stored(model: nn.Module, config: dict) -> None:

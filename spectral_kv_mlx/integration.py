@@ -8,6 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
+import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _download, load_config
 from mlx_lm.utils import load_tokenizer as mlx_load_tokenizer
@@ -24,11 +25,22 @@ from .survey import install, model_shape, survey, window_shape
 
 __all__ = [
     "cache_of", "end_tokens", "exact_layer", "host_layers", "install", "load_model", "load_tokenizer", "max_context",
-    "model_dtype", "model_name", "model_shape", "plain_cache", "restore", "set_exact_layer", "survey", "weights_digest",
-    "window_shape",
+    "model_dtype", "model_name", "model_shape", "parts", "plain_cache", "restore", "sample_of", "set_exact_layer", "survey",
+    "weights_digest", "window_shape",
 ]  # fmt: skip
 WEIGHT_GROUP = 64  # weights that share a scale where they are quantized here
 FLOATS = (mx.float32, mx.bfloat16, mx.float16)  # types of weights that are not quantized
+
+
+def parts(model) -> list[nn.Module]:
+    """All modules of `model`."""
+    return model.modules()
+
+
+def sample_of(part) -> np.ndarray | None:
+    """Some weights of a module; None for one without."""
+    weight = next((x for _, x in tree_flatten(part.parameters())), None)
+    return None if weight is None else to_numpy(sampled(weight.reshape(-1), weight.size))
 
 
 def weights_digest(model) -> str:

@@ -25,7 +25,7 @@ from . import places
 from .arguments import argued_layers, hidden_size, max_context, model_name, q_heads, why_kept
 from .cache import SpectralKVCache
 from .host_cache import host_layers
-from .rotation import read_rope, rotations
+from .rotation import ropes_of, rotations
 from .trace import Trace
 
 LOOKED_AT = 9  # tokens of the call that is looked at
@@ -79,7 +79,7 @@ def model_shape(model) -> tuple[ModelShape, dict[int, str]]:
             f"Expected a model with attention, received a {model_name(model)}, which has none: it keeps states of one size "
             "and no cache that grows. Use it as it is."
         )
-    return surveyed_shape(hidden_size(model), layers)
+    return surveyed_shape(hidden_size(model), layers, widens=True)
 
 
 def window_shape(model) -> tuple[ModelShape, dict[int, str]]:
@@ -116,9 +116,13 @@ def known(model) -> Survey:
     return _surveys[key]
 
 
-def argued_shape(model) -> tuple[ModelShape, dict[int, str]]:
-    """`model_shape` by the arguments alone, for a model without weights."""
-    return surveyed_shape(hidden_size(model), argued_layers(model))
+def sketched_shape(model) -> tuple[ModelShape, dict[int, str]]:
+    """`model_shape` of a model without weights, of which nothing is computed."""
+    try:
+        layers = _Trial(model, computes=False).sketch()
+    except Exception:  # whatever a model raises that needs other inputs than tokens
+        layers = argued_layers(model)
+    return surveyed_shape(hidden_size(model), layers, widens=True)
 
 
 def _argued(model) -> Survey:
@@ -147,30 +151,40 @@ def _told(part) -> tuple:
 class _Trial:
     """One model while it is tried."""
 
-    def __init__(self, model):
+    def __init__(self, model, computes: bool = True):
+        """computes: the model has weights; else MLX tells shapes alone, as long as nobody asks for a number."""
         self.model, self.caches = model, host_layers(model)
         self.trace = Trace()
         with self.trace.watching(model, self.caches):
             logits = model(mx.array([list(range(3, 3 + LOOKED_AT))]), cache=self.caches)
-            mx.eval(logits)
+            if computes:
+                mx.eval(logits)
         self.vocabulary = logits.shape[-1]
         self.tolerance = SAME.get(logits.dtype, SAME[mx.bfloat16])
         seen = {entry: updates[0].layer for entry, updates in self.trace.updates.items()}
         self.layer_of = {entry: layer for entry, layer in seen.items() if layer not in (None, entry)}
-        self.ropes = self._ropes()
+        self.ropes = self._ropes() if computes else self._read_ropes("its rotation was not seen")
         self.own: set[int] = set()  # entries
         self.unseen: set[int] = set()
+
+    def sketch(self) -> list[LayerSurvey]:
+        """What shapes and calls alone tell of every layer."""
+        layers = [self._seen(entry) for entry in range(len(self.caches))]
+        return layers + self._others(len(layers))
+
+    def _others(self, known: int) -> list[LayerSurvey]:
+        """The layers behind the `known` ones, which have no cache; none where entries have numbers of their own."""
+        return [] if self.layer_of else [self._without_cache(i) for i in range(known, len(self.model.layers))]
 
     def result(self) -> Survey:
         """The survey."""
         layers = [self._seen(entry) for entry in range(len(self.caches))]
-        shape, passed = surveyed_shape(0, layers)
+        shape, passed = surveyed_shape(0, layers, widens=True)
         layers = [replace(x, way=PASSED, reason=passed[i]) if i in passed else x for i, x in enumerate(layers)]
         self.shape = shape
         if shape.layers:
             self._try(layers)
-        if not self.layer_of:  # else entries have numbers of their own
-            layers += [self._without_cache(i) for i in range(len(layers), len(self.model.layers))]
+        layers += self._others(len(layers))
         shared = frozenset(entry for entry in range(len(self.caches)) if self._is_shared(entry))
         return Survey(tuple(layers), frozenset(self.own), frozenset(self.unseen), shared, self.layer_of)
 
@@ -180,9 +194,15 @@ class _Trial:
         try:
             return rotations(self.model, layers, max_context(self.model))
         except Exception:  # whatever a model's code makes of a cache that stands at a position without tokens before
-            updates = [updates[0].keys.shape[3] for updates in self.trace.updates.values()]
-            rope = read_rope(self.model, updates[0]) if updates else None
-            return [(rope, "its rotation was not seen")] * len(self.caches)
+            return self._read_ropes("its rotation was not seen")
+
+    def _read_ropes(self, limit: str) -> list:
+        """How the modules of every entry's layer rotate keys; `limit`: what is not known of it."""
+        found: list = [(None, "")] * len(self.caches)
+        for entry, updates in self.trace.updates.items():
+            ropes = ropes_of(self.model.layers[self._decoder_layer(entry)], updates[0].keys.shape[-1])
+            found[entry] = (ropes[0] if ropes else None), limit
+        return found
 
     def _decoder_layer(self, entry: int) -> int:
         return self.layer_of.get(entry, entry)
@@ -204,12 +224,13 @@ class _Trial:
                 "value_dim": values.shape[3],
             }
             sizes["rope"], sizes["limit"] = self.ropes[entry]
-        if reason := why_kept(self.caches[entry]) or _odd(updates) or ("" if calls else _latent(updates[0])):
+        if reason := why_kept(self.caches[entry]) or _odd(updates):
             return LayerSurvey(PASSED, reason, **sizes)
         if not any(call.routable for call in calls):
             self.own.add(entry)
             self.unseen.add(entry)
-            return LayerSurvey(DECODED, OWN, **sizes)
+            is_latent = sizes["key_dim"] != sizes["value_dim"]
+            return LayerSurvey(DECODED, "latent attention" if is_latent else OWN, **sizes)
         return LayerSurvey(CODES, "", **sizes)
 
     def _without_cache(self, layer: int) -> LayerSurvey:
@@ -236,12 +257,12 @@ class _Trial:
             if wrong and layers[wrong[0]].way == CODES:
                 self.own.update(wrong)
                 for entry in wrong:
-                    reason = "other layers attend to its keys" if self._is_shared(entry) else OWN
+                    reason = "keys that other layers attend to" if self._is_shared(entry) else OWN
                     layers[entry] = replace(layers[entry], way=DECODED, reason=reason)
                 wrong = self._wrong(wrong, layers)
             self.own.difference_update(wrong)
             for entry in wrong:
-                layers[entry] = replace(layers[entry], way=PASSED, reason="a compressed cache changes what it gives")
+                layers[entry] = replace(layers[entry], way=PASSED, reason="attention that a compressed cache changes")
 
     def _wrong(self, entries: list[int], layers: list[LayerSurvey], runs: int = RUNS) -> list[int]:
         """Those of `entries`, which are alike, that change the logits; all of them where it takes too many runs to tell."""
@@ -297,9 +318,3 @@ def _odd(updates: list) -> str:
     if keys.ndim != 4 or keys.shape[:3] != values.shape[:3] or keys.shape[2] != LOOKED_AT:
         return f"keys of shape {keys.shape} and values of {values.shape}"
     return ""
-
-
-def _latent(update) -> str:
-    """Why what a layer gave its cache is neither keys nor values; "" where it may be."""
-    latent, rotary = update.keys.shape[3], update.values.shape[3]
-    return f"latents of {latent} channels and rotary keys of {rotary}" if latent != rotary else ""

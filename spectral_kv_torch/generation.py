@@ -101,7 +101,7 @@ def make_prompt_cache(
         tokenizer: Of the model, for a calibration. Default: the one that the model came with, where it knows from where.
 
     Returns:
-        The cache, to be passed as `past_key_values`.
+        The cache, to be passed as `cache`, or as `past_key_values` to transformers before 5.24.
 
     Raises:
         UsageError: The budget is out of range, arguments do not go together, the profile is of another model, there is
@@ -110,10 +110,11 @@ def make_prompt_cache(
     Examples:
         >>> from spectral_kv_core.hosts.demo_model import demo_model_path
         >>> from spectral_kv_torch import load_model, make_prompt_cache
+        >>> from spectral_kv_torch.integration import cache_argument
         >>> model, tokenizer = load_model(demo_model_path())
         >>> cache = make_prompt_cache(model, bits=4)
         >>> inputs = tokenizer("The sea is a place", return_tensors="pt")
-        >>> output = model.generate(**inputs, past_key_values=cache, max_new_tokens=3, do_sample=False)
+        >>> output = model.generate(**inputs, **cache_argument(model, cache), max_new_tokens=3, do_sample=False)
         >>> tokenizer.decode(output[0])
         'The sea is a place of endless wonder'
     """
@@ -154,12 +155,13 @@ def cache_nbytes(cache: Cache) -> CacheSize:
     Examples:
         >>> from spectral_kv_core.hosts.demo_model import demo_model_path
         >>> from spectral_kv_torch import cache_nbytes, load_model, make_prompt_cache
+        >>> from spectral_kv_torch.integration import cache_argument
         >>> model, tokenizer = load_model(demo_model_path())
         >>> cache = make_prompt_cache(model, bits=2)
         >>> import torch
         >>> tokens = tokenizer.encode("The sea is a place of endless wonder.")
         >>> with torch.no_grad():
-        ...     _ = model(torch.tensor([tokens]), past_key_values=cache)
+        ...     _ = model(torch.tensor([tokens]), **cache_argument(model, cache))
         >>> size = cache_nbytes(cache)
         >>> size.dense_nbytes == len(tokens) * 2 * 30 * 3 * 64 * 2  # layers, KV heads, head_dim, bytes
         True

@@ -16,6 +16,8 @@ sys.path[:0] = [str(ROOT / "tests" / "families")]
 import mlx_families  # noqa: E402
 import mlx_rows  # noqa: E402
 
+from spectral_kv_mlx.survey import model_shape, sketched_shape  # noqa: E402
+
 pytestmark = pytest.mark.mlx
 # one of every kind: the others are told from them by numbers alone, and run with the slow tests
 QUICK = {
@@ -50,3 +52,14 @@ def test_a_family(name):
     if row.difference is not None:
         assert row.difference <= mlx_rows.SAME and float(told[4]) <= mlx_rows.SAME
         assert row.kl <= mlx_rows.CLOSE and float(told[5]) <= mlx_rows.CLOSE
+
+
+@pytest.mark.parametrize("name", ["Gemma 3n", "Step 3.5", "DeepSeek 3", "Nemotron H", "OpenELM", "GPT BigCode"])
+def test_sizes_are_told_of_a_model_without_weights(name):
+    """Of which MLX computes nothing, whatever its arguments call things."""
+    model = mlx_families.tiny(name)
+    shape, passed = sketched_shape(model)
+    expected, known = model_shape(model)
+    for size in ("num_layers", "hidden_size", "q_heads", "kv_heads", "head_dim", "layers", "widths"):
+        assert getattr(shape, size) == getattr(expected, size)
+    assert passed == known

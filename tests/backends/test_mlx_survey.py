@@ -20,6 +20,7 @@ from mlx_lm.models.cache import KVCache  # noqa: E402
 from mlx_lm.models.rope_utils import initialize_rope  # noqa: E402
 from mlx_models import feed, make_model, make_tokens  # noqa: E402
 
+from spectral_kv_core.cache.layer_cache import LayerCache  # noqa: E402
 from spectral_kv_core.errors import UsageError  # noqa: E402
 from spectral_kv_core.profile.model_survey import CODES, DECODED, PASSED  # noqa: E402
 from spectral_kv_mlx import make_prompt_cache, places, restore  # noqa: E402
@@ -115,7 +116,7 @@ KINDS = [
     (Narrow, DECODED, OWN),
     (Kernel, DECODED, OWN),
     (Cast, DECODED, OWN),
-    (Peeking, PASSED, "a compressed cache changes what it gives"),
+    (Peeking, PASSED, "attention that a compressed cache changes"),
 ]
 
 
@@ -271,3 +272,81 @@ def test_the_queries_of_attention_that_nobody_sees_are_none():
     cache = capture(model, make_tokens(30))
     assert cache[1].queries is None and cache[1].keys.shape == (1, 2, 30, 32)
     assert cache[0].queries.shape == (1, 4, 30, 32)
+
+
+@pytest.mark.parametrize("kind", [Windowed, Kernel, None], ids=["windowed", "kernel", "sinks"])
+def test_rows_of_a_padded_batch_are_as_if_alone(kind):
+    """Decoded layers, and sink logits on codes, keep to the left padding of every row."""
+    model = unusual(kind) if kind else with_sinks()
+    rows, pads = [make_tokens(n, seed=n) for n in (70, 49)], [0, 21]
+    cache = make_prompt_cache(model, method="identity", left_padding=pads)
+    ids = mx.array([[2] * pad + row for row, pad in zip(rows, pads)])
+    steps = mx.array([[5, 9, 4], [7, 3, 8]])
+    parts = [model(ids, cache=cache), *(model(steps[:, i : i + 1], cache=cache) for i in range(3))]
+    batch = np.array(mx.concatenate(parts, axis=1))
+    for number, (row, pad) in enumerate(zip(rows, pads)):
+        expected = feed(model, plain_cache(model), row + steps[number].tolist())
+        np.testing.assert_allclose(batch[number, pad:], expected, atol=1e-3)
+
+
+def with_sinks():
+    """A tiny Llama whose attention has sink logits."""
+    model = make_model("llama")
+    for layer in model.layers:
+        layer.self_attn.__class__ = Sinks
+    return model
+
+
+class Sinks(llama.Attention):
+    """As GPT-OSS: a logit for every head that nothing belongs to."""
+
+    def __call__(self, x, mask=None, cache=None):
+        size = x.shape[:2]
+        q, k, v = (proj(x).reshape(*size, -1, 32).swapaxes(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = self.rope(q, offset=cache.offset), self.rope(k, offset=cache.offset)
+        k, v = cache.update_and_fetch(k, v)
+        sinks = mx.array([0.5, 2.0, -1.0, 1.0])
+        out = llama.scaled_dot_product_attention(q, k, v, cache, self.scale, mask, sinks=sinks)
+        return self.o_proj(out.swapaxes(1, 2).reshape(*size, -1))
+
+
+def test_sink_logits_are_attended_on_codes(monkeypatch):
+    model, tokens = with_sinks(), make_tokens(150)
+    assert ways(model) == [(CODES, "")] * 2
+    expected, cache = (
+        feed(model, plain_cache(model), tokens, 50),
+        make_prompt_cache(model, 8, method="turboquant", **SMALL),
+    )
+    monkeypatch.setattr(LayerCache, "dense", lambda self, *a: pytest.fail("decoded"))
+    got = feed(model, cache, tokens, 50)
+    steps = make_tokens(3, seed=2)
+    plain = plain_cache(model)
+    feed(model, plain, tokens, 50)
+    assert np.square(got - expected).mean() < 0.03 * np.square(expected).mean()
+    expected, got = feed(model, plain, steps, 1), feed(model, cache, steps, 1)
+    assert np.square(got - expected).mean() < 0.03 * np.square(expected).mean()
+
+
+def test_what_takes_tokens_in_may_be_a_part_of_what_attends():
+    class Taking(llama.Attention):
+        def __call__(self, x, mask=None, cache=None):
+            size = x.shape[:2]
+            q, k, v = (p(x).reshape(*size, -1, 32).swapaxes(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+            q, k = self.rope(q, offset=cache.offset), self.rope(k, offset=cache.offset)
+            return q, *cache.update_and_fetch(k, v)
+
+    class Block(llama.TransformerBlock):
+        def __call__(self, x, mask=None, cache=None):
+            own = self.self_attn
+            q, k, v = own(self.input_layernorm(x), mask, cache)
+            out = llama.scaled_dot_product_attention(q, k, v, cache, own.scale, mask)
+            x = x + own.o_proj(out.swapaxes(1, 2).reshape(*x.shape[:2], -1))
+            return x + self.mlp(self.post_attention_layernorm(x))
+
+    model, tokens = unusual(Taking), make_tokens(90)
+    model.layers[0].__class__ = Block
+    assert ways(model) == [(CODES, "")] * 3
+    expected = feed(model, plain_cache(model), tokens, 30)
+    np.testing.assert_allclose(
+        feed(model, make_prompt_cache(model, method="identity"), tokens, 30), expected, atol=1e-4
+    )

@@ -38,6 +38,16 @@ def test_layers_of_another_form_are_passed_through_with_the_reason():
     }
 
 
+def test_what_differs_is_told_and_nothing_else():
+    others = [layer(q_heads=4), layer(kv_heads=1), layer(value_dim=32)]
+    _, passed = surveyed_shape(512, [layer(), layer(), *others], widens=True)
+    assert list(passed.values()) == [
+        "4 query heads where most layers have 8",
+        "1 KV heads of 64 channels where most layers have 2 of 64",
+        "values of 32 channels where most layers have 64",
+    ]
+
+
 def test_a_model_with_nothing_to_compress_has_a_shape_too():
     shape, passed = surveyed_shape(512, [layer(PASSED, "linear attention")] * 2)
     assert shape.layers == () and passed == {0: "linear attention", 1: "linear attention"}

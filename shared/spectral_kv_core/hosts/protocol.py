@@ -71,6 +71,12 @@ class Models(Protocol):
     def max_context(self, model) -> int | None:
         """Tokens that `model` was made for, None when unknown."""
 
+    def parts(self, model) -> Iterable:
+        """All modules of `model`."""
+
+    def sample_of(self, part) -> Any:
+        """Some weights of a module, NumPy; None where none are in memory."""
+
     def host_layers(self, model, left_padding: list[int] | None = None) -> list:
         """The cache layers that the host would use for `model`, for a batch with `left_padding` in slots."""
 
@@ -89,8 +95,8 @@ class Captures:
     """The functions of a backend's module `capture` that calibration calls.
 
     capture(model, tokens, layers): a cache that has read `tokens`, and has the queries of `layers` too.
-    captured(cache, layer_idx): a compressible layer of it, with `queries` [1, Hq, T, D], `keys` and `values` [1, H, T, D]
-    after RoPE, and the attention `scale`.
+    captured(cache, layer_idx): a compressible layer of it, with `queries` [1, Hq, T, D] (None where nobody sees them), `keys`
+    and `values` [1, H, T, D] after RoPE, and the attention `scale`.
     score_gradients(model, cache, tokens, samples, seed): gradients of log p(label) with respect to what such a cache
     holds, for labels of `tokens` behind it that are drawn from the model; a dict per sample, of layer index -> (key,
     value) gradients [H, T, D].

@@ -70,15 +70,23 @@ def surveyed_shape(
     form = q_heads, kv_heads, key_dim, value_dim = forms.most_common(1)[0][0]
     for i, layer in enumerate(layers):
         if i not in passed and layer.form != form:
-            alike = layer.form[1:] == form[1:]
-            mine = f"{layer.q_heads} query heads" if alike else f"{layer.kv_heads} KV heads of {layer.key_dim} channels"
-            passed[i] = f"{mine} where most layers have {q_heads if alike else f'{kv_heads} of {key_dim}'}"
+            passed[i] = _differences(layer, q_heads, kv_heads, key_dim, value_dim)
     kept = tuple(i for i in range(len(layers)) if i not in passed)
     rope = Counter(layers[i].rope for i in kept).most_common(1)[0][0]
     others = tuple((i, layers[i].rope) for i in kept if layers[i].rope != rope)
     widths = None if key_dim == value_dim else (key_dim, value_dim)
     head_dim = max(key_dim, value_dim)
     return ModelShape(len(layers), hidden_size, q_heads, kv_heads, head_dim, kept, rope, others, widths), passed
+
+
+def _differences(layer: LayerSurvey, q_heads: int, kv_heads: int, key_dim: int, value_dim: int) -> str:
+    """What `layer` has otherwise than most layers of its model, in words."""
+    if (layer.kv_heads, layer.key_dim) != (kv_heads, key_dim):
+        own = f"{layer.kv_heads} KV heads of {layer.key_dim} channels"
+        return f"{own} where most layers have {kv_heads} of {key_dim}"
+    if layer.value_dim != value_dim:
+        return f"values of {layer.value_dim} channels where most layers have {value_dim}"
+    return f"{layer.q_heads} query heads where most layers have {q_heads}"
 
 
 def surveyed_windows(hidden_size: int, layers: Sequence[LayerSurvey]) -> tuple[ModelShape, dict[int, str]]:
