@@ -72,6 +72,15 @@ results: $(addprefix run-,$(MEASURE)) $(VENV)/.installed-plots ## make every tab
 	$(PYTHON) results/tables.py --write
 	$(MAKE) figures
 
+.PHONY: outliers
+
+outliers: $(VENV)/.installed-all ## measure texts that a profile does not know at equal bytes: WIKITEXT=FILE [GEMMA=DIR], half an hour
+	@test -f "$(WIKITEXT)" || { echo "Give the test text of WikiText-2: make outliers WIKITEXT=wikitext2-test.txt" >&2; exit 1; }
+	$(PYTHON) tools/outlier_table.py --model demo --name smollm2 --text "$(WIKITEXT)" --output results/outliers_smollm2.json
+	[ -z "$(GEMMA)" ] || { $(MAKE) $(RUNS)/gemma.safetensors && $(PYTHON) tools/outlier_table.py --model "$(GEMMA)" --name gemma3-270m \
+	  --profile $(RUNS)/gemma.safetensors --text "$(WIKITEXT)" --output results/outliers_gemma3_270m.json; }
+	$(PYTHON) results/tables.py --write
+
 $(addprefix run-,$(MEASURE)): run-%: $(RUNS)/code.txt
 	$(VENV)/bin/spectralkv eval --backend torch --documents 4 --scored 128 --step 16 --greedy 0 --metrics kl $(ARGS_$*) --output $(RUNS)/$*
 

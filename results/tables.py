@@ -15,13 +15,17 @@ import re
 import sys
 from pathlib import Path
 
+from spectral_kv_core.evaluation.report import provenance_line
 from spectral_kv_core.evaluation.text import Text
 from spectral_kv_core.plotting.results import budget_name, variant, variants
 
 HERE = Path(__file__).parent
 CODE_MODULES = ("tarfile", "subprocess", "argparse")  # the text code of the tables: their source, in this Python alone
 CODE_PYTHON, CODE_DIGEST = "3.11.7", "b308defa15f1f889"
-FILES = (HERE.parent / "README.md", HERE / "methods.md", HERE / "scorers.md")
+FILES = (
+    HERE.parent / "README.md", HERE / "methods.md", HERE / "scorers.md", HERE.parent / "docs/decisions/0011-outliers.md",
+)  # fmt: skip
+TIMES = 3  # the KL of prose at equal bytes, that texts which a profile does not know may have
 
 
 def rows(name: str, **fixed) -> list[dict]:
@@ -143,6 +147,34 @@ def needle(name: str) -> str:
         body.append([*cells, f"{mean['cache_bytes'] / 1e6:.1f}"])
     head = ["method", "", "found", "KL over the digits", "mean log probability of the digits", "cache, MB"]
     return table(head, sorted(body, key=lambda line: float(line[3])))
+
+
+def outliers(name: str) -> str:
+    """KL of texts that a profile does not know, beside prose and `affine` with no fewer bytes."""
+    body = []
+    for row in (row for row in rows(name) if "beside" in row):
+        prose, affine = row["beside"]["prose"], row["beside"]["affine"]
+        short = [x for x in (prose, affine) if x["cache_bytes"] < row["cache_bytes"]]
+        cells = [row["text"], f"{row['bits']:g}", f"{row['cache_bytes'] / 1e6:.2f}", f"{row['kl']:.5f}"]
+        cells += [f"{x['kl']:.5f} ({x['bits']:g}{' at most' if x in short else ''})" for x in (prose, affine)]
+        missed = ["prose"] * (row["kl"] > TIMES * prose["kl"]) + ["affine"] * (row["kl"] > affine["kl"])
+        body.append([*cells, f"{row['exact_tokens']:.0f}", " and ".join(missed) or "-"])
+    head = ["text", "bits", "cache, MB", "KL", "KL of prose (bits)", "KL of `affine` (bits)", "exact tokens", "misses"]
+    return table(head, body)
+
+
+def outlier_sentence(name: str) -> str:
+    """What the figures of `outliers` were made with, and what ordinary text costs."""
+    result = json.loads((HERE / f"{name}.json").read_text())
+    prose = [row for row in result["rows"] if "least_bytes" in row]
+    costs = " and ".join(
+        f"{100 * (row['cache_bytes'] / row['least_bytes'] - 1):.2f} % at {row['bits']:g} bits" for row in prose
+    )
+    many = prose[0]["documents"]
+    return (
+        f"The {many} documents of prose take more bytes than the plainest of them by {costs}, in the mean.\n"
+        f"{provenance_line(result['provenance'])}"
+    )
 
 
 def _texts(name: str) -> list[str]:

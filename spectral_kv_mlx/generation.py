@@ -30,7 +30,7 @@ from .profiler import SpectralProfiler
 from .prompt_cache import decode_cache, encode_cache, load_prompt_cache, save_prompt_cache, sealed_bits
 
 __all__ = [  # the names of `spectral_kv_core.hosts.protocol.Generation`, beside those of `host`
-    "HOST_PACKAGES", "PREFILL_CHUNK", "SpectralProfiler", "attend", "build_cache", "cache_nbytes", "context_limit",
+    "HOST_PACKAGES", "PREFILL_CHUNK", "SpectralProfiler", "attend", "build_cache", "cache_nbytes", "can_crop", "context_limit",
     "crop", "decode_cache", "encode_cache", "end_tokens", "feed", "fill", "generate", "held_vectors", "load_model",
     "load_prompt_cache", "make_prompt_cache", "model_dtype", "model_shape", "peak_bytes", "plain_cache", "prefill",
     "read", "recorded", "reset_peak", "save_prompt_cache", "score", "sealed_bits", "text_stream", "token_nbytes",
@@ -211,6 +211,11 @@ def read(model, tokens: list[int], cache: list) -> None:
     """Let `tokens` enter `cache` in one call that makes no logits."""
     model(mx.array([tokens]), cache=cache)
     mx.eval([c.state for c in cache])
+
+
+def can_crop(cache: list) -> bool:
+    """Whether `cache` can forget any number of its last tokens."""
+    return can_trim_prompt_cache(cache)
 
 
 def crop(cache: list, tokens: int) -> bool:

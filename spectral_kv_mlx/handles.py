@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from typing import Any
 from weakref import WeakValueDictionary
 
 import mlx.core as mx
@@ -22,10 +23,11 @@ from spectral_kv_core.errors import UsageError
 
 
 class Route:
-    """From a cache that took tokens in to the dispatcher, within one call of a module."""
+    """From a cache that took tokens in to the dispatcher, within one call of a `module`."""
 
-    def __init__(self):
+    def __init__(self, module=None):
         self.cache: RoutedCache | None = None
+        self.module = module
 
 
 _route: ContextVar[Route | None] = ContextVar("spectralkv_route", default=None)
@@ -33,9 +35,9 @@ _handed_out: WeakValueDictionary[int, mx.array] = WeakValueDictionary()
 
 
 @contextmanager
-def routing() -> Iterator[None]:
-    """What runs here attends through a dispatcher of ours; raises UsageError where it did not."""
-    outer, route = _route.get(), Route()
+def routing(module=None) -> Iterator[None]:
+    """What runs here, in a call of `module`, attends through a dispatcher of ours; raises UsageError where it did not."""
+    outer, route = _route.get(), Route(module)
     token = _route.set(route)
     try:
         yield
@@ -59,6 +61,7 @@ class RoutedCache(_BaseCache):
 
     pending: tuple[mx.array, mx.array] | None = None
     decoded: str = ""
+    owner: Any = None
 
     @abstractmethod
     def attend(self, queries: mx.array, scale: float, fused: Callable, sinks: mx.array | None = None) -> mx.array:
@@ -77,6 +80,8 @@ class RoutedCache(_BaseCache):
         route = _route.get()
         if route is not None:
             route.cache = self
+            if self.owner is not None and route.module is not None:
+                self.owner.meet(route.module)
         return route is not None
 
 

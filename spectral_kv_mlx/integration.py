@@ -8,6 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
+import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _download, load_config
 from mlx_lm.utils import load_tokenizer as mlx_load_tokenizer
@@ -24,11 +25,22 @@ from .survey import install, model_shape, survey, window_shape
 
 __all__ = [
     "cache_of", "end_tokens", "exact_layer", "host_layers", "install", "load_model", "load_tokenizer", "max_context",
-    "model_dtype", "model_name", "model_shape", "plain_cache", "restore", "set_exact_layer", "survey", "weights_digest",
-    "window_shape",
+    "model_dtype", "model_name", "model_shape", "parts", "plain_cache", "restore", "sample_of", "set_exact_layer", "survey",
+    "weights_digest", "window_shape",
 ]  # fmt: skip
 WEIGHT_GROUP = 64  # weights that share a scale where they are quantized here
 FLOATS = (mx.float32, mx.bfloat16, mx.float16)  # types of weights that are not quantized
+
+
+def parts(model) -> list[nn.Module]:
+    """All modules of `model`."""
+    return model.modules()
+
+
+def sample_of(part) -> np.ndarray | None:
+    """Some weights of a module; None for one without."""
+    weight = next((x for _, x in tree_flatten(part.parameters())), None)
+    return None if weight is None else to_numpy(sampled(weight.reshape(-1), weight.size))
 
 
 def weights_digest(model) -> str:
@@ -71,7 +83,9 @@ def load_model(name: str | os.PathLike, dtype: str | None = None, quantize: str 
     try:
         path = _download(str(name))
         config = load_config(path)
-        model, tokenizer = mlx_lm.load(str(path), model_config=config_corrections(config), lazy=True)
+        model, tokenizer = mlx_lm.load(
+            str(path), {"trust_remote_code": False}, config_corrections(config), lazy=True, trust_remote_code=False
+        )
     except OSError as error:
         raise FileNotFoundError(
             f"Expected a model directory, a hub id or demo, cannot load {str(name)!r}: {first_line(error)}"
@@ -104,7 +118,7 @@ def load_tokenizer(model):
     """The tokenizer that `model` came with; None where `load_model` did not load it, or there is none."""
     name = getattr(model, "name_or_path", "")
     try:
-        return mlx_load_tokenizer(_download(name)) if name else None
+        return mlx_load_tokenizer(_download(name), {"trust_remote_code": False}) if name else None
     except (OSError, ValueError):
         return None
 

@@ -111,7 +111,7 @@ def _routing_call(modules: set[str], host: Callable) -> Callable:
     def __call__(self, *args, **options):
         if id(self) in _unrouted or not all(is_ours(getattr(sys.modules[name], ATTENTION)) for name in modules):
             return host(self, *args, **options)
-        with routing():
+        with routing(self):
             return host(self, *args, **options)
 
     return replacing(host, __call__)

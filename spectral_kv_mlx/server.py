@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from http.server import ThreadingHTTPServer
 from io import BytesIO
+from pathlib import Path
 from queue import Queue
 from types import ModuleType
 from typing import Any
@@ -34,6 +35,7 @@ from .generation import build_cache, cache_nbytes, context_limit, load_model, to
 
 log = logging.getLogger("spectralkv")
 REMEMBERED = 256  # prompts whose answer may still come
+ENDING = 0.5  # seconds that a thread may take to end
 LOADING = 0.02  # seconds between two looks at whether the model is there
 FIELDS = {  # what mlx-lm's server reads beside the fields that every server of ours does
     "tools", "tool_choice", "top_k", "min_p", "repetition_penalty", "repetition_context_size", "presence_penalty",
@@ -57,6 +59,17 @@ class Responses(mlx_lm.server.ResponseGenerator):
 
     failure: Exception | None = None
     queue: Queue | None = None  # of the request that was read last
+
+    def stop_and_join(self) -> None:
+        """As mlx-lm has it, and until the operating system's thread is gone.
+
+        Python's part of a thread ends first. MLX then frees what belongs to it, and aborts a process that ends meanwhile.
+        """
+        super().stop_and_join()
+        task = Path(f"/proc/self/task/{self._generation_thread.native_id}")
+        last = time.monotonic() + ENDING
+        while time.monotonic() < last and (task.exists() or not task.parent.exists()):
+            time.sleep(LOADING)
 
     def _run_generate(self) -> None:
         try:

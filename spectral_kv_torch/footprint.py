@@ -35,7 +35,7 @@ def skeleton(name: str, dtype: str | None = None):
     Raises FileNotFoundError where there is no configuration, UsageError for a model that transformers cannot build.
     """
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except OSError as error:
         raise FileNotFoundError(
             f"Expected a model directory, a hub id or demo, cannot read the config.json of {name!r}: {first_line(error)}"

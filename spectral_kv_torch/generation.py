@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 
 from spectral_kv_core.benchmark.machine import process_peak_bytes
 from spectral_kv_core.cache import model_cache
+from spectral_kv_core.cache.compressed_layer import leading_layers
 from spectral_kv_core.cache.request import CacheRequest
 from spectral_kv_core.cache.size import CacheSize
 from spectral_kv_core.errors import UsageError
@@ -41,7 +42,7 @@ from .profiler import SpectralProfiler
 from .prompt_cache import decode_cache, encode_cache, load_prompt_cache, save_prompt_cache, sealed_bits
 
 __all__ = [  # the names of `spectral_kv_core.hosts.protocol.Generation`, beside those of `host`
-    "HOST_PACKAGES", "PREFILL_CHUNK", "SpectralProfiler", "attend", "build_cache", "cache_nbytes", "context_limit",
+    "HOST_PACKAGES", "PREFILL_CHUNK", "SpectralProfiler", "attend", "build_cache", "cache_nbytes", "can_crop", "context_limit",
     "crop", "decode_cache", "encode_cache", "end_tokens", "feed", "fill", "generate", "held_vectors", "load_model",
     "load_prompt_cache", "make_prompt_cache", "model_dtype", "model_shape", "peak_bytes", "plain_cache", "prefill",
     "read", "recorded", "reset_peak", "save_prompt_cache", "score", "sealed_bits", "text_stream", "token_nbytes",
@@ -100,7 +101,7 @@ def make_prompt_cache(
         tokenizer: Of the model, for a calibration. Default: the one that the model came with, where it knows from where.
 
     Returns:
-        The cache, to be passed as `past_key_values`.
+        The cache, to be passed as `cache`, or as `past_key_values` to transformers before 5.24.
 
     Raises:
         UsageError: The budget is out of range, arguments do not go together, the profile is of another model, there is
@@ -109,10 +110,11 @@ def make_prompt_cache(
     Examples:
         >>> from spectral_kv_core.hosts.demo_model import demo_model_path
         >>> from spectral_kv_torch import load_model, make_prompt_cache
+        >>> from spectral_kv_torch.integration import cache_argument
         >>> model, tokenizer = load_model(demo_model_path())
         >>> cache = make_prompt_cache(model, bits=4)
         >>> inputs = tokenizer("The sea is a place", return_tensors="pt")
-        >>> output = model.generate(**inputs, past_key_values=cache, max_new_tokens=3, do_sample=False)
+        >>> output = model.generate(**inputs, **cache_argument(model, cache), max_new_tokens=3, do_sample=False)
         >>> tokenizer.decode(output[0])
         'The sea is a place of endless wonder'
     """
@@ -153,12 +155,13 @@ def cache_nbytes(cache: Cache) -> CacheSize:
     Examples:
         >>> from spectral_kv_core.hosts.demo_model import demo_model_path
         >>> from spectral_kv_torch import cache_nbytes, load_model, make_prompt_cache
+        >>> from spectral_kv_torch.integration import cache_argument
         >>> model, tokenizer = load_model(demo_model_path())
         >>> cache = make_prompt_cache(model, bits=2)
         >>> import torch
         >>> tokens = tokenizer.encode("The sea is a place of endless wonder.")
         >>> with torch.no_grad():
-        ...     _ = model(torch.tensor([tokens]), past_key_values=cache)
+        ...     _ = model(torch.tensor([tokens]), **cache_argument(model, cache))
         >>> size = cache_nbytes(cache)
         >>> size.dense_nbytes == len(tokens) * 2 * 30 * 3 * 64 * 2  # layers, KV heads, head_dim, bytes
         True
@@ -237,6 +240,12 @@ def read(model, tokens: list[int], cache: Cache) -> None:
     """Let `tokens` enter `cache` in one call; the logits of the last one are made and left."""
     batch = torch.tensor([tokens], device=model.device)
     model(batch, use_cache=True, logits_to_keep=1, **cache_argument(model, cache))
+
+
+def can_crop(cache: Cache) -> bool:
+    """Whether `cache` can forget any number of its last tokens."""
+    dropped = any(layer.store is not None and layer.store.has_dropped for layer in leading_layers(cache.layers))
+    return not dropped and all(map(_can_crop, cache.layers))
 
 
 def crop(cache: Cache, tokens: int) -> bool:

@@ -129,6 +129,17 @@ class Handle(torch.Tensor):
         return func(*tree_map(decode, args), **tree_map(decode, kwargs))
 
 
+class Decoding:
+    """`function` of the host with decoded keys and values in place of handles, which its compiler does not know."""
+
+    def __init__(self, function: Callable):
+        self.function = function
+
+    def __call__(self, module, query, key, value, *args, **kwargs):
+        key, value = (x.pending.dense()[x.side] if isinstance(x, Handle) else x for x in (key, value))
+        return self.function(module, query, key, value, *args, **kwargs)
+
+
 def pending_of(key: torch.Tensor, value: torch.Tensor) -> Pending | None:
     """Whose handles `key` and `value` are; None where one of them is a tensor that something was done to."""
     both = isinstance(key, Handle) and isinstance(value, Handle)
@@ -167,6 +178,8 @@ def attention_forward(module, query, key, value, attention_mask=None, scaling=No
         function = _function_for_plain(module, kwargs)
         return _by_host(function, module, query, key, value, attention_mask, scale, kwargs, 0)
     function, layer = _function_for(module, kwargs), pending.layer
+    if (owner := getattr(layer, "owner", None)) is not None:
+        owner.meet(module)
     padding, is_padding = None, True
     if attention_mask is not None:
         padding = _last_padding(attention_mask, length)

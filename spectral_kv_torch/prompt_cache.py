@@ -57,12 +57,13 @@ def save_prompt_cache(
     Examples:
         >>> from spectral_kv_core.hosts.demo_model import demo_model_path
         >>> from spectral_kv_torch import load_model, make_prompt_cache, save_prompt_cache
+        >>> from spectral_kv_torch.integration import cache_argument
         >>> model, tokenizer = load_model(demo_model_path())
         >>> cache = make_prompt_cache(model, bits=2)
         >>> import torch
         >>> tokens = tokenizer.encode("The sea is a place of endless wonder.")
         >>> with torch.no_grad():
-        ...     _ = model(torch.tensor([tokens]), past_key_values=cache)
+        ...     _ = model(torch.tensor([tokens]), **cache_argument(model, cache))
         >>> save_prompt_cache("build/sea.safetensors", cache, tokens, model=model).name
         'sea.safetensors'
     """
@@ -98,12 +99,13 @@ def load_prompt_cache(
     Examples:
         >>> from spectral_kv_core.hosts.demo_model import demo_model_path
         >>> from spectral_kv_torch import load_model, load_prompt_cache, make_prompt_cache, save_prompt_cache
+        >>> from spectral_kv_torch.integration import cache_argument
         >>> model, tokenizer = load_model(demo_model_path())
         >>> cache = make_prompt_cache(model, bits=2)
         >>> import torch
         >>> tokens = tokenizer.encode("The sea is a place of endless wonder.")
         >>> with torch.no_grad():
-        ...     _ = model(torch.tensor([tokens]), past_key_values=cache)
+        ...     _ = model(torch.tensor([tokens]), **cache_argument(model, cache))
         >>> path = save_prompt_cache("build/sea.safetensors", cache, tokens, model=model)
         >>> cache, read = load_prompt_cache(path, model)
         >>> read == tokens

@@ -20,19 +20,21 @@ import torch
 import transformers
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 from transformers.modeling_outputs import MoEModelOutput
-from transformers.modeling_utils import AttentionInterface
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from spectral_kv_core.arrays.rope import Rope
 from spectral_kv_core.arrays.rope_fit import SHIFTS, fit_rope, is_rotated_by
 from spectral_kv_core.codecs.exact import ExactPlan
-from spectral_kv_core.errors import first_line
+from spectral_kv_core.errors import UsageError, first_line
 from spectral_kv_core.profile.model_shape import ModelShape
 from spectral_kv_core.profile.model_survey import CODES, DECODED, PASSED, LayerSurvey, surveyed_shape, surveyed_windows
 from spectral_kv_core.profile.store import warn_once
 
-from . import integration, ops
+from . import ops, routing
+from .arguments import device_of, known_ropes, max_context, read_layers, read_rope, text_config, window_kind
 from .cache import SpectralCache
 from .handles import ATTENTION, attention_forward, changed_scores, is_decoded, left_padding
+from .host_cache import cache_argument, cache_of, host_layers, plain_cache
 
 FIRST = 9  # tokens of the call that is looked at
 MOVED = 4  # of them, those that are tried at other positions
@@ -95,7 +97,8 @@ class Trace:
             changed = [WORDS.get(name, f"the argument {name}") for name in changed_scores(module, kwargs)]
             if not changed and is_decoded(module, kwargs):
                 changed.append("scores of its own kind")
-            if attention_mask is not None and left_padding(attention_mask, query.shape[2]) is None:
+            seen = attention_mask is not None and not attention_mask.is_meta
+            if seen and left_padding(attention_mask, query.shape[2]) is None:
                 changed.append("a mask that is not causal")
             self.calls[layer].append(Call(query.shape[1], source, " and ".join(changed)))
         return attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -106,6 +109,7 @@ _surveys: dict[tuple, list[LayerSurvey]] = {}
 
 def survey(model) -> list[LayerSurvey]:
     """How every layer of `model` uses its cache, tried out once per class, configuration and attention code."""
+    model = _unwrapped(model)
     key = _key(model)
     if key not in _surveys:
         found, is_seen = _surveyed(model)
@@ -116,39 +120,65 @@ def survey(model) -> list[LayerSurvey]:
 
 
 def model_shape(model) -> tuple[ModelShape, dict[int, str]]:
-    """`integration.model_shape`."""
-    return surveyed_shape(integration.text_config(model).hidden_size, survey(model), widens=True)
+    """Architecture numbers of `model`, and the layers that are passed through with the reason.
+
+    Raises UsageError for a model without attention.
+    """
+    config, layers = text_config(model), survey(model)
+    if not any(layer.kv_heads or layer.reason == OWN_KIND for layer in layers):
+        raise UsageError(
+            f"Expected a model with attention, received a {type(_unwrapped(model)).__name__}, which has none: it keeps states "
+            "of one size and no cache that grows. Use it as it is."
+        )
+    shape, passed = surveyed_shape(config.hidden_size, layers, widens=True)
+    return replace(
+        shape, num_layers=max(shape.num_layers, config.num_hidden_layers)
+    ), passed  # some share all they have
 
 
 def window_shape(model) -> tuple[ModelShape, dict[int, str]]:
-    """`integration.window_shape`."""
-    return surveyed_windows(integration.text_config(model).hidden_size, survey(model))
+    """`model_shape` of the layers with a sliding window, and of no others."""
+    return surveyed_windows(text_config(model).hidden_size, survey(model))
+
+
+def _unwrapped(model):
+    """The model of transformers inside of one that is compiled, or that has adapters around it."""
+    return next((part for part in model.modules() if isinstance(part, PreTrainedModel)), model)
 
 
 def _key(model) -> tuple:
     """What a survey depends on: weights are not part of it."""
     attention = {type(m) for m in model.modules() if hasattr(m, "layer_idx") or "attention" in type(m).__name__.lower()}
     code = sorted(f"{kind.__module__}.{kind.__qualname__}" for kind in attention)
+    names = [str(getattr(name, "before", name)) for _, name in routing.routes(model)]
     config = model.config
-    return type(model), str(config), tuple(code), str(model.dtype), model.device.type
+    return (
+        type(model),
+        str(config),
+        tuple(code),
+        tuple(names),
+        str(model.dtype),
+        device_of(model).type,
+        _has_memory(model),
+    )
 
 
 def _surveyed(model) -> tuple[list[LayerSurvey], bool]:
     """`survey`, and whether it was seen: read from the configuration where the model cannot be called here."""
-    if model.device.type == "meta":
-        return integration.read_layers(model), False
     try:
         with _untouched(model):
-            return _tried(model)
+            return _tried(model) if _has_memory(model) else _without_memory(model)
     except Exception as error:  # whatever a model raises that needs other inputs
+        if not _has_memory(model):  # and what a number decides, such as which experts take a token
+            return read_layers(model), False
         if _runs_alone(model):
-            return [LayerSurvey(PASSED, OWN_KIND)] * len(integration.host_layers(model)), True
+            return [LayerSurvey(PASSED, OWN_KIND)] * len(host_layers(model)), True
         warn_once(
             f"A {type(model).__name__} cannot be tried out with text alone: {first_line(error)} Its layers are taken as its "
             "configuration names them.",
             str(_key(model)),
         )
-        return integration.read_layers(model), False
+        return read_layers(model), False
 
 
 def _runs_alone(model) -> bool:
@@ -165,7 +195,7 @@ def _tried(model) -> tuple[list[LayerSurvey], bool]:
     trace = _traced(model)
     ropes, switched = _ropes(model, trace)
     limits = dict.fromkeys(switched, SWITCHES)
-    held = integration.host_layers(model)
+    held = host_layers(model)
     layers = [
         replace(_layer(model, i, layer, trace, ropes.get(i)), limit=limits.get(i, "")) for i, layer in enumerate(held)
     ]
@@ -173,7 +203,7 @@ def _tried(model) -> tuple[list[LayerSurvey], bool]:
     layers = [replace(layer, way=PASSED, reason=passed[i]) if i in passed else layer for i, layer in enumerate(layers)]
     if not shape.layers:
         return layers, True
-    expected = _logits(model, integration.plain_cache(model))
+    expected = _logits(model, plain_cache(model))
     if not torch.isfinite(expected).all():
         return layers, False
     if not _is_same(model, shape, expected):
@@ -183,6 +213,15 @@ def _tried(model) -> tuple[list[LayerSurvey], bool]:
     return layers, True
 
 
+def _without_memory(model) -> tuple[list[LayerSurvey], bool]:
+    """The sizes of a model whose weights are a shape and a dtype: what can be seen without a number."""
+    rope = read_rope(model)
+    for module in model.modules():
+        module._buffers.update({name: x.to("meta") for name, x in module._buffers.items() if x is not None})
+    trace = _traced(model)
+    return [_layer(model, i, layer, trace, rope) for i, layer in enumerate(host_layers(model))], True
+
+
 def _layer(model, i: int, layer, trace: Trace, rope: Rope | None) -> LayerSurvey:
     """What `trace` tells of layer `i`, for which the host has the cache layer `layer`."""
     updates = trace.updates.get(i, [])
@@ -190,7 +229,7 @@ def _layer(model, i: int, layer, trace: Trace, rope: Rope | None) -> LayerSurvey
     sizes = {}
     if updates:
         keys, values = updates[0]
-        q_heads = calls[0].q_heads if calls else integration.text_config(model).num_attention_heads
+        q_heads = calls[0].q_heads if calls else text_config(model).num_attention_heads
         sizes = {
             "q_heads": q_heads,
             "kv_heads": keys.shape[1],
@@ -211,7 +250,7 @@ def _kept_by_host(model, i: int, layer, trace: Trace) -> str:
     """Why layer `i` keeps the host's own cache; "" where it need not."""
     updates = trace.updates.get(i, [])
     if getattr(layer, "is_sliding", False):
-        return integration.window_kind(model, i)
+        return window_kind(model, i)
     if not updates:
         sources = {call.source for call in trace.calls.get(i, [])} - {None, i}
         if sources:
@@ -234,24 +273,24 @@ def _kept_by_host(model, i: int, layer, trace: Trace) -> str:
 
 def _traced(model) -> Trace:
     """What the first tokens show."""
-    trace, layers = Trace(), integration.host_layers(model)
+    trace, layers = Trace(), host_layers(model)
     trace.watch(layers)
     try:
-        with integration.routed(model):
+        with routing.routed(model):
             AttentionInterface.register(ATTENTION, trace.attention)
-            _call(model, _ids(model)[:, :FIRST], integration.cache_of(layers))
+            _call(model, _ids(model)[:, :FIRST], cache_of(layers))
     finally:
-        integration.register()
+        routing.register()
     return trace
 
 
 def _ropes(model, trace: Trace) -> tuple[dict[int, Rope | None], set[int]]:
     """How the keys of every layer are rotated, where that is seen or said, and the layers that are so in short texts only."""
     if "position_ids" not in _arguments(model):
-        return dict.fromkeys(trace.updates, integration.read_rope(model)), set()
+        return dict.fromkeys(trace.updates, read_rope(model)), set()
     first = {i: ops.to_numpy(updates[0][0][0, :, :MOVED]) for i, updates in trace.updates.items()}
-    known = integration.known_ropes(model)
-    context = integration.max_context(model)
+    known = known_ropes(model)
+    context = max_context(model)
     shifts = [n for n in SHIFTS if n + FIRST <= (context or n + FIRST)]
     found: dict[int, Rope | None] = {}
     switched: set[int] = set()
@@ -285,19 +324,19 @@ def _switched_far(model, ropes: dict[int, Rope], start: int) -> set[int]:
 
 def _keys_at(model, shifts: Sequence[int]) -> dict[int, dict[int, np.ndarray]]:
     """By layer and by shift, keys [H, T, D] of the `MOVED` first tokens so many positions later."""
-    trace, layers = Trace(), integration.host_layers(model)
+    trace, layers = Trace(), host_layers(model)
     trace.watch(layers)
     positions = torch.arange(MOVED)[None] + torch.tensor(shifts)[:, None]
     ids = _ids(model)[:, :MOVED].expand(len(shifts), -1)
-    _call(model, ids, integration.cache_of(layers), position_ids=positions.to(model.device))
+    _call(model, ids, cache_of(layers), position_ids=positions.to(ids.device))
     return {i: dict(zip(shifts, ops.to_numpy(updates[0][0]))) for i, updates in trace.updates.items()}
 
 
 def _is_same(model, shape: ModelShape, expected: torch.Tensor) -> bool:
     """Whether the logits are `expected` when the layers of `shape` are compressed without a loss, all sealed at once."""
-    plan, layers = ExactPlan.of(shape), integration.host_layers(model)
+    plan, layers = ExactPlan.of(shape), host_layers(model)
     try:
-        with integration.routed(model):
+        with routing.routed(model):
             got = _logits(model, SpectralCache(plan=plan, layers=layers, sinks=0, window=0))
     except Exception as error:  # of a model that does with keys what our cache refuses
         logging.getLogger("spectralkv").debug("a survey met %s", error)
@@ -324,17 +363,27 @@ def _call(model, ids: torch.Tensor, cache: Cache | None, **options) -> torch.Ten
     """What `model` gives for `ids` [B, L]: logits, or states where it has none."""
     given = {"use_cache": cache is not None, **options}
     if cache is not None:
-        given |= integration.cache_argument(model, _paired(model, cache))
+        given |= cache_argument(model, _paired(model, cache))
     if "logits_to_keep" in _arguments(model):
         given["logits_to_keep"] = KEPT
     if model.config.is_encoder_decoder:
         width = model.get_encoder().config.hidden_size
-        states = torch.linspace(-1, 1, ENCODED * width, dtype=model.dtype, device=model.device).view(1, ENCODED, width)
+        states = torch.linspace(-1, 1, ENCODED * width, dtype=model.dtype, device=ids.device).view(1, ENCODED, width)
         given |= {"encoder_outputs": MoEModelOutput(states.expand(len(ids), -1, -1)), "decoder_input_ids": ids}
     else:
         given["input_ids"] = ids
     out = model(**given)
     return out.logits if hasattr(out, "logits") else out[0]
+
+
+def _has_memory(model) -> bool:
+    """Whether the weights of `model` are numbers, here or where they wait until they are used."""
+    return model.device.type != "meta" or any(hasattr(module, "_hf_hook") for module in model.modules())
+
+
+def _device(model) -> torch.device:
+    """Where token ids for `model` go."""
+    return device_of(model) if _has_memory(model) else model.device
 
 
 def _arguments(model) -> set[str]:
@@ -350,9 +399,9 @@ def _ids(model) -> torch.Tensor:
                 waiting.append(value)
             elif "token" in name or name.endswith(("_id", "_ids", "_index")):
                 special |= set(value if isinstance(value, (list, tuple)) else [value])
-    count = min(IDS, int(integration.text_config(model).vocab_size))
+    count = min(IDS, int(text_config(model).vocab_size))
     usual = [i for i in range(count) if i not in special] or [0]
-    return torch.tensor([np.random.default_rng(0).choice(usual, sum(PIECES)).tolist()], device=model.device)
+    return torch.tensor([np.random.default_rng(0).choice(usual, sum(PIECES)).tolist()], device=_device(model))
 
 
 @contextmanager
@@ -361,20 +410,21 @@ def _untouched(model) -> Iterator[None]:
     before = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
     small = [x for x in model.buffers() if x.numel() <= SMALL]  # such as frequencies, which some models change in place
     values = [x.clone() for x in small]
-    routes = integration.routes(model)
-    devices = [model.device] if model.device.type == "cuda" else []
+    routes = routing.routes(model)
+    devices = [_device(model)] if _device(model).type == "cuda" else []
     verbosity = transformers.logging.get_verbosity()
     try:
-        with torch.random.fork_rng(devices), torch.no_grad(), warnings.catch_warnings():
+        eager = torch.compiler.set_stance("force_eager")  # nothing is compiled for the sizes of a trial
+        with torch.random.fork_rng(devices), torch.no_grad(), warnings.catch_warnings(), eager:
             warnings.simplefilter("ignore")
             transformers.logging.set_verbosity(logging.CRITICAL)
-            integration.restore(model)
+            routing.restore(model)
             for module in model.modules():
                 module.training = False
             yield
     finally:
         transformers.logging.set_verbosity(verbosity)
-        integration.set_routes(routes)
+        routing.set_routes(routes)
         for module, attributes, buffers in before:
             for name in set(vars(module)) - set(attributes):
                 del vars(module)[name]

@@ -177,8 +177,10 @@ def test_control_c_ends_the_answer_and_not_the_chat(talk, backend, monkeypatch):
         return feed(*args)
 
     monkeypatch.setattr(backend[1], "feed", pressing)
+    read = counted(monkeypatch, backend[1])
     result = json_of(talk(["Whose cups?", "How many?"], "--json", "--max-tokens", "20", "--method", "identity"))
     assert [m["role"] for m in result["messages"]] == ["user", "assistant"] * 2
+    assert sum(read) <= result["tokens"] + 4, "the cache is whole: nothing is read again"
     assert len(calls) == 3 + 20 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import importlib
 import json
 import logging
 import re
@@ -185,10 +186,12 @@ def test_a_second_turn_goes_on_from_the_cache(serving, lines):
         reused = usage.prompt_tokens_details.cached_tokens
         assert re.search(rf"\b{usage.prompt_tokens} (tokens|of them of the prompt),", line), line
         assert re.search(rf"\b{reused} (of them )?reused\b", line), line
-        stored, _, dense = re.search(r"([\d,]+) bytes, ([\d.]+) times smaller than ([\d,]+)", line).groups()
+        stored, exact, dense = re.search(
+            r"([\d,]+) bytes, ([\d,]+) of them exact, [\d.]+ times smaller than ([\d,]+)", line
+        ).groups()
         tokens = usage.total_tokens
         assert (tokens - 2) * TOKEN * 2 <= int(dense.replace(",", "")) <= tokens * TOKEN * 2
-        assert int(stored.replace(",", "")) < 4 * tokens * TOKEN
+        assert 0 < int(exact.replace(",", "")) < int(stored.replace(",", "")) < 4 * tokens * TOKEN
 
 
 def test_eight_at_a_time(serving, lines, greedy):
@@ -202,8 +205,23 @@ def test_eight_at_a_time(serving, lines, greedy):
     assert len(told) == 8 and all("bytes" in line for line in told)
 
 
-def test_a_request_that_is_given_up_makes_room(serving, lines, greedy):
-    """The one after it is answered at once, where one at a time is."""
+def slowed(name: str, monkeypatch) -> None:
+    """Let every step of an answer take a while."""
+    _, backend = load_backend(name)
+    owner = importlib.import_module("mlx_lm.generate").GenerationBatch if name == "mlx" else backend
+    step = "_step" if name == "mlx" else "feed"
+    call = getattr(owner, step)
+
+    def slow(*args, **options):
+        time.sleep(0.03)
+        return call(*args, **options)
+
+    monkeypatch.setattr(owner, step, slow)
+
+
+def test_a_request_that_is_given_up_makes_room(serving, lines, greedy, name, monkeypatch):
+    """The one after it is answered at once, where one at a time is: neither a stream nor a whole answer goes on for nobody."""
+    slowed(name, monkeypatch)
     with serving(None, "identity", concurrency=1, most_tokens=800) as at:
         stream = chat(at.client, said("Whose cups?"), stream=True)
         for number, _ in enumerate(stream):
@@ -219,7 +237,9 @@ def test_a_request_that_is_given_up_makes_room(serving, lines, greedy):
         time.sleep(0.2)
         connection.sock.shutdown(socket.SHUT_RDWR)
         connection.close()
+        begun = time.monotonic()
         again = chat(at.client, said("How many?"), max_tokens=4)
+        assert time.monotonic() - begun < 10
     assert {shown(x.choices[0].message.content) for x in (answer, again)} == {greedy(said("How many?"), 4)}
 
 
@@ -284,6 +304,11 @@ def test_what_is_no_request_gets_an_error_too(serving):
             assert answer.status == status, (sent[:80], answer.status, body)
             assert json.loads(body)["error"]["message"] and b"Traceback" not in body
             assert answer.getheader("Access-Control-Allow-Origin") is None
+        for sent in (b"GARBAGE\r\n\r\n", b"GET /" + b"x" * 70_000, b"BREW /v1/models HTTP/1.1\r\n\r\n"):
+            with socket.create_connection(at.address, timeout=20) as connection:
+                connection.sendall(sent + b"\r\n\r\n")
+                answer = b"".join(iter(lambda: connection.recv(4096), b""))
+            assert json.loads(answer[answer.index(b"{") :])["error"]["message"] and b"Traceback" not in answer
         for host, status in (("localhost:80", 200), ("example.com", 403)):
             connection = http.client.HTTPConnection(*at.address)
             connection.request("GET", "/health", headers={"Host": host})

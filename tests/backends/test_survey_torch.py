@@ -38,6 +38,14 @@ from spectral_kv_torch.handles import Handle, RoutedName  # noqa: E402
 from spectral_kv_torch.integration import install, model_shape  # noqa: E402
 
 
+def tiny(name: str):
+    """A tiny model of the table, where this version of transformers has its family."""
+    try:
+        return torch_families.tiny(name)
+    except (ValueError, KeyError) as error:
+        pytest.skip(f"no {name} in this transformers: {error}"[:100])
+
+
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """Every model is tried out anew."""
@@ -49,7 +57,7 @@ def fresh(monkeypatch):
 
 @pytest.mark.parametrize("before", ["eager", "sdpa", "spectralkv"])
 def test_a_survey_leaves_no_trace(before):
-    model = torch_families.tiny("phi3, long RoPE")
+    model = tiny("phi3, long RoPE")
     model.model.layers[1].resid_attn_dropout.p = 0.5
     model.train()
     model.model.layers[0].eval()
@@ -79,6 +87,15 @@ def test_a_model_is_tried_out_once(monkeypatch):
     for name in CONFIGS:
         model_shape(tiny_model(name))
     assert len(calls) == len(CONFIGS)
+
+
+def test_what_stands_around_a_model_is_not_tried_out(monkeypatch):
+    """A compiler would compile for every size of a trial."""
+    compiled = torch.compile(tiny_model("llama"), backend=lambda graph, inputs: pytest.fail("compiled"))
+    assert survey.survey(compiled) is survey.survey(tiny_model("llama"))
+    model = tiny_model("qwen3")
+    model.compile(backend=lambda graph, inputs: pytest.fail("compiled"))
+    assert [layer.way for layer in survey.survey(model)] == 3 * [CODES]
 
 
 def test_weights_that_give_no_number_are_tried_again():
@@ -147,12 +164,17 @@ def test_a_layer_that_refuses_handles_is_passed_through(monkeypatch):
     }.items(),
 )
 def test_ways_of_layers(name, ways):
-    assert tuple(layer.way for layer in survey.survey(torch_families.tiny(name))) == ways
+    model = tiny(name)
+    if name == "gemma2":
+        model.set_attn_implementation("eager")  # older ones drop the cap elsewhere
+    found = tuple(layer.way for layer in survey.survey(model))
+    assert found == ways[: len(found)]  # older ones have no cache layer for one that shares
+    assert model_shape(model)[0].num_layers == len(ways)
 
 
 def test_reasons_are_words_of_users():
     for name in ("gemma3n_text", "nemotron_h", "falcon_h1", "deepseek_v32", "xlstm", "llama4_text"):
-        for layer in survey.survey(torch_families.tiny(name)):
+        for layer in survey.survey(tiny(name)):
             assert not any(word in layer.reason for word in ("Layer", "Cache", "Dynamic", "_")), layer.reason
             assert bool(layer.reason) == (layer.way != CODES)
 
@@ -177,7 +199,7 @@ def test_what_needs_other_inputs_is_read_and_said_once(caplog):
 
 
 def test_layers_are_rotated_one_by_one():
-    shape, _ = model_shape(torch_families.tiny("smollm3"))
+    shape, _ = model_shape(tiny("smollm3"))
     assert [bool(shape.rope_of(i)) for i in range(4)] == [True, False, True, False]
 
 
@@ -193,7 +215,7 @@ def test_layers_are_rotated_one_by_one():
     ],
 )
 def test_a_rotation_that_functions_make(name, rotary_dim, interleaved):
-    rope = model_shape(torch_families.tiny(name))[0].rope
+    rope = model_shape(tiny(name))[0].rope
     assert (rope.rotary_dim, rope.interleaved) == (rotary_dim, interleaved) if rotary_dim else rope is None
 
 
@@ -206,7 +228,7 @@ def test_two_bases_are_told_apart():
 @pytest.mark.parametrize("name", ["llama, dynamic RoPE", "phi3, long RoPE"])
 def test_a_rotation_that_switches_at_64_tokens(name):
     """Named, and exact across the switch; what is coded before the rotation comes out the same too."""
-    model, ids = torch_families.tiny(name), tokens(140)
+    model, ids = tiny(name), tokens(140)
     layers = survey.survey(model)
     assert all(layer.limit == "keys are rotated in another way in long texts" and layer.rope for layer in layers)
     expected = logits_of(model, ids, plain_cache(model), 40)
@@ -217,7 +239,7 @@ def test_a_rotation_that_switches_at_64_tokens(name):
 
 @pytest.mark.parametrize("name, reason", [("mistral, window", "sliding window"), ("llama4_text", "chunked attention")])
 def test_a_window_of_8_and_a_chunk_of_32(name, reason):
-    model, ids = torch_families.tiny(name), tokens(120)
+    model, ids = tiny(name), tokens(120)
     layers = survey.survey(model)
     assert {layer.reason for layer in layers if layer.way == PASSED} == {reason}
     if all(layer.way == PASSED for layer in layers):
@@ -229,7 +251,7 @@ def test_a_window_of_8_and_a_chunk_of_32(name, reason):
 
 def test_layers_without_a_rotation_are_coded_as_they_are(tmp_path):
     """Methods that code keys before their rotation, and scorers, on a model that rotates every second layer."""
-    model, ids = torch_families.tiny("smollm3"), tokens(300)
+    model, ids = tiny("smollm3"), tokens(300)
     profile = SpectralProfiler(tokens=2048, document=1024, progress=False).profile_from_model(
         model, ByteTokenizer(), TEXT
     )
@@ -273,11 +295,13 @@ def wider_values():
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("make", [lambda: torch_families.tiny("deepseek_v3"), wider_values], ids=["latent", "wider"])
+@pytest.mark.parametrize("make", [lambda: tiny("deepseek_v3"), wider_values], ids=["latent", "wider"])
 def test_keys_and_values_of_other_widths(make, tmp_path):
     """Zeros fill the narrower side up: exact in pieces, after a crop, through a file and decoded; counted as they are."""
     model, ids = make(), tokens(220)
     shape, _ = model_shape(model)
+    if shape.widths is None:
+        pytest.skip("this transformers keeps keys and values of one width")
     width, layers = sum(shape.widths), len(shape.layers)
     assert shape.head_dim == max(shape.widths) and ModelShape.from_json(shape.to_json()) == shape
     expected = logits_of(model, ids, plain_cache(model), 70)
@@ -297,7 +321,7 @@ def test_keys_and_values_of_other_widths(make, tmp_path):
 
 def test_bits_are_those_of_channels_that_models_have():
     """Zeros take bits too: what is stored for both sides stays within what was asked for."""
-    model = torch_families.tiny("deepseek_v3")
+    model = tiny("deepseek_v3")
     cache = make_prompt_cache(model, bits=8, method="turboquant", window=0, sinks=0)
     logits_of(model, tokens(256), cache)
     assert 5 < 8 * cache_nbytes(cache) / (256 * 3 * model_shape(model)[0].kv_heads * 24) <= 8

@@ -80,6 +80,22 @@ def test_restored_attention_decodes_the_cache(before):
     assert_close("logits", got, expected)
 
 
+def test_attention_that_torch_compiles_gets_decoded_keys(monkeypatch):
+    """flex_attention, in whose place stands something here that needs no compiler."""
+    given, mapping = [], integration.AttentionInterface._global_mapping
+    assert "flex_attention" in mapping
+    monkeypatch.setitem(mapping, "flex_attention", lambda module, *sides, **options: given.append(sides))
+    model = tiny_model("llama")
+    cache = make_prompt_cache(model, method="identity", window=16)
+    logits_of(model, tokens(100), cache)
+    query, new = torch.ones(1, 4, 1, 16), torch.ones(2, 1, 2, 1, 16)
+    mapping["flex_attention"](model, query, *cache.layers[0].update(*new), None)
+    _, keys, values, _ = given[0]
+    assert type(keys) is type(values) is torch.Tensor and keys.shape == values.shape == (1, 2, 101, 16)
+    mapping["flex_attention"](model, query, *new, None)
+    assert given[1][1].shape == (1, 2, 1, 16)
+
+
 @pytest.mark.parametrize("before", ["eager", "sdpa"])
 def test_a_static_cache_while_installed(before):
     """Whose keys have room behind the tokens."""

@@ -27,3 +27,40 @@ def test_a_method_that_suffers_from_the_keys_of_a_model_says_so_once(host, told,
     for _ in range(2):
         host.logits(model, tokens(200), host.make_prompt_cache(model, profile, method=method))
     assert told("a constant part that outweighs") == times
+
+
+def test_more_tokens_than_the_model_was_made_for_are_told_once(host, told):
+    model = host.new_model("llama")
+    arguments = model.config if host.NAME == "torch" else model.args
+    arguments.max_position_embeddings = 128
+    for count in (0, 1):
+        cache = host.make_prompt_cache(model, method="turboquant")
+        host.logits(model, tokens(127), cache)
+        host.logits(model, tokens(1), cache)
+        assert told("more tokens than the 128 that its model was made for") == count
+        for _ in range(2):
+            host.logits(model, tokens(1), cache)
+        assert told("more tokens than the 128 that its model was made for") == 1
+
+
+def test_a_cache_of_another_model_is_told(host, told):
+    first, second = host.new_model("llama"), host.new_model("llama")
+    cache = host.make_prompt_cache(first, method="turboquant")
+    host.install(second)
+    host.logits(first, tokens(100), cache)
+    host.logits(second, tokens(1), cache)
+    assert not told("is used by other weights")  # which are equal
+    for layer in second.model.layers:
+        for name in ("q_proj", "k_proj"):
+            weight = getattr(layer.self_attn, name).weight
+            weight = weight.detach() if host.NAME == "torch" else weight
+            weight[:] = -weight
+    for read in (True, False):  # and where the right model has not read anything yet
+        warn_once.cache_clear()
+        before, cache = told("is used by other weights"), host.make_prompt_cache(first, method="turboquant")
+        if read:
+            host.logits(first, tokens(100), cache)
+            assert told("is used by other weights") == before
+        for _ in range(3):
+            host.logits(second, tokens(1), cache)
+        assert told("is used by other weights") == before + 1

@@ -41,7 +41,7 @@ class ToyBackend:
         return 10
 
     def cache_nbytes(self, cache) -> CacheSize:
-        return CacheSize(10 * len(cache.tokens), 0, 0)
+        return CacheSize({"codes": 10 * len(cache.tokens)}, 0.0, 0, 0)
 
     def read(self, model, tokens, cache) -> None:
         self.calls.append(len(tokens))
@@ -50,6 +50,9 @@ class ToyBackend:
     def feed(self, model, tokens, cache) -> np.ndarray:
         self.read(model, tokens, cache)
         return np.eye(1, 100, (tokens[-1] + 1) % 100)
+
+    def can_crop(self, cache) -> bool:
+        return self.crops
 
     def crop(self, cache, tokens) -> bool:
         del cache.tokens[len(cache.tokens) - tokens :]
@@ -64,6 +67,8 @@ def answer(caches: PromptCaches, prompt: list[int], count: int) -> list:
     """Tokens of an answer, until there is no room."""
     held, found = caches.begin(prompt), []
     for event in held.answer(prompt, Sampler(), caches.room):
+        if isinstance(event, int) and not found:
+            caches.keep(held)
         if event is Event.FULL:
             found.append(event)
             break
@@ -114,12 +119,18 @@ def test_two_go_on_from_one_cache():
         caches.end(one)
 
 
-def test_a_cache_that_cannot_forget_is_replaced():
+def test_a_cache_that_cannot_forget_is_kept_as_it_was_after_the_prompt():
+    """So that a turn whose answer was rewritten goes on from there; another prompt begins anew."""
     backend = ToyBackend(crops=False)
     caches = PromptCaches(speaker_of(backend))
-    answer(caches, [1, 2, 3, 4, 5, 6], 2)
+    answer(caches, [1, 2, 3, 4, 5, 6], 3)
+    assert [held.cache.tokens for held in caches.stored] == [[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6, 7, 8]]
+    backend.calls.clear()
+    assert answer(caches, [1, 2, 3, 4, 5, 6, 7, 50, 51], 1) == [52] and sum(backend.calls) == 3
     assert answer(caches, [1, 2, 3, 9, 9, 30], 1) == [31]
     assert caches.stored[-1].cache.tokens == [1, 2, 3, 9, 9, 30]
+    full = PromptCaches(speaker_of(backend), limit=90)
+    assert answer(full, [1, 2, 3, 4, 5, 6], 2) == [7, 8] and len(full.stored) == 1
 
 
 def test_a_call_that_ends_halfway_breaks_the_cache():

@@ -218,7 +218,8 @@ def test_example_of_mlx_is_that_of_readme():
 
 
 RUNNER = """
-import contextlib, io, json, sys, traceback
+import contextlib, io, json, sys, traceback, warnings
+warnings.filterwarnings("error", "`past_key_values`", FutureWarning)  # a name that transformers gives up
 for name, code in json.load(sys.stdin):
     output, error = io.StringIO(), None
     with contextlib.redirect_stdout(output):

@@ -68,6 +68,7 @@ def test_a_public_name_says_what_it_takes_gives_and_raises(backend, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "name"), public_names())
+@pytest.mark.filterwarnings("error:.past_key_values.:FutureWarning")  # a name that transformers gives up
 def test_the_example_of_a_public_name_runs(backend, name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     example = example_of(backend, getattr(importlib.import_module(backend), name))

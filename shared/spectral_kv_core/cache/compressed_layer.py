@@ -14,18 +14,22 @@ from ..planning.plan import Plan
 from .eviction import Eviction
 from .key_means import KeyMeans
 from .layer_cache import LayerCache
+from .owner import Owner
 
 
 class CompressedLayer:
     """A layer group: one layer, or the first of several that are coded together, whose tokens it keeps.
 
     A host's own cache layer inherits it, and gives `xp`. `taken`: by layer of the group, keys and values [B, H, L, D] that
-    came in and that nobody has attended to yet. `store`: None until the device is known.
+    came in and that nobody has attended to yet. `store`: None until the device is known. `owner`, `context`: what the first
+    of all knows of its model, see `belong_to`.
     """
 
     xp: Any = None
     store: Any  # LayerCache | None
     taken: dict[int, Any]
+    owner: Owner | None = None
+    context: int | None = None
 
     def __init__(
         self,
@@ -74,7 +78,14 @@ class CompressedLayer:
         means = KeyMeans(self.plan) if self.plan.method.suffers_from_key_means else None
         made = self.sinks, self.window, staging, self.eviction, self.layer_group, self.working_set, means
         self.store = LayerCache(self.xp, codec, *made)
+        self.store.context = self.context
         return self.store
+
+    def belong_to(self, owner: Owner, context: int | None) -> None:
+        """Know the model that the cache was made for, and how many tokens that was made for."""
+        self.owner, self.context = owner, context
+        if self.store is not None:
+            self.store.context = context
 
     def check(self, keys, layers: int = 1) -> None:
         """Raise UsageError unless `keys` are those of `layers` layers of the plan's model."""

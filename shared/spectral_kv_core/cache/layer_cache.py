@@ -14,6 +14,7 @@ import numpy as np
 
 from ..codecs.chunk import join_layers
 from ..errors import UsageError
+from ..profile.store import warn_once
 from .eviction import Eviction
 from .key_means import KeyMeans
 from .padding_group import LATENT_QUERIES, PaddingGroup, Storage
@@ -33,7 +34,10 @@ class LayerCache:
     eviction: which tokens of `layer_group` are dropped; a prompt then stays exact, cut to the budget, until it ends.
     working_set: bytes of decoded chunks that may stay, so that a step does not decode them again.
     key_means: looks at the first keys, for a method that suffers from large means.
+    context: tokens that the model was made for, where this layer is the one to say that there are more.
     """
+
+    context: int | None = None
 
     def __init__(
         self,
@@ -188,6 +192,13 @@ class LayerCache:
 
         A sequence without a token in the call is left as it is.
         """
+        if self.context is not None and self.seen + slots > self.context:
+            warn_once(
+                f"The cache holds more tokens than the {self.context:,} that its model was made for: expect answers that get "
+                "worse. Take a model with a longer context, or start a new cache.",
+                str(self.context),
+            )
+            self.context = None
         ended = False
         for group in self.padding_groups:
             start, stop = group.slots(self.seen, slots)

@@ -16,6 +16,7 @@ from ..profile.profile import Profile
 from ..profile.stored_profile import stored_profile
 from .compressed_layer import CompressedLayer, FollowingLayer, is_compressed, leading_layers
 from .held_arrays import numpy_buffers
+from .owner import Owner
 from .request import CacheRequest
 from .size import KINDS, CacheSize, arrays_by_kind, exact_tokens
 from .sliding_window import WindowLayer, is_worth_packing
@@ -47,7 +48,14 @@ def build_cache(
         _pack_windows(host, model, request, tokenizer, layers)
     host.install(model)
     exact = request.sinks, request.window
-    return host.compressed_cache(plan, layers, *exact, eviction, request.working_set, left_padding)
+    cache = host.compressed_cache(plan, layers, *exact, eviction, request.working_set, left_padding)
+    name_model(host, model, cache)
+    return cache
+
+
+def name_model(host: Host, model, cache) -> None:
+    """Let `cache` know that it is of `model`, to say where that is forgotten."""
+    leading_layers(host.layers(cache))[0].belong_to(Owner(host.models, model), host.models.max_context(model))
 
 
 def _pack_windows(host: Host, model, request: CacheRequest, tokenizer, layers: list) -> None:
@@ -189,7 +197,10 @@ def cache_nbytes(host: Host, cache) -> CacheSize:
 
 
 def token_nbytes(host: Host, model) -> int:
-    """Bytes that a token adds to a cache of `model` at most: those of all layers at the precision of the model."""
-    shape, _ = host.models.model_shape(model)
+    """Bytes that a token adds to a cache of `model` at most: those of all layers at the precision of the model.
+
+    A cache has one width for keys and values, whichever is the greater.
+    """
     element_bytes = host.xp.zeros((), dtype=host.models.model_dtype(model)).nbytes
-    return shape.num_layers * shape.kv_heads * sum(shape.side_widths) * element_bytes
+    widths = (2 * layer.kv_heads * max(layer.key_dim, layer.value_dim) for layer in host.models.survey(model))
+    return max(sum(widths), 1) * element_bytes

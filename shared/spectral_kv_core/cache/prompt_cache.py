@@ -18,7 +18,7 @@ from . import prompt_cache_file
 from .compressed_layer import is_compressed, leading_layers
 from .file_layers import ExactLayer
 from .layer_cache import LayerCache
-from .model_cache import fill, layer_contents
+from .model_cache import fill, layer_contents, name_model
 from .prompt_cache_file import PromptFile, encode_within
 from .sliding_window import WindowLayer
 
@@ -154,6 +154,7 @@ def _restored(host: Host, file: PromptFile, plan: Plan, model):
             host.models.set_exact_layer(layer, file.exact(host.xp, layer_idx, dtype, device))
     for layer in leading_layers(host.layers(cache)):
         file.restore(layer.layers[0], layer.open(device), dtype, device)
+    name_model(host, model, cache)
     return cache
 
 

@@ -48,8 +48,11 @@ class CacheSize(int):
         return 16 / self.compression if self.dense_nbytes else 0.0
 
     def described(self) -> str:
-        """In words: the bytes, and how many the plain cache needs at 16 bits."""
-        return f"{int(self):,} bytes, {self.compression:.1f} times smaller than {self.dense_nbytes:,} in 16 bits"
+        """In words: the bytes, those of exact tokens, and how many the plain cache needs at 16 bits."""
+        exact = f"{self.by_kind['exact']:,} of them exact"
+        return (
+            f"{int(self):,} bytes, {exact}, {self.compression:.1f} times smaller than {self.dense_nbytes:,} in 16 bits"
+        )
 
 
 def arrays_by_kind(store: LayerCache) -> dict[str, list]:

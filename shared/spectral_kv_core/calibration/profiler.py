@@ -34,6 +34,7 @@ from .text import TEXT_NAME, check_texts, load_default_texts, split_documents, t
 log = logging.getLogger("spectralkv")
 
 MAX_POSITIONS = 32768
+AS_IT_IS = "Use the model as it is."
 SCORED_SHARE = 16  # the last sixteenth of a document is scored: its gradients reach the tokens before it
 
 
@@ -198,7 +199,7 @@ class ProfilerBase:
         shape, passed, digest, own_name, context = self.describe(model)
         if not shape.layers:
             what = "layers with a sliding window" if self.windows else "full-attention layers"
-            raise UsageError(f"Expected {what}, received only: {', '.join(sorted(set(passed.values())))}.")
+            raise UsageError(f"Expected {what}, received only: {', '.join(sorted(set(passed.values())))}. {AS_IT_IS}")
         for key in self.basis_sets:
             shape.layer_groups(key.split(".")[0])  # raises before anything long runs
         text_name = TEXT_NAME if texts is None else "own text"
@@ -236,7 +237,9 @@ class ProfilerBase:
         shape, passed = self._shape(model)
         if not shape.layers:
             what = "layers with a sliding window" if self.windows else "full-attention layers"
-            raise UsageError(f"Expected {what} to compress, received only: {', '.join(set(passed.values()))}.")
+            raise UsageError(
+                f"Expected {what} to compress, received only: {', '.join(set(passed.values()))}. {AS_IT_IS}"
+            )
         if profile is None and method.profile_set:
             if find_profile(shape, method.profile_set, self.windows) is None:
                 shape.layer_groups(method.profile_set.split(".")[0])  # raises where no tokenizer would help

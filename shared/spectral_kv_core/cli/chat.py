@@ -198,7 +198,7 @@ class Chat:
 
     def say(self, text: str) -> None:
         if not self.quiet:
-            tables.Terminal().print(text)
+            tables.Terminal().print(text, soft_wrap=True)
 
     def command(self, name: str, argument: str = "") -> bool:
         """Obey; returns whether the chat goes on."""

@@ -18,6 +18,7 @@ from ..arrays.namespace import ArrayNamespace
 
 Array = Any  # of the host's array library
 ModelShape = Any  # as all that follow, of a package that stands above this one
+LayerSurvey = Any
 Profile = Any
 Method = Any
 Plan = Any
@@ -55,6 +56,9 @@ class Models(Protocol):
     def window_shape(self, model) -> tuple[ModelShape, dict[int, str]]:
         """`model_shape` with the layers that have a sliding window, and no others."""
 
+    def survey(self, model) -> list[LayerSurvey]:
+        """How every layer of `model` uses its cache."""
+
     def model_dtype(self, model) -> Any:
         """Dtype in which `model` keeps keys and values."""
 
@@ -66,6 +70,12 @@ class Models(Protocol):
 
     def max_context(self, model) -> int | None:
         """Tokens that `model` was made for, None when unknown."""
+
+    def parts(self, model) -> Iterable:
+        """All modules of `model`."""
+
+    def sample_of(self, part) -> Any:
+        """Some weights of a module, NumPy; None where none are in memory."""
 
     def host_layers(self, model, left_padding: list[int] | None = None) -> list:
         """The cache layers that the host would use for `model`, for a batch with `left_padding` in slots."""
@@ -85,8 +95,8 @@ class Captures:
     """The functions of a backend's module `capture` that calibration calls.
 
     capture(model, tokens, layers): a cache that has read `tokens`, and has the queries of `layers` too.
-    captured(cache, layer_idx): a compressible layer of it, with `queries` [1, Hq, T, D], `keys` and `values` [1, H, T, D]
-    after RoPE, and the attention `scale`.
+    captured(cache, layer_idx): a compressible layer of it, with `queries` [1, Hq, T, D] (None where nobody sees them), `keys`
+    and `values` [1, H, T, D] after RoPE, and the attention `scale`.
     score_gradients(model, cache, tokens, samples, seed): gradients of log p(label) with respect to what such a cache
     holds, for labels of `tokens` behind it that are drawn from the model; a dict per sample, of layer index -> (key,
     value) gradients [H, T, D].
@@ -191,6 +201,9 @@ class Generation(Protocol):
 
     def read(self, model, tokens: list[int], cache) -> None:
         """Let `tokens` enter `cache` in one call that makes no logits."""
+
+    def can_crop(self, cache) -> bool:
+        """Whether `cache` can forget any number of its last tokens."""
 
     def crop(self, cache, tokens: int) -> bool:
         """Let `cache` forget its last `tokens`; False where it cannot, and is of no more use."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from queue import Empty
-from typing import Any
+from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
 from ..errors import UsageError
@@ -110,7 +110,7 @@ class JsonHandler(BaseHTTPRequestHandler):
 
         A page elsewhere may give its own name the address of this machine, and would then count as of the same origin.
         """
-        bound = str(self.server.server_address[0])
+        bound = str(cast(tuple, self.server.server_address)[0])
         if bound not in LOOPBACK:
             return True
         named = urlsplit(f"//{self.headers.get('Host', bound)}").hostname
@@ -220,11 +220,12 @@ class Handler(JsonHandler):
     def events(self, job: Job) -> Iterator[str | End]:
         """What the worker says, until the end; ends early where the client has gone. Raises RequestError."""
         while True:
-            try:
+            event = None
+            with suppress(Empty):
                 event = job.events.get(timeout=LOOK)
-            except Empty:
-                if self.is_gone() or not self.worker.is_alive():
-                    return
+            if self.is_gone() or not (event or self.worker.is_alive()):
+                return
+            if event is None:
                 continue
             if isinstance(event, RequestError):
                 raise event

@@ -33,8 +33,8 @@ class PromptCaches:
         The stored one stays as it is where there is room for both. Where there is none, it is gone on from itself, if at
         least half of it is in common.
         """
-        found = max(self.stored, key=lambda held: common_prefix(held.tokens, prompt), default=None)
-        common = common_prefix(found.tokens, prompt) if found is not None else 0
+        found = max(self.stored, key=lambda held: self._common(held, prompt), default=None)
+        common = self._common(found, prompt) if found is not None else 0
         if found is None or not common:
             held = Conversation(self.speaker, self.speaker.new_cache())
         elif self.most_nbytes + found.most_nbytes <= self.limit:
@@ -49,14 +49,30 @@ class PromptCaches:
         self.active.append(held)
         return held
 
+    def _common(self, held: Conversation, prompt: Sequence[int]) -> int:
+        """How many tokens of `held` a conversation for `prompt` can go on from: all or none where it cannot be cropped."""
+        common = common_prefix(held.tokens, prompt)
+        whole = common == len(held.tokens) < len(prompt)
+        return common if whole or self.speaker.backend.can_crop(held.cache) else 0
+
+    def keep(self, held: Conversation) -> None:
+        """Store a copy of what is `held` where it could not be cropped to this later, and there is room for it."""
+        if self.speaker.backend.can_crop(held.cache):
+            return
+        if self.most_nbytes + int(held.measure()) <= self.limit and self.most:
+            kept = Conversation(self.speaker, copy.deepcopy(held.cache), list(held.tokens))
+            kept.measure()
+            self.stored = [*self.stored, kept][-self.most :]
+
     def end(self, held: Conversation) -> None:
         """Store what is no longer active, in place of what it went on from."""
         self.active.remove(held)
         if held.broken or not held.tokens:
             return
         size = int(held.measure())
-        begun = (common_prefix(other.tokens, held.tokens) == len(other.tokens) for other in self.stored)
-        self.stored = [other for other, prefix in zip(self.stored, list(begun)) if not prefix]
+        if self.speaker.backend.can_crop(held.cache):  # then it serves for all that it begins with
+            begun = [common_prefix(other.tokens, held.tokens) == len(other.tokens) for other in self.stored]
+            self.stored = [other for other, prefix in zip(self.stored, begun) if not prefix]
         self._drop(self.limit - size)
         if size + sum(other.most_nbytes for other in self.active) <= self.limit:
             self.stored = [*self.stored, held][-self.most :] if self.most else []

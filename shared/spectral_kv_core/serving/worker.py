@@ -27,7 +27,7 @@ class End:
 
 @dataclass(eq=False)
 class Job:
-    """A request under way. events: pieces of text, then an `End` or a RequestError. reused: tokens that were not read again."""
+    """A request under way. events: pieces of text, then `End` or a RequestError. reused: tokens that were not read again."""
 
     asked: Completion
     prompt: list[int]
@@ -119,6 +119,8 @@ class Worker(threading.Thread):
                     job.ended = "cancelled"
                     return
                 if isinstance(event, int):
+                    if not job.generated:  # the cache holds the prompt and nothing else
+                        self.caches.keep(held)
                     self._take(job, text, event)
                 elif event is Event.FULL and job.generated:
                     job.ended = "length"
