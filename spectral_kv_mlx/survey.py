@@ -104,12 +104,13 @@ def known(model) -> Survey:
     try:
         _surveys[key] = _Trial(model).result()
     except Exception as error:  # whatever a model raises that needs other inputs than tokens
+        reason = (first_line(error) or type(error).__name__).rstrip(".")
         warnings.warn(
-            f"No trial run of this model was possible: {first_line(error) or type(error).__name__}. Its layers are taken "
-            "from its arguments.",
+            f"No trial run of this model was possible: {reason}. What its layers do is taken from their shapes, or from its "
+            "arguments.",
             stacklevel=2,
         )
-        found = _argued(model)
+        found = _uncompared(model)
         number = id(model)
         _untried[number] = weakref.ref(model, lambda _: _untried.pop(number, None)), found
         return found
@@ -118,17 +119,17 @@ def known(model) -> Survey:
 
 def sketched_shape(model) -> tuple[ModelShape, dict[int, str]]:
     """`model_shape` of a model without weights, of which nothing is computed."""
+    return surveyed_shape(hidden_size(model), _uncompared(model).layers, widens=True)
+
+
+def _uncompared(model) -> Survey:
+    """What is told of `model` without computing anything; by its arguments alone where it asks for other inputs."""
     try:
-        layers = _Trial(model, computes=False).sketch()
+        return _Trial(model, computes=False).sketch()
     except Exception:  # whatever a model raises that needs other inputs than tokens
         layers = argued_layers(model)
-    return surveyed_shape(hidden_size(model), layers, widens=True)
-
-
-def _argued(model) -> Survey:
-    layers = argued_layers(model)
-    own = frozenset(i for i, layer in enumerate(layers) if layer.reason == OWN)
-    return Survey(tuple(layers), own, own)
+        own = frozenset(i for i, layer in enumerate(layers) if layer.reason == OWN)
+        return Survey(tuple(layers), own, own)
 
 
 def _key(model) -> tuple:
@@ -167,10 +168,15 @@ class _Trial:
         self.own: set[int] = set()  # entries
         self.unseen: set[int] = set()
 
-    def sketch(self) -> list[LayerSurvey]:
+    def sketch(self) -> Survey:
         """What shapes and calls alone tell of every layer."""
-        layers = [self._seen(entry) for entry in range(len(self.caches))]
-        return layers + self._others(len(layers))
+        return self._survey([self._seen(entry) for entry in range(len(self.caches))])
+
+    def _survey(self, layers: list[LayerSurvey]) -> Survey:
+        """The survey of which `layers` are the entries of the cache."""
+        shared = frozenset(entry for entry in range(len(self.caches)) if self._is_shared(entry))
+        known = (*layers, *self._others(len(layers)))
+        return Survey(known, frozenset(self.own), frozenset(self.unseen), shared, self.layer_of)
 
     def _others(self, known: int) -> list[LayerSurvey]:
         """The layers behind the `known` ones, which have no cache; none where entries have numbers of their own."""
@@ -184,9 +190,7 @@ class _Trial:
         self.shape = shape
         if shape.layers:
             self._try(layers)
-        layers += self._others(len(layers))
-        shared = frozenset(entry for entry in range(len(self.caches)) if self._is_shared(entry))
-        return Survey(tuple(layers), frozenset(self.own), frozenset(self.unseen), shared, self.layer_of)
+        return self._survey(layers)
 
     def _ropes(self) -> list:
         """How the keys of every entry are rotated, and what changes at large positions."""
