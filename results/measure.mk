@@ -81,6 +81,14 @@ outliers: $(VENV)/.installed-all ## measure texts that a profile does not know a
 	  --profile $(RUNS)/gemma.safetensors --text "$(WIKITEXT)" --output results/outliers_gemma3_270m.json; }
 	$(PYTHON) results/tables.py --write
 
+.PHONY: windows
+
+windows: $(VENV)/.installed-all $(RUNS)/gemma.safetensors ## measure packed sliding windows: WIKITEXT=FILE GEMMA=DIR
+	$(VENV)/bin/spectralkv profile --windows --no-probes --tokens 16384 --model "$(GEMMA)" --backend torch --dtype float32
+	$(PYTHON) tools/windows_table.py "$(GEMMA)" $(RUNS)/gemma.safetensors "$(WIKITEXT)" --prefix 1500 --documents 2 \
+	  --dtype bfloat16 --output results/windows_gemma3_270m.json
+	$(PYTHON) results/tables.py --write
+
 $(addprefix run-,$(MEASURE)): run-%: $(RUNS)/code.txt
 	$(VENV)/bin/spectralkv eval --backend torch --documents 4 --scored 128 --step 16 --greedy 0 --metrics kl $(ARGS_$*) --output $(RUNS)/$*
 

@@ -24,6 +24,7 @@ CODE_MODULES = ("tarfile", "subprocess", "argparse")  # the text code of the tab
 CODE_PYTHON, CODE_DIGEST = "3.11.7", "b308defa15f1f889"
 FILES = (
     HERE.parent / "README.md", HERE / "methods.md", HERE / "scorers.md", HERE.parent / "docs/decisions/0011-outliers.md",
+    HERE.parent / "docs/guide/memory.md",
 )  # fmt: skip
 TIMES = 3  # the KL of prose at equal bytes, that texts which a profile does not know may have
 
@@ -174,6 +175,25 @@ def outlier_sentence(name: str) -> str:
     return (
         f"The {many} documents of prose take more bytes than the plainest of them by {costs}, in the mean.\n"
         f"{provenance_line(result['provenance'])}"
+    )
+
+
+def windows(name: str) -> str:
+    """Bytes and KL with the host's own sliding windows, and with packed ones."""
+    body = []
+    for row in rows(name):
+        cells = [f"{row['bits']:g}", row["windows"] or "the host's own"]
+        body.append([*cells, f"{row['cache_bytes'] / 1e6:.2f}", f"{row['kl']:.4f}"])
+    return table(["bits", "windows", "cache, MB", "KL"], body)
+
+
+def windows_sentence(name: str) -> str:
+    """What the figures of `windows` were made with."""
+    result = json.loads((HERE / f"{name}.json").read_text())
+    settings = result["settings"]
+    return (
+        f"{result['model']} in {settings['dtype']}: {settings['documents']} prefixes of {settings['prefix']:,} tokens, each "
+        f"with {settings['scored']} tokens behind it, one per call.\n{provenance_line(result['provenance'])}"
     )
 
 
