@@ -747,7 +747,7 @@ def test_a_mask_that_changes_in_inference_mode_is_read_again():
 def test_decoded_handles_are_laid_out_as_torch_expects():
     """`reshape` of a handle is planned by its own strides, which are those of a new tensor."""
     cache = make_prompt_cache(tiny_model("llama"), method="identity")
-    new = torch.randn(2, 2, 2, 5, 16)
+    new = torch.randn(2, 2, 5, 2, 16).transpose(2, 3)
     keys, values = cache.layers[0].update(*new)
     assert_close("keys", keys.reshape(4, 5, 16), new[0].reshape(4, 5, 16))
     assert_close("values", values.view(4, -1, 16), new[1].reshape(4, 5, 16))
