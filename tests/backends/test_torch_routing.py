@@ -18,6 +18,7 @@ from tolerances import assert_close  # noqa: E402
 from torch_models import SIZES, TEXT, logits_of, model_and_profile, tiny_model, tokens  # noqa: E402
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration  # noqa: E402
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache  # noqa: E402
+from transformers.modeling_utils import AttentionInterface  # noqa: E402
 from transformers.models.llama import modeling_llama  # noqa: E402
 
 from spectral_kv_core.errors import UsageError  # noqa: E402
@@ -82,7 +83,7 @@ def test_restored_attention_decodes_the_cache(before):
 
 def test_attention_that_torch_compiles_gets_decoded_keys(monkeypatch):
     """flex_attention, in whose place stands something here that needs no compiler."""
-    given, mapping = [], integration.AttentionInterface._global_mapping
+    given, mapping = [], AttentionInterface._global_mapping
     assert "flex_attention" in mapping
     monkeypatch.setitem(mapping, "flex_attention", lambda module, *sides, **options: given.append(sides))
     model = tiny_model("llama")

@@ -6,6 +6,7 @@ import numpy as np
 
 from ..arrays import ops
 from ..arrays.rope import unrotate
+from ..planning.budget import SINKS
 from ..planning.cache_plan import CachePlan
 from ..profile.store import warn_once
 
@@ -13,7 +14,6 @@ LOUD = (
     32.0  # energy of the mean to that about it: some 15 in the loudest head of SmolLM2, far more where keys have a bias
 )
 FEWEST, MOST = 64, 256  # tokens of one call that are looked at
-SINKS = 4  # first tokens, whose keys are unlike all others
 
 
 def loudness(keys: np.ndarray) -> float:

@@ -240,7 +240,9 @@ def _fit_spectrum(
         slope = slope + importance.sum(1, dtype=np.float64)
         count += y.shape[1]
     variance = _per_band(energy / count, bands)
-    basis_set.variance[layer_group] = np.maximum(variance, LEAST * variance.mean((-1, -2), keepdims=True))
+    least = LEAST * variance.mean((-1, -2), keepdims=True)
+    moves = (variance > least)[..., bands].transpose(0, 2, 1)[:, None]  # [G, 1, F, R]
+    basis_set.variance[layer_group] = np.maximum(variance, least)
     basis_set.sensitivity[layer_group] = _per_band(slope / count, bands)
     groups, rank, number = basis_set.variance.shape[1:]
     sigma = np.sqrt(basis_set.variance[layer_group])[..., bands].transpose(0, 2, 1)[:, None]  # [G, 1, F, R]
@@ -250,8 +252,8 @@ def _fit_spectrum(
     weighted = np.zeros(groups * rank * number * HISTOGRAM_BINS)
     for y, importance in spectra():
         cell = np.minimum(np.abs(y) * cells, HISTOGRAM_BINS - 1).astype(np.int64)
-        moved = np.broadcast_to(sigma > 0, cell.shape)
-        pooled += np.bincount(cell[moved], minlength=HISTOGRAM_BINS)  # constants would pile up at zero
+        moved = cell[np.broadcast_to(moves, cell.shape)]
+        pooled += np.bincount(moved, minlength=HISTOGRAM_BINS)  # constants would pile up at zero
         weighted += np.bincount((cell + first).reshape(-1), importance.reshape(-1), minlength=len(weighted))
     return (weighted.reshape(groups, rank, number, -1) / (count * sizes[:, None])).astype(np.float32)
 
