@@ -29,7 +29,9 @@ from spectral_kv_core.cli.main import OneLineParser
 from spectral_kv_core.cli.options import add_profile_option, check_output, model_path
 from spectral_kv_core.cli.output import in_options
 from spectral_kv_core.errors import UsageError, first_line
+from spectral_kv_core.hosts.chat_template import checked_text
 from spectral_kv_core.profile.profile import Profile
+from spectral_kv_core.serving.settings import MOST_PORT
 
 from . import server
 from .generation import build_cache, cache_nbytes
@@ -115,6 +117,10 @@ class Command:
                 raise UsageError(
                     f"Expected no --{theirs.replace('_', '-')}, which changes no cache of spectralkv. Give --{option} instead."
                 )
+        for text in ("prompt", "system_prompt", "prefill_response"):
+            checked_text(getattr(args, text, None) or "")
+        if not 0 <= (port := getattr(args, "port", 0)) <= MOST_PORT:
+            raise UsageError(f"Expected --port between 0 and {MOST_PORT}, received {port}.")
         self.request = request_of(args)
         if getattr(args, "draft_model", None) is not None and self.request.recipe.scorer is not None:
             raise UsageError(

@@ -81,9 +81,9 @@ class Pending:
         return Handle.make(self, 0, self.keys), Handle.make(self, 1, self.values)
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Decoded keys and values of everything up to these tokens."""
+        """Decoded keys and values of everything up to these tokens, laid out as handles say: torch plans views by that."""
         if self._dense is None:
-            self._dense = tuple(x[..., :width] for x, width in zip(self.layer.dense(self), self.widths))
+            self._dense = tuple(x[..., :width].contiguous() for x, width in zip(self.layer.dense(self), self.widths))
         return self._dense
 
 
@@ -147,16 +147,21 @@ def pending_of(key: torch.Tensor, value: torch.Tensor) -> Pending | None:
 
 
 class LastPadding:
-    """`left_padding`, read once per call of the model: all layers get the same mask, and reading waits for the device."""
+    """`left_padding`, read once per call of the model: all layers get the same mask, and reading waits for the device.
+
+    A mask that was made in inference mode does not count its changes. It is read again when its reader asks again.
+    """
 
     def __init__(self):
         self._mask: Callable[[], torch.Tensor | None] = lambda: None
-        self._version, self._padding = None, None
+        self._version, self._padding, self._reader = None, None, None
 
-    def __call__(self, mask: torch.Tensor, length: int) -> list[int] | None:
-        """The padding of `mask` for a call of `length` tokens."""
+    def __call__(self, mask: torch.Tensor, length: int, module=None) -> list[int] | None:
+        """The padding of `mask` for a call of `length` tokens, for the attention of `module`."""
         version = None if mask.is_inference() else mask._version, length
-        if self._mask() is not mask or self._version != version:
+        again = mask.is_inference() and module is not None and self._reader == id(module)
+        if again or self._mask() is not mask or self._version != version:
+            self._reader = id(module)
             self._padding = left_padding(mask, length)
             self._mask, self._version = weakref.ref(mask), version
         return self._padding
@@ -182,7 +187,7 @@ def attention_forward(module, query, key, value, attention_mask=None, scaling=No
         owner.meet(module)
     padding, is_padding = None, True
     if attention_mask is not None:
-        padding = _last_padding(attention_mask, length)
+        padding = _last_padding(attention_mask, length, module)
         is_padding = padding is not None
         if padding is not None and len(padding) == 1:
             padding = padding * query.shape[0]

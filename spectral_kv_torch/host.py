@@ -8,6 +8,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from spectral_kv_core.cache.held_arrays import host_arrays
+from spectral_kv_core.errors import UsageError
 
 from . import integration, ops
 from .cache import SpectralCache, storages
@@ -19,7 +20,11 @@ models, xp, buffers, no_gradients = integration, ops, storages, torch.no_grad
 
 
 def profile_for(model, method, profile=None, tokenizer=None, windows: bool = False) -> tuple:
-    """`ProfilerBase.profile_for`."""
+    """`ProfilerBase.profile_for`; raises UsageError for a module around a model."""
+    if not hasattr(model, "config"):
+        raise UsageError(
+            f"Expected a model of transformers, received a {type(model).__name__}, which has no config. Give the model in it."
+        )
     return SpectralProfiler(windows=windows).profile_for(model, method, profile, tokenizer)
 
 

@@ -225,3 +225,13 @@ WRONG = [  # options, what the line says
 def test_wrong_use_is_one_line(talk, options, message):
     code, out, err = talk(["Hi"], *options.split())
     assert code == 2 and not out and message in err and len(err.splitlines()) == 1
+
+
+def test_bytes_that_are_no_text_do_not_end_the_chat(talk, monkeypatch):
+    code, out, err = talk(["Hi \udcff", "Hello"], "--method", "identity")
+    assert code == 0 and out.count(" tokens: ") == 1
+    assert "Expected text in UTF-8, received '\\udcff' at character 4." in out + err
+    stdin = io.TextIOWrapper(io.BytesIO(b"Hi \xff\nHello\n"), "utf-8")
+    monkeypatch.setattr(io, "StringIO", lambda text: stdin)
+    code, out, err = talk([], "--method", "identity")
+    assert code == 0 and out.count(" tokens: ") == 1 and "Expected text in UTF-8" in out + err

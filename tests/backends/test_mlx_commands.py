@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import json
 import sys
@@ -125,7 +126,7 @@ def test_a_file_of_mlx_lm_is_answered_in_one_line(capsys, model, folder, monkeyp
     file = str(folder / "theirs.safetensors")
     given = ["--model", model, "--prompt", "Hi", "--prompt-cache-file", file]
     monkeypatch.setattr(sys, "argv", ["mlx_lm.cache_prompt", *given])
-    sys.modules["mlx_lm.cache_prompt"].main()
+    importlib.import_module("mlx_lm.cache_prompt").main()
     capsys.readouterr()
     assert "spectralkv mlx cache_prompt" in line_of(capsys, "generate", *given)
 
@@ -145,6 +146,8 @@ WRONG = [  # options of mlx-lm and ours, what the line says
         "keeps every token for a file, received knorm",
     ),
     ("server --kv-bits 4", "Give --bits"),
+    ("server --port 99999", "--port between 0 and 65535, received 99999"),
+    ("generate --prompt \udcff", "text in UTF-8, received '\\udcff'"),
     ("generate --bits 20", "bits between 0.25 and 8 for spectral, received 20"),
     ("generate --method knorm", "either --budget-tokens or --budget-bytes"),
     ("generate --method knorm --budget-tokens 99 --draft-model x", "no --draft-model with knorm"),

@@ -290,6 +290,19 @@ RAW = [  # what is sent after POST, status
 ]
 
 
+@pytest.mark.parametrize("place, given", [("messages", said("\ud800")), ("prompt", "\ud800")])
+def test_half_a_character_is_named(serving, name, place, given):
+    """JSON can say half of a pair that stands for one character."""
+    body = json.dumps({"model": "tiny", place: given})
+    with serving() as at:
+        connection = http.client.HTTPConnection(*at.address)
+        path = "/v1/completions" if place == "prompt" else "/v1/chat/completions"
+        connection.request("POST", path, body, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        told = json.loads(answer.read())["error"]["message"]
+    assert answer.status == 400 and told == "Expected text in UTF-8, received '\\ud800' at character 1.", told
+
+
 def test_what_is_no_request_gets_an_error_too(serving):
     """Bodies are bounded, and none is read that is announced too long."""
     deep = b"[" * 100_000
@@ -393,6 +406,8 @@ def test_a_server_ends_with_what_it_cannot_do(name, path, profile, serving):
         request = CacheRequest(**options.pop("request", {}))
         return Settings(path, ("tiny",), lambda tokenizer: request, profile, dtype="float32", **options)
 
+    with pytest.raises(UsageError, match="`port` of at most 65535, received 99999"):
+        settings(port=99999)
     with pytest.raises(UsageError, match="budget_bytes between"):
         module.serve(settings(port=0, request={"budget_bytes": 10, "max_context": 1000}), pytest.fail)
     with serving() as at, pytest.raises(UsageError, match="an address that is free"):

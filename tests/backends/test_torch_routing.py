@@ -728,3 +728,37 @@ def test_a_cache_stays_on_its_device():
     for call in ("offload", "prefetch"):
         with pytest.raises(UsageError, match="device"):
             getattr(cache.layers[0], call)()
+
+
+def test_a_mask_that_changes_in_inference_mode_is_read_again():
+    """Such a mask does not count its changes."""
+    model, ids = tiny_model("llama"), tokens(101)
+    with torch.inference_mode():
+        mask, found = torch.zeros(1, 1, 1, 101), []
+        for cache in (plain_cache(model), make_prompt_cache(model, method="identity")):
+            mask.zero_()
+            model(ids[:, :100], past_key_values=cache)
+            model(ids[:, 100:], past_key_values=cache, attention_mask=mask)
+            cache.crop(-1)
+            mask[..., :50] = torch.finfo(mask.dtype).min
+            found.append(model(ids[:, 100:], past_key_values=cache, attention_mask=mask).logits)
+    assert_close("logits", found[1], found[0])
+
+
+def test_decoded_handles_are_laid_out_as_torch_expects():
+    """`reshape` of a handle is planned by its own strides, which are those of a new tensor."""
+    cache = make_prompt_cache(tiny_model("llama"), method="identity")
+    new = torch.randn(2, 2, 5, 2, 16).transpose(2, 3)
+    keys, values = cache.layers[0].update(*new)
+    assert_close("keys", keys.reshape(4, 5, 16), new[0].reshape(4, 5, 16))
+    assert_close("values", values.view(4, -1, 16), new[1].reshape(4, 5, 16))
+
+
+def test_a_module_around_a_model_is_refused():
+    with pytest.raises(UsageError, match="received a Sequential, which has no config. Give the model in it"):
+        make_prompt_cache(torch.nn.Sequential(tiny_model("llama")), method="identity")
+
+
+def test_windows_without_a_sliding_window_are_left_out():
+    with pytest.raises(UsageError, match="only: no sliding window. Leave `windows` out."):
+        make_prompt_cache(tiny_model("llama"), 3, method="turboquant", windows="turboquant")

@@ -10,8 +10,10 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
 from cases import ToyModel, toy_profile_of
 
+from spectral_kv_core.errors import UsageError
 from spectral_kv_core.files import locking
 from spectral_kv_core.files.locking import one_process
 from spectral_kv_core.profile.store import auto_profile, cached_profile_path
@@ -84,3 +86,10 @@ def test_two_that_need_a_profile_calibrate_once(tmp_path, monkeypatch, caplog):
             thread.join()
     assert len(calls) == 1 and len(found) == 3 and found[0] == found[1] == found[2]
     assert "waiting for its profile" in caplog.text and cached_profile_path(model.shape).is_file()
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_a_calibration(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SPECTRALKV_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UsageError, match="SPECTRALKV_CACHE, or give a profile"):
+        auto_profile(ToyModel(head_dim=16).shape, "head.post", lambda: pytest.fail("calibrates"))

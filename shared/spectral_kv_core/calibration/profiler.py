@@ -237,9 +237,8 @@ class ProfilerBase:
         shape, passed = self._shape(model)
         if not shape.layers:
             what = "layers with a sliding window" if self.windows else "full-attention layers"
-            raise UsageError(
-                f"Expected {what} to compress, received only: {', '.join(set(passed.values()))}. {AS_IT_IS}"
-            )
+            advice = "Leave `windows` out." if self.windows else AS_IT_IS
+            raise UsageError(f"Expected {what} to compress, received only: {', '.join(set(passed.values()))}. {advice}")
         if profile is None and method.profile_set:
             if find_profile(shape, method.profile_set, self.windows) is None:
                 shape.layer_groups(method.profile_set.split(".")[0])  # raises where no tokenizer would help

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import signal
 import sys
 import threading
@@ -17,7 +18,7 @@ from ..cache.prompt_cache_file import PromptFile
 from ..cache.request import CacheRequest
 from ..errors import UsageError
 from ..hosts.backends import load_backend
-from ..hosts.chat_template import encode_messages, has_template, opening_message
+from ..hosts.chat_template import checked_text, encode_messages, has_template, opening_message
 from ..planning.methods import DEFAULT_METHOD, Method
 from ..profile.profile import Profile
 from ..serving.conversation import Conversation, Event, Speaker
@@ -178,6 +179,8 @@ class Chat:
     def talk(self) -> None:
         """Answer line by line until the input ends."""
         terminal = sys.stdin.isatty() and not self.quiet
+        if isinstance(sys.stdin, io.TextIOWrapper):  # a line with bytes that are no UTF-8 does not end the chat
+            sys.stdin.reconfigure(errors="surrogateescape")
         if terminal:
             with suppress(ImportError):
                 import readline  # noqa: F401  # lets `input` edit a line
@@ -237,6 +240,11 @@ class Chat:
     def reply(self, text: str) -> None:
         """Answer `text`, and say how large the cache is then."""
         before = list(self.messages)
+        try:
+            checked_text(text)
+        except UsageError as error:
+            self.say(str(error))
+            return
         prompt = self.prompt_with(self.begun + text)
         limit = self.speaker.backend.context_limit(self.speaker.model) or len(prompt) + self.max_tokens
         if len(prompt) >= limit:

@@ -12,15 +12,28 @@ def has_template(tokenizer) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
+def checked_text(text: str) -> str:
+    """`text`; raises UsageError where it has lone surrogates, which stand for bytes that are no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"Expected text in UTF-8, received {text[error.start]!a} at character {error.start + 1:,}."
+        ) from None
+    return text
+
+
 def encode_prompt(tokenizer, text: str, raw: bool) -> list[int]:
     """A whole prompt; `raw` leaves the template out."""
     if raw or not has_template(tokenizer):
-        return list(tokenizer.encode(text))
+        return list(tokenizer.encode(checked_text(text)))
     return encode_messages(tokenizer, [{"role": "user", "content": text}])
 
 
 def encode_messages(tokenizer, messages: list[dict]) -> list[int]:
     """A conversation in the template, up to where the answer begins."""
+    for message in messages:
+        checked_text(message["content"])
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
 
 
@@ -32,6 +45,7 @@ def opening_message(tokenizer, tokens: list[int]) -> str | None:
 
 def encode_opening(tokenizer, text: str, raw: bool) -> list[int]:
     """The first part of a prompt: the template up to the message, and the beginning of the message."""
+    checked_text(text)
     if raw:
         return list(tokenizer.encode(text))
     return list(tokenizer.encode(_frame(tokenizer)[0] + text, add_special_tokens=False))
@@ -39,6 +53,7 @@ def encode_opening(tokenizer, text: str, raw: bool) -> list[int]:
 
 def encode_rest(tokenizer, text: str, raw: bool) -> list[int]:
     """What follows `encode_opening`: the end of the message, and the rest of the template."""
+    checked_text(text)
     return list(tokenizer.encode(text if raw else text + _frame(tokenizer)[1], add_special_tokens=False))
 
 

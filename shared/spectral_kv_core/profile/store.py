@@ -7,7 +7,9 @@ from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryFile
 
+from ..errors import UsageError
 from ..files.locking import one_process
 from ..files.paths import user_cache_dir
 from ..hosts.weights import are_other_weights
@@ -48,7 +50,7 @@ def find_profile(shape: ModelShape, basis_set: str, windows: bool = False) -> Pr
 
 
 def auto_profile(shape: ModelShape, basis_set: str, calibrate: Callable[[], Profile], windows: bool = False) -> Profile:
-    """`find_profile`, or calibrate now and keep the result."""
+    """`find_profile`, or calibrate now and keep the result; raises UsageError where it cannot be kept."""
     profile = find_profile(shape, basis_set, windows)
     if profile is not None:
         return profile
@@ -56,10 +58,23 @@ def auto_profile(shape: ModelShape, basis_set: str, calibrate: Callable[[], Prof
     with one_process(path.with_suffix(".lock"), "Another process calibrates this model: waiting for its profile."):
         profile = find_profile(shape, basis_set, windows)  # the other one may have made it
         if profile is None:
+            _check_place(path.parent)
             log.warning("No profile with %s for this model yet: calibrating once, which takes minutes.", basis_set)
             log.warning("Saved the profile as %s", calibrate().save(path))
             profile = stored_profile(path)
     return profile
+
+
+def _check_place(folder: Path) -> None:
+    """Raise UsageError where `folder` cannot be written, before anything long runs."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UsageError(
+            f"Expected a folder for profiles that can be written, {folder} cannot: {error.strerror}. Name another one in "
+            "SPECTRALKV_CACHE, or give a profile."
+        ) from None
 
 
 def warn_if_other_weights(profile: Profile, digest: str) -> None:

@@ -8,6 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import UsageError
+from ..hosts.chat_template import checked_text
+
 MOST_BODY = 16 * 2**20  # bytes of a request
 MOST_STOPS = 16
 KINDS = {"/v1/chat/completions": "chat", "/v1/completions": "text"}  # by path
@@ -120,7 +123,7 @@ def check_messages(messages: Any) -> list[dict]:
             content = "".join(texts) if all(isinstance(text, str) for text in texts) else None  # type: ignore[arg-type]
         if not isinstance(content, str):
             raise RequestError(400, "Expected a message to have text as its content, and nothing else.", param)
-        found.append({"role": message["role"], "content": content})
+        found.append({"role": message["role"], "content": _text(content, param)})
     return found
 
 
@@ -167,7 +170,14 @@ def _prompt(prompt: Any) -> str | list[int]:
     numbers = isinstance(prompt, list) and all(isinstance(x, int) and not isinstance(x, bool) for x in prompt)
     if not prompt or not (isinstance(prompt, str) or numbers):
         raise RequestError(400, "Expected one prompt: a text, or a list of token ids.", "prompt")
-    return prompt
+    return _text(prompt, "prompt") if isinstance(prompt, str) else prompt
+
+
+def _text(text: str, param: str) -> str:
+    try:
+        return checked_text(text)
+    except UsageError as error:
+        raise RequestError(400, str(error), param) from None
 
 
 def _number(body: dict, name: str, kind: type, allowed: Callable, what: str, default: Any) -> Any:

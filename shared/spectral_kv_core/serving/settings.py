@@ -9,6 +9,8 @@ from ..cache.request import CacheRequest
 from ..errors import UsageError
 from ..profile.profile import Profile
 
+MOST_PORT = 65535  # a resolver takes the remainder of a larger one
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -35,6 +37,8 @@ class Settings:
     vocabulary: int = 1 << 31
 
     def __post_init__(self):
+        if self.port > MOST_PORT:
+            raise UsageError(f"Expected `port` of at most {MOST_PORT}, received {self.port}.")
         for name, least in (("port", 0), ("most_tokens", 1), ("concurrency", 1), ("stored", 0)):
             if getattr(self, name) < least:
                 told = "max_tokens" if name == "most_tokens" else name
