@@ -60,7 +60,7 @@ def main() -> None:
                 rows.setdefault((bits, windows), []).append((int(cache_nbytes(cache)), kl))
                 print(bits, windows, rows[bits, windows][-1], file=sys.stderr)
     found = [
-        {"bits": bits, "windows": windows, "cache_bytes": int(of[0]), "kl": float(of[1])}
+        {"method": "spectral", "bits": bits, "windows": windows, "cache_bytes": int(of[0]), "kl": float(of[1])}
         for (bits, windows), each in rows.items()
         for of in [np.mean(each, axis=0)]
     ]
