@@ -6,6 +6,10 @@ import functools
 
 import numpy as np
 import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
 import torch
 from hosts import ByteTokenizer, only, text, tokens
 from torch_models import logits_of

@@ -5,9 +5,13 @@ from __future__ import annotations
 import importlib
 from functools import partial
 
-import mlx.core as mx
 import numpy as np
 import pytest
+
+pytest.importorskip("mlx.core")
+pytest.importorskip("mlx_lm")
+
+import mlx.core as mx
 from hosts import ByteTokenizer, tokens
 from mlx.utils import tree_map
 from tolerances import relative_rms

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import copy
 
-import mlx.core as mx
-import mlx_host
 import numpy as np
 import pytest
+
+pytest.importorskip("mlx.core")
+pytest.importorskip("mlx_lm")
+
+import mlx.core as mx
+import mlx_host
 from mlx_lm.generate import generate_step
 from mlx_lm.models.base import create_attention_mask, create_causal_mask
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, trim_prompt_cache

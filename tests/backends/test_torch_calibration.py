@@ -6,6 +6,10 @@ from functools import partial
 
 import numpy as np
 import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
 import torch
 import transformers
 from hosts import ByteTokenizer

@@ -1,11 +1,16 @@
 """What only transformers asks of caches that drop tokens: `test_live_eviction.py` has the rest."""
 
+# ruff: noqa: E402 (without PyTorch the whole file is skipped before its imports)
 from __future__ import annotations
 
 import copy
 
 import numpy as np
 import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
 from hosts import only
 from test_eviction import positions_of
 from torch_models import logits_of, model_and_profile, tokens
@@ -13,12 +18,12 @@ from transformers import DynamicCache
 
 torch = pytest.importorskip("torch")
 
-from torch_models import ByteTokenizer  # noqa: E402
+from torch_models import ByteTokenizer
 
-from spectral_kv_torch import SpectralCache, make_prompt_cache, restore  # noqa: E402
-from spectral_kv_torch.cache import SpectralKVLayer  # noqa: E402
-from spectral_kv_torch.generation import generate  # noqa: E402
-from spectral_kv_torch.integration import plain_cache  # noqa: E402
+from spectral_kv_torch import SpectralCache, make_prompt_cache, restore
+from spectral_kv_torch.cache import SpectralKVLayer
+from spectral_kv_torch.generation import generate
+from spectral_kv_torch.integration import plain_cache
 
 BUDGET = 150
 

@@ -6,6 +6,10 @@ import warnings
 from copy import deepcopy
 
 import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
 import torch
 from accelerate import cpu_offload
 from hosts import ByteTokenizer
